@@ -1,0 +1,196 @@
+"""Times a Memory+ layer on the CPU against the SwiGLU MLP it replaces, and against gather-and-einsum in plain torch.
+
+Every round runs each contestant once, in turn and in one process, so that a busy machine slows all of them alike;
+medians and minima over the rounds are printed, and written as JSON with `--json`. Trust ratios, not milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memrewrite.layers.memory_plus import MemoryPlus, MemoryPlusOptions
+from memrewrite.layers.pool import Pool, PoolSpec
+
+
+class SwiGLU(nn.Module):
+    """The dense MLP of a Llama block: `W_down(silu(W_gate x) ⊙ W_up x)`, no biases."""
+
+    def __init__(self, d_model: int, d_hidden: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d_model, d_hidden, bias=False, dtype=dtype)
+        self.up = nn.Linear(d_model, d_hidden, bias=False, dtype=dtype)
+        self.down = nn.Linear(d_hidden, d_model, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, d_model] -> [T, d_model]."""
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+class PlainMemoryPlus(nn.Module):
+    """The same Memory+ layer, on the same parameters, by the textbook: k² sums, a [T, K, D] gather, an einsum."""
+
+    def __init__(self, layer: MemoryPlus) -> None:
+        super().__init__()
+        self.layer, self.values = layer, layer._pool[0].values
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, d_model] -> [T, d_out]."""
+        keys, k = self.layer.product_keys, self.layer.product_keys.topk
+        q = keys.query(x).unflatten(-1, (keys.heads, 2, keys.half_dim))
+        scores, slots = torch.einsum("thcd,hcnd->thcn", q, keys.keys).topk(k, dim=-1)  # [T, h, 2, k]
+        sums = (scores[:, :, 0, :, None] + scores[:, :, 1, None, :]).flatten(-2)  # [T, h, k²]
+        best, pairs = sums.topk(k, dim=-1)
+        first, second = slots[:, :, 0].gather(-1, pairs // k), slots[:, :, 1].gather(-1, pairs % k)
+        slot = (first * keys.keys.shape[2] + second).flatten(1)
+        s = best.float().softmax(-1).to(x.dtype).flatten(1)  # [T, h·k]
+        y = torch.einsum("tk,tkd->td", s, self.values[slot])
+        out: Tensor = self.layer.value_proj(y * F.silu(self.layer.gate(x)))
+        return out
+
+
+def contestants(args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The three modules, `dense` first: it is the yardstick."""
+    dtype = getattr(torch, args.dtype)
+    pool = Pool(PoolSpec(keys=args.keys, value_dim=args.d_model), dtype=dtype)
+    pool.reset_parameters()
+    options = MemoryPlusOptions(heads=args.heads, topk=args.topk)
+    layer = MemoryPlus(args.d_model, args.d_model, options, pool, dtype=dtype)
+    layer.reset_parameters()
+    return {
+        "dense": SwiGLU(args.d_model, args.d_hidden, dtype),
+        "memory_plus": nn.ModuleDict({"layer": layer, "pool": pool}),
+        "plain": PlainMemoryPlus(layer),
+    }
+
+
+def forward_only(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A forward without autograd."""
+
+    def run() -> None:
+        with torch.inference_mode():
+            module(x)
+
+    return run
+
+
+def forward_backward(module: nn.Module, parameters: list[Tensor], x: Tensor) -> Callable[[], None]:
+    """A forward and the gradients of every parameter (the table's is dense) and of x."""
+    leaf = x.clone().requires_grad_()
+
+    def run() -> None:
+        torch.autograd.grad(module(leaf).sum(), [leaf, *parameters])
+
+    return run
+
+
+def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every contestant in every round, after one warm-up each."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per number of tokens, pass and contestant."""
+    rows = []
+    modules = contestants(args)
+    calls = {name: m["layer"] if isinstance(m, nn.ModuleDict) else m for name, m in modules.items()}
+    for tokens in args.tokens:
+        x = torch.randn(tokens, args.d_model).to(getattr(torch, args.dtype))
+        torch.testing.assert_close(calls["memory_plus"](x), calls["plain"](x), rtol=2e-2, atol=2e-2)
+        for what in ("forward", "forward+backward"):
+            runs = {
+                name: forward_only(calls[name], x)
+                if what == "forward"
+                else forward_backward(calls[name], list(module.parameters()), x)
+                for name, module in modules.items()
+            }
+            times = measure(runs, args.rounds)
+            dense = median(times["dense"])
+            rows += [
+                {
+                    "tokens": tokens,
+                    "pass": what,
+                    "layer": name,
+                    "median_ms": round(median(taken), 3),
+                    "min_ms": round(min(taken), 3),
+                    "times_dense": round(median(taken) / dense, 3),
+                }
+                for name, taken in times.items()
+            ]
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on, without naming the machine."""
+    info = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "memrewrite": version("memrewrite"),
+        },
+    }
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """Sizes default to a 373m-class block with a table of 65,536 slots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--d-model", type=int, default=1024, help="width of the block")
+    parser.add_argument("--d-hidden", type=int, default=2816, help="hidden width of the dense MLP")
+    parser.add_argument("--keys", type=int, default=256, help="keys per half; the table has keys² slots")
+    parser.add_argument("--heads", type=int, default=4, help="heads of the memory layer")
+    parser.add_argument("--topk", type=int, default=32, help="slots read per head")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512], help="tokens per call")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of everything")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than 1 needs a quiet machine")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Measure, print, write."""
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = benchmark(args)
+    sizes = {name: value for name, value in vars(args).items() if name != "json"}
+    print(", ".join(f"{name} {value}" for name, value in sizes.items()))
+    print(f"{'tokens':>6}  {'pass':<17} {'layer':<12} {'median ms':>10} {'min ms':>10} {'× dense':>8}")
+    for row in rows:
+        print(
+            f"{row['tokens']:>6}  {row['pass']:<17} {row['layer']:<12} "
+            f"{row['median_ms']:>10.2f} {row['min_ms']:>10.2f} {row['times_dense']:>8.2f}"
+        )
+    if args.json:
+        result = {"benchmark": "layer_cpu", "sizes": sizes, "machine": machine(), "rows": rows}
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,2 @@
+"""memrewrite."""
+from memrewrite.passes.pipeline import apply, inspect, plan

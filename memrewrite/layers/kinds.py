@@ -1,0 +1,22 @@
+"""The layer kinds a recipe can name: adding one is its class in this tuple."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+
+from memrewrite.errors import UserError
+from memrewrite.layers.contract import MemoryLayer
+from memrewrite.layers.memory_plus import MemoryPlus
+from memrewrite.layers.pkm import Pkm
+
+KINDS: tuple[type[MemoryLayer], ...] = (MemoryPlus, Pkm)
+
+
+def kind_named(name: str) -> type[MemoryLayer]:
+    """The layer kind called `name`. Raises `UserError` with the nearest name."""
+    kinds = {kind.kind: kind for kind in KINDS}
+    if name in kinds:
+        return kinds[name]
+    near = get_close_matches(name, kinds, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(map(repr, kinds))}"
+    raise UserError(f"unknown layer kind {name!r}", hint=hint)

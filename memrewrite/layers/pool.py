@@ -1,0 +1,102 @@
+"""The shared value table: what it is to be (`PoolSpec`), the module that holds it, and the root's container of pools.
+
+A `PoolSpec` is in the plan; a `Pool` is built from it; `Pools` hangs once at the model's root as `model.memory`.
+"""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from memrewrite.cost import Cost
+from memrewrite.errors import UserError
+from memrewrite.kernels import ops
+from memrewrite.site import Frozen, itemsize_of
+
+
+class PoolSpec(Frozen):
+    """A value table V of eq. (1): `keys`² slots, each `value_dim` wide."""
+
+    keys: int = Field(gt=0, description="Keys per half; the pool has keys × keys slots.")
+    value_dim: int = Field(gt=0, description="Width of one value.")
+    init: Literal["paper"] = Field("paper", description="How values start: 'paper' is N(0, value_dim^-1/2).")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial values.")
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
+        None, description="Type of the stored values; left out: the type the pool is built with."
+    )
+
+    @property
+    def slots(self) -> int:
+        """Rows of the table: keys²."""
+        return self.keys**2
+
+    def cost(self) -> Cost:
+        """What the table stores, at float32 where the spec names no dtype. What layers read of it, the layers count."""
+        parameters = self.slots * self.value_dim
+        return Cost(parameters=parameters, parameter_bytes=parameters * itemsize_of(self.dtype or "float32"))
+
+
+class Pool(nn.Module):
+    """A value table shared by memory layers; calling it is the lookup.
+
+    Its one parameter is `values` [keys², value_dim]. Layers call the pool and never touch `values`, so that hooks on
+    this module (FSDP2's unshard, offloading, quantisation) always fire. Built uninitialised, directly on `device` in
+    the spec's dtype (else `dtype`): call `reset_parameters` or load a checkpoint.
+    """
+
+    def __init__(
+        self, spec: PoolSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        stored = dtype if spec.dtype is None else getattr(torch, spec.dtype)
+        self.values = nn.Parameter(torch.empty(spec.slots, spec.value_dim, device=device, dtype=stored))  # [N, d_v]
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw N(0, d_v^-1/2) in place, as the paper does; a no-op on meta.
+
+        Without a `generator` the values follow from the spec's seed alone (for one device type, dtype and shape).
+        """
+        if self.values.is_meta:
+            return
+        if generator is None:
+            generator = torch.Generator(self.values.device).manual_seed(self.spec.seed)
+        with torch.no_grad():
+            self.values.normal_(0.0, self.spec.value_dim**-0.5, generator=generator)
+
+    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """`y_t = sum_j weights[t, j] * values[indices[t, j]]`: [T, K], [T, K] -> [T, d_v] in the values' dtype."""
+        return ops.sparse_lookup(self.values, indices, weights.to(self.values.dtype))
+
+    def extra_repr(self) -> str:
+        """Slots and width, for `print(model)`."""
+        return f"slots={self.spec.keys}², value_dim={self.spec.value_dim}, dtype={self.values.dtype}"
+
+
+class Pools(nn.Module):
+    """The pools of a model by name, each a child module; hangs at the model's root as `model.memory`.
+
+    Raises `UserError` for a name that cannot be an attribute of a module.
+    """
+
+    def __init__(self, pools: Mapping[str, Pool]) -> None:
+        super().__init__()
+        for name, pool in pools.items():
+            plain = name.isascii() and name.isidentifier() and not name.startswith("_") and not keyword.iskeyword(name)
+            if not plain or hasattr(self, name):
+                raise UserError(
+                    f"a pool cannot be named {name!r}",
+                    hint="use letters, digits and _, and no name that torch modules use for something else",
+                )
+            self.add_module(name, pool)
+
+    def __getitem__(self, name: str) -> Pool:
+        pool = self._modules.get(name)
+        if not isinstance(pool, Pool):
+            raise KeyError(name)
+        return pool

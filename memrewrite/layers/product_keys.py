@@ -1,0 +1,154 @@
+"""Product keys: from a token to the slots it reads and their weights, without ever making the N×n keys.
+
+query projection → scores of both halves against their √N keys → exact top-k of all sums → softmax per head.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memrewrite.cost import Cost, dense_cost
+from memrewrite.errors import UserError
+from memrewrite.kernels import ops
+from memrewrite.layers.contract import LayerOptions, MemoryLayer, empty_linear
+from memrewrite.layers.pool import Pool, PoolSpec
+from memrewrite.site import itemsize_of
+
+
+class ProductKeyOptions(LayerOptions):
+    """How a layer addresses its pool: the options that all product-key layers share, with the paper's values."""
+
+    heads: int = Field(4, gt=0, description="Independent queries per token; their values are summed.")
+    topk: int = Field(32, gt=0, description="Slots each head reads (k); at most the pool's keys per half.")
+    key_dim: int | None = Field(
+        None,
+        gt=0,
+        description="Width of a query, both halves together; even. Left out: half of d_model, as in Memory+.",
+    )
+    qk_norm: bool = Field(
+        False, description="Normalise queries and keys (RMSNorm, learned scale): steadies large pools on small models."
+    )
+    query_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the query while training.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the values read (y) while training.")
+
+    def query_width(self, d_model: int) -> int:
+        """`key_dim`, or its default: half of d_model, rounded down to an even number, at least 2."""
+        return self.key_dim or max(2, d_model // 4 * 2)
+
+
+class ProductKeys(nn.Module):
+    """`(I, s)` of eq. (1) by product keys (§2.1): for every token and head the k best slots and their softmax weights.
+
+    Per head, slot i·√N + j has the key [K1_i, K2_j]; its score q·K is the sum of two halves' scores. `keys` is
+    [heads, 2, √N, key_dim / 2]. Scores are not scaled by 1/√key_dim, as in the paper. With qk_norm both halves of query
+    and key pass an RMSNorm; the keys' scale starts at (key_dim/2)^-1/2, so that scores start with unit variance.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_keys: int,
+        options: ProductKeyOptions,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        key_dim = options.query_width(d_model)
+        self.heads, self.topk, self.half_dim = options.heads, options.topk, key_dim // 2
+        self.query_dropout = options.query_dropout
+        self.query = empty_linear(d_model, options.heads * key_dim, device, dtype)
+        self.keys = nn.Parameter(torch.empty(options.heads, 2, n_keys, self.half_dim, device=device, dtype=dtype))
+        self.query_norm = nn.RMSNorm(self.half_dim, device=device, dtype=dtype) if options.qk_norm else None
+        self.key_norm = nn.RMSNorm(self.half_dim, device=device, dtype=dtype) if options.qk_norm else None
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Keys U(±key_dim^-1/2) and a Xavier-uniform query, as in the paper.
+
+        The query's bias starts at zero: the paper does not say, and a random one would have all tokens prefer the same
+        slots before anything is learned.
+        """
+        bound = (2 * self.half_dim) ** -0.5
+        nn.init.uniform_(self.keys, -bound, bound, generator=generator)
+        nn.init.xavier_uniform_(self.query.weight, generator=generator)
+        nn.init.zeros_(self.query.bias)
+        if self.query_norm is not None and self.key_norm is not None:
+            nn.init.ones_(self.query_norm.weight)
+            nn.init.constant_(self.key_norm.weight, self.half_dim**-0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, d_model] -> slots (int64) and weights (at least fp32; 1 in sum per head), both [T, heads·k]."""
+        q = F.dropout(self.query(x), self.query_dropout, self.training)
+        q = q.view(-1, 2 * self.heads, self.half_dim)  # [T, 2h, n/2]
+        keys = self.keys.flatten(0, 1)  # [2h, √N, n/2]
+        if self.query_norm is not None and self.key_norm is not None:
+            q, keys = self.query_norm(q), self.key_norm(keys)
+        scores = torch.bmm(q.transpose(0, 1), keys.transpose(1, 2))  # [2h, T, √N]
+        scores1, scores2 = scores[::2], scores[1::2]  # [h, T, √N] each: heads are the slower dimension
+        best, slots = ops.product_key_topk(scores1, scores2, self.topk)  # [h, T, k], at least fp32
+        s = best.softmax(-1)
+        return slots.transpose(0, 1).flatten(1), s.transpose(0, 1).flatten(1)
+
+
+class ProductKeyLayer(MemoryLayer):
+    """Base of the kinds that read a pool through product keys: it finds the slots and reads `y = s V_I`, eq. (1)."""
+
+    def __init__(
+        self,
+        d_model: int,
+        d_out: int,
+        options: ProductKeyOptions,
+        pool: Pool | None,
+        *,
+        zero_output: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        spec = None if pool is None else pool.spec
+        self.check(d_model, d_out, options, spec)
+        super().__init__(d_model, d_out, options, pool, zero_output=zero_output, device=device, dtype=dtype)
+        self.dropout = options.dropout
+        self.product_keys = ProductKeys(d_model, needed(spec).keys, options, device, dtype)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; the rows of all heads are summed by one lookup."""
+        slots, s = self.product_keys(tokens)
+        y = self._pool[0](slots, s).to(tokens.dtype)
+        return F.dropout(y, self.dropout, self.training)
+
+
+def needed(pool: PoolSpec | None) -> PoolSpec:
+    """The pool, which these kinds cannot do without. Raises UserError."""
+    if pool is None:
+        raise UserError("this layer reads a pool, and none was given", hint="name one of the recipe's `pools`")
+    return pool
+
+
+def check_product_keys(d_model: int, options: ProductKeyOptions, pool: PoolSpec | None) -> None:
+    """Raise `UserError` for a missing pool, an odd key_dim, or a topk the pool cannot serve."""
+    keys, key_dim = needed(pool).keys, options.query_width(d_model)
+    if key_dim % 2:
+        raise UserError(f"`key_dim: {key_dim}` is odd: a key has two equal halves", hint=f"key_dim: {key_dim + 1}")
+    if options.topk < 1:
+        raise UserError(f"`topk: {options.topk}`: a head must read at least one slot", hint="topk: 32, as in the paper")
+    if options.topk > keys:
+        raise UserError(
+            f"`topk: {options.topk}` is more than the pool's {keys} keys per half",
+            hint=f"topk: {keys} or less, or a pool with more `keys`",
+        )
+
+
+def product_key_cost(d_model: int, options: ProductKeyOptions, pool: PoolSpec | None, itemsize: int) -> Cost:
+    """Cost of query, half keys and lookup: d·h·n + h·√N·n + h·k·d_v multiply-adds a token, n being key_dim.
+
+    Softmax, top-k and norms are not counted.
+    """
+    spec, key_dim = needed(pool), options.query_width(d_model)
+    queries = options.heads * key_dim
+    rows = options.heads * options.topk * spec.value_dim
+    row_itemsize = itemsize if spec.dtype is None else itemsize_of(spec.dtype)
+    scales = key_dim if options.qk_norm else 0  # the two norms' scales, key_dim / 2 each
+    dense = dense_cost(d_model * queries + queries * spec.keys, queries + scales, itemsize)
+    return dense + Cost(flops=2 * rows, bytes_read=rows * row_itemsize)

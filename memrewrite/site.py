@@ -1,0 +1,86 @@
+"""What was located in a model, as plain data: `Site`, `NearMiss` and the `Binding` that says how the live model is edited."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from memrewrite.cost import Cost, dense_cost
+
+
+class Frozen(BaseModel):
+    """Immutable plain data with JSON both ways; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Binding(Frozen):
+    """How a site is reached in the live module tree.
+
+    module: one module takes the MLP's input as its only tensor and returns its output; it is both entry and exit.
+    span:   the modules at `entries` read the input, the module at `exit` returns the output, other code runs in between.
+    none:   the module tree cannot express it; `why` says so. The graph emitter still can.
+    """
+
+    kind: Literal["module", "span", "none"]
+    entries: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()  # features each entry returns
+    exit: str = ""
+    why: str = ""
+
+
+class Site(Frozen):
+    """One located MLP.
+
+    `path` is the narrowest module that contains the whole MLP, `block` its index in the stack of blocks `tower`
+    (`None` outside of one). `d_model` is the width of the output, `d_in` of the input, `d_hidden` of the value the last
+    matrix reads. `calls` counts runs in one forward. `parameters` names every weight and bias inside.
+    """
+
+    path: str
+    pattern: str
+    d_model: int
+    d_in: int
+    d_hidden: int
+    activation: str
+    calls: int
+    parameters: tuple[str, ...]
+    modules: tuple[str, ...]
+    weights: int  # entries of the matrices
+    biases: int  # entries of everything else
+    dtype: str
+    device: str
+    tower: str
+    block: int | None
+    tower_blocks: int
+    bindings: tuple[Binding, ...]  # one, but for weights that several modules share
+
+    def cost(self) -> Cost:
+        """Cost of this MLP for one token and one call."""
+        return dense_cost(self.weights, self.biases, itemsize_of(self.dtype))
+
+
+class NearMiss(Frozen):
+    """A region that looked like an MLP and was refused: why, at which graph node, from which source line."""
+
+    path: str
+    reason: str
+    node: str
+    source: str = ""
+
+
+class Located(Frozen):
+    """What `locate` found: the sites in the order they run, the near misses, and how the model was captured."""
+
+    sites: tuple[Site, ...]
+    near_misses: tuple[NearMiss, ...]
+    captured: str
+
+
+def itemsize_of(dtype: str) -> int:
+    """Bytes of one element of a dtype given by its torch name."""
+    import torch
+
+    size: int = getattr(torch, dtype).itemsize
+    return size

@@ -1,0 +1,132 @@
+"""Which activation an MLP uses, told by what its middle computes and not by how it is spelled.
+
+Flow: the ops between the first matrices and the last are evaluated in float64 on sample values → compared with the known
+functions, for gated MLPs with either half as the gate. A middle with weights or norms of its own has no such name: "?".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from memrewrite.passes.dataflow import LITERAL, WEIGHT, Dataflow, op_name, shape_of
+from memrewrite.passes.region import Region
+
+UNKNOWN = "?"
+KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "selu": F.selu,
+    "celu": F.celu,
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "softsign": F.softsign,
+    "laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
+    "square": torch.square,
+    "identity": lambda x: x,
+}
+LIMIT = 1 << 22  # elements evaluated at most
+
+
+def activation_of(flow: Dataflow, region: Region, cache: dict[Any, str]) -> str:
+    """The activation's name; a second region of the same ops is answered from `cache`."""
+    middle = [node for node in region.inside if node is not region.down and node not in region.ups]
+    key = _key(flow, region, middle)
+    if key not in cache:
+        cache[key] = _evaluate(flow, region, middle)
+    return cache[key]
+
+
+def _key(flow: Dataflow, region: Region, middle: list[fx.Node]) -> Any:
+    names: dict[fx.Node, int] = {node: i for i, node in enumerate((*region.ups, *middle))}
+    told = lambda n: names.get(n, "outside")  # noqa: E731
+    hidden = region.down.args[0]
+    return (
+        tuple(shape_of(node) for node in region.ups),
+        tuple((str(node.target), str(fx.map_arg(node.args, lambda n: _Name(told(n)))), str(node.kwargs)) for node in middle),
+        told(hidden) if isinstance(hidden, fx.Node) else None,
+    )
+
+
+class _Name(str):
+    """A printable stand-in for a node in a key."""
+
+    def __new__(cls, value: object) -> _Name:
+        return super().__new__(cls, f"%{value}")
+
+
+def _evaluate(flow: Dataflow, region: Region, middle: list[fx.Node]) -> str:
+    if len(region.ups) > 2 or any(flow.weights(source) for node in middle for source in node.all_input_nodes if source in flow.constant):
+        return UNKNOWN
+    if any(WEIGHT in n.meta for n in middle) or sum(math.prod(shape_of(up)) for up in region.ups) > LIMIT:
+        return UNKNOWN
+    first = _samples(shape_of(region.ups[0]), seed=0)
+    second = _samples(shape_of(region.ups[1]), seed=1) if len(region.ups) == 2 else None
+    given = dict(zip(region.ups, (first, second), strict=False))
+    hidden = _interpret(flow, region, middle, given)
+    if hidden is None:
+        return UNKNOWN
+    for a, b in _halves(first, second, hidden.shape[-1]):
+        for name, known in KNOWN.items():
+            if torch.allclose(hidden.reshape(-1), (known(a) * b).reshape(-1), rtol=1e-6, atol=1e-6):
+                return name
+    return UNKNOWN
+
+
+def _samples(shape: tuple[Any, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn([int(n) for n in shape], dtype=torch.float64, generator=generator) * 3
+
+
+def _halves(first: Tensor, second: Tensor | None, width: int) -> list[tuple[Tensor, Tensor]]:
+    """What might be (gate, value): one input alone; two inputs; or the halves of a packed one, however it is cut."""
+    if second is not None:
+        return [(first, second), (second, first)] if first.shape == second.shape else []
+    if first.shape[-1] == width:
+        return [(first, torch.ones_like(first))]
+    if first.shape[-1] != 2 * width:
+        return []
+    low, high = first[..., :width], first[..., width:]
+    even, odd = first[..., 0::2], first[..., 1::2]
+    return [(low, high), (high, low), (even, odd), (odd, even)]
+
+
+def _interpret(flow: Dataflow, region: Region, middle: list[fx.Node], values: dict[fx.Node, Tensor]) -> Tensor | None:
+    """The value `down` reads, evaluated on the given outputs of the first matrices."""
+    known: dict[fx.Node, Any] = dict(values)
+    try:
+        for node in middle:
+            if op_name(node) == "getitem" or isinstance(node.target, torch._ops.OpOverload):
+                for constant in node.all_input_nodes:
+                    if constant in flow.constant and constant not in known:
+                        known[constant] = _constant(constant)
+                target: Any = node.target
+                known[node] = target(*fx.map_arg(node.args, known.__getitem__), **fx.map_arg(node.kwargs, known.__getitem__))
+        hidden = region.down.args[0]
+        return known[hidden] if isinstance(hidden, fx.Node) else None
+    except (RuntimeError, KeyError, TypeError):  # not evaluable on the CPU in float64: then it has no name here
+        return None
+
+
+def _constant(node: fx.Node) -> Any:
+    """A literal tensor of the graph: held by it, or computed from its arguments (`full`, `arange`)."""
+    if LITERAL in node.meta:
+        return node.meta[LITERAL]
+    target: Any = node.target
+    return target(*fx.map_arg(node.args, _constant), **fx.map_arg(node.kwargs, _constant))

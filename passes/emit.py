@@ -1,0 +1,99 @@
+"""The second emitter of a Plan: graph in, graph out, for models that arrive already traced.
+
+Flow: a copy of the graph on the same weights → at every site a `call_module` of the layer on the MLP's input → readers of
+the MLP's output read the layer, or the sum → dead code and weights nobody reads go → linted. The input is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx, nn
+
+from memrewrite.errors import ModelError, SelectError
+from memrewrite.passes.capture import Segment
+from memrewrite.passes.extract import Original
+from memrewrite.passes.locate import Found, Locations
+from memrewrite.passes.substitute import build_layers
+from memrewrite.plan import Placement, Plan
+
+LAYERS = "memory_layers"  # the graph module's child that holds the layers
+
+
+def emit_graph(segment: Segment, plan: Plan, locations: Locations) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
+    """The rewritten graph, and its layers by site path. Raises `SelectError` when a layer does not fit a site's shapes."""
+    result = _copy(traced_module(segment))
+    layers = build_layers(result, plan)
+    for substitution in plan.substitutions:
+        path = substitution.site.path
+        _insert(result, locations.found[path], layers[path], substitution.placement)
+    return _finished(result), layers
+
+
+def emit_originals(segment: Segment, plan: Plan, locations: Locations) -> fx.GraphModule:
+    """The graph with every selected MLP lifted out and put in the layer's place: for the *null* check."""
+    traced = traced_module(segment)
+    result = _copy(traced)
+    for substitution in plan.substitutions:
+        found = locations.found[substitution.site.path]
+        _insert(result, found, Original(traced, found), "replace")
+    return _finished(result)
+
+
+def traced_module(segment: Segment) -> fx.GraphModule:
+    """The graph module a segment was taken from."""
+    if not isinstance(segment.program, fx.GraphModule):
+        raise ModelError("this model was captured from a live module, not given as a graph")
+    return segment.program
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph module of the same nodes, by name, on the same weights, that can train and be exported again."""
+    graph = fx.Graph()
+    output = graph.graph_copy(module.graph, (names := {}), return_output_node=True)
+    if output is None:
+        raise ModelError("the graph has no output")
+    value, node = output
+    graph.output(value, getattr(node, "type_expr", None)).meta = dict(node.meta)
+    graph.set_codegen(module.graph._codegen)
+    result = fx.GraphModule(module, graph)
+    result.meta = dict(module.meta)
+    result.meta["twins"] = names
+    return result
+
+
+def _insert(result: fx.GraphModule, calls: tuple[Found, ...], layer: nn.Module, placement: Placement) -> None:
+    if not hasattr(result, LAYERS):
+        result.add_module(LAYERS, nn.Module())
+    names: Mapping[fx.Node, fx.Node] = result.meta["twins"]
+    holder = result.get_submodule(LAYERS)
+    name = calls[0].region.down.name
+    holder.add_module(name, layer)
+    for found in calls:
+        x, y = names[found.bound.x], names[found.bound.y]
+        given, wanted = x.meta["val"].shape, y.meta["val"].shape
+        if tuple(given[:-1]) != tuple(wanted[:-1]):
+            raise SelectError(
+                f"the MLP reads {tuple(given)} and gives {tuple(wanted)}: its tokens are laid out differently",
+                where=found.bound.y.name,
+            )
+        with result.graph.inserting_after(y):
+            new = result.graph.call_module(f"{LAYERS}.{name}", (x,))
+        new.meta = {"val": y.meta["val"]}
+        if placement == "parallel":
+            with result.graph.inserting_after(new):
+                total = result.graph.call_function(torch.ops.aten.add.Tensor, (y, new))
+            total.meta = {"val": y.meta["val"]}
+            y.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
+        else:
+            y.replace_all_uses_with(new)
+
+
+def _finished(result: fx.GraphModule) -> fx.GraphModule:
+    del result.meta["twins"]
+    result.graph.eliminate_dead_code()
+    result.graph.lint()
+    result.delete_all_unused_submodules()
+    result.recompile()
+    return result

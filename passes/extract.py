@@ -1,0 +1,76 @@
+"""A located MLP as a module of its own: the very nodes that were recorded, on the very weights of the live model.
+
+`verify` puts it where the layer would go; the graph emitter and later passes may call it. Nothing is copied but nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from memrewrite.passes.capture import Segment
+from memrewrite.passes.locate import Found
+
+
+class Original(nn.Module):
+    """The MLP at one site as it was: called as often as the site is, each call with the nodes recorded for that call."""
+
+    def __init__(self, model: nn.Module, calls: Sequence[Found]) -> None:
+        super().__init__()
+        self.calls = [extract(model, found) for found in calls]  # a plain list: the weights stay the model's
+        self.made = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_model]."""
+        out: Tensor = self.calls[self.made % len(self.calls)](x)
+        self.made += 1
+        return out
+
+
+def extract(model: nn.Module, found: Found) -> fx.GraphModule:
+    """One recorded call of an MLP as a `GraphModule` of one input, sharing its parameters with `model`."""
+    bound, position = found.bound, found.recorded.position
+    graph, root = fx.Graph(), nn.Module()
+    made: dict[fx.Node, fx.Node] = {bound.x: graph.placeholder("x")}
+    for node in sorted(bound.nodes | _constants(bound.nodes, bound.x), key=position.__getitem__):
+        if node.op == "call_function":
+            made[node] = graph.node_copy(node, made.__getitem__)
+        elif node is not bound.x:
+            name = f"weight_{len(made)}"
+            _attach(root, name, held_by(model, found.segment, node))
+            made[node] = graph.get_attr(name)
+    graph.output(made[bound.y])
+    return fx.GraphModule(root, graph)
+
+
+def held_by(model: nn.Module, segment: Segment, node: fx.Node) -> Tensor:
+    """The tensor a weight node stands for: the live model's parameter or buffer, or a constant of the program."""
+    if node.name in segment.literals:
+        return segment.literals[node.name]
+    holder: Any = model
+    for part in segment.weights[node.name].split("."):
+        holder = getattr(holder, part)
+    if not isinstance(holder, Tensor):
+        raise TypeError(f"{segment.weights[node.name]} is no tensor")
+    return holder
+
+
+def _constants(nodes: frozenset[fx.Node], x: fx.Node) -> set[fx.Node]:
+    """The weights and literals that nodes read, with the arithmetic behind them."""
+    found: set[fx.Node] = set()
+    pending = [source for node in nodes for source in node.all_input_nodes if source not in nodes and source is not x]
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending.extend(node.all_input_nodes)
+    return found
+
+
+def _attach(root: nn.Module, name: str, value: Tensor) -> None:
+    if isinstance(value, nn.Parameter):
+        root.register_parameter(name, value)
+    else:
+        root.register_buffer(name, value)

@@ -1,0 +1,159 @@
+"""Where a model's MLPs are, by dataflow alone.
+
+Flow: every `linear` of the canonical graph is tried as a last matrix → its region is grown and held against the rules →
+the patterns name it → it is bound to the live module tree → regions of the same weights become one site with many calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from memrewrite.passes.activation import activation_of
+from memrewrite.passes.binding import Bound, bind
+from memrewrite.passes.blocks import places
+from memrewrite.passes.capture import Capture, Segment
+from memrewrite.passes.dataflow import WEIGHT, Dataflow, modules_of, path_of, shape_of, source_line
+from memrewrite.passes.normalize import normalize
+from memrewrite.passes.patterns import PATTERNS, Match
+from memrewrite.passes.recorded import Recorded
+from memrewrite.passes.region import Region, grow
+from memrewrite.passes.tokens import Refusal
+from memrewrite.site import Located, NearMiss, Site
+
+
+@dataclass(frozen=True)
+class Found:
+    """One region found: where it is in which segment's recorded graph. A site has one for each call."""
+
+    segment: Segment
+    recorded: Recorded
+    region: Region
+    bound: Bound
+
+
+@dataclass(frozen=True)
+class Locations:
+    """What `locate` found, with the graph regions behind each site (`found[site.path]`, one for each call)."""
+
+    located: Located
+    found: Mapping[str, tuple[Found, ...]]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites in the order they run."""
+        return self.located.sites
+
+
+def locate(capture: Capture) -> Locations:
+    """Find every MLP of a captured model; regions that looked like one are near misses with a reason and a node."""
+    groups: dict[frozenset[str], list[tuple[Found, Match, str]]] = {}
+    misses: list[NearMiss] = []
+    types: dict[str, str] = {}
+    activations: dict[Any, str] = {}
+    for segment in capture.segments:
+        graph = normalize(segment)
+        flow = Dataflow(graph)
+        recorded = Recorded(segment, flow, capture.calls)
+        types |= _types(recorded)
+        for node in graph.nodes:
+            if not flow.is_linear(node):
+                continue
+            outcome = _judge(flow, node)
+            if isinstance(outcome, Refusal):
+                misses.append(_near_miss(segment, node, outcome))
+            elif outcome is not None:
+                region, match = outcome
+                found = Found(segment, recorded, region, bind(recorded, region))
+                activation = activation_of(flow, region, activations)
+                groups.setdefault(frozenset(_weights(found)), []).append((found, match, activation))
+    return _assemble(capture, groups, misses, types)
+
+
+def _judge(flow: Dataflow, down: fx.Node) -> tuple[Region, Match] | Refusal | None:
+    region = grow(flow, down)
+    if not isinstance(region, Region):
+        return region
+    reasons = []
+    for pattern in PATTERNS:
+        verdict = pattern.match(flow, region)
+        if isinstance(verdict, Match):
+            return region, verdict
+        reasons.append(f"not {pattern.name}: {verdict}")
+    return Refusal("; ".join(reasons), down)
+
+
+def _near_miss(segment: Segment, down: fx.Node, refusal: Refusal) -> NearMiss:
+    path = f"{segment.path}.{path_of(down)}".strip(".")
+    return NearMiss(path=path, reason=refusal.reason, node=refusal.node.name, source=source_line(refusal.node))
+
+
+def _weights(found: Found) -> list[str]:
+    """The names of the weights a region uses, in order of use."""
+    names: dict[str, None] = {}
+    for node in found.region.inside:
+        for source in node.all_input_nodes:
+            if source in found.recorded.flow.constant:
+                names |= dict.fromkeys(sorted(found.recorded.flow.weights(source)))
+    return list(names)
+
+
+def _types(recorded: Recorded) -> dict[str, str]:
+    """The class of every module that runs, by path."""
+    found: dict[str, str] = {}
+    for node in recorded.segment.graph.nodes:
+        for call, (_, kind) in (node.meta.get("nn_module_stack") or {}).items():
+            found[recorded.paths[str(call)]] = str(kind)
+    return found
+
+
+def _assemble(
+    capture: Capture,
+    groups: dict[frozenset[str], list[tuple[Found, Match, str]]],
+    misses: list[NearMiss],
+    types: dict[str, str],
+) -> Locations:
+    paths: dict[str, list[tuple[Found, Match, str]]] = {}
+    for group in groups.values():
+        path = _narrowest(group[0][0])
+        while path in paths:  # several MLPs in one module: told apart by their last matrix
+            path = f"{path}#{group[0][0].region.down.name}"
+        paths[path] = group
+    where = places([path.partition("#")[0] for path in paths], types)
+    sites = [
+        _site(path, group, where[path.partition("#")[0]]) for path, group in paths.items()
+    ]
+    located = Located(sites=tuple(sites), near_misses=tuple(dict.fromkeys(misses)), captured=capture.how)
+    return Locations(located, {path: tuple(found for found, _, _ in group) for path, group in paths.items()})
+
+
+def _narrowest(found: Found) -> str:
+    """The innermost module that holds every matrix of the region."""
+    stacks = []
+    for node in (*found.region.ups, found.region.down):
+        stacks.append([found.recorded.paths[call] for call, _ in modules_of(node)])
+    common = [step[0] for step in zip(*stacks, strict=False) if len(set(step)) == 1]
+    return common[-1] if common else ""
+
+
+def _site(path: str, group: list[tuple[Found, Match, str]], place: Any) -> Site:
+    found, match, activation = group[0]
+    region, flow = found.region, found.recorded.flow
+    names = _weights(found)
+    held = {n.meta[WEIGHT]: n.meta["val"] for n in flow.graph.nodes if WEIGHT in n.meta and n.meta[WEIGHT] in set(names)}
+    sizes = {name: math.prod(val.shape) for name, val in held.items()}
+    matrices = {name for name, val in held.items() if val.ndim >= 2}
+    value = region.down.meta["val"]
+    bindings = dict.fromkeys(f.bound.binding for f, _, _ in group)
+    modules = dict.fromkeys(m for b in bindings for m in (*b.entries, b.exit) if m)
+    return Site(
+        path=path, pattern=match.pattern, d_model=int(shape_of(region.down)[-1]), d_in=int(shape_of(region.x)[-1]),
+        d_hidden=match.d_hidden, activation=activation, calls=len(group), parameters=tuple(names), modules=tuple(modules),
+        weights=sum(sizes[n] for n in matrices), biases=sum(sizes[n] for n in sizes if n not in matrices),
+        dtype=str(value.dtype).removeprefix("torch."), device=str(value.device),
+        tower=place.tower, block=place.block, tower_blocks=place.blocks, bindings=tuple(bindings),
+    )

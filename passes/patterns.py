@@ -1,0 +1,80 @@
+"""The spellings of an MLP, one small class each: *yes, with these widths*, or *no, because*.
+
+A region arrives here already proven token-wise, closed and residual; a pattern only says how its matrices are arranged.
+Read top to bottom; the first that says yes names the site. A new pattern is a class and its name in `PATTERNS`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from memrewrite.passes.dataflow import Dataflow, shape_of
+from memrewrite.passes.region import Region
+
+
+class Match(NamedTuple):
+    """Yes: the pattern's name, and the width of the value the last matrix reads."""
+
+    pattern: str
+    d_hidden: int
+
+
+class Pattern(Protocol):
+    """Says whether a region is an MLP of one arrangement."""
+
+    name: str
+
+    def match(self, flow: Dataflow, region: Region) -> Match | str:
+        """The match, or the reason why not."""
+        ...
+
+
+def _width(region: Region) -> int:
+    hidden = region.down.args[0]
+    return int(shape_of(hidden)[-1])  # type: ignore[arg-type]
+
+
+class Plain:
+    """`down(act(up(x)))`."""
+
+    name = "plain"
+
+    def match(self, flow: Dataflow, region: Region) -> Match | str:
+        """One first matrix, as wide as the last one reads."""
+        if len(region.ups) != 1:
+            return f"it has {len(region.ups)} first matrices, not one"
+        up, width = int(shape_of(region.ups[0])[-1]), _width(region)
+        return Match(self.name, width) if up == width else f"the first matrix gives {up} features, the last reads {width}"
+
+
+class Gated:
+    """`down(act(gate(x)) * up(x))`, the two matrices apart."""
+
+    name = "gated"
+
+    def match(self, flow: Dataflow, region: Region) -> Match | str:
+        """Two first matrices of equal width that both read the input."""
+        if len(region.ups) != 2:
+            return f"it has {len(region.ups)} first matrices, not two"
+        widths = {int(shape_of(up)[-1]) for up in region.ups}
+        reads = all(flow.root(up.args[0]) is region.x for up in region.ups)  # type: ignore[arg-type]
+        width = _width(region)
+        if widths != {width} or not reads:
+            return f"its first matrices give {sorted(widths)} features, the last reads {width}"
+        return Match(self.name, width)
+
+
+class GatedPacked:
+    """`down(act(a) * b)` where `a, b` are the halves of one product, however they are cut out of it."""
+
+    name = "gated_packed"
+
+    def match(self, flow: Dataflow, region: Region) -> Match | str:
+        """One first matrix, twice as wide as the last one reads."""
+        if len(region.ups) != 1:
+            return f"it has {len(region.ups)} first matrices, not one"
+        up, width = int(shape_of(region.ups[0])[-1]), _width(region)
+        return Match(self.name, width) if up == 2 * width else f"the first matrix gives {up} features, not twice {width}"
+
+
+PATTERNS: tuple[Pattern, ...] = (Plain(), Gated(), GatedPacked())

@@ -1,0 +1,214 @@
+"""The whole product: capture → locate → select → substitute → verify. The verbs a user calls.
+
+Every function takes a live `nn.Module`, an `ExportedProgram` or an `fx.GraphModule`, and inputs as a tuple, a dict or
+`(args, kwargs)`. `step` is told the name of each stage as it begins.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from memrewrite.errors import ModelError, SelectError, VerificationError
+from memrewrite.passes.capture import Capture, capture, run
+from memrewrite.passes.emit import emit_graph, emit_originals, traced_module
+from memrewrite.passes.locate import Locations, locate
+from memrewrite.passes.select import select
+from memrewrite.passes.substitute import Edit, refuse_rewritten, substitute
+from memrewrite.passes.verify import Evidence, fingerprints, null, run_with_originals, verify
+from memrewrite.plan import ROOT, Plan
+from memrewrite.recipes.reader import read_recipe
+from memrewrite.recipes.schema import Recipe
+from memrewrite.report import Check, Report
+from memrewrite.site import Located
+
+Model = nn.Module | ExportedProgram
+RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
+Step = Callable[[str], None]
+Emit = Literal["module", "graph"]
+
+
+def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> Located:
+    """Every MLP of a model, and every region that only looked like one, with the reason.
+
+    Raises `ModelError` when the model does not run on `inputs`, `CaptureError` when torch cannot trace it.
+    """
+    return _look(model, inputs, step or _quiet)[1].located
+
+
+def plan(model: Model, recipe: RecipeLike, inputs: Any = None, *, step: Step | None = None) -> Plan:
+    """What `apply` would do. Raises what `inspect` raises, `RecipeError`, and `SelectError` where they do not fit."""
+    wanted = read_recipe(recipe)
+    if isinstance(model, nn.Module):
+        refuse_rewritten(model)
+    _, locations = _look(model, inputs, step or _quiet)
+    return _plan(model, locations, wanted)
+
+
+def apply(
+    model: Model,
+    recipe: RecipeLike,
+    inputs: Any = None,
+    *,
+    emit: Emit = "module",
+    allow_large: bool = False,
+    step: Step | None = None,
+) -> Report:
+    """Rewrite `model` as `recipe` says, prove it, and report; `report.model` is the rewritten model.
+
+    A live module is edited in place (`emit="graph"`: left alone, its captured graph rewritten); a traced one gives a new
+    `GraphModule`. When a check fails the model is as it was and `VerificationError` is raised, with the `report`. Raises
+    also what `plan` raises, and `SelectError` when the result would not fit in memory and `allow_large` is not set.
+    """
+    begun, say = time.perf_counter(), step or _quiet
+    wanted = read_recipe(recipe)
+    live = isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule)
+    if isinstance(model, nn.Module):
+        refuse_rewritten(model)
+    with _evaluating(model):
+        if live and emit == "graph":
+            say("capturing the model with dynamic shapes")
+            traced = capture(model, inputs, dynamic=True)
+            if len(traced.segments) != 1:
+                raise SelectError(f"there is no one graph of this model: {traced.how}", hint="use --emit module")
+            model = traced.segments[0].program
+        before, locations = _look(model, inputs, say)
+        made = _plan(model, locations, wanted)
+        if not allow_large:
+            refuse_too_large(made)
+        old_size = _size(model)
+        rewrite = _apply_to_module if live and emit == "module" else _apply_to_graph
+        result, checks = rewrite(model, made, before, locations, wanted, say)
+    report = Report(
+        plan=made,
+        checks=checks,
+        parameters_before=old_size,
+        parameters_after=_size(result),
+        before=made.before(),
+        after=made.after(),
+        seconds=time.perf_counter() - begun,
+    ).of_model(result)
+    if not report.ok:
+        failed = next(check for check in checks if check.outcome == "failed")
+        raise VerificationError(
+            f"the check {failed.name!r} failed: {failed.sentence}",
+            where=made.captured,
+            hint="nothing was changed; please report the model and the recipe",
+        ).with_report(report)
+    return report
+
+
+def _apply_to_module(
+    model: nn.Module, made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
+) -> tuple[nn.Module, tuple[Check, ...]]:
+    if recipe.verify == "off":
+        say("substituting")
+        substitute(model, made).commit()
+        return model, ()
+    say("fingerprinting every tensor")
+    evidence = Evidence(model, made, before, locations, fingerprints(model))
+    say("checking the plan with the original MLPs wrapped")
+    first = null(evidence, lambda: run_with_originals(evidence))
+    if first.outcome == "failed":
+        return model, (first,)
+    say("substituting")
+    edit: Edit = substitute(model, made)
+    say("verifying")
+    try:
+        evidence.layers = dict(edit.layers)
+        checks = (first, *verify(evidence))
+    except BaseException:
+        edit.revert()
+        raise
+    if any(check.outcome == "failed" for check in checks):
+        edit.revert()
+    edit.commit()
+    return model, checks
+
+
+def _apply_to_graph(
+    model: Model, made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
+) -> tuple[nn.Module, tuple[Check, ...]]:
+    segment = before.segments[0]
+    say("rewriting the graph")
+    result, layers = emit_graph(segment, made, locations)
+    if recipe.verify == "off":
+        return result, ()
+    say("verifying")
+    original = traced_module(segment)
+    evidence = Evidence(original, made, before, locations, fingerprints(original))
+    first = null(evidence, lambda: run(emit_originals(segment, made, locations), before.inputs))
+    after = replace(evidence, model=result, layers=layers)
+    return result, (first, *verify(after))
+
+
+def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, Locations]:
+    if inputs is None and not isinstance(model, ExportedProgram):
+        raise ModelError("no example inputs were given", hint="give a tuple, a dict or (args, kwargs) that the model runs on")
+    say("capturing the model")
+    with _evaluating(model):
+        before = capture(model, inputs)
+    say("locating its MLPs")
+    return before, locate(before)
+
+
+def _plan(model: Model, locations: Locations, recipe: Recipe) -> Plan:
+    live = isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule)
+    made = select(locations.located, recipe, live=live)
+    taken = live and hasattr(model, ROOT)
+    return made.model_copy(update={"root": f"memrewrite_{ROOT}"}) if taken else made
+
+
+def refuse_too_large(made: Plan) -> None:
+    """Raise `SelectError` when what the plan adds is more than the free memory of the device it goes to."""
+    for name, pool in made.pools.items():
+        device = torch.device(next(s.site.device for s in made.substitutions if s.pool == name))
+        free = _free_memory(device)
+        needed = pool.cost().parameter_bytes
+        if free is not None and needed > free:
+            raise SelectError(
+                f"pool {name!r} needs {needed / 2**30:.1f} GiB ({pool.slots:,} × {pool.value_dim} {pool.dtype}), "
+                f"and {device} has {free / 2**30:.1f} GiB free",
+                where=f"pools.{name}",
+                hint="fewer `keys`, a smaller `dtype`, or allow it: --allow-large",
+            )
+
+
+def _free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu" or not os.path.exists("/proc/meminfo"):  # noqa: PTH110 - no path of the user's
+        return None
+    with open("/proc/meminfo") as lines:  # noqa: PTH123
+        sizes = dict(line.split(":", 1) for line in lines)
+    return int(sizes["MemAvailable"].split()[0]) * 1024
+
+
+@contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """Eval mode while a model is traced and compared, every module's own mode back afterwards."""
+    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            module.training = modes.get(module, modes[model])  # a new layer goes with the whole
+
+
+def _size(model: Model) -> int:
+    held = model.parameters() if isinstance(model, nn.Module) else model.parameters()
+    return sum(p.numel() for p in held)
+
+
+def _quiet(_: str) -> None:
+    """No one is told."""

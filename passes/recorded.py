@@ -1,0 +1,78 @@
+"""A segment's recorded graph beside its canonical one: which value is which, and which nodes each module call made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+from torch import fx
+
+from memrewrite.passes.capture import Call, Segment
+from memrewrite.passes.dataflow import IDENTITY, Dataflow, clean, is_assertion, modules_of, op_name
+from memrewrite.passes.normalize import ORIGIN
+from memrewrite.passes.region import Region
+
+
+class Recorded:
+    """Questions about recorded nodes, answered through the canonical graph; built once for each segment."""
+
+    def __init__(self, segment: Segment, flow: Dataflow, calls: Mapping[str, tuple[Call, ...]]) -> None:
+        self.segment, self.flow, self.calls = segment, flow, calls
+        self.twin = {node.meta[ORIGIN]: node for node in flow.graph.nodes if ORIGIN in node.meta}
+        self.position = {node: i for i, node in enumerate(segment.graph.nodes)}
+        self.constant: set[fx.Node] = set()  # computed from weights and literals alone
+        for node in segment.graph.nodes:
+            made = node.op == "call_function" and all(n in self.constant for n in node.all_input_nodes)
+            if made or node.name in segment.weights or node.name in segment.literals:
+                self.constant.add(node)
+
+    @cached_property
+    def by_call(self) -> dict[str, list[fx.Node]]:
+        """The nodes each module call made; dead constants and assertions aside."""
+        made: dict[str, list[fx.Node]] = {}
+        for node in self.segment.graph.nodes:
+            if node.op == "call_function" and node.users:
+                for call, _ in modules_of(node):
+                    made.setdefault(call, []).append(node)
+        return made
+
+    @cached_property
+    def paths(self) -> dict[str, str]:
+        """Module path of each call, in the whole model."""
+        found = {call: clean(path) for node in self.segment.graph.nodes for call, path in modules_of(node)}
+        return {call: f"{self.segment.path}.{path}".strip(".") for call, path in found.items()}
+
+    def root(self, node: fx.Node) -> fx.Node | None:
+        """The canonical value a recorded node carries, views and whatever `normalize` dropped aside; None for others."""
+        while node not in self.twin:
+            if op_name(node) not in IDENTITY or not node.all_input_nodes:
+                return None
+            node = node.all_input_nodes[0]
+        return self.flow.root(self.twin[node])
+
+    def closure(self, region: Region) -> set[fx.Node]:
+        """The recorded nodes of a region: back from the last matrix to the input, the weights' own arithmetic included."""
+        start = region.down.meta[ORIGIN]
+        inside, pending = {start}, [start]
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                weight = source.op != "call_function"
+                if source not in inside and not weight and self.root(source) is not region.x:
+                    inside.add(source)
+                    pending.append(source)
+        return inside
+
+    def reads(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """What a set of nodes reads from outside, weights and literals aside."""
+        inside = set(nodes)
+        return {s for n in inside for s in n.all_input_nodes if s not in inside and s not in self.constant}
+
+    def gives(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """What of a set of nodes is read outside."""
+        inside = set(nodes)
+        return {n for n in inside if n not in self.constant and any(u not in inside and not is_assertion(u) for u in n.users)}
+
+    def convention(self, call: str) -> bool:
+        """Whether the module takes one tensor, as its first argument, and returns one, in every call seen."""
+        seen = self.calls.get(self.paths[call], ())
+        return bool(seen) and all(c.first_is_tensor and c.tensors_in == 1 and c.returns_tensor for c in seen)

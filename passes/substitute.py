@@ -1,0 +1,266 @@
+"""Puts the Plan's layers into the live module tree, in place, once; what was done can be undone until it is committed.
+
+Flow: pools are built and hung at the root → each layer is built on its site's device and dtype → it takes the place of the
+MLP's module, or hooks hand it the MLP's input → every replacement is logged and leaves its undo behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memrewrite.errors import ModelError, SelectError
+from memrewrite.layers.contract import MemoryLayer
+from memrewrite.layers.kinds import kind_named
+from memrewrite.layers.pool import Pool, Pools
+from memrewrite.plan import Placement, Plan, Substitution
+from memrewrite.site import Binding, Site
+
+log = logging.getLogger("memrewrite")
+
+CHILD = "memory"  # a layer beside an MLP is this child of the module it is hooked to
+
+
+class Edit:
+    """What was changed in a module tree, newest last; `revert` brings the old tree back, bit for bit."""
+
+    def __init__(self) -> None:
+        self.layers: dict[str, nn.Module] = {}  # by site path
+        self._undo: list[Callable[[], None]] = []
+
+    def done(self, undo: Callable[[], None]) -> None:
+        """Note how the last change is undone."""
+        self._undo.append(undo)
+
+    def revert(self) -> None:
+        """Undo every change, newest first."""
+        while self._undo:
+            self._undo.pop()()
+
+    def commit(self) -> None:
+        """Keep the changes: the replaced modules are let go of, and their memory with them."""
+        self._undo.clear()
+
+
+def substitute(model: nn.Module, plan: Plan, *, initialise: bool = True) -> Edit:
+    """Apply `plan` to `model` in place. `initialise=False` leaves new parameters unset, for a checkpoint to fill.
+
+    Raises `ModelError` for a model that already holds pools, `SelectError` when a path of the plan is not in the model.
+    On any error the model is as it was.
+    """
+    refuse_rewritten(model)
+    edit = Edit()
+    try:
+        layers = _build_all(model, plan, edit, initialise)
+        for substitution in plan.substitutions:
+            layer = layers[substitution.site.path].train(model.training)
+            place(model, substitution.site, layer, substitution.placement, edit)
+            said = "takes the place of" if substitution.placement == "replace" else "is added to"
+            log.info("%s %s the MLP %s", substitution.kind, said, substitution.site.path)
+    except BaseException:
+        edit.revert()
+        raise
+    return edit
+
+
+def build_layers(model: nn.Module, plan: Plan, *, initialise: bool = True) -> dict[str, nn.Module]:
+    """Hang the plan's pools at `model`'s root and build its layers, placed nowhere yet; by site path."""
+    return dict(_build_all(model, plan, Edit(), initialise))
+
+
+def refuse_rewritten(model: nn.Module) -> None:
+    """Raise `ModelError` for a model that was rewritten before."""
+    if any(isinstance(module, Pools) for module in model.modules()):
+        raise ModelError(
+            "this model was already rewritten: it holds a memory pool",
+            hint="start from the original model; one recipe can hold many rules and pools",
+        )
+
+
+def pools_of(model: nn.Module) -> Pools:
+    """The pools of a rewritten model. Raises `ModelError` for a model that was not rewritten."""
+    found = next((module for module in model.modules() if isinstance(module, Pools)), None)
+    if found is None:
+        raise ModelError("this model holds no memory pool", hint="rewrite it first: memrewrite.apply(...)")
+    return found
+
+
+def _build_all(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> dict[str, nn.Module]:
+    pools = _hang_pools(model, plan, edit, initialise)
+    layers: dict[str, nn.Module] = {}
+    for number, substitution in enumerate(plan.substitutions):
+        layer = _build(substitution, pools)
+        if initialise:
+            layer.reset_parameters(_generator(layer, plan, number))
+        layers[substitution.site.path] = layer
+    return layers
+
+
+def _hang_pools(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> dict[str, Pool]:
+    users = {name: [s.site for s in plan.substitutions if s.pool == name] for name in plan.pools}
+    pools = {name: Pool(spec, device=users[name][0].device) for name, spec in plan.pools.items()}
+    if initialise:
+        for pool in pools.values():
+            pool.reset_parameters()
+    if hasattr(model, plan.root):
+        raise ModelError(f"the model has an attribute {plan.root!r} of its own, where the pools were to hang")
+    model.add_module(plan.root, Pools(pools).train(model.training))
+    edit.done(lambda: delattr(model, plan.root))
+    return pools
+
+
+def _build(substitution: Substitution, pools: Mapping[str, Pool]) -> MemoryLayer:
+    site, kind = substitution.site, kind_named(substitution.kind)
+    return kind(
+        site.d_in,
+        site.d_model,
+        kind.Options.model_validate(substitution.options),
+        pools[substitution.pool] if substitution.pool else None,
+        zero_output=substitution.placement == "parallel",
+        device=site.device,
+        dtype=getattr(torch, site.dtype),
+    )
+
+
+def _generator(layer: nn.Module, plan: Plan, number: int) -> torch.Generator | None:
+    """Every layer its own random numbers, the same on every run: they follow from the pool's seed and its place."""
+    device = next(layer.parameters()).device
+    if device.type == "meta":
+        return None
+    name = plan.substitutions[number].pool
+    seed = plan.pools[name].seed if name else 0
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + number + 1) % 2**63)
+
+
+def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, edit: Edit) -> None:
+    """Put one layer at one site, through every binding the site has (weights that several modules share have several)."""
+    hand = Hand() if any(binding.kind == "span" for binding in site.bindings) else None
+    for number, binding in enumerate(site.bindings):
+        if binding.kind == "none":
+            raise SelectError(f"the MLP at {site.path!r} cannot be edited in the module tree: {binding.why}")
+        exit_ = module_at(model, binding.exit)
+        if hand:
+            _listen(model, binding, placement, hand, edit)
+        if placement == "replace":
+            _swap(model, exit_, layer, edit)
+        else:
+            if number == 0:
+                _hang(site, exit_, layer, edit)
+            _hook(exit_.register_forward_hook(AddMemory(layer, hand)), edit)
+    if hand and placement == "replace":
+        _hook(layer.register_forward_pre_hook(TakeHanded(hand)), edit)
+    edit.layers[site.path] = layer
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at `path`. Raises `SelectError` when the model has none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise SelectError(
+            f"the model has no module {path!r}", where=str(error), hint="the plan was made for another model: plan again"
+        ) from error
+
+
+def _listen(model: nn.Module, binding: Binding, placement: Placement, hand: Hand, edit: Edit) -> None:
+    """Have the MLP's input remembered when it reaches the entries; in a replaced MLP these compute nothing any more."""
+    for path, width in zip(binding.entries, binding.widths, strict=True):
+        entry = module_at(model, path)
+        if placement == "replace":
+            hollow = Hollow(width)
+            _swap(model, entry, hollow, edit)
+            entry = hollow
+        _hook(entry.register_forward_pre_hook(HandOn(hand)), edit)
+
+
+def _hang(site: Site, exit_: nn.Module, layer: nn.Module, edit: Edit) -> None:
+    """Make a layer beside an MLP a child of the module that returns the MLP's output."""
+    host = exit_
+    while isinstance(host, (nn.Sequential, nn.ModuleList)):  # these call every child they have
+        host = list(host.children())[-1]
+    if hasattr(host, CHILD):
+        raise ModelError(f"the module at {site.path!r} has an attribute {CHILD!r} of its own, where the layer was to hang")
+    host.add_module(CHILD, layer)
+    edit.done(lambda: delattr(host, CHILD))
+
+
+def _hook(handle: Any, edit: Edit) -> None:
+    edit.done(handle.remove)
+
+
+def _swap(model: nn.Module, old: nn.Module, new: nn.Module, edit: Edit) -> None:
+    """Put `new` wherever `old` hangs: one module may be reached by several names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                setattr(parent, name, new)
+                edit.done(lambda parent=parent, name=name: setattr(parent, name, old))  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------- small modules and hooks; all can be copied and saved
+
+
+class Hand:
+    """Carries an MLP's input from where it is read to where its output is due, within one forward."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The input, once."""
+        if self.x is None:
+            raise RuntimeError("an MLP's output is due, but its input never came by: its modules are called in another order")
+        x, self.x = self.x, None
+        return x
+
+
+class HandOn:
+    """Forward pre-hook of an entry: remembers the MLP's input."""
+
+    def __init__(self, hand: Hand) -> None:
+        self.hand = hand
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.hand.x = args[0]
+
+
+class TakeHanded:
+    """Forward pre-hook of a layer at an exit: gives it the MLP's input instead of the hidden value."""
+
+    def __init__(self, hand: Hand) -> None:
+        self.hand = hand
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        return (self.hand.take(),)
+
+
+class AddMemory:
+    """Forward hook of an MLP: adds the layer's output to the MLP's."""
+
+    def __init__(self, layer: nn.Module, hand: Hand | None) -> None:
+        self.layer, self.hand = layer, hand
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = args[0] if self.hand is None else self.hand.take()
+        added: Tensor = self.layer(x)
+        return output + added.to(output.dtype)
+
+
+class Hollow(nn.Module):
+    """Stands where a replaced MLP's first matrix stood: hands on zeros of its width, without computing anything."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> zeros [..., width]: one stored number, seen at every place."""
+        return x.new_zeros(()).expand(*x.shape[:-1], self.width)
+
+    def extra_repr(self) -> str:
+        """The width, for `print(model)`."""
+        return f"width={self.width}"

@@ -1,0 +1,228 @@
+"""Proof that a rewrite did what the plan says and nothing else: named checks, each with an outcome, a number, a sentence.
+
+Flow: before editing, fingerprints of every tensor and the *null* check (the plan with the original MLPs wrapped); after it,
+*coverage*, *untouched*, *frame*, *sharing*, *gradient*, and *identity* where every layer stands beside its MLP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from memrewrite.errors import CaptureError
+from memrewrite.layers.contract import MemoryLayer
+from memrewrite.passes import frame as frames
+from memrewrite.passes.capture import Capture, Inputs, recapture, run
+from memrewrite.passes.extract import Original
+from memrewrite.passes.locate import Locations
+from memrewrite.passes.substitute import Edit, place, pools_of
+from memrewrite.plan import Plan, Substitution
+from memrewrite.report import Check
+
+
+@dataclass
+class Evidence:
+    """What the checks look at. `before` and `fingerprints` are from before the edit."""
+
+    model: nn.Module
+    plan: Plan
+    before: Capture
+    locations: Locations
+    fingerprints: Mapping[str, str]
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)  # by site path, as built
+
+    @property
+    def on_meta(self) -> bool:
+        """No values to compare: the model is on `meta`."""
+        return any(p.is_meta for p in self.model.parameters())
+
+
+def fingerprints(model: nn.Module) -> dict[str, str]:
+    """A hash of every parameter and buffer, bit by bit; of shape and dtype alone on `meta`."""
+    return {name: _fingerprint(tensor) for name, tensor in tensors_of(model)}
+
+
+def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every parameter and buffer, by each of its names."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _fingerprint(tensor: Tensor) -> str:
+    digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
+    if not tensor.is_meta and tensor.numel():
+        digest.update(memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def null(evidence: Evidence, run_wrapped: Callable[[], Any]) -> Check:
+    """The plan applied with the original MLPs wrapped: does every output keep every bit?"""
+    if evidence.on_meta:
+        return _skipped("null", "the model is on meta: there are no values to compare")
+    different = differing(evidence.before.outputs, run_wrapped())
+    sentence = "with the original MLPs in the layers' places, outputs are bit-equal"
+    if different:
+        sentence = f"with the original MLPs in the layers' places, {different} output elements differ"
+    return _check("null", different == 0, different, sentence)
+
+
+def run_with_originals(evidence: Evidence) -> Any:
+    """The live model's outputs with every selected MLP lifted out and put back in the layer's way; leaves it as it was."""
+    edit = Edit()
+    try:
+        for substitution in evidence.plan.substitutions:
+            wrapped = Original(evidence.model, evidence.locations.found[substitution.site.path])
+            place(evidence.model, substitution.site, wrapped, "replace", edit)
+        return run(evidence.model, evidence.before.inputs)
+    finally:
+        edit.revert()
+
+
+def differing(one: Any, other: Any) -> int:
+    """Elements in which two outputs differ, NaN equal to NaN; outputs of another structure differ in all."""
+    a, b = ([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] for out in (one, other))
+    if [(t.shape, t.dtype) for t in a] != [(t.shape, t.dtype) for t in b]:
+        return max(1, sum(t.numel() for t in b))
+    return sum(int((~((x == y) | ((x != x) & (y != y)))).sum()) for x, y in zip(a, b, strict=True))
+
+
+def coverage(evidence: Evidence) -> Check:
+    """Is every layer called as often as its MLP was, with its width, and are the replaced weights gone?"""
+    seen: dict[str, list[int]] = {s.site.path: [] for s in evidence.plan.substitutions}
+    handles = [
+        evidence.layers[path].register_forward_pre_hook(lambda _, args, widths=widths: widths.append(args[0].shape[-1]))
+        for path, widths in seen.items()
+    ]
+    try:
+        run(evidence.model, evidence.before.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for substitution in evidence.plan.substitutions:
+        site = substitution.site
+        if seen[site.path] != [site.d_in] * site.calls:
+            sentence = f"the layer at {site.path!r} ran {len(seen[site.path])} times, its MLP {site.calls} times"
+            return _check("coverage", False, len(seen[site.path]), sentence)
+    return _check("coverage", True, len(seen), f"{len(seen)} of {len(seen)} layers run as often as their MLPs did")
+
+
+def untouched(evidence: Evidence) -> Check:
+    """Are all tensors that were there before, and should still be, there with the same bits?"""
+    now = fingerprints(evidence.model)
+    new = {id(t) for module in _new_modules(evidence) for _, t in tensors_of(module)}
+    added = {name for name, tensor in tensors_of(evidence.model) if id(tensor) in new}
+    may_go = {n for s in evidence.plan.substitutions if s.placement == "replace" for n in s.site.parameters}
+    gone = set(evidence.fingerprints) - (set(now) - added) - may_go
+    stray = set(now) - added - set(evidence.fingerprints)
+    changed = {n for n, bits in evidence.fingerprints.items() if n in now and n not in added and now[n] != bits}
+    kept = len(set(now) - added)
+    for what, names in (("vanished", gone), ("appeared", stray), ("changed", changed)):
+        if names:
+            return _check("untouched", False, len(names), f"{len(names)} tensors {what}: {', '.join(sorted(names)[:3])}")
+    return _check("untouched", True, kept, f"all {kept} other tensors are bit-identical")
+
+
+def _new_modules(evidence: Evidence) -> list[nn.Module]:
+    return [pools_of(evidence.model), *evidence.layers.values()]
+
+
+def frame(evidence: Evidence) -> Check:
+    """Is the graph outside the sites the same graph?"""
+    by_layer = {id(evidence.layers[s.site.path]): s for s in evidence.plan.substitutions}
+    modules = evidence.model.named_modules(remove_duplicate=False)
+    layers: dict[str, Substitution] = {path: by_layer[id(m)] for path, m in modules if id(m) in by_layer}
+    compared = 0
+    try:
+        for segment in evidence.before.segments:
+            inside = {p: s for p, s in layers.items() if not segment.path or f"{p}.".startswith(f"{segment.path}.")}
+            after = recapture(evidence.model, segment)
+            compared += frames.compare(segment, after, evidence.locations.found, inside)
+    except (frames.Differs, CaptureError) as difference:
+        return _check("frame", False, compared, str(difference))
+    return _check("frame", True, compared, f"{compared} values outside the sites are computed as before")
+
+
+def sharing(evidence: Evidence) -> Check:
+    """Has every pool one name and one storage, and do all its layers read it?"""
+    pools, names = pools_of(evidence.model), tensors_of(evidence.model)
+    for name in evidence.plan.pools:
+        pool = pools[name]
+        storage = pool.values.untyped_storage()._cdata
+        held = [n for n, t in names if t.untyped_storage()._cdata == storage]
+        if held != [f"{evidence.plan.root}.{name}.values"]:
+            return _check("sharing", False, len(held), f"pool {name!r} has {len(held)} names: {', '.join(held[:3])}")
+        for substitution in evidence.plan.substitutions:
+            layer = evidence.layers[substitution.site.path]
+            if substitution.pool == name and (not isinstance(layer, MemoryLayer) or layer.pool is not pool):
+                return _check("sharing", False, 0, f"the layer at {substitution.site.path!r} reads another table than {name!r}")
+    count = len(evidence.plan.pools)
+    return _check("sharing", True, count, f"{count} pool(s), each with one name and one storage")
+
+
+def gradient(evidence: Evidence) -> Check:
+    """Does every new parameter get a finite gradient that is not zero? Layers that start at zero are opened for this."""
+    if evidence.on_meta:
+        return _skipped("gradient", "the model is on meta: there are no values to differentiate")
+    fresh = {p: name for module in _new_modules(evidence) for name, p in module.named_parameters()}
+    frozen = {p: p.requires_grad for p in evidence.model.parameters()}
+    shut = [p for p in fresh if p.ndim >= 2 and not p.detach().any()]
+    try:
+        for p in frozen:
+            p.requires_grad_(p in fresh)
+        for p in shut:
+            nn.init.normal_(p, 0.0, 0.02, generator=torch.Generator(p.device).manual_seed(0))
+        grads = _gradients(evidence.model, evidence.before.inputs, list(fresh))
+    finally:
+        for p in shut:
+            nn.init.zeros_(p)
+        for p, wanted in frozen.items():
+            p.requires_grad_(wanted)
+    bad = [fresh[p] for p, g in zip(fresh, grads, strict=True) if g is None or not g.isfinite().all() or not g.any()]
+    if bad:
+        return _check("gradient", False, len(bad), f"{len(bad)} new parameters get none: {', '.join(bad[:3])}")
+    return _check("gradient", True, len(fresh), f"all {len(fresh)} new parameters get a finite gradient")
+
+
+def _gradients(model: nn.Module, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
+    outputs = run(model, inputs, gradients=True)
+    ends = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    if not ends:
+        return (None,) * len(parameters)
+    # a random direction: a plain sum is constant behind a softmax or a norm, and its gradient would vanish
+    generator = torch.Generator().manual_seed(0)
+    loss = sum((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in ends)
+    return torch.autograd.grad(loss, parameters, allow_unused=True)  # type: ignore[arg-type]
+
+
+def identity(evidence: Evidence) -> Check:
+    """With every layer beside its MLP and its output at zero: does the model compute what it did, bit for bit?"""
+    if any(s.placement != "parallel" for s in evidence.plan.substitutions):
+        return _skipped("identity", "some MLPs were replaced: the model computes something else now, as asked")
+    if evidence.on_meta:
+        return _skipped("identity", "the model is on meta: there are no values to compare")
+    different = differing(evidence.before.outputs, run(evidence.model, evidence.before.inputs))
+    sentence = "the rewritten model's outputs are bit-equal to the original's"
+    if different:
+        sentence = f"{different} output elements of the rewritten model differ from the original's"
+    return _check("identity", different == 0, different, sentence)
+
+
+CHECKS: tuple[Callable[[Evidence], Check], ...] = (coverage, untouched, frame, sharing, gradient, identity)
+
+
+def verify(evidence: Evidence) -> tuple[Check, ...]:
+    """Every check after the edit, in order."""
+    return tuple(check(evidence) for check in CHECKS)
+
+
+def _check(name: str, good: bool, number: float, sentence: str) -> Check:
+    return Check(name=name, outcome="passed" if good else "failed", number=number, sentence=sentence)
+
+
+def _skipped(name: str, why: str) -> Check:
+    return Check(name=name, outcome="skipped", number=0, sentence=why)

@@ -1,0 +1,170 @@
+"""What is wrong with a recipe, in plain words: pydantic's errors become `Problem`s with a place and a way out.
+
+A `ValidationError` → one `Problem` per line of it, its location kept, its jargon replaced, a hint from the schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+Loc = tuple[str | int, ...]
+
+_REFUSED = "recipe"  # the type of the errors our own validators raise
+_SHAPES = {  # the first word of pydantic's error type → what was expected
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "text",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "a mapping (`key: value`)",
+    "mapping": "a mapping (`key: value`)",
+    "model": "a mapping (`key: value`)",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+    "multiple_of": ("a multiple of", "multiple_of"),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where in the data, whether the key or its value, what, and what to try."""
+
+    loc: Loc
+    what: str
+    hint: str
+    at_key: bool = False
+
+
+def refused(what: str, hint: str, *, key: bool = False) -> PydanticCustomError:
+    """The error a validator raises in our grammar; `key`: the key is at fault, not its value."""
+    return PydanticCustomError(_REFUSED, "{what}", {"what": what, "hint": hint, "key": key})
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?` for the nearest known word, or nothing when none is near."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def one_of(known: Iterable[str]) -> str:
+    """The known words, as a hint."""
+    return "one of " + ", ".join(repr(word) for word in known)
+
+
+def problems_of(error: ValidationError, model: type[BaseModel], data: Mapping[str, Any]) -> tuple[Problem, ...]:
+    """Every line of `error`, met when validating `data` as `model`, in plain words."""
+    found = tuple(_problem(line, model, data) for line in error.errors(include_url=False) if not _miscounted(line))
+    # a file of another version is not ours to judge further
+    return tuple(p for p in found if p.loc == ("memrewrite",) and "version" in p.what) or found
+
+
+def _miscounted(line: ErrorDetails) -> bool:
+    """Pydantic counts only the good items, and calls a list with one bad item too short as well."""
+    return line["type"] == "too_short" and len(line["input"]) >= line["ctx"]["min_length"]
+
+
+def _problem(line: ErrorDetails, model: type[BaseModel], data: Mapping[str, Any]) -> Problem:
+    loc, kind, context = tuple(line["loc"]), line["type"], line.get("ctx", {})
+    if kind == _REFUSED:
+        return Problem(loc, context["what"], context["hint"], at_key=context["key"])
+    at_key = bool(loc) and loc[-1] == "[key]"
+    loc = loc[:-1] if at_key else loc
+    names = [step for step in loc if isinstance(step, str)]
+    name = names[-1] if names else "the recipe"
+    fields = fields_at(loc[:-1], model, data)
+    if kind == "extra_forbidden":
+        hint = did_you_mean(name, fields) or f"the keys known here are {', '.join(fields) or 'none'}"
+        return Problem(loc, f"unknown key {name!r}", hint, at_key=True)
+    about = fields.get(name, "")
+    if kind == "missing":
+        return Problem(loc, f"`{name}` is missing", f"add `{name}:` · {about}".removesuffix(" · "))
+    if kind == "literal_error":
+        words = [str(word) for word in _literals(context["expected"])]
+        hint = did_you_mean(str(line["input"]), words) or one_of(words)
+        return Problem(loc, f"`{name}` cannot be {shown(line['input'])}", hint)
+    return Problem(loc, f"`{name}` {_complaint(line)}", about or "see the recipe's schema", at_key=at_key)
+
+
+def _complaint(line: ErrorDetails) -> str:
+    """What pydantic says of a value, without its jargon."""
+    kind, context = line["type"], line.get("ctx", {})
+    if kind in _BOUNDS:
+        words, key = _BOUNDS[kind]
+        return f"must be {words} {context[key]}, not {shown(line['input'])}"
+    if kind == "string_too_short":
+        return "must not be empty"
+    if kind == "too_short":
+        return f"needs at least {context['min_length']} item(s)"
+    if kind.partition("_")[0] in _SHAPES:
+        return f"must be {_SHAPES[kind.partition('_')[0]]}, not {shown(line['input'])}"
+    return f"is refused: {line['msg'].removeprefix('Value error, ')}"
+
+
+def shown(value: Any) -> str:
+    """A value as it is spelled in YAML, short."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def fields_at(loc: Loc, model: type[BaseModel], data: Any) -> dict[str, str]:
+    """Names and descriptions of the fields of the model that sits at `loc` in `data`."""
+    for index, step in enumerate(loc):
+        value = _value_at(data, loc[:index])
+        fields = {_name(name, field): field for name, field in model.model_fields.items()}
+        if step == "options" and isinstance(value, Mapping):
+            model = _options_model(value) or model
+        elif isinstance(step, str) and step in fields:
+            model = next(_models_in(fields[step].annotation), model)
+    return {_name(name, field): field.description or "" for name, field in model.model_fields.items()}
+
+
+def _options_model(rule: Mapping[str, Any]) -> type[BaseModel] | None:
+    from memrewrite.layers.kinds import KINDS
+
+    wanted = rule.get("with", rule.get("with_"))
+    return next((kind.Options for kind in KINDS if kind.kind == wanted), None)
+
+
+def _name(name: str, field: Any) -> str:
+    return field.validation_alias if isinstance(field.validation_alias, str) else name
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _value_at(data: Any, loc: Loc) -> Any:
+    for step in loc:
+        inside = step in data if isinstance(data, Mapping) else isinstance(data, list | tuple) and isinstance(step, int)
+        if not inside:
+            return None
+        data = data[step]
+    return data
+
+
+def _literals(expected: str) -> list[str]:
+    """Pydantic gives the allowed words as prose: `'a', 'b' or 'c'`."""
+    return [word.strip().strip("'") for word in expected.replace(" or ", ", ").split(",")]

@@ -1,0 +1,110 @@
+"""Reads what the user wishes, from wherever it comes: gallery name, file, text, mapping or `Recipe`.
+
+Source → data with places (`source`) → schema → a `Recipe`, or one `RecipeError` that names every problem and its place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from memrewrite.errors import RecipeError
+from memrewrite.recipes.problems import Loc, Problem, did_you_mean, one_of, problems_of
+from memrewrite.recipes.schema import Recipe
+from memrewrite.recipes.shelf import gallery
+from memrewrite.recipes.source import MAX_BYTES, Document, Source, decode, read_document
+
+Place = Callable[[Problem], tuple[str, str]]  # where it is, and an excerpt of it
+
+
+def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
+    """Read a recipe: the name of a gallery recipe, a path, a mapping, or a `Recipe` (returned as it is)."""
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Mapping):
+        return _validated(dict(source), _place_in_mapping)
+    if not isinstance(source, str | os.PathLike):
+        hint = "give a gallery name, a path, a mapping or a Recipe"
+        raise RecipeError(f"a recipe cannot be read from {type(source).__name__}", hint=hint)
+    if isinstance(source, str) and source in (shelf := gallery()):
+        return parse_recipe(shelf[source], name=f"gallery:{source}")
+    return _recipe_in(decode(os.fspath(source), _bytes_of(source)))
+
+
+def parse_recipe(text: str, *, name: str = "<text>") -> Recipe:
+    """Read a recipe from YAML text; `name` stands for the file in error messages."""
+    return _recipe_in(Source(name, text))
+
+
+def _recipe_in(source: Source) -> Recipe:
+    document = read_document(source)
+
+    def place(problem: Problem) -> tuple[str, str]:
+        span = document.span(problem.loc, at_key=problem.at_key)
+        return source.at(span), source.excerpt(span)
+
+    return _validated(document.data, place, document)
+
+
+def _bytes_of(source: str | os.PathLike[str]) -> bytes:
+    """The bytes of the file, one more than allowed at most: enough to see that it is too large."""
+    try:
+        with Path(source).open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        _fail_unknown(os.fspath(source))
+    except IsADirectoryError:
+        raise RecipeError(f"{os.fspath(source)!r} is a directory", hint="name the recipe file in it") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        _fail_unreadable(os.fspath(source), error)
+
+
+def _fail_unknown(name: str) -> Any:
+    names = list(gallery())
+    if "\n" in name:
+        raise RecipeError(
+            "a path was expected, and this is text of several lines", hint="read text with `parse_recipe`"
+        )
+    hint = did_you_mean(Path(name).stem, names) or f"a path that exists, or a recipe of the gallery: {one_of(names)}"
+    raise RecipeError(f"the path {name!r} does not exist, and no gallery recipe is named so", hint=hint) from None
+
+
+def _fail_unreadable(name: str, error: Exception) -> Any:
+    reason = getattr(error, "strerror", None) or str(error)
+    shown = name if len(name) <= 100 else name[:97] + "..."
+    raise RecipeError(f"{shown!r} cannot be read: {reason}", hint="check the path and its permissions") from None
+
+
+def _validated(data: dict[str, Any], place: Place, document: Document | None = None) -> Recipe:
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        problems = problems_of(error, Recipe, data)
+    if document is not None:  # in a file, problems are read from top to bottom
+        problems = tuple(sorted(problems, key=lambda p: document.span(p.loc, at_key=p.at_key)))
+    raise _error_of(problems, place)
+
+
+def _error_of(problems: Sequence[Problem], place: Place) -> RecipeError:
+    """All problems in one error: the first with its line and a caret, the others one line each."""
+    first, *others = problems
+    where, excerpt = place(first)
+    hint = first.hint
+    if others:
+        listed = [f"    {place(problem)[0]} · {problem.what} · {problem.hint}" for problem in others]
+        hint += "\n" + "\n".join([f"  and {len(others)} more:", *listed])
+    return RecipeError(first.what, where=f"{where}\n{excerpt}" if excerpt else where, hint=hint)
+
+
+def _place_in_mapping(problem: Problem) -> tuple[str, str]:
+    return dotted(problem.loc), ""
+
+
+def dotted(loc: Loc) -> str:
+    """A location in data as Python spells it: `replace[0].with`."""
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
+    return text.lstrip(".") or "the recipe"

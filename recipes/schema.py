@@ -1,0 +1,226 @@
+"""What a recipe may say: frozen models that are the Python object and the YAML's schema at once.
+
+Plain data → field types → each kind's own options → cross checks (a rule's pool exists, a pool is used) → `Recipe`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import keyword
+import re
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails
+from torch import nn
+
+from memrewrite.layers.contract import LayerOptions, MemoryLayer
+from memrewrite.layers.kinds import KINDS
+from memrewrite.plan import Placement
+from memrewrite.recipes.problems import did_you_mean, one_of, refused
+from memrewrite.site import Frozen
+
+VERSIONS = (1,)  # the format versions this package reads
+MAX_KEYS = 2**16  # per half: 2**32 slots, sixty-four times the paper's largest pool
+
+# strict: YAML 1.1 reads `yes` and `on` as true, which would otherwise pass for the number 1
+Whole = Annotated[int, Field(strict=True)]
+Index = Annotated[int, Field(strict=True, ge=0)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(strict=True, min_length=1)]
+
+
+class PoolWish(Frozen):
+    """A value table that the layers of one or more rules share."""
+
+    keys: Whole = Field(ge=1, le=MAX_KEYS, description="Keys per half; the pool has keys × keys slots.")
+    value_dim: Count | None = Field(None, description="Width of one value; left out: the d_model of the sites.")
+    init: Literal["paper"] = Field("paper", description="How values start: 'paper' is N(0, value_dim^-1/2).")
+    seed: Whole = Field(0, ge=0, lt=2**63, description="Seed of the pool's initial values.")
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
+        None, description="Type of the stored values; left out: the dtype of the sites."
+    )
+
+
+class Centred(Frozen):
+    """`count` blocks, `stride` apart, around the middle of the stack."""
+
+    count: Count = Field(description="How many blocks.")
+    stride: Count = Field(1, description="Distance from one to the next, in blocks.")
+
+
+class Where(Frozen):
+    """Selects MLPs; the selectors given must all hold."""
+
+    layers: tuple[Index, ...] | None = Field(None, min_length=1, description="Indices of blocks, counted from 0.")
+    centred: Centred | None = Field(None, description="Blocks around the middle of the stack, as in the paper.")
+    every: Count | None = Field(None, description="Every n-th block of the stack.")
+    path: Text | None = Field(None, description="Glob over module paths, such as 'model.layers.*.mlp'.")
+    regex: Text | None = Field(None, description="Regular expression over module paths.")
+    pattern: Text | None = Field(None, description="Name of the MLP pattern, such as 'gated', as `inspect` shows it.")
+    d_model: Count | None = Field(None, description="Width of the MLP's output.")
+    all: Flag = Field(False, description="true: every MLP found.")
+    tower: Text | None = Field(None, description="Path of the stack of blocks, for models with more than one.")
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        twice = sorted({index for index in layers or () if (layers or ()).count(index) > 1})
+        if twice:
+            raise refused(f"block {twice[0]} is listed twice", "list every block once")
+        return layers
+
+    @field_validator("regex")
+    @classmethod
+    def _compiles(cls, regex: str | None) -> str | None:
+        try:
+            re.compile(regex or "")
+        except (re.error, RecursionError, OverflowError) as error:
+            hint = "mend the expression, or use `path` with a glob such as '*.mlp'"
+            raise refused(f"{regex!r} is no regular expression: {error}", hint) from None
+        return regex
+
+    @model_validator(mode="after")
+    def _selects(self) -> Where:
+        if not self.model_dump(exclude_defaults=True):
+            names = ", ".join(f"`{name}`" for name in type(self).model_fields)
+            raise refused("`where` selects nothing", f"give at least one of {names}; `all: true` takes every MLP")
+        return self
+
+
+class Rule(Frozen):
+    """Which MLPs get which layer."""
+
+    model_config = ConfigDict(populate_by_name=True)  # `with` is a keyword: `with_` from Python
+
+    where: Where = Field(description="Which MLPs.")
+    with_: Text = Field(validation_alias="with", serialization_alias="with", description="The layer kind.")
+    pool: Text | None = Field(None, description="Name of the pool the layers read, from `pools`.")
+    placement: Placement = Field(
+        "replace",
+        description="'replace': the layer takes the MLP's place; 'parallel': it is added to the MLP's output.",
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        validate_default=True,
+        description="Options of the layer kind; what is left out is default.",
+    )
+
+    @property
+    def kind(self) -> type[MemoryLayer]:
+        """The class of the layer kind named by `with`."""
+        return _kinds()[self.with_]
+
+    def layer_options(self) -> LayerOptions:
+        """The options as the kind's own frozen model."""
+        return self.kind.Options.model_validate(self.options)
+
+    @field_validator("with_")
+    @classmethod
+    def _known_kind(cls, name: str) -> str:
+        if name not in _kinds():
+            raise refused(f"unknown layer kind {name!r}", did_you_mean(name, _kinds()) or one_of(_kinds()))
+        return name
+
+    @field_validator("options")
+    @classmethod
+    def _normalised(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        kind = _kinds().get(info.data.get("with_", ""))
+        if kind is None:  # the kind is refused already; its options cannot be judged
+            return given
+        options = kind.Options.model_validate(given).model_dump(mode="json")
+        for name, value in given.items():  # `heads: yes` must not become one head
+            if isinstance(value, bool) and not isinstance(options.get(name), bool):
+                _raise_at(
+                    (name,), f"`{name}` cannot be {str(value).lower()}", "YAML reads yes, no, on, off as booleans"
+                )
+        return options
+
+    @model_validator(mode="after")
+    def _pool_fits_kind(self) -> Rule:
+        if self.kind.uses_pool and self.pool is None:
+            _raise_at(("with",), f"{self.with_!r} reads a pool, and the rule names none", "add `pool:` to this rule")
+        if not self.kind.uses_pool and self.pool is not None:
+            _raise_at(("pool",), f"{self.with_!r} reads no pool", "take `pool:` out of this rule", key=True)
+        return self
+
+
+class Recipe(Frozen):
+    """What the user wants done to a model: pools, and rules that say which MLPs get which layer."""
+
+    memrewrite: Literal[1] = Field(description="Version of the recipe format: 1.")
+    pools: dict[str, PoolWish] = Field(default_factory=dict, description="Value tables by name, shared by the layers.")
+    replace: tuple[Rule, ...] = Field(min_length=1, description="Rules; no two may claim the same MLP.")
+    verify: Literal["full", "off"] = Field("full", description="'full': check the rewritten model; 'off': do not.")
+
+    @field_validator("memrewrite", mode="before")
+    @classmethod
+    def _readable(cls, version: Any) -> Any:
+        if type(version) is not int or version not in VERSIONS:
+            read = ", ".join(map(str, VERSIONS))
+            raise refused(f"recipe format version {version!r} cannot be read here", f"versions read here: {read}")
+        return version
+
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _off(cls, verify: Any) -> Any:
+        return "off" if verify is False else verify  # YAML 1.1 reads a bare `off` as false
+
+    @model_validator(mode="after")
+    def _pools_meet_rules(self) -> Recipe:
+        lines = []
+        for index, rule in enumerate(self.replace):
+            if rule.pool is not None and rule.pool not in self.pools:
+                hint = did_you_mean(rule.pool, self.pools) or f"define it: `pools: {{{rule.pool}: {{keys: 1024}}}}`"
+                lines.append(_line(("replace", index, "pool"), f"there is no pool {rule.pool!r}", hint))
+        used = {rule.pool for rule in self.replace}
+        for name in self.pools:
+            if not _can_be_attribute(name):
+                hint = (
+                    "a pool hangs at `model.memory.<name>`: use letters, digits, _, and no name that torch modules use"
+                )
+                lines.append(_line(("pools", name), f"a pool cannot be named {name!r}", hint, key=True))
+            elif name not in used:
+                hint = f"name it in a rule (`pool: {name}`) or take it out"
+                lines.append(_line(("pools", name), f"pool {name!r} is used by no rule", hint, key=True))
+        if lines:
+            raise ValidationError.from_exception_data("Recipe", lines)
+        return self
+
+    def to_data(self) -> dict[str, Any]:
+        """The recipe as plain data: what `read_recipe` takes back. Defaults are written out, except selectors'."""
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
+        for rule, written in zip(self.replace, data["replace"], strict=True):
+            written["options"] = rule.options  # complete: an option's None may differ from its default
+            written["where"] = rule.where.model_dump(mode="json", exclude_defaults=True)
+        return data
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML; reading it again gives an equal recipe."""
+        return yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True, width=120)
+
+    def digest(self) -> str:
+        """A stable hash of what the recipe means, in hexadecimal; spelling, order of keys and comments do not count."""
+        text = json.dumps(self.to_data(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _kinds() -> dict[str, type[MemoryLayer]]:
+    return {kind.kind: kind for kind in KINDS}
+
+
+def _can_be_attribute(name: str) -> bool:
+    """Whether a module can hang under this name in a container module, and be saved and loaded by it."""
+    plain = name.isascii() and name.isidentifier() and not name.startswith("_") and not keyword.iskeyword(name)
+    return plain and not hasattr(nn.ModuleDict(), name)
+
+
+def _line(loc: tuple[str | int, ...], what: str, hint: str, *, key: bool = False) -> InitErrorDetails:
+    return InitErrorDetails(type=refused(what, hint, key=key), loc=loc, input=None)
+
+
+def _raise_at(loc: tuple[str | int, ...], what: str, hint: str, *, key: bool = False) -> None:
+    raise ValidationError.from_exception_data("Rule", [_line(loc, what, hint, key=key)])

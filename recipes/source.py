@@ -1,0 +1,215 @@
+"""A recipe's text as data that remembers its places: YAML read so that every key and value has a line and a column.
+
+Bytes → checked text → PyYAML's node graph (composed, never constructed) → plain data, and a span for each path in it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import yaml
+from yaml.constructor import SafeConstructor
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from memrewrite.errors import RecipeError
+from memrewrite.recipes.problems import Loc
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 10_000  # after aliases are followed: a few lines of aliases can spell billions of nodes
+_WIDTH = 100  # of an excerpt
+_TAG = "tag:yaml.org,2002:"
+_BREAKS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what PyYAML counts as the end of a line
+_HOW_TO_TAB = "indent with spaces"
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """A stretch of one line; line and column count from 1."""
+
+    line: int
+    column: int
+    width: int = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """A text and its name, for pointing into it."""
+
+    name: str
+    text: str
+
+    def at(self, span: Span) -> str:
+        """`file:line:column`."""
+        return f"{self.name}:{span.line}:{span.column}"
+
+    def excerpt(self, span: Span) -> str:
+        """The line, cropped to what can be read, and a caret under the stretch that is meant."""
+        lines = _BREAKS.split(self.text)
+        line = lines[span.line - 1] if span.line <= len(lines) else ""
+        start = max(0, span.column - 1 - _WIDTH // 2) if len(line) > _WIDTH else 0
+        margin, column = f"{span.line:>5} | ", span.column - 1 - start
+        shown = re.sub(r"[^\S ]|[\x00-\x1f\x7f]", " ", line[start : start + _WIDTH])  # a tab would shift the caret
+        carets = "^" * max(1, min(span.width, len(shown) - column))
+        return f"{margin}{shown}\n{' ' * (len(margin) - 2)}| {' ' * column}{carets}"
+
+    def fail(self, span: Span, what: str, hint: str) -> NoReturn:
+        """Raise what is wrong at `span`."""
+        raise RecipeError(what, where=f"{self.at(span)}\n{self.excerpt(span)}", hint=hint) from None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A recipe's data and, for each path in it, where its key and its value stand."""
+
+    source: Source
+    data: dict[str, Any]
+    keys: dict[Loc, Span]
+    values: dict[Loc, Span]
+
+    def span(self, loc: Loc, *, at_key: bool = False) -> Span:
+        """Where `loc` stands; what is not in the file is shown at the nearest thing around it."""
+        if at_key and loc in self.keys:
+            return self.keys[loc]
+        if loc in self.values:
+            return self.values[loc]
+        while loc and loc not in self.values:
+            loc = loc[:-1]
+        return self.keys.get(loc) or self.values[loc]
+
+
+def decode(name: str, raw: bytes) -> Source:
+    """The bytes of a file as text, when they can be a recipe at all."""
+    if len(raw) > MAX_BYTES:
+        raise RecipeError("the file is too large for a recipe", where=name, hint=f"at most {MAX_BYTES} bytes are read")
+    try:
+        return Source(name, raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line, column = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
+        hint = "save the file as UTF-8 text"
+        raise RecipeError("the file is not UTF-8 text", where=f"{name}:{line}:{column}", hint=hint) from None
+
+
+def read_document(source: Source) -> Document:
+    """Read YAML; only plain data: mappings with text keys, lists, text, numbers, booleans and nothing."""
+    start = Span(1, 1)
+    try:
+        root = yaml.compose(source.text, Loader=yaml.SafeLoader)
+        if root is None:
+            source.fail(start, "the recipe is empty", "begin with `memrewrite: 1`")
+        if not isinstance(root, MappingNode):
+            source.fail(_span(root), "a recipe must be a mapping (`key: value`)", "begin with `memrewrite: 1`")
+        reader = _NodeReader(source)
+        data = reader.read(root, ())
+    except yaml.YAMLError as error:
+        _fail_yaml(source, error)
+    except RecursionError:
+        source.fail(start, "the recipe is nested too deeply", "a recipe needs no more than six levels")
+    return Document(source, data, reader.keys, reader.values)
+
+
+class _NodeReader:
+    """Turns nodes into data and notes where each key and value stands."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.left = source, MAX_NODES
+        self.keys: dict[Loc, Span] = {}
+        self.values: dict[Loc, Span] = {}
+        self.around: list[Node] = []  # the nodes being read: an alias to one of them has no end
+
+    def read(self, node: Node, loc: Loc) -> Any:
+        """The data of `node`, which stands at `loc`."""
+        self.left -= 1
+        if self.left < 0:
+            self.source.fail(_span(node), "the recipe is too large", f"at most {MAX_NODES} values, aliases followed")
+        if any(node is outer for outer in self.around):
+            self.source.fail(_span(node), "this value contains itself through an alias", "write the value out")
+        self.values[loc] = _span(node)
+        if isinstance(node, ScalarNode):
+            return self._scalar(node)
+        allowed = _TAG + ("map" if isinstance(node, MappingNode) else "seq")
+        if node.tag != allowed:
+            self._refuse_tag(node)
+        self.around.append(node)
+        data: Any
+        if isinstance(node, SequenceNode):
+            data = [self.read(item, (*loc, index)) for index, item in enumerate(node.value)]
+        else:
+            data = self._mapping(node, loc)
+        self.around.pop()
+        return data
+
+    def _mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
+        data: dict[str, Any] = {}
+        merged: list[Node] = []
+        for key_node, value_node in node.value:
+            if key_node.tag == _TAG + "merge":
+                merged += value_node.value if isinstance(value_node, SequenceNode) else [value_node]
+                continue
+            key, span = self._key(key_node), _span(key_node)
+            if key in data:
+                first = self.keys[(*loc, key)].line
+                self.source.fail(span, f"key {key!r} is given twice", f"keep one; the first is in line {first}")
+            self.keys[(*loc, key)] = span
+            data[key] = self.read(value_node, (*loc, key))
+        for other in merged:  # `<<: *defaults`: what is written here wins
+            data = self._merge(other, loc) | data
+        return data
+
+    def _merge(self, other: Node, loc: Loc) -> dict[str, Any]:
+        if not isinstance(other, MappingNode):
+            self.source.fail(_span(other), "`<<` takes a mapping", "name an anchored mapping: `<<: *defaults`")
+        keys, values = dict(self.keys), dict(self.values)
+        data: dict[str, Any] = self.read(other, loc)
+        self.keys, self.values = self.keys | keys, self.values | values
+        return data
+
+    def _key(self, node: Node) -> str:
+        key = self._scalar(node) if isinstance(node, ScalarNode) else None
+        if not isinstance(key, str):
+            said = f"`{node.value}`" if isinstance(node, ScalarNode) else "this"
+            self.source.fail(_span(node), f"{said} is no name for a key", "put the key in quotes")
+        return key
+
+    def _scalar(self, node: ScalarNode) -> Any:
+        tag = node.tag.removeprefix(_TAG)
+        if tag in ("str", "timestamp", "value"):  # a bare date or `=` is text here
+            return node.value
+        construct = {"null": "yaml_null", "bool": "yaml_bool", "int": "yaml_int", "float": "yaml_float"}.get(tag)
+        if construct is None:
+            self._refuse_tag(node)
+        try:
+            return getattr(SafeConstructor(), f"construct_{construct}")(node)
+        except (ValueError, KeyError, IndexError, OverflowError):
+            shown = node.value if len(node.value) <= 40 else node.value[:37] + "..."
+            self.source.fail(_span(node), f"`{shown}` cannot be read as {tag}", "write a plain value")
+
+    def _refuse_tag(self, node: Node) -> NoReturn:
+        tag = node.tag.replace(_TAG, "!!")
+        self.source.fail(_span(node), f"tag '{tag}' is not read in recipes", "write plain values, without tags")
+
+
+def _span(node: Node) -> Span:
+    start, end = node.start_mark, node.end_mark
+    width = end.column - start.column if end.line == start.line else 1
+    return Span(start.line + 1, start.column + 1, max(1, width))
+
+
+def _fail_yaml(source: Source, error: yaml.YAMLError) -> NoReturn:
+    """PyYAML's complaint as ours: where it is, and the commonest mistakes in plain words."""
+    if isinstance(error, yaml.reader.ReaderError):
+        before = _BREAKS.split(source.text[: error.position])
+        span = Span(len(before), len(before[-1]) + 1)
+        source.fail(
+            span, "a character that YAML does not allow", "remove it, or write it as an escape in double quotes"
+        )
+    if not isinstance(error, yaml.MarkedYAMLError) or (mark := error.problem_mark or error.context_mark) is None:
+        source.fail(Span(1, 1), f"this is not YAML: {error}", "mend the file")
+    span, problem = Span(mark.line + 1, mark.column + 1), error.problem or "it cannot be read"
+    if "another document" in problem:
+        source.fail(span, "the file holds more than one YAML document", "keep one recipe in a file")
+    if "'\\t'" in problem:
+        source.fail(span, "a tab stands where YAML allows only spaces", _HOW_TO_TAB)
+    context = f" {error.context}" if error.context else ""
+    source.fail(span, f"this is not YAML: {problem}{context}", "check quotes, brackets, colons and indentation")

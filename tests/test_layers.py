@@ -1,0 +1,401 @@
+"""The layer kinds against the paper's equations in float64, one contract for all of them, and pools."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memrewrite.errors import UserError
+from memrewrite.layers.contract import MemoryLayer
+from memrewrite.layers.kinds import KINDS, kind_named
+from memrewrite.layers.memory_plus import MemoryPlus
+from memrewrite.layers.pkm import Pkm
+from memrewrite.layers.pool import Pool, Pools, PoolSpec
+
+KEYS, D = 16, 24
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
+
+
+class Model(nn.Module):
+    """Two layers on one pool that hangs at the root, as a rewritten model has them."""
+
+    def __init__(self, layers: list[MemoryLayer], pool: Pool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(layers)
+        self.memory = Pools({"shared": pool})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def build(kind, d=D, d_out=None, *, d_v=None, dtype=None, zero_output=False, device=None, layers=2, **options) -> Model:
+    d_out = d_out or d
+    pool = Pool(PoolSpec(keys=KEYS, value_dim=d_v or d_out), device=device, dtype=dtype)
+    chosen = kind.Options(**{"topk": 4, **options})
+    stack = [kind(d, d_out, chosen, pool, zero_output=zero_output, device=device, dtype=dtype) for _ in range(layers)]
+    model = Model(stack, pool)
+    generator = torch.Generator().manual_seed(0)
+    pool.reset_parameters()
+    for layer in stack:
+        layer.reset_parameters(generator)
+    return model
+
+
+# --- the equations ---------------------------------------------------------------------------------------------------
+
+
+def equation(layer: MemoryLayer, x: Tensor) -> Tensor:
+    """Eqs. (1) and (2), one head at a time, with all N full keys written out."""
+    addressing, (half,) = layer.product_keys, {layer.product_keys.keys.shape[-1]}
+    V, n_keys = layer.pool.values, layer.product_keys.keys.shape[2]
+    y = 0
+    for head in range(layer.options.heads):
+        rows = slice(head * 2 * half, (head + 1) * 2 * half)
+        q = x @ addressing.query.weight[rows].T + addressing.query.bias[rows]  # [T, n]
+        k1, k2 = addressing.keys[head]
+        if layer.options.qk_norm:
+            q = torch.cat([rms(part, addressing.query_norm.weight) for part in q.split(half, -1)], -1)
+            k1, k2 = (rms(part, addressing.key_norm.weight) for part in (k1, k2))
+        K = torch.stack([torch.cat([k1[i], k2[j]]) for i, j in itertools.product(range(n_keys), repeat=2)])  # [N, n]
+        best, slots = (q @ K.T).topk(layer.options.topk, dim=-1)
+        y = y + torch.einsum("tk,tkd->td", best.softmax(-1), V[slots])
+    if isinstance(layer, Pkm):
+        return y if layer.value_proj is None else y @ layer.value_proj.weight.T + layer.value_proj.bias
+    gate = x @ layer.gate.weight.T + layer.gate.bias
+    gated = y * (gate * gate.sigmoid() if layer.options.gate == "swilu" else gate.sigmoid())
+    return gated @ layer.value_proj.weight.T + layer.value_proj.bias
+
+
+def rms(x: Tensor, scale: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt() * scale
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"heads": 1, "topk": 1},
+        {"heads": 3, "topk": KEYS, "key_dim": 10},
+        {"qk_norm": True},
+        {"gate": "sigmoid"},
+        {"d_v": 10},
+        {"d": 97, "d_out": 20},
+    ],
+    ids=str,
+)
+def test_layer_is_the_equation(kind, options):
+    if "gate" in options and kind is not MemoryPlus:
+        pytest.skip("only memory_plus has a gate")
+    model = build(kind, dtype=torch.float64, layers=1, **options)
+    layer = model.blocks[0]
+    for parameter in model.parameters():  # biases and scales too
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(13, layer.d_model, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *model.parameters()]
+    got, want = layer(x), equation(layer, x)
+    torch.testing.assert_close(got, want)
+    probe = torch.randn_like(want)
+    for one, other in zip(*(torch.autograd.grad(out, leaves, probe) for out in (got, want)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+# --- one contract for every kind -------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+@pytest.mark.parametrize("d", [24, 97, 576])
+def test_dtypes_and_odd_widths(kind, dtype, tolerance, d):
+    """Given the slots and weights a layer chose, its output is the float64 formula to the dtype's precision."""
+    layer = build(kind, d, dtype=dtype, layers=1).blocks[0]
+    x = torch.randn(5, d, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = layer(x)
+    assert got.dtype == dtype
+    slots, s = layer.product_keys(x)
+    assert s.dtype == torch.float32
+    torch.testing.assert_close(s.unflatten(-1, (4, 4)).sum(-1), torch.ones(5, 4))
+    y = torch.einsum("tk,tkd->td", s.double(), layer.pool.values.double()[slots])
+    if kind is MemoryPlus:
+        gate, out = (copy.deepcopy(m).double() for m in (layer.gate, layer.value_proj))
+        y = out(y * F.silu(gate(x.double())))
+    assert (got.double() - y).abs().max() <= tolerance * y.abs().max()
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0), (3, 5), (2, 3, 4)], ids=str)
+def test_leading_shapes(kind, shape):
+    layer = build(kind, d_out=20).blocks[0] if kind is MemoryPlus else build(kind).blocks[0]
+    x = torch.randn(*shape, D)
+    out = layer(x)
+    assert out.shape == (*shape, layer.d_out)
+    flat = layer(x.reshape(-1, D)) if x.numel() else torch.zeros(0, layer.d_out)
+    torch.testing.assert_close(out.reshape(-1, layer.d_out), flat)
+
+
+@every_kind
+def test_non_contiguous(kind):
+    layer = build(kind).blocks[0]
+    x = torch.randn(D, 5, 3).permute(2, 1, 0)
+    torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+@every_kind
+def test_each_token_by_itself(kind):
+    layer = build(kind).blocks[0]
+    x = torch.randn(9, D)
+    other = x.clone()
+    other[4] += 1
+    changed = (layer(x) - layer(other)).abs().amax(-1) > 1e-6
+    assert changed.tolist() == [token == 4 for token in range(9)]
+
+
+@every_kind
+def test_zero_output_adds_exactly_nothing_and_learns(kind):
+    model = build(kind, zero_output=True)
+    x = torch.randn(7, D)
+    assert torch.equal(model(x), x)
+    assert not model.blocks[0](x).any()
+    model(x).square().sum().backward()
+    assert model.blocks[0].value_proj.weight.grad.any()
+
+
+@every_kind
+def test_one_name_and_one_storage_for_the_pool(kind):
+    model = build(kind)
+    assert [name for name in model.state_dict() if "values" in name] == ["memory.shared.values"]
+    assert dict(model.memory.shared.named_parameters()).keys() == {"values"}
+    twin = copy.deepcopy(model)
+    assert all(layer.pool is twin.memory.shared for layer in twin.blocks)
+    assert twin.memory.shared.values is not model.memory.shared.values
+    model.to(torch.float64)
+    assert all(layer.pool.values is model.memory.shared.values for layer in model.blocks)
+    assert model(torch.randn(3, D, dtype=torch.float64)).dtype == torch.float64
+
+
+@every_kind
+def test_save_load_and_meta(kind):
+    model, x = build(kind, qk_norm=True), torch.randn(7, D)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    bare = build(kind, qk_norm=True, device="meta")
+    assert all(p.is_meta for p in bare.parameters())
+    bare.to_empty(device="cpu").load_state_dict(torch.load(file))
+    assert torch.equal(bare(x), model(x))
+    with torch.device("meta"):
+        assert all(p.is_meta for p in build(kind).parameters())
+    assigned = build(kind, qk_norm=True, device="meta")
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(assigned(x), model(x))
+
+
+@every_kind
+def test_init_is_the_papers_and_repeats(kind):
+    first, second = build(kind, 64, d_out=96), build(kind, 64, d_out=96)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    layer = first.blocks[0]
+    keys, query = layer.product_keys.keys, layer.product_keys.query
+    assert 0.95 * 32**-0.5 < keys.abs().max() <= 32**-0.5
+    assert 0.95 < query.weight.abs().max() / (6 / (64 + 4 * 32)) ** 0.5 <= 1
+    assert not query.bias.any()
+    for weight in [layer.gate.weight, layer.value_proj.weight] if kind is MemoryPlus else []:
+        assert weight.std().item() == pytest.approx(96**-0.5, rel=0.05)
+    before = torch.get_rng_state()
+    build(kind)
+    assert torch.equal(torch.get_rng_state(), before)  # building and seeded initialisation leave the global RNG alone
+
+
+@every_kind
+def test_hooks_of_the_pool_fire(kind):
+    model, calls = build(kind), []
+    model.memory.shared.register_forward_pre_hook(lambda *_: calls.append(1))
+    model(torch.randn(3, D))
+    assert len(calls) == 2
+
+
+@every_kind
+def test_functional_call_and_checkpointing(kind):
+    model, x = build(kind), torch.randn(7, D)
+    swapped = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(swapped)
+    torch.testing.assert_close(torch.func.functional_call(model, swapped, (x,)), twin(x))
+    plain, saved = model(x).square().sum(), torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    grads = [torch.autograd.grad(loss, list(model.parameters())) for loss in (plain, saved.square().sum())]
+    torch.testing.assert_close(*grads)
+
+
+@every_kind
+def test_autocast(kind):
+    model, x = build(kind, zero_output=False), torch.randn(7, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.blocks[0](x)
+        loss = model(x).float().square().mean()
+    loss.backward()
+    assert out.dtype == (torch.bfloat16 if kind is MemoryPlus else torch.float32)
+    assert model.memory.shared.values.grad.dtype == torch.float32
+
+
+@every_kind
+def test_pool_of_another_dtype(kind):
+    pool = Pool(PoolSpec(keys=KEYS, value_dim=D, dtype="bfloat16"), dtype=torch.float32)
+    pool.reset_parameters()
+    layer = kind(D, D, kind.Options(topk=4), pool)
+    layer.reset_parameters()
+    out = layer(torch.randn(3, D))
+    out.sum().backward()
+    assert out.dtype == torch.float32
+    assert pool.values.dtype == pool.values.grad.dtype == torch.bfloat16
+
+
+@every_kind
+def test_dropout_only_while_training(kind):
+    model, x = build(kind, dropout=0.5, query_dropout=0.5), torch.randn(7, D)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+@every_kind
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_with_dynamic_tokens(kind, strict):
+    model = build(kind, qk_norm=True).eval()
+    shapes = ({0: torch.export.Dim("b"), 1: torch.export.Dim("t")},)
+    program = torch.export.export(model, (torch.randn(3, 5, D),), dynamic_shapes=shapes, strict=strict)
+    assert [name for name in program.state_dict if "values" in name] == ["memory.shared.values"]
+    reads = [node for node in program.graph.nodes if str(node.target) == "memrewrite.sparse_lookup.default"]
+    assert len(reads) == 2
+    assert len({node.args[0] for node in reads}) == 1  # one table, read twice
+    for shape in ((3, 5), (1, 1), (2, 9)):
+        x = torch.randn(*shape, D)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+@every_kind
+def test_compile_fullgraph(kind):
+    torch._dynamo.reset()
+    model = build(kind)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (7, 3, 1):
+        x = torch.randn(2, tokens, D)
+        got, want = compiled(x), model(x)
+        torch.testing.assert_close(got, want)
+        grads = [torch.autograd.grad(out.square().sum(), list(model.parameters())) for out in (got, want)]
+        torch.testing.assert_close(*grads)
+
+
+@every_kind
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "key_dim": 10}, {"gate": "sigmoid"}], ids=str)
+@pytest.mark.parametrize("zero_output", [True, False])
+@pytest.mark.parametrize(("d_out", "d_v"), [(D, D), (20, 40)])
+def test_cost_counts_the_real_parameters(kind, options, zero_output, d_out, d_v):
+    if "gate" in options and kind is not MemoryPlus:
+        pytest.skip("only memory_plus has a gate")
+    model = build(kind, d_out=d_out, d_v=d_v, zero_output=zero_output, layers=1, **options)
+    layer, spec = model.blocks[0], model.memory.shared.spec
+    cost = kind.cost(D, d_out, layer.options, spec, 4, zero_output=zero_output)
+    assert cost.parameters == sum(p.numel() for p in layer.parameters())
+    assert cost.parameter_bytes == 4 * cost.parameters
+    assert cost.bytes_read == cost.parameter_bytes + 4 * 4 * d_v * 4  # heads · topk rows of d_v floats
+    assert spec.cost().parameters == model.memory.shared.values.numel()
+
+
+def test_cost_is_the_papers_arithmetic():
+    """The 1.3b block: 8.4M + 4.2M + 8.4M + 0.26M multiply-adds, and half a megabyte of rows in bf16."""
+    spec, options = PoolSpec(keys=1024, value_dim=2048), MemoryPlus.Options(key_dim=1024)
+    cost = MemoryPlus.cost(2048, 2048, options, spec, 2, zero_output=False)
+    macs = 2048 * 4 * 1024 + 4 * 1024 * 1024 + 2 * 2048 * 2048 + 4 * 32 * 2048
+    assert cost.flops == 2 * macs + 4 * 1024 + 2 * 2048
+    assert cost.bytes_read - cost.parameter_bytes == 128 * 2048 * 2
+    bf16 = spec.model_copy(update={"dtype": "bfloat16"})
+    wide = MemoryPlus.cost(2048, 2048, options, bf16, 4, zero_output=False)
+    assert wide.bytes_read - wide.parameter_bytes == 128 * 2048 * 2  # rows are read in the pool's dtype
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_check_refuses(kind):
+    spec = PoolSpec(keys=KEYS, value_dim=D)
+    for options, pool, words in (
+        ({"key_dim": 7}, spec, "`key_dim: 7` is odd"),
+        ({"topk": KEYS + 1}, spec, f"`topk: {KEYS + 1}` is more than the pool's {KEYS} keys"),
+        ({}, None, "none was given"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            kind.check(D, D, kind.Options(**{"topk": 4, **options}), pool)
+        assert caught.value.hint
+    with pytest.raises(UserError, match="at least one slot"):
+        kind.check(D, D, kind.Options.model_construct(topk=0), spec)
+    with pytest.raises(UserError, match="none was given"):
+        kind(D, D, kind.Options())
+
+
+@every_kind
+def test_options_are_frozen_described_and_bounded(kind):
+    for name, field in kind.Options.model_fields.items():
+        assert field.description, name
+    for wrong in ({"heads": 0}, {"topk": 0}, {"dropout": 1.0}, {"no_such_option": 1}):
+        with pytest.raises(ValidationError):
+            kind.Options(**wrong)
+    with pytest.raises(ValidationError):
+        kind.Options().topk = 3
+    assert (kind.Options().heads, kind.Options().topk) == (4, 32)
+
+
+def test_options_of_another_kind():
+    with pytest.raises(TypeError, match="MemoryPlusOptions are needed, not PkmOptions"):
+        MemoryPlus.check(D, D, Pkm.Options(), PoolSpec(keys=KEYS, value_dim=D))
+
+
+def test_kind_named():
+    assert [kind_named(kind.kind) for kind in KINDS] == list(KINDS)
+    with pytest.raises(UserError, match="did you mean 'memory_plus'"):
+        kind_named("memory_pluss")
+    with pytest.raises(UserError, match="one of 'memory_plus', 'pkm'"):
+        kind_named("zzz")
+
+
+# --- pools -----------------------------------------------------------------------------------------------------------
+
+
+def test_pool_init():
+    pool = Pool(PoolSpec(keys=40, value_dim=64, seed=3))
+    pool.reset_parameters()
+    first = pool.values.detach().clone()
+    assert first.std().item() == pytest.approx(64**-0.5, rel=0.02)
+    address = pool.values.data_ptr()
+    pool.values.data.fill_(float("nan"))
+    pool.reset_parameters()
+    assert torch.equal(pool.values, first)
+    assert pool.values.data_ptr() == address  # in place
+    other = Pool(PoolSpec(keys=40, value_dim=64, seed=4))
+    other.reset_parameters()
+    assert not torch.equal(other.values, first)
+    meta = Pool(PoolSpec(keys=2**16, value_dim=4096), device="meta")
+    meta.reset_parameters()
+    assert meta.values.shape == (2**32, 4096)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "1st", "class", "training", "forward", "_modules", "parameters", "größe"])
+def test_pools_refuse_names(name):
+    with pytest.raises(UserError, match="cannot be named"):
+        Pools({name: Pool(PoolSpec(keys=2, value_dim=2))})
+
+
+def test_pools_by_name():
+    pools = Pools({"shared": Pool(PoolSpec(keys=2, value_dim=2))})
+    assert pools["shared"] is pools.shared
+    with pytest.raises(KeyError):
+        pools["other"]

@@ -1,0 +1,437 @@
+"""Recipes: what reads, what is refused and in which words, and that writing and reading are inverse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memrewrite.errors import RecipeError
+from memrewrite.layers.kinds import KINDS
+from memrewrite.recipes.json_schema import json_schema
+from memrewrite.recipes.reader import parse_recipe, read_recipe
+from memrewrite.recipes.schema import MAX_KEYS, Centred, PoolWish, Recipe, Rule, Where
+from memrewrite.recipes.shelf import describe, gallery
+from memrewrite.recipes.source import MAX_BYTES
+
+GOOD = """\
+memrewrite: 1
+pools:
+  shared: {keys: 1024, init: paper, seed: 0}
+replace:
+  - where: {layers: [4, 12, 20]}
+    with: memory_plus
+    pool: shared
+    placement: replace
+    options: {heads: 4, topk: 32}
+verify: full
+"""
+PAPER = {"paper-134m", "paper-373m", "paper-720m", "paper-1.3b", "paper-8b"}
+
+
+def refusal(text: str) -> str:
+    """What the user is told about a bad text."""
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(text, name="r.yaml")
+    return str(caught.value)
+
+
+def edited(old: str, new: str) -> str:
+    assert GOOD.count(old) == 1
+    return GOOD.replace(old, new)
+
+
+# --- what reads ---------------------------------------------------------------------------------------------------
+
+
+def test_the_example_reads() -> None:
+    recipe = parse_recipe(GOOD)
+    (rule,) = recipe.replace
+    assert recipe.pools == {"shared": PoolWish(keys=1024)}
+    assert rule.where == Where(layers=(4, 12, 20))
+    assert (rule.with_, rule.pool, rule.placement, recipe.verify) == ("memory_plus", "shared", "replace", "full")
+    assert rule.kind.kind == "memory_plus"
+    assert rule.layer_options() == rule.kind.Options.model_validate({"heads": 4, "topk": 32})
+
+
+def test_options_are_complete_and_spelling_does_not_count() -> None:
+    short = parse_recipe(edited("    options: {heads: 4, topk: 32}\n", ""))
+    (rule,) = short.replace
+    assert set(rule.options) == set(rule.kind.Options.model_fields)
+    spelled_out = parse_recipe(edited("{heads: 4, topk: 32}", str(rule.options).replace("None", "null")))
+    assert short == spelled_out
+    assert short.digest() == spelled_out.digest() != parse_recipe(edited("seed: 0", "seed: 1")).digest()
+
+
+def test_a_recipe_made_in_python_is_the_same() -> None:
+    options = {"heads": 4, "topk": 32}
+    rule = Rule(where=Where(layers=(4, 12, 20)), with_="memory_plus", pool="shared", options=options)
+    recipe = Recipe(memrewrite=1, pools={"shared": PoolWish(keys=1024)}, replace=(rule,))
+    assert recipe == parse_recipe(GOOD) == read_recipe(yaml.safe_load(GOOD))
+    assert read_recipe(recipe) is recipe
+
+
+def test_a_file_reads_by_path_and_as_text_of_a_path(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())  # as Windows editors write it
+    assert read_recipe(file) == read_recipe(str(file)) == parse_recipe(GOOD)
+
+
+def test_every_kind_reads_and_a_kind_without_pool_refuses_one() -> None:
+    for kind in KINDS:
+        rule: dict[str, Any] = {"where": {"all": True}, "with": kind.kind}
+        with_pool = {"memrewrite": 1, "pools": {"p": {"keys": 64}}, "replace": [{**rule, "pool": "p"}]}
+        without = {"memrewrite": 1, "replace": [rule]}
+        good, bad = (with_pool, without) if kind.uses_pool else (without, with_pool)
+        assert read_recipe(good).replace[0].kind is kind
+        with pytest.raises(RecipeError, match="reads a pool" if kind.uses_pool else "reads no pool"):
+            read_recipe(bad)
+
+
+@pytest.mark.parametrize("bare", ["off", "'off'", "no", "false"])
+def test_a_bare_off_is_the_word_off(bare: str) -> None:
+    assert parse_recipe(edited("verify: full", f"verify: {bare}")).verify == "off"
+
+
+def test_anchors_and_merges_read() -> None:
+    rule = "  - &first\n    where: {layers: [4]}\n    with: memory_plus\n    pool: p\n"
+    text = f"memrewrite: 1\npools: {{p: {{keys: 64}}}}\nreplace:\n{rule}  - {{<<: *first, where: {{layers: [5]}}}}\n"
+    first, second = parse_recipe(text).replace
+    assert (first.where.layers, second.where.layers, second.pool) == ((4,), (5,), "p")
+
+
+# --- the gallery --------------------------------------------------------------------------------------------------
+
+
+def test_the_gallery_is_complete() -> None:
+    assert set(gallery()) == {"memory-plus", "memory-plus-parallel", "pkm", *PAPER}
+
+
+@pytest.mark.parametrize("name", gallery())
+def test_every_gallery_recipe_reads_and_says_what_it_is(name: str) -> None:
+    recipe = read_recipe(name)
+    assert recipe.memrewrite == 1
+    assert 20 < len(describe(name)) < 120
+    assert gallery()[name].startswith(f"# {describe(name)}\n")
+    assert "arXiv 2412.09764" in gallery()[name]
+
+
+def test_the_paper_s_numbers() -> None:
+    for name in PAPER:
+        recipe = read_recipe(name)
+        assert recipe.pools["shared"].keys == (4096 if name == "paper-8b" else 1024)
+        assert recipe.replace[0].where.centred == Centred(count=3, stride=4 if name == "paper-134m" else 8)
+        assert recipe.replace[0].options | {"heads": 4, "topk": 32} == recipe.replace[0].options
+
+
+def test_an_unknown_gallery_name_is_told_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'memory-plus'"):
+        describe("memory-pluss")
+
+
+# --- the error's form ---------------------------------------------------------------------------------------------
+
+
+def test_the_caret_stands_under_the_key() -> None:
+    assert refusal(edited("{keys: 1024", "{kyes: 1024")).splitlines()[:5] == [
+        "`keys` is missing",
+        "  at: r.yaml:3:11",
+        "    3 |   shared: {kyes: 1024, init: paper, seed: 0}",
+        "      |           ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^",
+        "  try: add `keys:` · Keys per half; the pool has keys × keys slots.",
+    ]
+    assert refusal(edited("    placement:", "    placment:")) == "\n".join(
+        [
+            "unknown key 'placment'",
+            "  at: r.yaml:8:5",
+            "    8 |     placment: replace",
+            "      |     ^^^^^^^^",
+            "  try: did you mean 'placement'?",
+        ]
+    )
+
+
+def test_the_caret_stands_under_the_value() -> None:
+    said = refusal(edited("with: memory_plus", "with: memory_pluss   # three"))
+    assert said.splitlines() == [
+        "unknown layer kind 'memory_pluss'",
+        "  at: r.yaml:6:11",
+        "    6 |     with: memory_pluss   # three",
+        "      |           ^^^^^^^^^^^^",
+        "  try: did you mean 'memory_plus'?",
+    ]
+
+
+def test_the_caret_survives_tabs_and_long_lines() -> None:
+    where, line, caret = refusal(edited("seed: 0}", "seed: 0}\t# tabbed").replace("paper", "papre")).splitlines()[1:4]
+    assert where == "  at: r.yaml:3:30"
+    assert line[caret.index("^") :].startswith("papre")
+    long = edited("layers: [4, 12, 20]", "layers: [" + "4, " * 0 + ", ".join(map(str, range(500))) + ", x]")
+    where, line, caret = refusal(long).splitlines()[1:4]
+    assert (line[caret.index("^")], len(line) < 120) == ("x", True)
+
+
+def test_all_problems_are_told_together_from_top_to_bottom() -> None:
+    text = (
+        edited("keys: 1024", "keys: many").replace("placement: replace", "placement: paralel").replace("topk", "topc")
+    )
+    lines = refusal(text).splitlines()
+    assert lines[0] == "`keys` must be a whole number, not 'many'"
+    assert lines[1] == "  at: r.yaml:3:18"
+    assert lines[-3:] == [
+        "  and 2 more:",
+        "    r.yaml:8:16 · `placement` cannot be 'paralel' · did you mean 'parallel'?",
+        "    r.yaml:9:25 · unknown key 'topc' · did you mean 'topk'?",
+    ]
+
+
+def test_from_python_the_place_is_a_dotted_path() -> None:
+    data = yaml.safe_load(GOOD)
+    data["replace"][0]["with"] = "memory_pluss"
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(data)
+    assert caught.value.where == "replace[0].with"
+    assert caught.value.hint == "did you mean 'memory_plus'?"
+    assert caught.value.exit_code == 2
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+BAD = {  # what replaces what in the good recipe → what is said
+    "unknown top key": ("verify: full", "verfy: full", "unknown key 'verfy'", "did you mean 'verify'?"),
+    "unknown far key": ("verify: full", "zzz: 1", "unknown key 'zzz'", "the keys known here are memrewrite, pools"),
+    "unknown option": ("heads: 4", "haeds: 4", "unknown key 'haeds'", "did you mean 'heads'?"),
+    "unknown selector": ("{layers: [4", "{layer: [4", "unknown key 'layer'", "did you mean 'layers'?"),
+    "in centred": ("layers: [4, 12, 20]", "centred: {count: 3, strde: 8}", "unknown key 'strde'", "'stride'"),
+    "wrong type": ("[4, 12, 20]", "4", "`layers` must be a list, not 4", "r.yaml:5:22"),
+    "wrong item": ("[4, 12, 20]", "[4, x]", "`layers` must be a whole number, not 'x'", "r.yaml:5:26"),
+    "negative": ("[4, 12, 20]", "[-1]", "`layers` must be at least 0, not -1", "r.yaml:5:23"),
+    "no layers": ("[4, 12, 20]", "[]", "`layers` needs at least 1 item(s)", "r.yaml:5:22"),
+    "twice": ("[4, 12, 20]", "[4, 4]", "block 4 is listed twice", "r.yaml:5:22"),
+    "boolean number": ("keys: 1024", "keys: yes", "`keys` must be a whole number, not true", "r.yaml:3:18"),
+    "boolean option": ("heads: 4", "heads: yes", "`heads` cannot be true", "booleans"),
+    "bad option": ("heads: 4", "heads: 0", "`heads` must be at least 1, not 0", "r.yaml:9:22"),
+    "no keys": ("keys: 1024", "keys: 0", "`keys` must be at least 1, not 0", "Keys per half"),
+    "absurd keys": ("keys: 1024", f"keys: {MAX_KEYS + 1}", f"`keys` must be at most {MAX_KEYS}", "r.yaml:3:18"),
+    "negative seed": ("seed: 0", "seed: -1", "`seed` must be at least 0, not -1", "r.yaml:3:43"),
+    "dtype": ("seed: 0", "dtype: float23", "`dtype` cannot be 'float23'", "did you mean 'float32'?"),
+    "verify": ("verify: full", "verify: fast", "`verify` cannot be 'fast'", "one of 'full', 'off'"),
+    "pool name": ("    pool: shared", "    pool: shard", "there is no pool 'shard'", "did you mean 'shared'?"),
+    "no pool": ("    pool: shared\n", "", "'memory_plus' reads a pool", "add `pool:`"),
+    "unused pool": ("\nreplace:", "\n  spare: {keys: 8}\nreplace:", "pool 'spare' is used by no rule", "r.yaml:4:3"),
+    "kind": ("memory_plus", "quantum", "unknown layer kind 'quantum'", "one of 'memory_plus'"),
+    "no kind": ("    with: memory_plus\n", "", "`with` is missing", "r.yaml:5:5"),
+    "empty where": ("{layers: [4, 12, 20]}", "{}", "`where` selects nothing", "`all: true` takes every MLP"),
+    "idle where": ("{layers: [4, 12, 20]}", "{all: false}", "`where` selects nothing", "r.yaml:5:12"),
+    "no where": ("where: {layers: [4, 12, 20]}", "where:", "`where` must be a mapping", "not empty"),
+    "regex": ("layers: [4, 12, 20]", "regex: '*x'", "is no regular expression", "r.yaml:5:20"),
+    "huge regex": ("layers: [4, 12, 20]", "regex: 'a{99999999999}'", "is no regular expression", "r.yaml:5:20"),
+    "empty path": ("layers: [4, 12, 20]", "path: ''", "`path` must not be empty", "r.yaml:5:19"),
+    "missing version": ("memrewrite: 1\n", "", "`memrewrite` is missing", "Version of the recipe format: 1"),
+    "wrong version": ("memrewrite: 1", "memrewrite: 2", "version 2 cannot be read here", "versions read here: 1"),
+    "text version": ("memrewrite: 1", "memrewrite: '1'", "version '1' cannot be read", "versions read here: 1"),
+    "true version": ("memrewrite: 1", "memrewrite: yes", "version True cannot be read", "versions read here: 1"),
+    "duplicate key": ("verify: full", "verify: full\nverify: off", "key 'verify' is given twice", "r.yaml:11:1"),
+    "tab": ("  shared:", "\tshared:", "a tab stands where YAML allows only spaces", "indent with spaces"),
+    "not YAML": ("{heads: 4, topk: 32}", "{heads: 4", "this is not YAML", "check quotes"),
+    "two documents": ("verify: full", "---\nmemrewrite: 1", "more than one YAML document", "r.yaml:10:1"),
+    "alias to nothing": ("{heads: 4, topk: 32}", "*gone", "undefined alias 'gone'", "r.yaml:9:14"),
+    "cycle": ("{heads: 4, topk: 32}", "&o {heads: *o}", "contains itself through an alias", "r.yaml:9:14"),
+    "number as key": ("heads: 4", "4: 4", "`4` is no name for a key", "r.yaml:9:15"),
+    "boolean as key": ("heads: 4", "on: 4", "`on` is no name for a key", "put the key in quotes"),
+    "list as key": ("heads: 4", "[a]: 4", "this is no name for a key", "r.yaml:9:15"),
+    "merge of text": ("heads: 4", "<<: x", "`<<` takes a mapping", "r.yaml:9:19"),
+    "bad date": ("keys: 1024", "keys: 2024-13-45", "must be a whole number, not '2024-13-45'", "r.yaml:3:18"),
+    "long number": ("keys: 1024", f"keys: {'9' * 5000}", "cannot be read as int", "r.yaml:3:18"),
+    "set": ("heads: 4", "heads: !!set {a}", "tag '!!set' is not read", "r.yaml:9:22"),
+    "binary": ("heads: 4", "heads: !!binary aGk=", "tag '!!binary' is not read", "without tags"),
+    "control": ("# ", "\x07", "", "") if "# " in GOOD else ("paper", "pa\x07per", "character that YAML", "r.yaml:3:32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_refused(case: str) -> None:
+    old, new, *said = BAD[case]
+    told = refusal(edited(old, new))
+    for words in said:
+        assert words in told
+    assert "r.yaml:" in told
+    assert "pydantic" not in told
+    assert "  try: " in told
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "empty"), ("# only this\n", "empty"), ("- a\n", "must be a mapping"), ("text", "must be a mapping")],
+)
+def test_no_recipe_at_all(text: str, said: str) -> None:
+    assert said in refusal(text)
+
+
+def test_a_wrong_version_silences_what_follows_from_it() -> None:
+    assert "more:" not in refusal("memrewrite: 2\nmystery: {}\n")
+
+
+@pytest.mark.parametrize("name", ["values", "forward", "training", "_parameters", "a-b", "a.b", "class", "1st", "ключ"])
+def test_a_pool_s_name_must_do_as_a_module_s(name: str) -> None:
+    assert f"cannot be named {name!r}" in refusal(GOOD.replace("shared", f'"{name}"'))
+
+
+def test_python_tags_are_never_run(tmp_path: Path) -> None:
+    witness = tmp_path / "witness"
+    told = refusal(edited("{heads: 4, topk: 32}", f"!!python/object/apply:os.system ['touch {witness}']"))
+    assert "tag '!!python/object/apply:os.system' is not read" in told
+    assert not witness.exists()
+
+
+def test_bombs_are_defused() -> None:
+    levels = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12)]
+    assert "too large" in refusal("\n".join(levels))
+    assert "nested too deeply" in refusal("a: " + "[" * 5000)
+    assert "nested too deeply" in refusal("a: " + "{b: " * 5000)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    def told(source: str | Path) -> str:
+        with pytest.raises(RecipeError) as caught:
+            read_recipe(source)
+        return str(caught.value)
+
+    assert "does not exist" in told(tmp_path / "missing.yaml")
+    assert "did you mean 'memory-plus'?" in told("memory-pluss")
+    assert "did you mean 'pkm'?" in told("pkm.yaml")
+    assert "'paper-8b'" in told("zzz")
+    assert "is a directory" in told(tmp_path)
+    assert "`parse_recipe`" in told(GOOD)
+    assert "cannot be read" in told("zero\0byte")
+    assert "cannot be read" in told("x" * 5000)
+    (tmp_path / "latin.yaml").write_bytes(GOOD.replace("paper", "käse").encode("latin-1"))
+    assert "latin.yaml:3:30" in told(tmp_path / "latin.yaml")
+    (tmp_path / "large.yaml").write_bytes(b"#" * (MAX_BYTES + 1))
+    assert "too large" in told(tmp_path / "large.yaml")
+
+
+def test_what_is_no_source_is_refused() -> None:
+    with pytest.raises(RecipeError, match="cannot be read from int"):
+        read_recipe(3)  # type: ignore[arg-type]
+
+
+# --- properties ---------------------------------------------------------------------------------------------------
+
+words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
+counts = st.integers(1, 2**40)
+selectors = st.fixed_dictionaries(
+    {},
+    optional={
+        "layers": st.lists(st.integers(0, 200), min_size=1, unique=True),
+        "centred": st.fixed_dictionaries({"count": counts}, optional={"stride": counts}),
+        "every": counts,
+        "path": words,
+        "pattern": words,
+        "tower": words,
+        "regex": st.sampled_from([r"layers\.\d+", r"^a|b$", r"x{2}", "'\"#: "]),
+        "d_model": counts,
+        "all": st.just(True),
+    },
+).filter(bool)
+pool_wishes = st.fixed_dictionaries(
+    {"keys": st.integers(1, MAX_KEYS)},
+    optional={
+        "value_dim": counts,
+        "init": st.just("paper"),
+        "seed": st.integers(0, 2**63 - 1),
+        "dtype": st.sampled_from(["float32", "bfloat16", None]),
+    },
+)
+pool_names = st.from_regex(r"\A[a-z]{1,8}_[0-9]\Z")
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> dict[str, Any]:
+    pools = draw(st.dictionaries(pool_names, pool_wishes, min_size=1, max_size=3))
+    rule = st.fixed_dictionaries(
+        {"where": selectors, "with": st.just("memory_plus")},
+        optional={
+            "placement": st.sampled_from(["replace", "parallel"]),
+            "options": st.fixed_dictionaries({}, optional={"heads": st.integers(1, 16), "topk": st.integers(1, 64)}),
+        },
+    )
+    rules = [{**draw(rule), "pool": pool} for pool in pools]  # each pool is used
+    return {"memrewrite": 1, "pools": pools, "replace": rules, "verify": draw(st.sampled_from(["full", "off"]))}
+
+
+@given(recipes())
+@settings(deadline=None)
+def test_writing_and_reading_are_inverse(data: dict[str, Any]) -> None:
+    recipe = read_recipe(data)
+    again = parse_recipe(recipe.to_yaml())
+    assert again == recipe
+    assert again.digest() == recipe.digest()
+    assert read_recipe(recipe.to_data()) == recipe
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(recipes(), st.data())
+@settings(deadline=None)
+def test_whatever_is_broken_is_a_recipe_error_with_a_place(data: dict[str, Any], draw: st.DataObject) -> None:
+    target: Any = data
+    for step in draw.draw(st.sampled_from([(), ("pools",), ("replace",), ("replace", 0), ("replace", 0, "where")])):
+        target = target[step]
+    spot = draw.draw(st.sampled_from(sorted(target) if isinstance(target, dict) else [0]))
+    target[spot] = draw.draw(junk)
+    text = yaml.safe_dump(data, allow_unicode=True)
+    try:
+        assert parse_recipe(text, name="r.yaml") == read_recipe(data)
+    except RecipeError as error:
+        assert (error.where or "").startswith("r.yaml:")  # noqa: PT017
+        assert "pydantic" not in str(error)  # noqa: PT017
+
+
+@given(st.text(max_size=60))
+@settings(deadline=None)
+def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
+    with pytest.raises(RecipeError):
+        parse_recipe(text)
+
+
+# --- the schema ---------------------------------------------------------------------------------------------------
+
+
+def test_every_field_is_described() -> None:
+    models = (Recipe, PoolWish, Rule, Where, Centred, *(kind.Options for kind in KINDS))
+    missing = [f"{m.__qualname__}.{n}" for m in models for n, field in m.model_fields.items() if not field.description]
+    assert missing == []
+
+
+def test_the_json_schema_knows_every_kind_s_options() -> None:
+    schema = json_schema()
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert schema["title"]
+    rule = schema["$defs"]["Rule"]
+    assert [choice["const"] for choice in rule["properties"]["with"]["oneOf"]] == [kind.kind for kind in KINDS]
+    for kind in KINDS:
+        assert set(schema["$defs"][f"{kind.kind}_options"]["properties"]) == set(kind.Options.model_fields)
+
+
+def test_the_json_schema_judges_as_the_reader_does() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(json_schema())
+    judge = jsonschema.Draft202012Validator(json_schema())
+    for text in gallery().values():
+        judge.validate(yaml.safe_load(text))
+    assert judge.is_valid(yaml.safe_load(GOOD))
+    judged = ("unknown option", "bad option", "empty where", "kind", "no pool", "wrong type", "wrong version", "dtype")
+    for case in judged:
+        old, new, *_ = BAD[case]
+        assert not judge.is_valid(yaml.safe_load(edited(old, new))), case
