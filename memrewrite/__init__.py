@@ -1,2 +1,43 @@
-"""memrewrite."""
-from memrewrite.passes.pipeline import apply, inspect, plan
+"""memrewrite rewrites transformers: it finds their MLPs by dataflow and puts memory layers in their places.
+
+This face is lazy: importing it loads neither torch nor the passes; the first use of a name does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memrewrite.errors import MemrewriteError
+    from memrewrite.passes.checkpoint import load, save
+    from memrewrite.passes.pipeline import apply, inspect, plan
+    from memrewrite.recipes.schema import Recipe
+    from memrewrite.report import Report
+    from memrewrite.training import param_groups
+
+__version__ = version("memrewrite")
+
+_HOMES = {
+    "MemrewriteError": "memrewrite.errors",
+    "Recipe": "memrewrite.recipes.schema",
+    "Report": "memrewrite.report",
+    "apply": "memrewrite.passes.pipeline",
+    "inspect": "memrewrite.passes.pipeline",
+    "load": "memrewrite.passes.checkpoint",
+    "param_groups": "memrewrite.training",
+    "plan": "memrewrite.passes.pipeline",
+    "save": "memrewrite.passes.checkpoint",
+}
+__all__ = ["MemrewriteError", "Recipe", "Report", "apply", "inspect", "load", "param_groups", "plan", "save"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'memrewrite' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

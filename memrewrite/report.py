@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import PrivateAttr
 
 from memrewrite.cost import Cost
-from memrewrite.plan import Plan
+from memrewrite.plans import Plan
 from memrewrite.site import Frozen
 
 if TYPE_CHECKING:

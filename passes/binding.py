@@ -104,8 +104,12 @@ class _Calls:
         return [(call, nodes) for call, nodes in made if nodes and len(nodes) <= self.limit]
 
     def _inside(self, nodes: list[fx.Node]) -> bool:
-        ends = (self.region.x, self.region.down)
-        return all(n in self.closure or n in self.recorded.constant or self.recorded.root(n) in ends for n in nodes)
+        """Whether a module's nodes belong to the region, or re-lay its input or output; none may make its input."""
+        ends, made = (self.region.x, self.region.down), self.recorded.twin.get
+        return all(
+            n in self.closure or n in self.recorded.constant or (self.recorded.root(n) in ends and made(n) is not ends[0])
+            for n in nodes
+        )
 
     def _reads_x(self, node: fx.Node) -> bool:
         return any(self.recorded.root(source) is self.region.x for source in node.all_input_nodes)

@@ -15,6 +15,7 @@ from torch import fx
 
 TORCH = str(Path(torch.__file__).parent)
 WEIGHT = "weight"  # node.meta key: the name of the parameter or buffer a placeholder stands for
+UNBACKED = 1_000_003
 LITERAL = "literal"  # node.meta key: the constant tensor a placeholder stands for
 
 # Ops that hand on their first input as it is, token by token: casts, copies, dropout, autograd bookkeeping.
@@ -53,10 +54,16 @@ def is_pointwise(node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 
-def shape_of(node: fx.Node) -> tuple[Any, ...]:
-    """The shape of a node's tensor value; () where it has none."""
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a node's tensor value, symbolic sizes by their size in the example; () where it has none."""
     val = node.meta.get("val")
-    return tuple(val.shape) if isinstance(val, torch.Tensor) else ()
+    return tuple(_size(n) for n in val.shape) if isinstance(val, torch.Tensor) else ()
+
+
+def _size(n: int | torch.SymInt) -> int:
+    """A size without guarding on it. One that depends on data has no example: a prime that equals no other size."""
+    hint = n if isinstance(n, int) else n.node.hint
+    return UNBACKED if hint is None else int(hint)
 
 
 def is_tensor(node: fx.Node) -> bool:

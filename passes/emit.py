@@ -12,33 +12,36 @@ import torch
 from torch import fx, nn
 
 from memrewrite.errors import ModelError, SelectError
-from memrewrite.passes.capture import Segment
+from memrewrite.passes.capture import Inputs, Segment
+from memrewrite.passes.dataflow import shape_of
 from memrewrite.passes.extract import Original
 from memrewrite.passes.locate import Found, Locations
-from memrewrite.passes.substitute import build_layers
-from memrewrite.plan import Placement, Plan
+from memrewrite.passes.substitute import build_layers, pools_of
+from memrewrite.plans import Placement, Plan
 
 LAYERS = "memory_layers"  # the graph module's child that holds the layers
 
 
 def emit_graph(segment: Segment, plan: Plan, locations: Locations) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
     """The rewritten graph, and its layers by site path. Raises `SelectError` when a layer does not fit a site's shapes."""
-    result = _copy(traced_module(segment))
+    result = copy_of(traced_module(segment))
     layers = build_layers(result, plan)
     for substitution in plan.substitutions:
         path = substitution.site.path
         _insert(result, locations.found[path], layers[path], substitution.placement)
-    return _finished(result), layers
+    pools = pools_of(result)
+    _finished(result, segment.inputs).add_module(plan.root, pools)  # no node names it: the layers hold it
+    return result, layers
 
 
 def emit_originals(segment: Segment, plan: Plan, locations: Locations) -> fx.GraphModule:
     """The graph with every selected MLP lifted out and put in the layer's place: for the *null* check."""
     traced = traced_module(segment)
-    result = _copy(traced)
+    result = copy_of(traced)
     for substitution in plan.substitutions:
         found = locations.found[substitution.site.path]
         _insert(result, found, Original(traced, found), "replace")
-    return _finished(result)
+    return _finished(result, segment.inputs)
 
 
 def traced_module(segment: Segment) -> fx.GraphModule:
@@ -48,7 +51,7 @@ def traced_module(segment: Segment) -> fx.GraphModule:
     return segment.program
 
 
-def _copy(module: fx.GraphModule) -> fx.GraphModule:
+def copy_of(module: fx.GraphModule) -> fx.GraphModule:
     """A graph module of the same nodes, by name, on the same weights, that can train and be exported again."""
     graph = fx.Graph()
     output = graph.graph_copy(module.graph, (names := {}), return_output_node=True)
@@ -72,10 +75,10 @@ def _insert(result: fx.GraphModule, calls: tuple[Found, ...], layer: nn.Module, 
     holder.add_module(name, layer)
     for found in calls:
         x, y = names[found.bound.x], names[found.bound.y]
-        given, wanted = x.meta["val"].shape, y.meta["val"].shape
-        if tuple(given[:-1]) != tuple(wanted[:-1]):
+        given, wanted = shape_of(x), shape_of(y)
+        if given[:-1] != wanted[:-1]:
             raise SelectError(
-                f"the MLP reads {tuple(given)} and gives {tuple(wanted)}: its tokens are laid out differently",
+                f"the MLP reads {given} and gives {wanted}: its tokens are laid out differently",
                 where=found.bound.y.name,
             )
         with result.graph.inserting_after(y):
@@ -90,8 +93,9 @@ def _insert(result: fx.GraphModule, calls: tuple[Found, ...], layer: nn.Module, 
             y.replace_all_uses_with(new)
 
 
-def _finished(result: fx.GraphModule) -> fx.GraphModule:
+def _finished(result: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
     del result.meta["twins"]
+    result.meta["inputs"] = inputs
     result.graph.eliminate_dead_code()
     result.graph.lint()
     result.delete_all_unused_submodules()

@@ -16,7 +16,7 @@ from torch import fx
 from memrewrite.passes.capture import Segment
 from memrewrite.passes.dataflow import IDENTITY, clean, is_assertion, modules_of, op_name
 from memrewrite.passes.locate import Found
-from memrewrite.plan import Substitution
+from memrewrite.plans import Substitution
 
 
 class Numbers:

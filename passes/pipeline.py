@@ -19,12 +19,12 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import ModelError, SelectError, VerificationError
 from memrewrite.passes.capture import Capture, capture, run
-from memrewrite.passes.emit import emit_graph, emit_originals, traced_module
+from memrewrite.passes.emit import copy_of, emit_graph, emit_originals, traced_module
 from memrewrite.passes.locate import Locations, locate
 from memrewrite.passes.select import select
-from memrewrite.passes.substitute import Edit, refuse_rewritten, substitute
+from memrewrite.passes.substitute import Edit, pools_of, refuse_rewritten, substitute
 from memrewrite.passes.verify import Evidence, fingerprints, null, run_with_originals, verify
-from memrewrite.plan import ROOT, Plan
+from memrewrite.plans import ROOT, Plan
 from memrewrite.recipes.reader import read_recipe
 from memrewrite.recipes.schema import Recipe
 from memrewrite.report import Check, Report
@@ -96,7 +96,13 @@ def apply(
         after=made.after(),
         seconds=time.perf_counter() - begun,
     ).of_model(result)
-    if not report.ok:
+    if report.ok:
+        pools_of(result).record = {
+            "recipe.yaml": wanted.to_yaml(),
+            "plan.json": made.model_dump_json(indent=1),
+            "report.json": report.model_dump_json(indent=1),
+        }
+    else:
         failed = next(check for check in checks if check.outcome == "failed")
         raise VerificationError(
             f"the check {failed.name!r} failed: {failed.sentence}",
@@ -143,7 +149,7 @@ def _apply_to_graph(
     if recipe.verify == "off":
         return result, ()
     say("verifying")
-    original = traced_module(segment)
+    original = copy_of(traced_module(segment))
     evidence = Evidence(original, made, before, locations, fingerprints(original))
     first = null(evidence, lambda: run(emit_originals(segment, made, locations), before.inputs))
     after = replace(evidence, model=result, layers=layers)
@@ -206,8 +212,7 @@ def _evaluating(model: Model) -> Iterator[None]:
 
 
 def _size(model: Model) -> int:
-    held = model.parameters() if isinstance(model, nn.Module) else model.parameters()
-    return sum(p.numel() for p in held)
+    return sum(p.numel() for p in model.parameters())
 
 
 def _quiet(_: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from memrewrite.errors import SelectError, UserError
 from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import PoolSpec
-from memrewrite.plan import Plan, Substitution
+from memrewrite.plans import Plan, Substitution
 from memrewrite.recipes.schema import Recipe, Rule, Where
 from memrewrite.site import Located, Site
 

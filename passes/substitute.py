@@ -17,7 +17,7 @@ from memrewrite.errors import ModelError, SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import Pool, Pools
-from memrewrite.plan import Placement, Plan, Substitution
+from memrewrite.plans import Placement, Plan, Substitution
 from memrewrite.site import Binding, Site
 
 log = logging.getLogger("memrewrite")
@@ -89,11 +89,20 @@ def pools_of(model: nn.Module) -> Pools:
     return found
 
 
+def layers_of(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The layers that `substitute` put into `model`, by site path."""
+    found = {}
+    for substitution in plan.substitutions:
+        exit_ = module_at(model, substitution.site.bindings[0].exit)
+        found[substitution.site.path] = exit_ if substitution.placement == "replace" else _host(exit_).get_submodule(CHILD)
+    return found
+
+
 def _build_all(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> dict[str, nn.Module]:
     pools = _hang_pools(model, plan, edit, initialise)
     layers: dict[str, nn.Module] = {}
     for number, substitution in enumerate(plan.substitutions):
-        layer = _build(substitution, pools)
+        layer = _build(model, substitution, pools)
         if initialise:
             layer.reset_parameters(_generator(layer, plan, number))
         layers[substitution.site.path] = layer
@@ -101,8 +110,8 @@ def _build_all(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> di
 
 
 def _hang_pools(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> dict[str, Pool]:
-    users = {name: [s.site for s in plan.substitutions if s.pool == name] for name in plan.pools}
-    pools = {name: Pool(spec, device=users[name][0].device) for name, spec in plan.pools.items()}
+    users = {s.pool: s.site for s in reversed(plan.substitutions) if s.pool}
+    pools = {name: Pool(spec, device=_device(model, users[name])) for name, spec in plan.pools.items()}
     if initialise:
         for pool in pools.values():
             pool.reset_parameters()
@@ -113,7 +122,7 @@ def _hang_pools(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> d
     return pools
 
 
-def _build(substitution: Substitution, pools: Mapping[str, Pool]) -> MemoryLayer:
+def _build(model: nn.Module, substitution: Substitution, pools: Mapping[str, Pool]) -> MemoryLayer:
     site, kind = substitution.site, kind_named(substitution.kind)
     return kind(
         site.d_in,
@@ -121,9 +130,14 @@ def _build(substitution: Substitution, pools: Mapping[str, Pool]) -> MemoryLayer
         kind.Options.model_validate(substitution.options),
         pools[substitution.pool] if substitution.pool else None,
         zero_output=substitution.placement == "parallel",
-        device=site.device,
+        device=_device(model, site),
         dtype=getattr(torch, site.dtype),
     )
+
+
+def _device(model: nn.Module, site: Site) -> torch.device:
+    """Where the MLP's weights are now: a plan may be replayed on another machine than it was made on."""
+    return model.get_parameter(site.parameters[0]).device
 
 
 def _generator(layer: nn.Module, plan: Plan, number: int) -> torch.Generator | None:
@@ -179,13 +193,18 @@ def _listen(model: nn.Module, binding: Binding, placement: Placement, hand: Hand
 
 def _hang(site: Site, exit_: nn.Module, layer: nn.Module, edit: Edit) -> None:
     """Make a layer beside an MLP a child of the module that returns the MLP's output."""
-    host = exit_
-    while isinstance(host, (nn.Sequential, nn.ModuleList)):  # these call every child they have
-        host = list(host.children())[-1]
+    host = _host(exit_)
     if hasattr(host, CHILD):
         raise ModelError(f"the module at {site.path!r} has an attribute {CHILD!r} of its own, where the layer was to hang")
     host.add_module(CHILD, layer)
     edit.done(lambda: delattr(host, CHILD))
+
+
+def _host(exit_: nn.Module) -> nn.Module:
+    """The module a layer beside an MLP is a child of: containers call every child they have, so the last one in them."""
+    while isinstance(exit_, (nn.Sequential, nn.ModuleList)):
+        exit_ = list(exit_.children())[-1]
+    return exit_
 
 
 def _hook(handle: Any, edit: Edit) -> None:

@@ -7,7 +7,7 @@ Flow: before editing, fingerprints of every tensor and the *null* check (the pla
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from memrewrite.passes.capture import Capture, Inputs, recapture, run
 from memrewrite.passes.extract import Original
 from memrewrite.passes.locate import Locations
 from memrewrite.passes.substitute import Edit, place, pools_of
-from memrewrite.plan import Plan, Substitution
+from memrewrite.plans import Plan, Substitution
 from memrewrite.report import Check
 
 
@@ -45,7 +45,18 @@ class Evidence:
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
     """A hash of every parameter and buffer, bit by bit; of shape and dtype alone on `meta`."""
-    return {name: _fingerprint(tensor) for name, tensor in tensors_of(model)}
+    return _hashed(tensors_of(model))
+
+
+def _hashed(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """A tensor with several names is read once."""
+    known: dict[int, str] = {}
+    hashes: dict[str, str] = {}
+    for name, tensor in tensors:
+        if id(tensor) not in known:
+            known[id(tensor)] = _fingerprint(tensor)
+        hashes[name] = known[id(tensor)]
+    return hashes
 
 
 def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -113,18 +124,16 @@ def coverage(evidence: Evidence) -> Check:
 
 def untouched(evidence: Evidence) -> Check:
     """Are all tensors that were there before, and should still be, there with the same bits?"""
-    now = fingerprints(evidence.model)
     new = {id(t) for module in _new_modules(evidence) for _, t in tensors_of(module)}
-    added = {name for name, tensor in tensors_of(evidence.model) if id(tensor) in new}
+    now = _hashed((name, tensor) for name, tensor in tensors_of(evidence.model) if id(tensor) not in new)
+    before = evidence.fingerprints
     may_go = {n for s in evidence.plan.substitutions if s.placement == "replace" for n in s.site.parameters}
-    gone = set(evidence.fingerprints) - (set(now) - added) - may_go
-    stray = set(now) - added - set(evidence.fingerprints)
-    changed = {n for n, bits in evidence.fingerprints.items() if n in now and n not in added and now[n] != bits}
-    kept = len(set(now) - added)
+    gone, stray = set(before) - set(now) - may_go, set(now) - set(before)
+    changed = {name for name in now if name in before and now[name] != before[name]}
     for what, names in (("vanished", gone), ("appeared", stray), ("changed", changed)):
         if names:
             return _check("untouched", False, len(names), f"{len(names)} tensors {what}: {', '.join(sorted(names)[:3])}")
-    return _check("untouched", True, kept, f"all {kept} other tensors are bit-identical")
+    return _check("untouched", True, len(now), f"all {len(now)} other tensors are bit-identical")
 
 
 def _new_modules(evidence: Evidence) -> list[nn.Module]:
@@ -165,7 +174,10 @@ def sharing(evidence: Evidence) -> Check:
 
 
 def gradient(evidence: Evidence) -> Check:
-    """Does every new parameter get a finite gradient that is not zero? Layers that start at zero are opened for this."""
+    """Is every layer reached from the model's outputs, and does every new parameter get a finite gradient, not zero?
+
+    Layers that start at zero are opened for this, and shut again.
+    """
     if evidence.on_meta:
         return _skipped("gradient", "the model is on meta: there are no values to differentiate")
     fresh = {p: name for module in _new_modules(evidence) for name, p in module.named_parameters()}
@@ -176,27 +188,46 @@ def gradient(evidence: Evidence) -> Check:
             p.requires_grad_(p in fresh)
         for p in shut:
             nn.init.normal_(p, 0.0, 0.02, generator=torch.Generator(p.device).manual_seed(0))
-        grads = _gradients(evidence.model, evidence.before.inputs, list(fresh))
+        unreached, grads = _gradients(evidence, list(fresh))
     finally:
         for p in shut:
             nn.init.zeros_(p)
         for p, wanted in frozen.items():
             p.requires_grad_(wanted)
     bad = [fresh[p] for p, g in zip(fresh, grads, strict=True) if g is None or not g.isfinite().all() or not g.any()]
+    if unreached:
+        return _check("gradient", False, len(unreached), f"no output of the model depends on the layers at {unreached[:3]}")
     if bad:
         return _check("gradient", False, len(bad), f"{len(bad)} new parameters get none: {', '.join(bad[:3])}")
     return _check("gradient", True, len(fresh), f"all {len(fresh)} new parameters get a finite gradient")
 
 
-def _gradients(model: nn.Module, inputs: Inputs, parameters: list[nn.Parameter]) -> tuple[Tensor | None, ...]:
-    outputs = run(model, inputs, gradients=True)
+def _gradients(evidence: Evidence, parameters: list[nn.Parameter]) -> tuple[list[str], tuple[Tensor | None, ...]]:
+    """Sites that no output depends on; and the gradient of the layers' outputs, in a random direction."""
+    made: dict[str, Tensor] = {}
+    hooks = [
+        layer.register_forward_hook(lambda _, args, out, path=path: made.__setitem__(path, out))
+        for path, layer in evidence.layers.items()
+    ]
+    try:
+        outputs = run(evidence.model, evidence.before.inputs, gradients=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
     ends = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    paths = list(made)
     if not ends:
-        return (None,) * len(parameters)
-    # a random direction: a plain sum is constant behind a softmax or a norm, and its gradient would vanish
+        return paths, (None,) * len(parameters)
+    reach = torch.autograd.grad(_in_a_direction(ends), [made[p] for p in paths], allow_unused=True, retain_graph=True)
+    unreached = [path for path, grad in zip(paths, reach, strict=True) if grad is None]
+    return unreached, torch.autograd.grad(_in_a_direction(list(made.values())), parameters, allow_unused=True)
+
+
+def _in_a_direction(tensors: list[Tensor]) -> Tensor:
+    """A random weighted sum: a plain one is constant behind a softmax or a norm, and its gradient would vanish."""
     generator = torch.Generator().manual_seed(0)
-    loss = sum((t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in ends)
-    return torch.autograd.grad(loss, parameters, allow_unused=True)  # type: ignore[arg-type]
+    terms = [(t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in tensors]
+    return torch.stack(terms).sum()
 
 
 def identity(evidence: Evidence) -> Check:

@@ -18,7 +18,7 @@ from torch import nn
 
 from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
-from memrewrite.plan import Placement
+from memrewrite.plans import Placement
 from memrewrite.recipes.problems import did_you_mean, one_of, refused
 from memrewrite.site import Frozen
 

@@ -86,6 +86,7 @@ class Pools(nn.Module):
 
     def __init__(self, pools: Mapping[str, Pool]) -> None:
         super().__init__()
+        self.record: dict[str, str] = {}  # recipe, plan and report of the rewrite, as texts by file name
         for name, pool in pools.items():
             plain = name.isascii() and name.isidentifier() and not name.startswith("_") and not keyword.iskeyword(name)
             if not plain or hasattr(self, name):
