@@ -60,6 +60,7 @@ def copy_of(module: fx.GraphModule) -> fx.GraphModule:
     value, node = output
     graph.output(value, getattr(node, "type_expr", None)).meta = dict(node.meta)
     graph.set_codegen(module.graph._codegen)
+    graph.eliminate_dead_code()  # and with it the weights that nothing reads
     result = fx.GraphModule(module, graph)
     result.meta = dict(module.meta)
     result.meta["twins"] = names

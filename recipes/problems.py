@@ -6,6 +6,7 @@ A `ValidationError` → one `Problem` per line of it, its location kept, its jar
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -65,9 +66,14 @@ def one_of(known: Iterable[str]) -> str:
 
 def problems_of(error: ValidationError, model: type[BaseModel], data: Mapping[str, Any]) -> tuple[Problem, ...]:
     """Every line of `error`, met when validating `data` as `model`, in plain words."""
-    found = tuple(_problem(line, model, data) for line in error.errors(include_url=False) if not _miscounted(line))
+    lines = [line for line in error.errors(include_url=False) if not _miscounted(line)]
+    found = [_problem(line, model, data) for line in lines]
+    typos = [(p.loc[:-1], p.hint) for line, p in zip(lines, found, strict=True) if line["type"] == "extra_forbidden"]
+    # `kyes: 8` is one mistake, not an unknown key and a missing one
+    explained = {(*around, name) for around, hint in typos for name in re.findall(r"^did you mean '(.*)'", hint)}
+    told = tuple(p for line, p in zip(lines, found, strict=True) if line["type"] != "missing" or p.loc not in explained)
     # a file of another version is not ours to judge further
-    return tuple(p for p in found if p.loc == ("memrewrite",) and "version" in p.what) or found
+    return tuple(p for p in told if p.loc == ("memrewrite",) and "version" in p.what) or told
 
 
 def _miscounted(line: ErrorDetails) -> bool:

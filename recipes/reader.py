@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -63,7 +63,7 @@ def _bytes_of(source: str | os.PathLike[str]) -> bytes:
         _fail_unreadable(os.fspath(source), error)
 
 
-def _fail_unknown(name: str) -> Any:
+def _fail_unknown(name: str) -> NoReturn:
     names = list(gallery())
     if "\n" in name:
         raise RecipeError(
@@ -73,7 +73,7 @@ def _fail_unknown(name: str) -> Any:
     raise RecipeError(f"the path {name!r} does not exist, and no gallery recipe is named so", hint=hint) from None
 
 
-def _fail_unreadable(name: str, error: Exception) -> Any:
+def _fail_unreadable(name: str, error: Exception) -> NoReturn:
     reason = getattr(error, "strerror", None) or str(error)
     shown = name if len(name) <= 100 else name[:97] + "..."
     raise RecipeError(f"{shown!r} cannot be read: {reason}", hint="check the path and its permissions") from None

@@ -14,16 +14,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
-from torch import nn
 
+from memrewrite.errors import UserError
 from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
+from memrewrite.layers.pool import Pools, PoolSpec
 from memrewrite.plans import Placement
 from memrewrite.recipes.problems import did_you_mean, one_of, refused
 from memrewrite.site import Frozen
 
 VERSIONS = (1,)  # the format versions this package reads
 MAX_KEYS = 2**16  # per half: 2**32 slots, sixty-four times the paper's largest pool
+_ANY_WIDTH = 2**12 * 3 * 5 * 7
 
 # strict: YAML 1.1 reads `yes` and `on` as true, which would otherwise pass for the number 1
 Whole = Annotated[int, Field(strict=True)]
@@ -57,7 +59,7 @@ class Where(Frozen):
 
     layers: tuple[Index, ...] | None = Field(None, min_length=1, description="Indices of blocks, counted from 0.")
     centred: Centred | None = Field(None, description="Blocks around the middle of the stack, as in the paper.")
-    every: Count | None = Field(None, description="Every n-th block of the stack.")
+    every: Count | None = Field(None, description="Every n-th block of the stack: indices n-1, 2n-1, ...")
     path: Text | None = Field(None, description="Glob over module paths, such as 'model.layers.*.mlp'.")
     regex: Text | None = Field(None, description="Regular expression over module paths.")
     pattern: Text | None = Field(None, description="Name of the MLP pattern, such as 'gated', as `inspect` shows it.")
@@ -176,6 +178,8 @@ class Recipe(Frozen):
             if rule.pool is not None and rule.pool not in self.pools:
                 hint = did_you_mean(rule.pool, self.pools) or f"define it: `pools: {{{rule.pool}: {{keys: 1024}}}}`"
                 lines.append(_line(("replace", index, "pool"), f"there is no pool {rule.pool!r}", hint))
+            else:
+                lines += _buildable(rule, ("replace", index, "options"), self.pools.get(rule.pool or ""))
         used = {rule.pool for rule in self.replace}
         for name in self.pools:
             if not _can_be_attribute(name):
@@ -200,7 +204,8 @@ class Recipe(Frozen):
 
     def to_yaml(self) -> str:
         """The recipe as YAML; reading it again gives an equal recipe."""
-        return yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True, width=120)
+        text: str = yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True, width=120)
+        return text
 
     def digest(self) -> str:
         """A stable hash of what the recipe means, in hexadecimal; spelling, order of keys and comments do not count."""
@@ -212,10 +217,22 @@ def _kinds() -> dict[str, type[MemoryLayer]]:
     return {kind.kind: kind for kind in KINDS}
 
 
+def _buildable(rule: Rule, loc: tuple[str | int, ...], wish: PoolWish | None) -> list[InitErrorDetails]:
+    """What the kind's own `check` refuses whatever the model: tried at a width that suits every option."""
+    width = rule.where.d_model or _ANY_WIDTH
+    pool = None if wish is None else PoolSpec(keys=wish.keys, value_dim=wish.value_dim or width)
+    try:
+        rule.kind.check(width, width, rule.layer_options(), pool)
+    except UserError as error:
+        at = next((name for name in rule.options if f"`{name}" in error.what), None)
+        return [_line(loc if at is None else (*loc, at), error.what, error.hint or "see the options of this kind")]
+    return []
+
+
 def _can_be_attribute(name: str) -> bool:
-    """Whether a module can hang under this name in a container module, and be saved and loaded by it."""
+    """Whether a pool can hang under this name at the model's root: the rule of `Pools`, told before there is a model."""
     plain = name.isascii() and name.isidentifier() and not name.startswith("_") and not keyword.iskeyword(name)
-    return plain and not hasattr(nn.ModuleDict(), name)
+    return plain and not hasattr(Pools({}), name)
 
 
 def _line(loc: tuple[str | int, ...], what: str, hint: str, *, key: bool = False) -> InitErrorDetails:

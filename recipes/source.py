@@ -21,7 +21,6 @@ MAX_NODES = 10_000  # after aliases are followed: a few lines of aliases can spe
 _WIDTH = 100  # of an excerpt
 _TAG = "tag:yaml.org,2002:"
 _BREAKS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what PyYAML counts as the end of a line
-_HOW_TO_TAB = "indent with spaces"
 
 
 @dataclass(frozen=True, order=True)
@@ -148,11 +147,12 @@ class _NodeReader:
                 merged += value_node.value if isinstance(value_node, SequenceNode) else [value_node]
                 continue
             key, span = self._key(key_node), _span(key_node)
+            here = (*loc, key)
             if key in data:
-                first = self.keys[(*loc, key)].line
+                first = self.keys[here].line
                 self.source.fail(span, f"key {key!r} is given twice", f"keep one; the first is in line {first}")
-            self.keys[(*loc, key)] = span
-            data[key] = self.read(value_node, (*loc, key))
+            self.keys[here] = span
+            data[key] = self.read(value_node, here)
         for other in merged:  # `<<: *defaults`: what is written here wins
             data = self._merge(other, loc) | data
         return data
@@ -210,6 +210,6 @@ def _fail_yaml(source: Source, error: yaml.YAMLError) -> NoReturn:
     if "another document" in problem:
         source.fail(span, "the file holds more than one YAML document", "keep one recipe in a file")
     if "'\\t'" in problem:
-        source.fail(span, "a tab stands where YAML allows only spaces", _HOW_TO_TAB)
+        source.fail(span, "a tab stands where YAML allows only spaces", "indent with spaces")
     context = f" {error.context}" if error.context else ""
     source.fail(span, f"this is not YAML: {problem}{context}", "check quotes, brackets, colons and indentation")
