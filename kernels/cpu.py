@@ -14,7 +14,7 @@ from torch import Tensor
 SUM = 0  # aten's number of mode="sum"
 
 
-def supports(values: Tensor, indices: Tensor, weights: Tensor) -> str | None:  # noqa: ARG001  (every backend's signature)
+def supports(values: Tensor, indices: Tensor, weights: Tensor) -> str | None:
     """Why this backend cannot take the call, or None: it takes every one."""
     return None
 

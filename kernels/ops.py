@@ -7,10 +7,11 @@ the backwards are differentiable in their turn. Importing this module registers 
 from __future__ import annotations
 
 import torch
-from memrewrite.kernels import product_key_topk as _topk
-from memrewrite.kernels import sparse_lookup as _lookup
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
+
+from memrewrite.kernels import product_key_topk as _topk
+from memrewrite.kernels import sparse_lookup as _lookup
 
 # Opaque to export and compile: what a backend does inside is never traced.
 _LIBRARY = Library("memrewrite", "DEF")  # type: ignore[no-untyped-call]

@@ -10,8 +10,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from memrewrite.kernels.checks import require
 from torch import Tensor
+
+from memrewrite.kernels.checks import require
 
 
 @lru_cache(maxsize=64)
@@ -76,7 +77,7 @@ def backward_fake(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tens
     return grad.new_empty(*leading, n1), grad.new_empty(*leading, n2)
 
 
-def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the chosen slots."""
     ctx.save_for_backward(inputs[1])
     ctx.n2 = inputs[3]
@@ -100,9 +101,7 @@ def _check(scores1: Tensor, scores2: Tensor, k: int) -> None:
             f"not {tuple(scores1.shape)} and {tuple(scores2.shape)}"
         )
     if not scores1.is_floating_point() or scores1.dtype != scores2.dtype:
-        raise TypeError(
-            f"product_key_topk: both scores must share a floating dtype, not {scores1.dtype} and {scores2.dtype}"
-        )
+        raise TypeError(f"product_key_topk: both scores must share a floating dtype, not {scores1.dtype} and {scores2.dtype}")
     shape1, shape2 = tuple(scores1.shape), tuple(scores2.shape)
     for one, other in zip(shape1[:-1], shape2[:-1], strict=True):
         require(one == other, lambda: f"product_key_topk: leading shapes of {shape1} and {shape2} differ")

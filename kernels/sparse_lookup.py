@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
 from memrewrite.kernels import cpu
 from memrewrite.kernels.checks import require
-from torch import Tensor
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -33,7 +34,7 @@ def forward_fake(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return values.new_empty(indices.shape[0], values.shape[1])
 
 
-def context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
+def context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
     """Keep the inputs themselves: nothing of size [T, K, D] is saved."""
     ctx.save_for_backward(*inputs)
 
@@ -41,9 +42,7 @@ def context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> 
 def grad_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
     """Gradient of `forward`, by the operator `sparse_lookup_backward`."""
     need_values, _, need_weights = ctx.needs_input_grad
-    grad_values, grad_weights = torch.ops.memrewrite.sparse_lookup_backward(
-        grad, *ctx.saved_tensors, need_values, need_weights
-    )
+    grad_values, grad_weights = torch.ops.memrewrite.sparse_lookup_backward(grad, *ctx.saved_tensors, need_values, need_weights)
     return grad_values if need_values else None, None, grad_weights if need_weights else None
 
 
@@ -79,7 +78,7 @@ def backward_fake(
     )
 
 
-def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG001
+def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the inputs, and which of the two gradients were computed."""
     ctx.save_for_backward(*inputs[:4])
     ctx.wanted = inputs[4:]

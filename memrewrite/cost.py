@@ -31,6 +31,4 @@ class Cost(BaseModel):
 def dense_cost(weights: int, biases: int, itemsize: int) -> Cost:
     """Cost of matrices with `weights` entries in all, each used once per token, and `biases` bias entries."""
     stored = (weights + biases) * itemsize
-    return Cost(
-        parameters=weights + biases, parameter_bytes=stored, flops=2 * weights + biases, bytes_read=stored
-    )
+    return Cost(parameters=weights + biases, parameter_bytes=stored, flops=2 * weights + biases, bytes_read=stored)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from memrewrite.passes.dataflow import LITERAL, WEIGHT, Dataflow, op_name, shape_of
+from memrewrite.passes.dataflow import LITERAL, Dataflow, op_name, shape_of
 from memrewrite.passes.region import Region
 
 UNKNOWN = "?"
@@ -41,7 +41,7 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "square": torch.square,
     "identity": lambda x: x,
 }
-LIMIT = 1 << 22  # elements evaluated at most
+LIMIT = 1 << 24  # elements evaluated at most
 
 
 def activation_of(flow: Dataflow, region: Region, cache: dict[Any, str]) -> str:
@@ -54,35 +54,23 @@ def activation_of(flow: Dataflow, region: Region, cache: dict[Any, str]) -> str:
 
 
 def _key(flow: Dataflow, region: Region, middle: list[fx.Node]) -> Any:
-    names: dict[fx.Node, int] = {node: i for i, node in enumerate((*region.ups, *middle))}
-    told = lambda n: names.get(n, "outside")  # noqa: E731
-    hidden = region.down.args[0]
-    return (
-        tuple(shape_of(node) for node in region.ups),
-        tuple((str(node.target), str(fx.map_arg(node.args, lambda n: _Name(told(n)))), str(node.kwargs)) for node in middle),
-        told(hidden) if isinstance(hidden, fx.Node) else None,
-    )
-
-
-class _Name(str):
-    """A printable stand-in for a node in a key."""
-
-    def __new__(cls, value: object) -> _Name:
-        return super().__new__(cls, f"%{value}")
+    """What the middle computes, spelled without the names of its nodes."""
+    number = {node: i for i, node in enumerate((*region.ups, *middle))}
+    numbered: Any = lambda node: f"%{number.get(node, 'outside')}"  # noqa: E731
+    ops = [(str(n.target), str(fx.map_arg(n.args, numbered)), str(fx.map_arg(n.kwargs, numbered))) for n in middle]
+    return tuple(shape_of(up) for up in region.ups), tuple(ops), numbered(region.down.all_input_nodes[0])
 
 
 def _evaluate(flow: Dataflow, region: Region, middle: list[fx.Node]) -> str:
-    if len(region.ups) > 2 or any(flow.weights(source) for node in middle for source in node.all_input_nodes if source in flow.constant):
+    constants = {source for node in middle for source in node.all_input_nodes if source in flow.constant}
+    size = sum(math.prod(shape_of(up)) for up in region.ups)
+    if len(region.ups) > 2 or size > LIMIT or any(flow.weights(constant) for constant in constants):
         return UNKNOWN
-    if any(WEIGHT in n.meta for n in middle) or sum(math.prod(shape_of(up)) for up in region.ups) > LIMIT:
-        return UNKNOWN
-    first = _samples(shape_of(region.ups[0]), seed=0)
-    second = _samples(shape_of(region.ups[1]), seed=1) if len(region.ups) == 2 else None
-    given = dict(zip(region.ups, (first, second), strict=False))
-    hidden = _interpret(flow, region, middle, given)
+    samples = [_samples(shape_of(up), seed) for seed, up in enumerate(region.ups)]
+    hidden = _interpret(flow, region, middle, dict(zip(region.ups, samples, strict=True)))
     if hidden is None:
         return UNKNOWN
-    for a, b in _halves(first, second, hidden.shape[-1]):
+    for a, b in _halves(samples, hidden.shape[-1]):
         for name, known in KNOWN.items():
             if torch.allclose(hidden.reshape(-1), (known(a) * b).reshape(-1), rtol=1e-6, atol=1e-6):
                 return name
@@ -94,16 +82,18 @@ def _samples(shape: tuple[Any, ...], seed: int) -> Tensor:
     return torch.randn([int(n) for n in shape], dtype=torch.float64, generator=generator) * 3
 
 
-def _halves(first: Tensor, second: Tensor | None, width: int) -> list[tuple[Tensor, Tensor]]:
+def _halves(samples: list[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
     """What might be (gate, value): one input alone; two inputs; or the halves of a packed one, however it is cut."""
-    if second is not None:
+    if len(samples) == 2:
+        first, second = samples
         return [(first, second), (second, first)] if first.shape == second.shape else []
-    if first.shape[-1] == width:
-        return [(first, torch.ones_like(first))]
-    if first.shape[-1] != 2 * width:
+    (packed,) = samples
+    if packed.shape[-1] == width:
+        return [(packed, torch.ones_like(packed))]
+    if packed.shape[-1] != 2 * width:
         return []
-    low, high = first[..., :width], first[..., width:]
-    even, odd = first[..., 0::2], first[..., 1::2]
+    low, high = packed[..., :width], packed[..., width:]
+    even, odd = packed[..., 0::2], packed[..., 1::2]
     return [(low, high), (high, low), (even, odd), (odd, even)]
 
 
@@ -118,8 +108,8 @@ def _interpret(flow: Dataflow, region: Region, middle: list[fx.Node], values: di
                         known[constant] = _constant(constant)
                 target: Any = node.target
                 known[node] = target(*fx.map_arg(node.args, known.__getitem__), **fx.map_arg(node.kwargs, known.__getitem__))
-        hidden = region.down.args[0]
-        return known[hidden] if isinstance(hidden, fx.Node) else None
+        hidden: Tensor = known[region.down.all_input_nodes[0]]
+        return hidden
     except (RuntimeError, KeyError, TypeError):  # not evaluable on the CPU in float64: then it has no name here
         return None
 

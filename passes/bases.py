@@ -101,7 +101,8 @@ def _from_config(folder: Path) -> nn.Module:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise CheckpointError(
-            f"transformers {transformers.__version__} has no class {name!r}", where=str(folder / "config.json"),
+            f"transformers {transformers.__version__} has no class {name!r}",
+            where=str(folder / "config.json"),
             hint="upgrade transformers, or build the base yourself and give it: memrewrite.load(directory, model)",
         )
     with no_init_weights(), _default_dtype(getattr(config, "dtype", None)):

@@ -46,9 +46,7 @@ def bind(recorded: Recorded, region: Region) -> Bound:
         return region_calls.unreachable("its first matrices are handed its input in different layouts")
     widths = tuple(region_calls.width(call) for call in calls)
     entry_paths = tuple(recorded.paths[call] for call in calls)
-    return region_calls.bound(
-        Binding(kind="span", entries=entry_paths, widths=widths, exit=recorded.paths[exit_]), nodes
-    )
+    return region_calls.bound(Binding(kind="span", entries=entry_paths, widths=widths, exit=recorded.paths[exit_]), nodes)
 
 
 class _Calls:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -16,25 +17,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from memrewrite.errors import CaptureError, ModelError
+from memrewrite.errors import CaptureError
 from memrewrite.passes.blocks import outermost_lists
+from memrewrite.passes.recording import Call, Inputs, Recorder, as_inputs, first_run, on_device_of, on_meta
 
 log = logging.getLogger("memrewrite")
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-SEED = 0  # dropout and other randomness of every recorded forward starts here, so that two forwards can be compared
-
-
-@dataclass(frozen=True)
-class Call:
-    """How a module was called once: tensors given and returned, and whether the first positional argument is one."""
-
-    tensors_in: int
-    first_is_tensor: bool
-    tensors_out: int
-    returns_tensor: bool
 
 
 @dataclass(frozen=True)
@@ -70,122 +59,34 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
         return _as_given(model.module(check_guards=False), inputs or _of_program(model), "an exported program, as given")
     if isinstance(model, fx.GraphModule):
         return _as_given(model, inputs, "a graph module, as given")
-    arguments = on_device_of(model, as_inputs(inputs))
-    recording = record(model, arguments)
+    arguments, recorder = on_device_of(model, as_inputs(inputs)), Recorder(model)
+    outputs = None
+    if not on_meta(model):  # many forwards look at values, and run on meta only while they are traced
+        with recorder:
+            outputs = first_run(model, arguments)
     try:
-        program, how = _export(model, arguments, dynamic)
-        whole = Capture((_segment("", program, arguments),), arguments, f"whole model, torch.export {how}")
-    except _Refused as whole_refusal:
-        whole = _block_by_block(model, arguments, recording, str(whole_refusal))
-    return replace(whole, calls=recording.calls, outputs=recording.outputs)
+        program, how = _export(model, arguments, dynamic, recorder if on_meta(model) else None)
+        made = Capture((_segment("", program, arguments),), arguments, f"whole model, torch.export {how}")
+    except _Refused as refusal:
+        made = _block_by_block(model, arguments, recorder.block_inputs, str(refusal))
+    return replace(made, calls=recorder.calls, outputs=outputs)
 
 
 def _as_given(module: nn.Module, inputs: Any, how: str) -> Capture:
     """A model that is a graph already."""
     arguments = on_device_of(module, as_inputs(inputs))
-    outputs = _first_run(module, arguments)
+    outputs = first_run(module, arguments)
     return Capture((_graph_segment(module, arguments),), arguments, how, outputs=outputs)
-
-
-def as_inputs(inputs: Any) -> Inputs:
-    """Bring a tuple, a dict or `(args, kwargs)` to `(args, kwargs)`; a single tensor is one positional argument."""
-    if isinstance(inputs, torch.Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        pair = len(inputs) == 2 and isinstance(inputs[0], (tuple, list)) and isinstance(inputs[1], Mapping)
-        return (tuple(inputs[0]), dict(inputs[1])) if pair else (tuple(inputs), {})
-    raise ModelError(
-        f"the example inputs are a {type(inputs).__name__}", hint="give a tuple, a dict, or a pair (args, kwargs)"
-    )
-
-
-def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Move the example tensors to where the model's parameters are (so a model on `meta` is traced on `meta`)."""
-    device = next((p.device for p in model.parameters()), None)
-    if device is None:
-        return inputs
-    moved: Inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, inputs)
-    return moved
-
-
-# ------------------------------------------------------------------------------------------- one recorded forward
-
-
-@dataclass
-class Recording:
-    """What one forward showed."""
-
-    calls: dict[str, tuple[Call, ...]]
-    outputs: Any
-    block_inputs: dict[str, Inputs]
-
-
-def run(model: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Any:
-    """One forward from a fixed seed that leaves the caller's inputs and random state alone."""
-    args, kwargs = copy.deepcopy(inputs)
-    with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=_cuda_of(model)):
-        torch.manual_seed(SEED)
-        return model(*args, **kwargs)
-
-
-def _first_run(model: nn.Module, inputs: Inputs) -> Any:
-    try:
-        return run(model, inputs)
-    except Exception as error:
-        raise ModelError(
-            f"the model does not run on its example inputs: {type(error).__name__}: {error}",
-            where=f"{type(model).__name__}.forward",
-            hint="call the model with these inputs yourself; give inputs that fit as a tuple, a dict or (args, kwargs)",
-        ) from error
-
-
-def record(model: nn.Module, inputs: Inputs) -> Recording:
-    """Run once, noting for every module how it was called, and for every repeated block its first inputs."""
-    calls: dict[str, list[Call]] = {}
-    blocks = {path for path, _ in outermost_lists(model)}
-    block_inputs: dict[str, Inputs] = {}
-    handles = []
-    for path, module in model.named_modules(remove_duplicate=False):
-
-        def note(_: nn.Module, args: Any, kwargs: Any, out: Any, path: str = path) -> None:
-            first = bool(args) and isinstance(args[0], torch.Tensor)
-            calls.setdefault(path, []).append(
-                Call(_tensors((args, kwargs)), first, _tensors(out), isinstance(out, torch.Tensor))
-            )
-
-        def keep(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            block_inputs.setdefault(path, (args, kwargs))
-
-        handles.append(module.register_forward_hook(note, with_kwargs=True))
-        if path.rpartition(".")[0] in blocks:
-            handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
-    try:
-        outputs = _first_run(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Recording({path: tuple(made) for path, made in calls.items()}, outputs, block_inputs)
-
-
-def _tensors(tree: Any) -> int:
-    return sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(tree))
-
-
-def _cuda_of(model: nn.Module) -> list[int]:
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    return sorted(d.index or 0 for d in devices)
 
 
 # ------------------------------------------------------------------------------------------------- torch.export
 
 
-class _Refused(Exception):  # noqa: N818 - a control-flow value between the functions of this file
+class _Refused(Exception):  # noqa: N818 - control flow inside this file
     """`torch.export` would not trace; the message is torch's own, shortened."""
 
 
-def _export(model: nn.Module, inputs: Inputs, dynamic: bool) -> tuple[ExportedProgram, str]:
+def _export(model: nn.Module, inputs: Inputs, dynamic: bool, recorder: Recorder | None = None) -> tuple[ExportedProgram, str]:
     args, kwargs = copy.deepcopy(inputs)
     shapes = _auto_dims((args, kwargs)) if dynamic else None
     attempts = [(False, shapes), (True, shapes)] if shapes else []
@@ -193,12 +94,10 @@ def _export(model: nn.Module, inputs: Inputs, dynamic: bool) -> tuple[ExportedPr
     for strict, dims in [*attempts, (False, None), (True, None)]:
         how = ("strict" if strict else "non-strict") + (", dynamic shapes" if dims else "")
         try:
-            with torch.no_grad():
+            with torch.no_grad(), recorder if recorder and not strict else nullcontext():
                 dynamic_shapes = None if dims is None else _by_argument(model, args, kwargs, dims)
-                return torch.export.export(
-                    model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes
-                ), how
-        except Exception as error:  # noqa: BLE001 - torch raises many kinds; each is quoted in the final error
+                return torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes), how
+        except Exception as error:
             log.debug("torch.export %s refused %s", how, type(model).__name__, exc_info=True)
             reasons.append(f"{how}: {type(error).__name__}: {_first_lines(error)}")
     raise _Refused("; ".join(reasons[-2:]))
@@ -229,17 +128,17 @@ def _first_lines(error: Exception, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _block_by_block(model: nn.Module, inputs: Inputs, recording: Recording, refusal: str) -> Capture:
+def _block_by_block(model: nn.Module, inputs: Inputs, block_inputs: Mapping[str, Inputs], refusal: str) -> Capture:
     """Capture each repeated block by itself, with the inputs it had in the recorded forward."""
     segments, refused = [], []
     for list_path, blocks in outermost_lists(model):
         for name, block in blocks.named_children():
             path = f"{list_path}.{name}" if list_path else name
-            if path not in recording.block_inputs:
+            if path not in block_inputs:
                 continue
             try:
-                program, _ = _export(block, recording.block_inputs[path], dynamic=False)
-                segments.append(_segment(path, program, recording.block_inputs[path]))
+                program, _ = _export(block, block_inputs[path], dynamic=False)
+                segments.append(_segment(path, program, block_inputs[path]))
             except _Refused as error:
                 refused.append((path, str(error)))
     if not segments:

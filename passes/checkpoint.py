@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,7 +140,7 @@ def _save_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
         return
-    names = {}
+    names: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -152,19 +151,13 @@ def _save_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
 
 def _fill(model: nn.Module, folder: Path, tied: Mapping[str, str]) -> None:
     """Copy the saved tensors into the model and tie what was tied; names and shapes must fit exactly."""
-    from safetensors import SafetensorError, safe_open
-
     wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     loaded: set[str] = set()
     with torch.no_grad():
         for file in sorted(folder.glob("*.safetensors")):
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 - not a dict
-                        _copy_into(wanted, name, tensors.get_tensor(name), file)
-                        loaded.add(name)
-            except SafetensorError as error:
-                raise _tampered(file, f"it is no whole safetensors file ({error})") from error
+            for name, value in _tensors_in(file):
+                _copy_into(wanted, name, value, file)
+                loaded.add(name)
     missing = sorted(set(wanted) - loaded - set(tied))
     if missing:
         raise _tampered(folder, f"{len(missing)} tensors are missing: {', '.join(missing[:3])}")
@@ -173,6 +166,18 @@ def _fill(model: nn.Module, folder: Path, tied: Mapping[str, str]) -> None:
         held = model.get_submodule(parent)._parameters
         if leaf in held and wanted[name] is not wanted[first]:
             held[leaf] = wanted[first]  # type: ignore[assignment]
+
+
+def _tensors_in(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a safetensors file, one at a time."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                yield name, tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise _tampered(file, f"it is no whole safetensors file ({error})") from error
 
 
 def _copy_into(wanted: Mapping[str, Tensor], name: str, value: Tensor, file: Path) -> None:
@@ -223,7 +228,9 @@ def read_manifest(directory: str | Path, *, every_bit: bool = False) -> dict[str
     folder = Path(directory)
     if not is_saved(folder):
         raise CheckpointError(
-            f"{str(folder)!r} is no directory that memrewrite saved", where=str(folder / MANIFEST), hint="memrewrite apply MODEL RECIPE -o DIR"
+            f"{str(folder)!r} is no directory that memrewrite saved",
+            where=str(folder / MANIFEST),
+            hint="memrewrite apply MODEL RECIPE -o DIR",
         )
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -231,7 +238,9 @@ def read_manifest(directory: str | Path, *, every_bit: bool = False) -> dict[str
     except (ValueError, KeyError, TypeError) as error:
         raise _tampered(folder / MANIFEST, f"it is not a manifest ({error})") from error
     if version != FORMAT:
-        raise CheckpointError(f"format {version!r} cannot be read here", where=str(folder / MANIFEST), hint="upgrade memrewrite")
+        raise CheckpointError(
+            f"format {version!r} cannot be read here", where=str(folder / MANIFEST), hint="upgrade memrewrite"
+        )
     for name, kept in files.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
@@ -248,7 +257,9 @@ def read_manifest(directory: str | Path, *, every_bit: bool = False) -> dict[str
 
 
 def _tampered(file: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"the saved model is damaged: {file.name}: {why}", where=str(file), hint="save it again, or copy it again whole")
+    return CheckpointError(
+        f"the saved model is damaged: {file.name}: {why}", where=str(file), hint="save it again, or copy it again whole"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- load
@@ -271,7 +282,9 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
         substitute(built, plan, initialise=False).commit()
     except MemrewriteError as error:
         raise CheckpointError(
-            f"the saved plan does not fit the base model: {error.what}", where=str(folder / "plan.json"), hint=error.hint
+            f"the saved plan does not fit the base model: {error.what}",
+            where=str(folder / "plan.json"),
+            hint=error.hint,
         ) from error
     _fill(built, folder, manifest["tied"])
     pools_of(built).record = {n: (folder / n).read_text(encoding="utf-8") for n in RECORD if (folder / n).is_file()}
@@ -306,6 +319,5 @@ def _save_graph(model: fx.GraphModule, file: Path) -> None:
 
 
 def _load_graph(folder: Path) -> nn.Module:
-    import memrewrite.kernels.ops  # noqa: F401 - the program calls these operators
 
     return torch.export.load(folder / GRAPH).module(check_guards=False)

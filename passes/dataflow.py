@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx
@@ -20,18 +19,96 @@ LITERAL = "literal"  # node.meta key: the constant tensor a placeholder stands f
 
 # Ops that hand on their first input as it is, token by token: casts, copies, dropout, autograd bookkeeping.
 IDENTITY = frozenset(
-    "to _to_copy clone contiguous detach alias lift lift_fresh lift_fresh_copy dropout native_dropout feature_dropout"
-    " alpha_dropout type_as view_as_real_copy conj resolve_conj resolve_neg _unsafe_view_alias".split()
+    [
+        "to",
+        "_to_copy",
+        "clone",
+        "contiguous",
+        "detach",
+        "alias",
+        "lift",
+        "lift_fresh",
+        "lift_fresh_copy",
+        "dropout",
+        "native_dropout",
+        "feature_dropout",
+        "alpha_dropout",
+        "type_as",
+        "view_as_real_copy",
+        "conj",
+        "resolve_conj",
+        "resolve_neg",
+        "_unsafe_view_alias",
+    ]
 )
 LAYOUT = frozenset(
-    "view reshape _unsafe_view _reshape_alias view_as reshape_as flatten unflatten permute transpose t numpy_T mT swapaxes"
-    " swapdims movedim moveaxis squeeze unsqueeze expand expand_as broadcast_to split split_with_sizes chunk unbind"
-    " tensor_split slice select narrow cat concat stack getitem".split()
+    [
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "_reshape_alias",
+        "view_as",
+        "reshape_as",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "t",
+        "numpy_T",
+        "mT",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "broadcast_to",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "tensor_split",
+        "slice",
+        "select",
+        "narrow",
+        "cat",
+        "concat",
+        "stack",
+        "getitem",
+    ]
 )
 # Ops over some axes that leave every other axis alone: norms, softmaxes, reductions. Token-wise when the axes are features.
 ALONG = frozenset(
-    "layer_norm native_layer_norm rms_norm _fused_rms_norm softmax _softmax log_softmax mean sum var std var_mean std_mean"
-    " norm linalg_vector_norm amax amin max min topk sort argmax cumsum logsumexp glu normalize".split()
+    [
+        "layer_norm",
+        "native_layer_norm",
+        "rms_norm",
+        "_fused_rms_norm",
+        "softmax",
+        "_softmax",
+        "log_softmax",
+        "mean",
+        "sum",
+        "var",
+        "std",
+        "var_mean",
+        "std_mean",
+        "norm",
+        "linalg_vector_norm",
+        "amax",
+        "amin",
+        "max",
+        "min",
+        "topk",
+        "sort",
+        "argmax",
+        "cumsum",
+        "logsumexp",
+        "glu",
+        "normalize",
+    ]
 )
 
 
@@ -45,7 +122,10 @@ def op_name(node: fx.Node) -> str:
 
 def is_assertion(node: fx.Node) -> bool:
     """An op that only checks: it reads values and hands nothing on."""
-    return op_name(node).startswith("_assert") or op_name(node) in ("sym_constrain_range_for_size", "sym_constrain_range")
+    return op_name(node).startswith("_assert") or op_name(node) in (
+        "sym_constrain_range_for_size",
+        "sym_constrain_range",
+    )
 
 
 def is_pointwise(node: fx.Node) -> bool:
@@ -79,8 +159,10 @@ class Dataflow:
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.constant: set[fx.Node] = set()  # computed from weights and literals alone
         for node in graph.nodes:
-            if WEIGHT in node.meta or LITERAL in node.meta or (
-                node.op == "call_function" and all(source in self.constant for source in node.all_input_nodes)
+            if (
+                WEIGHT in node.meta
+                or LITERAL in node.meta
+                or (node.op == "call_function" and all(source in self.constant for source in node.all_input_nodes))
             ):
                 self.constant.add(node)
         self._roots: dict[fx.Node, fx.Node] = {}
@@ -115,7 +197,16 @@ class Dataflow:
     def _relays(self, node: fx.Node) -> bool:
         if node.meta.get("relay"):
             return True
-        if op_name(node) not in ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze", "_reshape_alias"):
+        if op_name(node) not in (
+            "view",
+            "reshape",
+            "_unsafe_view",
+            "flatten",
+            "unflatten",
+            "unsqueeze",
+            "squeeze",
+            "_reshape_alias",
+        ):
             return False
         source = node.all_input_nodes[0]
         before, after = shape_of(source), shape_of(node)

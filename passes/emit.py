@@ -12,10 +12,11 @@ import torch
 from torch import fx, nn
 
 from memrewrite.errors import ModelError, SelectError
-from memrewrite.passes.capture import Inputs, Segment
+from memrewrite.passes.capture import Segment
 from memrewrite.passes.dataflow import shape_of
 from memrewrite.passes.extract import Original
 from memrewrite.passes.locate import Found, Locations
+from memrewrite.passes.recording import Inputs
 from memrewrite.passes.substitute import build_layers, pools_of
 from memrewrite.plans import Placement, Plan
 
@@ -53,12 +54,9 @@ def traced_module(segment: Segment) -> fx.GraphModule:
 
 def copy_of(module: fx.GraphModule) -> fx.GraphModule:
     """A graph module of the same nodes, by name, on the same weights, that can train and be exported again."""
-    graph = fx.Graph()
-    output = graph.graph_copy(module.graph, (names := {}), return_output_node=True)
-    if output is None:
-        raise ModelError("the graph has no output")
-    value, node = output
-    graph.output(value, getattr(node, "type_expr", None)).meta = dict(node.meta)
+    graph, names = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in module.graph.nodes:
+        names[node] = graph.node_copy(node, names.__getitem__)
     graph.set_codegen(module.graph._codegen)
     graph.eliminate_dead_code()  # and with it the weights that nothing reads
     result = fx.GraphModule(module, graph)
@@ -89,7 +87,8 @@ def _insert(result: fx.GraphModule, calls: tuple[Found, ...], layer: nn.Module, 
             with result.graph.inserting_after(new):
                 total = result.graph.call_function(torch.ops.aten.add.Tensor, (y, new))
             total.meta = {"val": y.meta["val"]}
-            y.replace_all_uses_with(total, delete_user_cb=lambda user, total=total: user is not total)
+            for user in [user for user in y.users if user is not total]:
+                user.replace_input_with(y, total)
         else:
             y.replace_all_uses_with(new)
 

@@ -67,7 +67,8 @@ def _needed(segment: Segment, output: fx.Node, folded: Mapping[fx.Node, Folded])
 
 
 def _mapped(value: Any, number: Mapping[fx.Node, int]) -> str:
-    return str(fx.map_arg(value, lambda node: _Numbered(number[node])))
+    numbered: Any = lambda node: _Numbered(number[node])  # noqa: E731
+    return str(fx.map_arg(value, numbered))
 
 
 class _Numbered:
@@ -95,9 +96,7 @@ class Differs(Exception):  # noqa: N818 - a verdict, turned into a failed check
     """The frame is not the same; the message says where."""
 
 
-def compare(
-    before: Segment, after: Segment, found: Mapping[str, tuple[Found, ...]], layers: Mapping[str, Substitution]
-) -> int:
+def compare(before: Segment, after: Segment, found: Mapping[str, tuple[Found, ...]], layers: Mapping[str, Substitution]) -> int:
     """Hold the graph outside the sites before and after against each other; the number of values compared.
 
     `layers` gives the substitution behind each layer's module path. Raises `Differs`.
@@ -175,9 +174,7 @@ def _sum_with(y: fx.Node, path: str) -> tuple[fx.Node, fx.Node]:
             raise Differs(f"the output of the layer at {path!r} is not added to the MLP's output but read by {user.name!r}")
 
 
-def _first_difference(
-    after: Segment, folded: Mapping[fx.Node, Folded], number: Mapping[fx.Node, int], known: set[int]
-) -> str:
+def _first_difference(after: Segment, folded: Mapping[fx.Node, Folded], number: Mapping[fx.Node, int], known: set[int]) -> str:
     new = next((node for node in after.graph.nodes if node in number and number[node] not in known), None)
     if new is None:
         return "the outputs are other values of the graph than they were"

@@ -124,18 +124,15 @@ def _assemble(
             path = f"{path}#{group[0][0].region.down.name}"
         paths[path] = group
     where = places([path.partition("#")[0] for path in paths], types)
-    sites = [
-        _site(path, group, where[path.partition("#")[0]]) for path, group in paths.items()
-    ]
+    sites = [_site(path, group, where[path.partition("#")[0]]) for path, group in paths.items()]
     located = Located(sites=tuple(sites), near_misses=tuple(dict.fromkeys(misses)), captured=capture.how)
     return Locations(located, {path: tuple(found for found, _, _ in group) for path, group in paths.items()})
 
 
 def _narrowest(found: Found) -> str:
     """The innermost module that holds every matrix of the region."""
-    stacks = []
-    for node in (*found.region.ups, found.region.down):
-        stacks.append([found.recorded.paths[call] for call, _ in modules_of(node)])
+    matrices = (*found.region.ups, found.region.down)
+    stacks = [[found.recorded.paths[call] for call, _ in modules_of(node)] for node in matrices]
     common = [step[0] for step in zip(*stacks, strict=False) if len(set(step)) == 1]
     return common[-1] if common else ""
 
@@ -151,9 +148,21 @@ def _site(path: str, group: list[tuple[Found, Match, str]], place: Any) -> Site:
     bindings = dict.fromkeys(f.bound.binding for f, _, _ in group)
     modules = dict.fromkeys(m for b in bindings for m in (*b.entries, b.exit) if m)
     return Site(
-        path=path, pattern=match.pattern, d_model=int(shape_of(region.down)[-1]), d_in=int(shape_of(region.x)[-1]),
-        d_hidden=match.d_hidden, activation=activation, calls=len(group), parameters=tuple(names), modules=tuple(modules),
-        weights=sum(sizes[n] for n in matrices), biases=sum(sizes[n] for n in sizes if n not in matrices),
-        dtype=str(value.dtype).removeprefix("torch."), device=str(value.device),
-        tower=place.tower, block=place.block, tower_blocks=place.blocks, bindings=tuple(bindings),
+        path=path,
+        pattern=match.pattern,
+        d_model=int(shape_of(region.down)[-1]),
+        d_in=int(shape_of(region.x)[-1]),
+        d_hidden=match.d_hidden,
+        activation=activation,
+        calls=len(group),
+        parameters=tuple(names),
+        modules=tuple(modules),
+        weights=sum(sizes[n] for n in matrices),
+        biases=sum(sizes[n] for n in sizes if n not in matrices),
+        dtype=str(value.dtype).removeprefix("torch."),
+        device=str(value.device),
+        tower=place.tower,
+        block=place.block,
+        tower_blocks=place.blocks,
+        bindings=tuple(bindings),
     )

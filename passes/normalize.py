@@ -16,7 +16,17 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from memrewrite.passes.capture import Segment
-from memrewrite.passes.dataflow import IDENTITY, LAYOUT, LITERAL, WEIGHT, Dataflow, is_assertion, is_tensor, op_name, shape_of
+from memrewrite.passes.dataflow import (
+    IDENTITY,
+    LAYOUT,
+    LITERAL,
+    WEIGHT,
+    Dataflow,
+    is_assertion,
+    is_tensor,
+    op_name,
+    shape_of,
+)
 
 aten = torch.ops.aten
 ORIGIN = "origin"
@@ -31,12 +41,10 @@ def normalize(segment: Segment) -> fx.Graph:
 
 def _copy(segment: Segment) -> fx.Graph:
     """A copy in which weights are placeholders marked with their names."""
-    graph, made = fx.Graph(), {}
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in segment.graph.nodes:
-        if node.op == "get_attr":
-            twin = graph.placeholder(node.name)
-        else:
-            twin = graph.node_copy(node, made.__getitem__)
+        weight = node.op == "get_attr"
+        twin = graph.placeholder(node.name) if weight else graph.node_copy(node, made.__getitem__)
         twin.meta = {**node.meta, ORIGIN: node}
         if node.name in segment.weights:
             twin.meta[WEIGHT] = segment.weights[node.name]
@@ -62,6 +70,7 @@ class Functionalize(_Pass):
     """`x.add_(y)` becomes `add(x, y)`, and whoever read `x` afterwards reads the result."""
 
     def walk(self, graph: fx.Graph) -> bool:
+        """Make every in-place op functional."""
         current: dict[fx.Node, fx.Node] = {}
         for node in graph.nodes:
             if current:
@@ -96,6 +105,7 @@ class DropNoise(_Pass):
     """Casts, copies, asserts and dropout go; their readers read what they handed on."""
 
     def walk(self, graph: fx.Graph) -> bool:
+        """Drop what only hands a value on."""
         size = len(graph.nodes)
         for node in list(graph.nodes):
             if node.op != "call_function":
@@ -116,6 +126,7 @@ class SpellLinear(_Pass):
     """Every product of an activation with a weight over the activation's features is written `linear(x, weight, bias)`."""
 
     def walk(self, graph: fx.Graph) -> bool:
+        """Rewrite every known spelling."""
         flow, changed = Dataflow(graph), False
         for node in list(graph.nodes):
             rule = SPELLINGS.get(op_name(node)) if node.op == "call_function" else None
@@ -133,8 +144,12 @@ def _addmm(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
     """`addmm(bias, x, W)` with unit factors."""
     bias, x, weight = node.args
     plain = all(factor == 1 for factor in node.kwargs.values())
-    return plain and x not in flow.constant and weight in flow.constant and bias in flow.constant and _become_linear(
-        node, x, weight, bias
+    return (
+        plain
+        and x not in flow.constant
+        and weight in flow.constant
+        and bias in flow.constant
+        and _become_linear(node, x, weight, bias)
     )
 
 
@@ -165,7 +180,7 @@ def _einsum(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
 def _conv(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
     """A convolution with a kernel of one, stride one, no padding and one group: a linear over the channel axis."""
     x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-    if weight not in flow.constant or any(k != 1 for k in shape_of(weight)[2:]):
+    if not isinstance(weight, fx.Node) or weight not in flow.constant or any(k != 1 for k in shape_of(weight)[2:]):
         return False
     stride, padding, _, groups = _conv_settings(node)
     if any(s != 1 for s in stride) or any(p != 0 for p in padding) or groups != 1:
@@ -184,8 +199,12 @@ def _conv_settings(node: fx.Node) -> tuple[Any, Any, Any, Any]:
     given = dict(zip(("stride", "padding", "dilation", "groups"), node.args[3:], strict=False)) | node.kwargs
     defaults: dict[str, Any] = {"stride": (1,), "padding": (0,), "dilation": (1,), "groups": 1}
     stride, padding, dilation, groups = ({**defaults, **given}[key] for key in defaults)
-    as_tuple: Callable[[Any], Any] = lambda v: (0,) if v in ("valid", "same") else v if isinstance(v, (list, tuple)) else (v,)  # noqa: E731
-    return as_tuple(stride), as_tuple(padding), dilation, groups
+    unpadded = (0,) if padding in ("valid", "same") else padding  # with a kernel of one both mean none
+    return _tuple(stride), _tuple(unpadded), dilation, groups
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _move(graph: fx.Graph, like: fx.Node, x: Any, source: int, destination: int) -> fx.Node:
@@ -201,9 +220,15 @@ def _add(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
         return False
     for result, bias in (node.args, node.args[::-1]):
         if (
-            isinstance(result, fx.Node) and isinstance(bias, fx.Node) and bias in flow.constant and is_tensor(bias)
-            and flow.is_linear(result) and len(result.users) == 1 and (len(result.args) < 3 or result.args[2] is None)
-            and shape_of(bias)[-1:] == shape_of(node)[-1:] and len(shape_of(bias)) == 1
+            isinstance(result, fx.Node)
+            and isinstance(bias, fx.Node)
+            and bias in flow.constant
+            and is_tensor(bias)
+            and flow.is_linear(result)
+            and len(result.users) == 1
+            and (len(result.args) < 3 or result.args[2] is None)
+            and shape_of(bias)[-1:] == shape_of(node)[-1:]
+            and len(shape_of(bias)) == 1
         ):
             _become_linear(node, result.args[0], result.args[1], bias)
             graph.erase_node(result)

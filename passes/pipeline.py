@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,10 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from memrewrite.errors import ModelError, SelectError, VerificationError
-from memrewrite.passes.capture import Capture, capture, run
+from memrewrite.passes.capture import Capture, capture
 from memrewrite.passes.emit import copy_of, emit_graph, emit_originals, traced_module
 from memrewrite.passes.locate import Locations, locate
+from memrewrite.passes.recording import run
 from memrewrite.passes.select import select
 from memrewrite.passes.substitute import Edit, pools_of, refuse_rewritten, substitute
 from memrewrite.passes.verify import Evidence, fingerprints, null, run_with_originals, verify
@@ -34,6 +36,7 @@ Model = nn.Module | ExportedProgram
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 Step = Callable[[str], None]
 Emit = Literal["module", "graph"]
+MEMINFO = Path("/proc/meminfo")
 
 
 def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> Located:
@@ -70,9 +73,9 @@ def apply(
     """
     begun, say = time.perf_counter(), step or _quiet
     wanted = read_recipe(recipe)
-    live = isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule)
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
+    live = isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule)
     with _evaluating(model):
         if live and emit == "graph":
             say("capturing the model with dynamic shapes")
@@ -85,8 +88,10 @@ def apply(
         if not allow_large:
             refuse_too_large(made)
         old_size = _size(model)
-        rewrite = _apply_to_module if live and emit == "module" else _apply_to_graph
-        result, checks = rewrite(model, made, before, locations, wanted, say)
+        if isinstance(model, nn.Module) and live and emit == "module":
+            result, checks = _apply_to_module(model, made, before, locations, wanted, say)
+        else:
+            result, checks = _apply_to_graph(made, before, locations, wanted, say)
     report = Report(
         plan=made,
         checks=checks,
@@ -141,7 +146,7 @@ def _apply_to_module(
 
 
 def _apply_to_graph(
-    model: Model, made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
+    made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
 ) -> tuple[nn.Module, tuple[Check, ...]]:
     segment = before.segments[0]
     say("rewriting the graph")
@@ -191,10 +196,9 @@ def refuse_too_large(made: Plan) -> None:
 def _free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu" or not os.path.exists("/proc/meminfo"):  # noqa: PTH110 - no path of the user's
+    if device.type != "cpu" or not MEMINFO.exists():
         return None
-    with open("/proc/meminfo") as lines:  # noqa: PTH123
-        sizes = dict(line.split(":", 1) for line in lines)
+    sizes = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return int(sizes["MemAvailable"].split()[0]) * 1024
 
 
@@ -207,8 +211,9 @@ def _evaluating(model: Model) -> Iterator[None]:
             module.training = False
         yield
     finally:
-        for module in model.modules() if isinstance(model, nn.Module) else ():
-            module.training = modes.get(module, modes[model])  # a new layer goes with the whole
+        if isinstance(model, nn.Module):
+            for module in model.modules():
+                module.training = modes.get(module, modes[model])  # a new layer goes with the whole
 
 
 def _size(model: Model) -> int:

@@ -7,9 +7,10 @@ from functools import cached_property
 
 from torch import fx
 
-from memrewrite.passes.capture import Call, Segment
+from memrewrite.passes.capture import Segment
 from memrewrite.passes.dataflow import IDENTITY, Dataflow, clean, is_assertion, modules_of, op_name
 from memrewrite.passes.normalize import ORIGIN
+from memrewrite.passes.recording import Call
 from memrewrite.passes.region import Region
 
 

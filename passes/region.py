@@ -14,7 +14,7 @@ from memrewrite.passes.dataflow import ALONG, LAYOUT, Dataflow, is_pointwise, op
 from memrewrite.passes.tokens import Refusal, mixes_tokens
 
 REACH = 96  # nodes looked at around one linear; an MLP's own ops and norms are far fewer, so locating stays linear
-LINEAR_POINTWISE = frozenset("add sub neg mul div rsub".split())
+LINEAR_POINTWISE = frozenset(["add", "sub", "neg", "mul", "div", "rsub"])
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,7 @@ def _is_linear_op(flow: Dataflow, node: fx.Node) -> bool:
     )
 
 
-def _checked(
-    flow: Dataflow, down: fx.Node, x: fx.Node, inside: set[fx.Node], ups: list[fx.Node]
-) -> Region | Refusal:
+def _checked(flow: Dataflow, down: fx.Node, x: fx.Node, inside: set[fx.Node], ups: list[fx.Node]) -> Region | Refusal:
     inside = {node for node in inside if node is down or not _only_relays(flow, node, x)}
     ordered = tuple(sorted(inside, key=flow.order.__getitem__))
     for node in ordered:

@@ -82,13 +82,8 @@ def _pool(recipe: Recipe, name: str, sites: Sequence[Site]) -> PoolSpec:
             where=f"pools.{name}",
             hint="give the pool a `dtype`",
         )
-    return PoolSpec(
-        keys=wish.keys,
-        value_dim=wish.value_dim or widths[0],
-        init=wish.init,
-        seed=wish.seed,
-        dtype=wish.dtype or dtypes[0],
-    )
+    completed = {"value_dim": wish.value_dim or widths[0], "dtype": wish.dtype or dtypes[0]}
+    return PoolSpec.model_validate(wish.model_dump() | completed)
 
 
 # ------------------------------------------------------------------------------------------------------- selectors
@@ -104,7 +99,11 @@ def _matching(sites: Sequence[Site], where: Where, place: str) -> list[Site]:
         if wanted is not None:
             kept = [s for s in chosen if fits(s, wanted)]
             if not kept:
-                raise SelectError(f"`{name}: {wanted}` matches none of {len(chosen)} MLPs", where=place, hint=_known(chosen, name, wanted))
+                raise SelectError(
+                    f"`{name}: {wanted}` matches none of {len(chosen)} MLPs",
+                    where=place,
+                    hint=_known(chosen, name, wanted),
+                )
             chosen = kept
     missing = set(where.layers or ()) - {s.block for s in chosen}
     if missing:

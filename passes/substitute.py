@@ -176,7 +176,9 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError as error:
         raise SelectError(
-            f"the model has no module {path!r}", where=str(error), hint="the plan was made for another model: plan again"
+            f"the model has no module {path!r}",
+            where=str(error),
+            hint="the plan was made for another model: plan again",
         ) from error
 
 
@@ -244,6 +246,7 @@ class HandOn:
         self.hand = hand
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Remember the first argument."""
         self.hand.x = args[0]
 
 
@@ -254,6 +257,7 @@ class TakeHanded:
         self.hand = hand
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        """The arguments the layer is called with instead."""
         return (self.hand.take(),)
 
 
@@ -264,6 +268,7 @@ class AddMemory:
         self.layer, self.hand = layer, hand
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The MLP's output and the layer's."""
         x = args[0] if self.hand is None else self.hand.take()
         added: Tensor = self.layer(x)
         return output + added.to(output.dtype)

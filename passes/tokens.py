@@ -35,18 +35,18 @@ def mixes_tokens(flow: Dataflow, nodes: Iterable[fx.Node]) -> Refusal | None:
         inputs = [source for source in flow.activations(node) if source in axes]
         try:
             if flow.is_linear(node):
-                x = node.args[0]
+                x = node.all_input_nodes[0]
                 if x in axes and axes[x][-1]:
                     raise _Mixed("multiplies along the token axis")
                 axes[node] = (*(axes[x][:-1] if x in axes else (True,) * (len(shape_of(node)) - 1)), False)
             elif inputs:
-                axes[node] = _through(flow, node, [axes[source] for source in inputs], inputs)
+                axes[node] = _through(node, [axes[source] for source in inputs], inputs)
         except _Mixed as why:
             return Refusal(f"`{op_name(node)}` {why}", node)
     return None
 
 
-def _through(flow: Dataflow, node: fx.Node, given: list[Axes], inputs: list[fx.Node]) -> Axes:
+def _through(node: fx.Node, given: list[Axes], inputs: list[fx.Node]) -> Axes:
     name = op_name(node)
     if is_pointwise(node):
         return _broadcast(node, given, inputs)
@@ -77,9 +77,8 @@ def _regroup(node: fx.Node, axes: Axes, before: tuple[Any, ...]) -> Axes:
     while i < len(before) or j < len(after):
         left, right = [i] if i < len(before) else [], [j] if j < len(after) else []
         i, j = i + len(left), j + len(right)
-        size = lambda shape, at: math.prod(shape[a] for a in at)  # noqa: E731
-        while size(before, left) != size(after, right):
-            if size(before, left) < size(after, right) and i < len(before):
+        while _size(before, left) != _size(after, right):
+            if _size(before, left) < _size(after, right) and i < len(before):
                 left, i = [*left, i], i + 1
             elif j < len(after):
                 right, j = [*right, j], j + 1
@@ -90,6 +89,10 @@ def _regroup(node: fx.Node, axes: Axes, before: tuple[Any, ...]) -> Axes:
             raise _Mixed("merges tokens with features")
         out += [bool(kinds and kinds.pop())] * len(right)
     return tuple(out)
+
+
+def _size(shape: tuple[Any, ...], at: list[int]) -> int:
+    return math.prod(shape[a] for a in at)
 
 
 def _permute(order: list[int], axes: Axes, shape: tuple[Any, ...]) -> Axes:
@@ -122,10 +125,10 @@ def _ints(value: Any) -> list[int]:
 def _cut(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
     """split, chunk, slice, select, unbind, cat: along a feature axis."""
     name = op_name(node)
-    at = node.args[1] if len(node.args) > 1 else 0
+    at: Any = node.args[1] if len(node.args) > 1 else 0
     if name in ("split", "split_with_sizes", "chunk", "tensor_split"):
         at = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    axis = int(at) % len(shape)  # type: ignore[call-overload]
+    axis = int(at) % len(shape)
     whole = name == "slice" and shape_of(node) == shape
     if axes[axis] and not whole:
         raise _Mixed("cuts or joins along the token axis")
@@ -137,8 +140,7 @@ def _squeeze(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
 
 
 def _expand(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
-    out = (False,) * (len(shape_of(node)) - len(axes)) + axes
-    return out
+    return (False,) * (len(shape_of(node)) - len(axes)) + axes
 
 
 def _getitem(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
@@ -146,8 +148,8 @@ def _getitem(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
 
 
 def _stack(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
-    at = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    axis = int(at) % (len(shape) + 1)  # type: ignore[call-overload]
+    at: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    axis = int(at) % (len(shape) + 1)
     return (*axes[:axis], False, *axes[axis:])
 
 
@@ -167,14 +169,17 @@ def _along(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
 
 
 RULES: dict[str, Callable[[fx.Node, Axes, tuple[Any, ...]], Axes]] = {
-    **dict.fromkeys(("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_as", "reshape_as"), _regroup),
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_as", "reshape_as"), _regroup
+    ),
     **dict.fromkeys(("squeeze", "unsqueeze"), _squeeze),
     **dict.fromkeys(
         ("permute", "transpose", "t", "numpy_T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"),
         lambda node, axes, shape: _permute(_order(node, shape), axes, shape),
     ),
     **dict.fromkeys(
-        ("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "slice", "select", "narrow", "cat", "concat"), _cut
+        ("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "slice", "select", "narrow", "cat", "concat"),
+        _cut,
     ),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     "getitem": _getitem,

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 from memrewrite.errors import CaptureError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.passes import frame as frames
-from memrewrite.passes.capture import Capture, Inputs, recapture, run
+from memrewrite.passes.capture import Capture, recapture
 from memrewrite.passes.extract import Original
 from memrewrite.passes.locate import Locations
+from memrewrite.passes.recording import on_meta, run
 from memrewrite.passes.substitute import Edit, place, pools_of
 from memrewrite.plans import Plan, Substitution
 from memrewrite.report import Check
@@ -40,7 +41,7 @@ class Evidence:
     @property
     def on_meta(self) -> bool:
         """No values to compare: the model is on `meta`."""
-        return any(p.is_meta for p in self.model.parameters())
+        return on_meta(self.model)
 
 
 def fingerprints(model: nn.Module) -> dict[str, str]:
@@ -67,7 +68,7 @@ def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _fingerprint(tensor: Tensor) -> str:
     digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
     if not tensor.is_meta and tensor.numel():
-        digest.update(memoryview(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -104,6 +105,8 @@ def differing(one: Any, other: Any) -> int:
 
 def coverage(evidence: Evidence) -> Check:
     """Is every layer called as often as its MLP was, with its width, and are the replaced weights gone?"""
+    if evidence.on_meta:
+        return _skipped("coverage", "the model is on meta: it cannot run")
     seen: dict[str, list[int]] = {s.site.path: [] for s in evidence.plan.substitutions}
     handles = [
         evidence.layers[path].register_forward_pre_hook(lambda _, args, widths=widths: widths.append(args[0].shape[-1]))

@@ -109,6 +109,8 @@ def _complaint(line: ErrorDetails) -> str:
     if kind in _BOUNDS:
         words, key = _BOUNDS[kind]
         return f"must be {words} {context[key]}, not {shown(line['input'])}"
+    if kind == "invalid_key":
+        return "has a key that is not text"
     if kind == "string_too_short":
         return "must not be empty"
     if kind == "too_short":

@@ -27,7 +27,7 @@ def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
         return source
     if isinstance(source, Mapping):
         return _validated(dict(source), _place_in_mapping)
-    if not isinstance(source, str | os.PathLike):
+    if not _is_path(source):
         hint = "give a gallery name, a path, a mapping or a Recipe"
         raise RecipeError(f"a recipe cannot be read from {type(source).__name__}", hint=hint)
     if isinstance(source, str) and source in (shelf := gallery()):
@@ -50,6 +50,10 @@ def _recipe_in(source: Source) -> Recipe:
     return _validated(document.data, place, document)
 
 
+def _is_path(source: object) -> bool:  # types are promises: a caller without a type checker may pass anything
+    return isinstance(source, str | os.PathLike)
+
+
 def _bytes_of(source: str | os.PathLike[str]) -> bytes:
     """The bytes of the file, one more than allowed at most: enough to see that it is too large."""
     try:
@@ -66,9 +70,7 @@ def _bytes_of(source: str | os.PathLike[str]) -> bytes:
 def _fail_unknown(name: str) -> NoReturn:
     names = list(gallery())
     if "\n" in name:
-        raise RecipeError(
-            "a path was expected, and this is text of several lines", hint="read text with `parse_recipe`"
-        )
+        raise RecipeError("a path was expected, and this is text of several lines", hint="read text with `parse_recipe`")
     hint = did_you_mean(Path(name).stem, names) or f"a path that exists, or a recipe of the gallery: {one_of(names)}"
     raise RecipeError(f"the path {name!r} does not exist, and no gallery recipe is named so", hint=hint) from None
 

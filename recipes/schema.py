@@ -39,11 +39,11 @@ class PoolWish(Frozen):
     """A value table that the layers of one or more rules share."""
 
     keys: Whole = Field(ge=1, le=MAX_KEYS, description="Keys per half; the pool has keys × keys slots.")
-    value_dim: Count | None = Field(None, description="Width of one value; left out: the d_model of the sites.")
-    init: Literal["paper"] = Field("paper", description="How values start: 'paper' is N(0, value_dim^-1/2).")
-    seed: Whole = Field(0, ge=0, lt=2**63, description="Seed of the pool's initial values.")
+    value_dim: Count | None = Field(default=None, description="Width of one value; left out: the d_model of the sites.")
+    init: Literal["paper"] = Field(default="paper", description="How values start: 'paper' is N(0, value_dim^-1/2).")
+    seed: Whole = Field(default=0, ge=0, lt=2**63, description="Seed of the pool's initial values.")
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
-        None, description="Type of the stored values; left out: the dtype of the sites."
+        default=None, description="Type of the stored values; left out: the dtype of the sites."
     )
 
 
@@ -51,21 +51,21 @@ class Centred(Frozen):
     """`count` blocks, `stride` apart, around the middle of the stack."""
 
     count: Count = Field(description="How many blocks.")
-    stride: Count = Field(1, description="Distance from one to the next, in blocks.")
+    stride: Count = Field(default=1, description="Distance from one to the next, in blocks.")
 
 
 class Where(Frozen):
     """Selects MLPs; the selectors given must all hold."""
 
-    layers: tuple[Index, ...] | None = Field(None, min_length=1, description="Indices of blocks, counted from 0.")
-    centred: Centred | None = Field(None, description="Blocks around the middle of the stack, as in the paper.")
-    every: Count | None = Field(None, description="Every n-th block of the stack: indices n-1, 2n-1, ...")
-    path: Text | None = Field(None, description="Glob over module paths, such as 'model.layers.*.mlp'.")
-    regex: Text | None = Field(None, description="Regular expression over module paths.")
-    pattern: Text | None = Field(None, description="Name of the MLP pattern, such as 'gated', as `inspect` shows it.")
-    d_model: Count | None = Field(None, description="Width of the MLP's output.")
-    all: Flag = Field(False, description="true: every MLP found.")
-    tower: Text | None = Field(None, description="Path of the stack of blocks, for models with more than one.")
+    layers: tuple[Index, ...] | None = Field(default=None, min_length=1, description="Blocks by index, from 0.")
+    centred: Centred | None = Field(default=None, description="Blocks around the middle of the stack, as in the paper.")
+    every: Count | None = Field(default=None, description="Every n-th block of the stack: indices n-1, 2n-1, ...")
+    path: Text | None = Field(default=None, description="Glob over module paths, such as 'model.layers.*.mlp'.")
+    regex: Text | None = Field(default=None, description="Regular expression over module paths.")
+    pattern: Text | None = Field(default=None, description="MLP pattern, such as 'gated', as `inspect` shows it.")
+    d_model: Count | None = Field(default=None, description="Width of the MLP's output.")
+    all: Flag = Field(default=False, description="true: every MLP found.")
+    tower: Text | None = Field(default=None, description="Path of the stack of blocks, for models with more than one.")
 
     @field_validator("layers")
     @classmethod
@@ -100,9 +100,9 @@ class Rule(Frozen):
 
     where: Where = Field(description="Which MLPs.")
     with_: Text = Field(validation_alias="with", serialization_alias="with", description="The layer kind.")
-    pool: Text | None = Field(None, description="Name of the pool the layers read, from `pools`.")
+    pool: Text | None = Field(default=None, description="Name of the pool the layers read, from `pools`.")
     placement: Placement = Field(
-        "replace",
+        default="replace",
         description="'replace': the layer takes the MLP's place; 'parallel': it is added to the MLP's output.",
     )
     options: dict[str, Any] = Field(
@@ -136,9 +136,7 @@ class Rule(Frozen):
         options = kind.Options.model_validate(given).model_dump(mode="json")
         for name, value in given.items():  # `heads: yes` must not become one head
             if isinstance(value, bool) and not isinstance(options.get(name), bool):
-                _raise_at(
-                    (name,), f"`{name}` cannot be {str(value).lower()}", "YAML reads yes, no, on, off as booleans"
-                )
+                _raise_at((name,), f"`{name}` cannot be {str(value).lower()}", "YAML reads yes, no, on, off as booleans")
         return options
 
     @model_validator(mode="after")
@@ -156,7 +154,7 @@ class Recipe(Frozen):
     memrewrite: Literal[1] = Field(description="Version of the recipe format: 1.")
     pools: dict[str, PoolWish] = Field(default_factory=dict, description="Value tables by name, shared by the layers.")
     replace: tuple[Rule, ...] = Field(min_length=1, description="Rules; no two may claim the same MLP.")
-    verify: Literal["full", "off"] = Field("full", description="'full': check the rewritten model; 'off': do not.")
+    verify: Literal["full", "off"] = Field(default="full", description="'full': check the rewritten model; 'off': don't.")
 
     @field_validator("memrewrite", mode="before")
     @classmethod
@@ -183,9 +181,7 @@ class Recipe(Frozen):
         used = {rule.pool for rule in self.replace}
         for name in self.pools:
             if not _can_be_attribute(name):
-                hint = (
-                    "a pool hangs at `model.memory.<name>`: use letters, digits, _, and no name that torch modules use"
-                )
+                hint = "a pool hangs at `model.memory.<name>`: use letters, digits, _, and no name that torch modules use"
                 lines.append(_line(("pools", name), f"a pool cannot be named {name!r}", hint, key=True))
             elif name not in used:
                 hint = f"name it in a rule (`pool: {name}`) or take it out"
@@ -204,7 +200,8 @@ class Recipe(Frozen):
 
     def to_yaml(self) -> str:
         """The recipe as YAML; reading it again gives an equal recipe."""
-        text: str = yaml.safe_dump(self.to_data(), sort_keys=False, allow_unicode=True, width=120)
+        # non-ASCII is escaped: PyYAML writes a bare U+0085 and reads it back as a space
+        text: str = yaml.safe_dump(self.to_data(), sort_keys=False, width=120)
         return text
 
     def digest(self) -> str:
@@ -220,7 +217,7 @@ def _kinds() -> dict[str, type[MemoryLayer]]:
 def _buildable(rule: Rule, loc: tuple[str | int, ...], wish: PoolWish | None) -> list[InitErrorDetails]:
     """What the kind's own `check` refuses whatever the model: tried at a width that suits every option."""
     width = rule.where.d_model or _ANY_WIDTH
-    pool = None if wish is None else PoolSpec(keys=wish.keys, value_dim=wish.value_dim or width)
+    pool = None if wish is None else _spec(wish, width)
     try:
         rule.kind.check(width, width, rule.layer_options(), pool)
     except UserError as error:
@@ -229,8 +226,13 @@ def _buildable(rule: Rule, loc: tuple[str | int, ...], wish: PoolWish | None) ->
     return []
 
 
+def _spec(wish: PoolWish, width: int) -> PoolSpec:
+    given = wish.model_dump(exclude_none=True)
+    return PoolSpec.model_validate({"value_dim": width, **given})
+
+
 def _can_be_attribute(name: str) -> bool:
-    """Whether a pool can hang under this name at the model's root: the rule of `Pools`, told before there is a model."""
+    """Whether a pool can hang under this name at the root: the rule of `Pools`, told before there is a model."""
     plain = name.isascii() and name.isidentifier() and not name.startswith("_") and not keyword.iskeyword(name)
     return plain and not hasattr(Pools({}), name)
 

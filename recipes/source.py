@@ -131,10 +131,10 @@ class _NodeReader:
         if node.tag != allowed:
             self._refuse_tag(node)
         self.around.append(node)
-        data: Any
+        data: Any = None
         if isinstance(node, SequenceNode):
             data = [self.read(item, (*loc, index)) for index, item in enumerate(node.value)]
-        else:
+        elif isinstance(node, MappingNode):
             data = self._mapping(node, loc)
         self.around.pop()
         return data
@@ -201,12 +201,13 @@ def _fail_yaml(source: Source, error: yaml.YAMLError) -> NoReturn:
     if isinstance(error, yaml.reader.ReaderError):
         before = _BREAKS.split(source.text[: error.position])
         span = Span(len(before), len(before[-1]) + 1)
-        source.fail(
-            span, "a character that YAML does not allow", "remove it, or write it as an escape in double quotes"
-        )
+        source.fail(span, "a character that YAML does not allow", "remove it, or write it as an escape in double quotes")
     if not isinstance(error, yaml.MarkedYAMLError) or (mark := error.problem_mark or error.context_mark) is None:
         source.fail(Span(1, 1), f"this is not YAML: {error}", "mend the file")
     span, problem = Span(mark.line + 1, mark.column + 1), error.problem or "it cannot be read"
+    if "expected ':'" in problem and error.context_mark:  # PyYAML notices on the next line
+        key = Span(error.context_mark.line + 1, error.context_mark.column + 1)
+        source.fail(key, "a `:` is missing", "write `key: value`, with a space after the colon")
     if "another document" in problem:
         source.fail(span, "the file holds more than one YAML document", "keep one recipe in a file")
     if "'\\t'" in problem:

@@ -23,7 +23,7 @@ class LayerOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
 
-O = TypeVar("O", bound=LayerOptions)  # noqa: E741  (O for options)
+O = TypeVar("O", bound=LayerOptions)  # noqa: E741 - O for options
 
 
 class MemoryLayer(nn.Module, ABC):
@@ -53,9 +53,7 @@ class MemoryLayer(nn.Module, ABC):
         """Build with uninitialised parameters on `device`; `zero_output`: the layer starts by adding nothing."""
         super().__init__()
         self.d_model, self.d_out, self.options, self.zero_output = d_model, d_out, options, zero_output
-        self._pool: tuple[Pool, ...] = (
-            () if pool is None else (pool,)
-        )  # in a tuple, so that it is not registered as a child
+        self._pool: tuple[Pool, ...] = () if pool is None else (pool,)  # in a tuple, so that it is not registered as a child
 
     @property
     def pool(self) -> Pool | None:

@@ -62,7 +62,7 @@ class MemoryPlus(ProductKeyLayer):
         self.value_proj = empty_linear(d_v, d_out, device, dtype)
 
     @classmethod
-    def check(cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None) -> None:  # noqa: ARG003
+    def check(cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None) -> None:
         """Raise `UserError` for a missing pool, an odd key_dim, or a topk the pool cannot serve."""
         check_product_keys(d_model, options_as(MemoryPlusOptions, options), pool)
 
@@ -75,7 +75,7 @@ class MemoryPlus(ProductKeyLayer):
         pool: PoolSpec | None,
         itemsize: int,
         *,
-        zero_output: bool,  # noqa: ARG003  (W2 is there either way)
+        zero_output: bool,
     ) -> Cost:
         """Query, half keys and lookup, and the two projections W1 and W2."""
         mine, d_v = options_as(MemoryPlusOptions, options), needed(pool).value_dim

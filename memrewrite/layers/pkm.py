@@ -51,7 +51,7 @@ class Pkm(ProductKeyLayer):
         self.value_proj = empty_linear(d_v, d_out, device, dtype) if zero_output or d_v != d_out else None
 
     @classmethod
-    def check(cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None) -> None:  # noqa: ARG003
+    def check(cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None) -> None:
         """Raise `UserError` for a missing pool, an odd key_dim, or a topk the pool cannot serve."""
         check_product_keys(d_model, options_as(PkmOptions, options), pool)
 

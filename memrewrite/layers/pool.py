@@ -24,10 +24,10 @@ class PoolSpec(Frozen):
 
     keys: int = Field(gt=0, description="Keys per half; the pool has keys × keys slots.")
     value_dim: int = Field(gt=0, description="Width of one value.")
-    init: Literal["paper"] = Field("paper", description="How values start: 'paper' is N(0, value_dim^-1/2).")
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the initial values.")
+    init: Literal["paper"] = Field(default="paper", description="How values start: 'paper' is N(0, value_dim^-1/2).")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the initial values.")
     dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
-        None, description="Type of the stored values; left out: the type the pool is built with."
+        default=None, description="Type of the stored values; left out: the type the pool is built with."
     )
 
     @property
@@ -49,9 +49,7 @@ class Pool(nn.Module):
     the spec's dtype (else `dtype`): call `reset_parameters` or load a checkpoint.
     """
 
-    def __init__(
-        self, spec: PoolSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, spec: PoolSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.spec = spec
         stored = dtype if spec.dtype is None else getattr(torch, spec.dtype)

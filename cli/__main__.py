@@ -1,0 +1,8 @@
+"""`python -m memrewrite.cli`, where the console script is not on the path."""
+
+from __future__ import annotations
+
+from memrewrite.cli import main
+
+if __name__ == "__main__":
+    main()

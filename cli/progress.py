@@ -1,0 +1,54 @@
+"""The steps of a command as they happen, on stderr: a spinner with its time on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+
+class Steps:
+    """Called with the name of each step as it begins; the one before it has then ended.
+
+    Plain lines carry the seconds since the first step: `[  3.2s] capturing the model`.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.begun: float | None = None
+        self.live: Progress | None = None
+        self.task: TaskID | None = None
+
+    def __call__(self, name: str) -> None:
+        """A step begins."""
+        now = time.perf_counter()
+        self.begun = now if self.begun is None else self.begun
+        if not self.console.is_terminal:
+            self.console.print(f"[{now - self.begun:5.1f}s] {name}", soft_wrap=True)
+            return
+        if self.live is None:
+            columns = (SpinnerColumn(finished_text="·"), TextColumn("{task.description}"), TimeElapsedColumn())
+            self.live = Progress(*columns, console=self.console, redirect_stdout=False)
+            self.live.start()
+        self._end()
+        self.task = self.live.add_task(name, total=1)
+
+    def close(self, *, failed: bool = False) -> None:
+        """The last step has ended, or has failed and stands as it was."""
+        if self.live is not None:
+            if not failed:
+                self._end()
+            self.live.stop()
+            self.live = self.task = None
+
+    def _end(self) -> None:
+        if self.live is not None and self.task is not None:
+            self.live.update(self.task, completed=1)
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
+        self.close(failed=kind is not None)

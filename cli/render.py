@@ -1,0 +1,171 @@
+"""Results as people read them: tables by rich on a terminal, aligned plain text elsewhere, nothing cut short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from memrewrite.cost import Cost
+    from memrewrite.plans import Plan, Substitution
+    from memrewrite.report import Report
+    from memrewrite.site import Located, Site
+
+Row = Sequence[str]
+STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+def inspected(out: Console, located: Located) -> None:
+    """Sites and near misses."""
+    _line(out, f"{len(located.sites)} MLPs · captured: {located.captured}")
+    if located.sites:
+        heads = ("path", "pattern", "widths", "activation", "calls", "block", "edited")
+        _table(out, heads, [_site(site) for site in located.sites], right=("calls",))
+    if located.near_misses:
+        _line(out, f"\n{len(located.near_misses)} near misses")
+        rows = [(m.path or "(root)", m.reason, m.source or m.node) for m in located.near_misses]
+        _table(out, ("path", "refused because", "at"), rows)
+
+
+def _site(site: Site) -> Row:
+    widths = f"{site.d_in:,} → {site.d_hidden:,} → {site.d_model:,}"
+    block = "" if site.block is None else f"{site.tower}[{site.block}]"
+    return (site.path or "(root)", site.pattern, widths, site.activation, f"{site.calls:,}", block, _edited(site))
+
+
+def _edited(site: Site) -> str:
+    """How the site can be edited, in words."""
+    reasons = [b.why for b in site.bindings if b.kind == "none"]
+    if reasons:
+        return f"in the graph only: {reasons[0]}"
+    return "between modules" if any(b.kind == "span" for b in site.bindings) else "as a module"
+
+
+def planned(out: Console, plan: Plan) -> None:
+    """Site → layer with its cost, the pools, and the totals."""
+    _line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}")
+    heads = ("path", "pattern", "layer", "parameters", "stored", "FLOPs/token", "read/token")
+    _table(out, heads, [_substitution(s, plan) for s in plan.substitutions], right=heads[3:])
+    if plan.pools:
+        _line(out)
+        heads = ("pool", "keys", "slots", "width", "dtype", "parameters", "stored", "layers")
+        _table(out, heads, [_pool(plan, name) for name in plan.pools], right=("keys", "slots", *heads[5:]))
+    _line(out)
+    _totals(out, plan.before(), plan.after())
+
+
+def _substitution(made: Substitution, plan: Plan) -> Row:
+    site, old, new = made.site, made.site.cost(), made.cost(plan.pools)
+    layer = f"{made.kind} ({made.placement})" + (f" → {made.pool}" if made.pool else "")
+    calls = site.calls
+    return (
+        site.path or "(root)",
+        site.pattern,
+        layer,
+        f"{old.parameters:,} → {new.parameters:,}",
+        f"{size(old.parameter_bytes)} → {size(new.parameter_bytes)}",
+        f"{old.flops * calls:,} → {new.flops * calls:,}",
+        f"{size(old.bytes_read * calls)} → {size(new.bytes_read * calls)}",
+    )
+
+
+def _pool(plan: Plan, name: str) -> Row:
+    spec, cost = plan.pools[name], plan.pools[name].cost()
+    layers = sum(s.pool == name for s in plan.substitutions)
+    dtype = spec.dtype or "as the model"
+    numbers = (f"{spec.keys:,}", f"{spec.slots:,}", f"{spec.value_dim:,}", dtype, f"{cost.parameters:,}")
+    return (name, *numbers, size(cost.parameter_bytes), f"{layers:,}")
+
+
+def _totals(out: Console, before: Cost, after: Cost) -> None:
+    rows = [
+        ("parameters", f"{before.parameters:,}", f"{after.parameters:,}", _times(before.parameters, after.parameters)),
+        _bytes("stored", before.parameter_bytes, after.parameter_bytes),
+        ("FLOPs per token", f"{before.flops:,}", f"{after.flops:,}", _times(before.flops, after.flops)),
+        _bytes("read per token", before.bytes_read, after.bytes_read),
+    ]
+    heads = ("of these MLPs", "before", "after", "change")
+    _table(out, heads, rows, right=heads[1:])
+
+
+def _bytes(name: str, before: int, after: int) -> Row:
+    return (name, size(before), size(after), _times(before, after))
+
+
+def applied(out: Console, report: Report, saved: Path | None) -> None:
+    """The plan, the checks, the totals, and where the result lies."""
+    planned(out, report.plan)
+    _line(out)
+    checks(out, report)
+    before, after = report.parameters_before, report.parameters_after
+    _line(out, f"\nwhole model: {before:,} → {after:,} parameters ({_times(before, after)}), in {report.seconds:.1f} s")
+    _line(out, f"saved in {saved}" if saved else "not saved: give -o DIR to keep the result")
+
+
+def verified(out: Console, report: Report, directory: Path) -> None:
+    """The checks of a saved result."""
+    checks(out, report)
+    _line(out, f"\n{directory} is as it was saved")
+
+
+def checks(out: Console, report: Report) -> None:
+    """Every check: its outcome, its number and its sentence."""
+    if not report.checks:
+        _line(out, "no checks were run: the recipe says `verify: off`")
+        return
+    rows = [(c.name, c.outcome, _number(c.number), c.sentence) for c in report.checks]
+    _table(out, ("check", "outcome", "number", ""), rows, right=("number",))
+
+
+def listed(out: Console, described: Mapping[str, str]) -> None:
+    """Recipes and what they are for."""
+    _table(out, ("recipe", "what it does"), list(described.items()))
+
+
+def size(count: int) -> str:
+    """Bytes as people read them: `1.5 MiB`."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} TiB"
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if float(value).is_integer() else f"{value:.4g}"
+
+
+def _times(before: int, after: int) -> str:
+    return f"×{after / before:.3g}" if before else "new"
+
+
+def _line(out: Console, text: str = "") -> None:
+    out.print(text, soft_wrap=True)
+
+
+def _table(out: Console, heads: Row, rows: Sequence[Row], right: Sequence[str] = ()) -> None:
+    if not out.is_terminal:
+        widths = [max(cell_len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+        for row in (heads, *rows):
+            cells = [_padded(row[i], widths[i], heads[i] in right) for i in range(len(heads))]
+            _line(out, "  ".join(cells).rstrip())
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in heads:
+        table.add_column(head, justify="right" if head in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    out.print(table)
+
+
+def _padded(cell: str, width: int, right: bool) -> str:
+    space = " " * (width - cell_len(cell))
+    return space + cell if right else cell + space

@@ -1,0 +1,118 @@
+"""One forward, and what it shows: reference outputs, how every module was called, what every repeated block was given.
+
+The forward starts from a fixed seed and leaves the caller's inputs and random state alone, so that two can be compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from memrewrite.errors import ModelError
+from memrewrite.passes.blocks import outermost_lists
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a module was called once: tensors given and returned, and whether the first positional argument is one."""
+
+    tensors_in: int
+    first_is_tensor: bool
+    tensors_out: int
+    returns_tensor: bool
+
+
+def as_inputs(inputs: Any) -> Inputs:
+    """Bring a tuple, a dict or `(args, kwargs)` to `(args, kwargs)`; a single tensor is one positional argument."""
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        pair = len(inputs) == 2 and isinstance(inputs[0], (tuple, list)) and isinstance(inputs[1], Mapping)
+        return (tuple(inputs[0]), dict(inputs[1])) if pair else (tuple(inputs), {})
+    raise ModelError(f"the example inputs are a {type(inputs).__name__}", hint="give a tuple, a dict, or a pair (args, kwargs)")
+
+
+def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Move the example tensors to where the model's parameters are (so a model on `meta` is traced on `meta`)."""
+    device = next((p.device for p in model.parameters()), None)
+    if device is None:
+        return inputs
+    moved: Inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, inputs)
+    return moved
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether the model has shapes but no values."""
+    return any(p.is_meta for p in model.parameters())
+
+
+def run(model: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Any:
+    """One forward from a fixed seed that leaves the caller's inputs and random state alone."""
+    args, kwargs = copy.deepcopy(inputs)
+    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(SEED)
+        return model(*args, **kwargs)
+
+
+def first_run(model: nn.Module, inputs: Inputs) -> Any:
+    """`run`, whose failure is the user's: the model and the inputs do not fit. Raises `ModelError`."""
+    try:
+        return run(model, inputs)
+    except Exception as error:
+        raise ModelError(
+            f"the model does not run on its example inputs: {type(error).__name__}: {error}",
+            where=f"{type(model).__name__}.forward",
+            hint="call the model with these inputs yourself; give inputs that fit as a tuple, a dict or (args, kwargs)",
+        ) from error
+
+
+class Recorder:
+    """While entered, notes how every module of a model is called, and the first inputs of every repeated block."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.calls: dict[str, tuple[Call, ...]] = {}
+        self.block_inputs: dict[str, Inputs] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Recorder:
+        lists = {path for path, _ in outermost_lists(self.model)}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            self._handles.append(module.register_forward_hook(self._noting(path), with_kwargs=True))
+            if path.rpartition(".")[0] in lists:
+                self._handles.append(module.register_forward_pre_hook(self._keeping(path), with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _noting(self, path: str) -> Any:
+        def note(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            first = bool(args) and isinstance(args[0], torch.Tensor)
+            call = Call(_tensors((args, kwargs)), first, _tensors(out), isinstance(out, torch.Tensor))
+            self.calls[path] = (*self.calls.get(path, ()), call)
+
+        return note
+
+    def _keeping(self, path: str) -> Any:
+        def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+            self.block_inputs.setdefault(path, (args, kwargs))
+
+        return keep
+
+
+def _tensors(tree: Any) -> int:
+    return sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(tree))
