@@ -57,19 +57,24 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Trust = Annotated[bool, typer.Option("--trust-code", help="Run Python and unpickle objects that came with the model.")]
 
 
-@app.callback()
-def _settings(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every replacement, on stderr.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
-) -> None:
-    """Options of every command."""
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         from memrewrite import __version__
 
         typer.echo(f"memrewrite {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _settings(
+    context: typer.Context,
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every replacement, on stderr.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
+) -> None:
+    """Options of every command."""
     context.obj = Settings(verbose=verbose, debug=debug)
 
 

@@ -51,7 +51,7 @@ def _edited(site: Site) -> str:
 def planned(out: Console, plan: Plan) -> None:
     """Site → layer with its cost, the pools, and the totals."""
     _line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}")
-    heads = ("path", "pattern", "layer", "parameters", "stored", "FLOPs/token", "read/token")
+    heads: Row = ("path", "pattern", "layer", "parameters", "stored", "FLOPs/token", "read/token")
     _table(out, heads, [_substitution(s, plan) for s in plan.substitutions], right=heads[3:])
     if plan.pools:
         _line(out)

@@ -54,7 +54,7 @@ class Session:
     def write(self, text: str) -> None:
         """Print text as it is."""
         self.step.close()
-        print(text, file=self.out)  # noqa: T201 - the door is where printing is done
+        print(text, file=self.out)
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def session(settings: Settings | None, as_json: bool = False) -> Iterator[Sessio
             steps.close(failed=True)
             _say(errors, "interrupted")
             raise typer.Exit(INTERRUPTED) from None
-        except Exception as error:  # the outermost: nothing goes by it
+        except Exception as error:  # noqa: BLE001 - the outermost: nothing goes by it
             steps.close(failed=True)
             raise typer.Exit(_report(error, ours, errors, settings)) from None
 

@@ -7,9 +7,11 @@ then strict → block by block when neither works → an error that names the su
 from __future__ import annotations
 
 import copy
+import io
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -94,13 +96,26 @@ def _export(model: nn.Module, inputs: Inputs, dynamic: bool, recorder: Recorder 
     for strict, dims in [*attempts, (False, None), (True, None)]:
         how = ("strict" if strict else "non-strict") + (", dynamic shapes" if dims else "")
         try:
-            with torch.no_grad(), recorder if recorder and not strict else nullcontext():
+            with torch.no_grad(), _hushed(), recorder if recorder and not strict else nullcontext():
                 dynamic_shapes = None if dims is None else _by_argument(model, args, kwargs, dims)
                 return torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes), how
         except Exception as error:
             log.debug("torch.export %s refused %s", how, type(model).__name__, exc_info=True)
             reasons.append(f"{how}: {type(error).__name__}: {_first_lines(error)}")
     raise _Refused("; ".join(reasons[-2:]))
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """A refused attempt is told in one line, not in torch's thousands: what it warns, logs and prints is dropped."""
+    before, nowhere = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _auto_dims(inputs: Inputs) -> Inputs:

@@ -35,14 +35,16 @@ def emit_graph(segment: Segment, plan: Plan, locations: Locations) -> tuple[fx.G
     return result, layers
 
 
-def emit_originals(segment: Segment, plan: Plan, locations: Locations) -> fx.GraphModule:
-    """The graph with every selected MLP lifted out and put in the layer's place: for the *null* check."""
+def emit_originals(segment: Segment, plan: Plan, locations: Locations) -> tuple[fx.GraphModule, dict[str, Original]]:
+    """The graph with every selected MLP lifted out and put in the layer's place, and these: for the *null* check."""
     traced = traced_module(segment)
     result = copy_of(traced)
+    wrapped: dict[str, Original] = {}
     for substitution in plan.substitutions:
-        found = locations.found[substitution.site.path]
-        _insert(result, found, Original(traced, found), "replace")
-    return _finished(result, segment.inputs)
+        path = substitution.site.path
+        wrapped[path] = Original(traced, locations.found[path])
+        _insert(result, locations.found[path], wrapped[path], "replace")
+    return _finished(result, segment.inputs), wrapped
 
 
 def traced_module(segment: Segment) -> fx.GraphModule:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from memrewrite.passes.capture import Segment
@@ -20,12 +21,14 @@ class Original(nn.Module):
     def __init__(self, model: nn.Module, calls: Sequence[Found]) -> None:
         super().__init__()
         self.calls = [extract(model, found) for found in calls]  # a plain list: the weights stay the model's
-        self.made = 0
+        self.outputs: list[Tensor] = []  # with gradients on: leaves, to see what depends on them
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_model]."""
-        out: Tensor = self.calls[self.made % len(self.calls)](x)
-        self.made += 1
+        out: Tensor = self.calls[len(self.outputs) % len(self.calls)](x)
+        if torch.is_grad_enabled():
+            out = out.detach().requires_grad_()
+        self.outputs.append(out)
         return out
 
 

@@ -21,11 +21,12 @@ from torch.export import ExportedProgram
 from memrewrite.errors import ModelError, SelectError, VerificationError
 from memrewrite.passes.capture import Capture, capture
 from memrewrite.passes.emit import copy_of, emit_graph, emit_originals, traced_module
+from memrewrite.passes.extract import Original
 from memrewrite.passes.locate import Locations, locate
 from memrewrite.passes.recording import run
 from memrewrite.passes.select import select
 from memrewrite.passes.substitute import Edit, pools_of, refuse_rewritten, substitute
-from memrewrite.passes.verify import Evidence, fingerprints, null, run_with_originals, verify
+from memrewrite.passes.verify import Evidence, fingerprints, null, reached, run_with_originals, skipped, verify
 from memrewrite.plans import ROOT, Plan
 from memrewrite.recipes.reader import read_recipe
 from memrewrite.recipes.schema import Recipe
@@ -127,7 +128,7 @@ def _apply_to_module(
     say("fingerprinting every tensor")
     evidence = Evidence(model, made, before, locations, fingerprints(model))
     say("checking the plan with the original MLPs wrapped")
-    first = null(evidence, lambda: run_with_originals(evidence))
+    first = _before_editing(evidence, lambda gradients: run_with_originals(evidence, gradients=gradients))
     if first.outcome == "failed":
         return model, (first,)
     say("substituting")
@@ -145,6 +146,16 @@ def _apply_to_module(
     return model, checks
 
 
+def _before_editing(evidence: Evidence, run_wrapped: Callable[[bool], tuple[Any, dict[str, Original]]]) -> Check:
+    """The *null* check, and which sites the outputs depend on, with the original MLPs wrapped."""
+    if evidence.on_meta:
+        return skipped("null", "the model is on meta: there are no values to compare")
+    check = null(evidence, run_wrapped(False)[0])
+    if check.outcome == "passed":
+        evidence.reached = reached(*run_wrapped(True))
+    return check
+
+
 def _apply_to_graph(
     made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
 ) -> tuple[nn.Module, tuple[Check, ...]]:
@@ -156,7 +167,12 @@ def _apply_to_graph(
     say("verifying")
     original = copy_of(traced_module(segment))
     evidence = Evidence(original, made, before, locations, fingerprints(original))
-    first = null(evidence, lambda: run(emit_originals(segment, made, locations), before.inputs))
+
+    def run_wrapped(gradients: bool) -> tuple[Any, dict[str, Original]]:
+        wrapped_graph, wrapped = emit_originals(segment, made, locations)
+        return run(wrapped_graph, before.inputs, gradients=gradients), wrapped
+
+    first = _before_editing(evidence, run_wrapped)
     after = replace(evidence, model=result, layers=layers)
     return result, (first, *verify(after))
 

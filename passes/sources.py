@@ -205,7 +205,7 @@ def _from_module(dotted: str, name: str) -> Source:
         try:
             module = importlib.import_module(dotted)
         except (Exception, SystemExit) as error:
-            raise _blame(f"the module {dotted!r} cannot be imported", error, _location(dotted)) from error
+            raise _blame(f"the module {dotted!r} cannot be imported", error, _location(dotted), dotted) from error
         file = Path(module.__file__ or dotted)
         model, builder, inputs = _use(module, name, file, file.parent)
     return Source(model, inputs, f"{dotted}:{name}", builder=f"{dotted}:{builder}")
@@ -224,7 +224,7 @@ def import_file(file: Path) -> ModuleType:
             spec.loader.exec_module(module)
         except (Exception, SystemExit) as error:
             del sys.modules[private]
-            raise _blame(f"{file.name!r} cannot be imported", error, file.resolve().parent) from error
+            raise _blame(f"{file.name!r} cannot be imported", error, file.resolve().parent, file) from error
     return module
 
 
@@ -272,7 +272,7 @@ def _called(function: Any, name: str, file: Path, root: Path) -> Any:
     try:
         return function()
     except (Exception, SystemExit) as error:
-        raise _blame(f"{name}() of {file.name!r} failed", error, root) from error
+        raise _blame(f"{name}() of {file.name!r} failed", error, root, file) from error
 
 
 def _could_build(value: Any, module: ModuleType) -> bool:
@@ -299,7 +299,7 @@ def _importable(directory: Path) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------- a user's traceback
 
 
-def _blame(what: str, error: BaseException, root: Path) -> ModelError:
+def _blame(what: str, error: BaseException, root: Path, at: object) -> ModelError:
     """An error in the user's code: their frames of the traceback, and nobody else's."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _users(frame.filename, root)]
     where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
@@ -311,7 +311,7 @@ def _blame(what: str, error: BaseException, root: Path) -> ModelError:
     hint = "mend the code shown above"
     if isinstance(error, ModuleNotFoundError):
         hint = f"install {error.name!r} in this environment, or put it beside the file"
-    return ModelError(f"{what}: {_brief(error)}", where=f"{where or root}\n    {shown}", hint=hint)
+    return ModelError(f"{what}: {_brief(error)}", where=f"{where or at}\n    {shown}", hint=hint)
 
 
 def _users(filename: str, root: Path) -> bool:
@@ -534,8 +534,8 @@ class _Maker:
 
     def ids(self, length: int, *, decoder: bool = False) -> Tensor:
         """Random token ids; those with a meaning of their own (padding, images) are left out."""
-        text = self.config.get_text_config(decoder=decoder)
-        vocabulary = int(getattr(text, "vocab_size", 0) or self.model.get_input_embeddings().num_embeddings)
+        text = self.config.get_text_config(decoder=decoder or None)
+        vocabulary = int(getattr(text, "vocab_size", None) or self._number("vocab_size", 2))
         length = min(length, int(getattr(text, "max_position_embeddings", None) or length))
         special = [i for i in self.special_names("").values() if i < vocabulary]
         allowed = torch.ones(vocabulary, dtype=torch.bool)

@@ -36,6 +36,7 @@ class Evidence:
     before: Capture
     locations: Locations
     fingerprints: Mapping[str, str]
+    reached: frozenset[str] = frozenset()  # sites that outputs depended on differentiably before
     layers: Mapping[str, nn.Module] = field(default_factory=dict)  # by site path, as built
 
     @property
@@ -72,27 +73,37 @@ def _fingerprint(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def null(evidence: Evidence, run_wrapped: Callable[[], Any]) -> Check:
-    """The plan applied with the original MLPs wrapped: does every output keep every bit?"""
-    if evidence.on_meta:
-        return _skipped("null", "the model is on meta: there are no values to compare")
-    different = differing(evidence.before.outputs, run_wrapped())
+def run_with_originals(evidence: Evidence, *, gradients: bool = False) -> tuple[Any, dict[str, Original]]:
+    """The live model's outputs with every selected MLP lifted out and put in the layer's way, and these wrapped MLPs.
+
+    Leaves the model as it was.
+    """
+    edit = Edit()
+    wrapped: dict[str, Original] = {}
+    try:
+        for substitution in evidence.plan.substitutions:
+            path = substitution.site.path
+            wrapped[path] = Original(evidence.model, evidence.locations.found[path])
+            place(evidence.model, substitution.site, wrapped[path], "replace", edit)
+        return run(evidence.model, evidence.before.inputs, gradients=gradients), wrapped
+    finally:
+        edit.revert()
+
+
+def null(evidence: Evidence, outputs: Any) -> Check:
+    """With the original MLPs wrapped in the layers' places: does every output keep every bit?"""
+    different = differing(evidence.before.outputs, outputs)
     sentence = "with the original MLPs in the layers' places, outputs are bit-equal"
     if different:
         sentence = f"with the original MLPs in the layers' places, {different} output elements differ"
     return _check("null", different == 0, different, sentence)
 
 
-def run_with_originals(evidence: Evidence) -> Any:
-    """The live model's outputs with every selected MLP lifted out and put back in the layer's way; leaves it as it was."""
-    edit = Edit()
-    try:
-        for substitution in evidence.plan.substitutions:
-            wrapped = Original(evidence.model, evidence.locations.found[substitution.site.path])
-            place(evidence.model, substitution.site, wrapped, "replace", edit)
-        return run(evidence.model, evidence.before.inputs)
-    finally:
-        edit.revert()
+def reached(outputs: Any, wrapped: Mapping[str, Original]) -> frozenset[str]:
+    """The sites that the original model's outputs depend on differentiably: a quantiser cuts off what is before it."""
+    made = [(path, leaf) for path, original in wrapped.items() for leaf in original.outputs]
+    grads = _reach(outputs, [leaf for _, leaf in made])
+    return frozenset(path for (path, _), grad in zip(made, grads, strict=True) if grad is not None)
 
 
 def differing(one: Any, other: Any) -> int:
@@ -106,7 +117,7 @@ def differing(one: Any, other: Any) -> int:
 def coverage(evidence: Evidence) -> Check:
     """Is every layer called as often as its MLP was, with its width, and are the replaced weights gone?"""
     if evidence.on_meta:
-        return _skipped("coverage", "the model is on meta: it cannot run")
+        return skipped("coverage", "the model is on meta: it cannot run")
     seen: dict[str, list[int]] = {s.site.path: [] for s in evidence.plan.substitutions}
     handles = [
         evidence.layers[path].register_forward_pre_hook(lambda _, args, widths=widths: widths.append(args[0].shape[-1]))
@@ -182,7 +193,7 @@ def gradient(evidence: Evidence) -> Check:
     Layers that start at zero are opened for this, and shut again.
     """
     if evidence.on_meta:
-        return _skipped("gradient", "the model is on meta: there are no values to differentiate")
+        return skipped("gradient", "the model is on meta: there are no values to differentiate")
     fresh = {p: name for module in _new_modules(evidence) for name, p in module.named_parameters()}
     frozen = {p: p.requires_grad for p in evidence.model.parameters()}
     shut = [p for p in fresh if p.ndim >= 2 and not p.detach().any()]
@@ -199,17 +210,18 @@ def gradient(evidence: Evidence) -> Check:
             p.requires_grad_(wanted)
     bad = [fresh[p] for p, g in zip(fresh, grads, strict=True) if g is None or not g.isfinite().all() or not g.any()]
     if unreached:
-        return _check("gradient", False, len(unreached), f"no output of the model depends on the layers at {unreached[:3]}")
+        sentence = f"no output depends on {len(unreached)} layers, and some did on their MLPs: {', '.join(unreached[:3])}"
+        return _check("gradient", False, len(unreached), sentence)
     if bad:
         return _check("gradient", False, len(bad), f"{len(bad)} new parameters get none: {', '.join(bad[:3])}")
     return _check("gradient", True, len(fresh), f"all {len(fresh)} new parameters get a finite gradient")
 
 
 def _gradients(evidence: Evidence, parameters: list[nn.Parameter]) -> tuple[list[str], tuple[Tensor | None, ...]]:
-    """Sites that no output depends on; and the gradient of the layers' outputs, in a random direction."""
-    made: dict[str, Tensor] = {}
+    """Sites whose layers no output depends on any more; and the gradient of the layers' outputs, in a random direction."""
+    made: dict[str, list[Tensor]] = {path: [] for path in evidence.layers}
     hooks = [
-        layer.register_forward_hook(lambda _, args, out, path=path: made.__setitem__(path, out))
+        layer.register_forward_hook(lambda _, args, out, path=path: made[path].append(out))
         for path, layer in evidence.layers.items()
     ]
     try:
@@ -217,13 +229,24 @@ def _gradients(evidence: Evidence, parameters: list[nn.Parameter]) -> tuple[list
     finally:
         for hook in hooks:
             hook.remove()
+    flat = [(path, out) for path, outs in made.items() for out in outs]
+    reach = _reach(outputs, [out for _, out in flat])
+    now = {path for (path, _), grad in zip(flat, reach, strict=True) if grad is not None}
+    live = [out for _, out in flat if out.requires_grad]
+    none = (None,) * len(parameters)
+    grads = torch.autograd.grad(_in_a_direction(live), parameters, allow_unused=True) if live else none
+    return sorted(evidence.reached - now), grads
+
+
+def _reach(outputs: Any, inner: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradient of the outputs for each inner value; None where they do not depend on it."""
     ends = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
-    paths = list(made)
-    if not ends:
-        return paths, (None,) * len(parameters)
-    reach = torch.autograd.grad(_in_a_direction(ends), [made[p] for p in paths], allow_unused=True, retain_graph=True)
-    unreached = [path for path, grad in zip(paths, reach, strict=True) if grad is None]
-    return unreached, torch.autograd.grad(_in_a_direction(list(made.values())), parameters, allow_unused=True)
+    live = [t for t in inner if t.requires_grad]
+    grads: dict[int, Tensor | None] = {}
+    if ends and live:
+        found = torch.autograd.grad(_in_a_direction(ends), live, allow_unused=True, retain_graph=True)
+        grads = {id(t): grad for t, grad in zip(live, found, strict=True)}
+    return tuple(grads.get(id(t)) for t in inner)
 
 
 def _in_a_direction(tensors: list[Tensor]) -> Tensor:
@@ -236,9 +259,9 @@ def _in_a_direction(tensors: list[Tensor]) -> Tensor:
 def identity(evidence: Evidence) -> Check:
     """With every layer beside its MLP and its output at zero: does the model compute what it did, bit for bit?"""
     if any(s.placement != "parallel" for s in evidence.plan.substitutions):
-        return _skipped("identity", "some MLPs were replaced: the model computes something else now, as asked")
+        return skipped("identity", "some MLPs were replaced: the model computes something else now, as asked")
     if evidence.on_meta:
-        return _skipped("identity", "the model is on meta: there are no values to compare")
+        return skipped("identity", "the model is on meta: there are no values to compare")
     different = differing(evidence.before.outputs, run(evidence.model, evidence.before.inputs))
     sentence = "the rewritten model's outputs are bit-equal to the original's"
     if different:
@@ -258,5 +281,6 @@ def _check(name: str, good: bool, number: float, sentence: str) -> Check:
     return Check(name=name, outcome="passed" if good else "failed", number=number, sentence=sentence)
 
 
-def _skipped(name: str, why: str) -> Check:
+def skipped(name: str, why: str) -> Check:
+    """A check that could not be made, and why."""
     return Check(name=name, outcome="skipped", number=0, sentence=why)

@@ -1,0 +1,375 @@
+"""The command line: what it prints and where, exit codes, one clear error for each bad input, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from memrewrite.cli.app import app
+from memrewrite.cli.render import size
+from memrewrite.passes import bases, pipeline, sources
+
+MODEL = """\
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+class MLP(nn.Module):
+    def __init__(self, d, h):
+        super().__init__()
+        self.up, self.down = nn.Linear(d, h), nn.Linear(h, d)
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+class Block(nn.Module):
+    def __init__(self, d, h):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.qkv, self.out, self.mlp = nn.Linear(d, 3 * d), nn.Linear(d, d), MLP(d, h)
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        return x + self.mlp(self.norm2(x))
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 24), nn.Linear(24, 50)
+        self.blocks = nn.ModuleList(Block(24, 96) for _ in range(3))
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+def build():
+    print("the user's own print")
+    return Tiny()
+
+def inputs():
+    return (torch.randint(50, (2, 7)),)
+"""
+RECIPE = """\
+memrewrite: 1
+pools: {shared: {keys: 8}}
+replace:
+  - where: {layers: [0, 2]}
+    with: memory_plus
+    pool: shared
+    options: {heads: 2, topk: 4}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Runs the command line in a directory that holds model.py and r.yaml."""
+    (tmp_path / "model.py").write_text(MODEL)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: CliRunner().invoke(app, list(arguments))
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
+
+
+# --------------------------------------------------------------------------------------------- quick, and without torch
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["apply", "--help"], ["recipes"], ["recipes", "show", "pkm"]]
+)
+def test_quick_commands_do_not_import_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; sys.argv[1:] = ARGUMENTS\nfrom memrewrite.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\nassert not heavy, heavy\n"
+    ).replace("ARGUMENTS", repr(arguments))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_help_states_the_exit_codes(run: Callable[..., Any]) -> None:
+    for arguments in (["--help"], ["apply", "--help"]):
+        assert "Exit codes: 0 done; 1" in run(*arguments).stdout
+
+
+def test_usage_errors_are_typers(run: Callable[..., Any]) -> None:
+    assert run("apply", "model.py").exit_code == 2
+    assert run("rewrite").exit_code == 2
+    assert run("apply", "model.py", "r.yaml", "--emit", "onnx").exit_code == 2
+
+
+def test_recipes(run: Callable[..., Any]) -> None:
+    names = [r["name"] for r in json.loads(run("recipes", "--json").stdout)["recipes"]]
+    assert "memory-plus" in names
+    listed = run("recipes").stdout
+    assert all(name in listed for name in names)
+    assert "memrewrite: 1" in run("recipes", "show", "memory-plus").stdout
+    assert json.loads(run("recipes", "schema").stdout)["title"] == "memrewrite recipe"
+    missing = run("recipes", "show", "memry-plus")
+    assert missing.exit_code == 2
+    assert "did you mean 'memory-plus'" in missing.stderr
+
+
+def test_the_shell_completes_recipe_names() -> None:
+    from memrewrite.cli.recipes import complete
+
+    assert complete("memory") == ["memory-plus", "memory-plus-parallel"]
+
+
+# ----------------------------------------------------------------------------------------------------- what they show
+
+
+def test_inspect(run: Callable[..., Any], tmp_path: Path) -> None:
+    before = listing(tmp_path)
+    table = run("inspect", "model.py")
+    assert table.exit_code == 0
+    assert "3 MLPs" in table.stdout
+    assert "24 → 96 → 24" in table.stdout
+    assert "own print" not in table.stdout
+    assert "s] capturing the model" in table.stderr
+    assert not {"\x1b", "│", "━"} & set(table.stdout)
+    sites = json.loads(run("inspect", "model.py", "--json").stdout)["sites"]
+    assert [s["path"] for s in sites] == [f"blocks.{i}.mlp" for i in range(3)]
+    assert {"pattern", "d_model", "d_hidden", "activation", "calls", "parameters"} <= set(sites[0])
+    assert listing(tmp_path) == before
+
+
+def test_plan_and_dry_run_change_nothing(run: Callable[..., Any], tmp_path: Path) -> None:
+    before = listing(tmp_path)
+    table = run("plan", "model.py", "r.yaml").stdout
+    assert "blocks.2.mlp" in table
+    assert "4,728 → 1,992" in table  # parameters of one MLP and of its layer
+    assert "FLOPs per token" in table
+    document = json.loads(run("plan", "model.py", "r.yaml", "--json").stdout)
+    assert document["before"]["parameters"] == 2 * 4728
+    assert [s["path"] for s in document["sites"]] == ["blocks.0.mlp", "blocks.2.mlp"]
+    dry = json.loads(run("apply", "model.py", "r.yaml", "--dry-run", "-o", "out", "--json").stdout)
+    assert dry == document
+    assert listing(tmp_path) == before
+
+
+def test_a_long_path_is_not_cut(run: Callable[..., Any], tmp_path: Path) -> None:
+    name = "a_stack_of_blocks_" * 8
+    (tmp_path / "model.py").write_text(MODEL.replace("blocks", name))
+    assert f"{name}.0.mlp" in run("inspect", "model.py").stdout
+
+
+def test_apply_reports_and_says_that_nothing_was_saved(run: Callable[..., Any], tmp_path: Path) -> None:
+    before = listing(tmp_path)
+    done = run("apply", "model.py", "r.yaml")
+    assert done.exit_code == 0, done.stderr
+    assert "untouched  passed" in done.stdout
+    assert "not saved" in done.stdout
+    assert listing(tmp_path) == before
+
+
+@pytest.fixture
+def own_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bases, "build_from_file", sources.build_from_file)
+
+
+@pytest.mark.usefixtures("own_builder")
+def test_apply_saves_what_inspect_reads(run: Callable[..., Any], tmp_path: Path) -> None:
+    done = run("apply", "model.py", "r.yaml", "-o", "deep/out", "--json")
+    document = json.loads(done.stdout)
+    assert document["ok"]
+    assert document["saved"] == "deep/out"
+    assert {c["outcome"] for c in document["report"]["checks"]} <= {"passed", "skipped"}
+    assert {"model.safetensors", "plan.json", "report.json", "recipe.yaml", "model.py"} <= set(listing(Path("deep/out")))
+    refused = run("inspect", "deep/out")
+    assert refused.exit_code == 2
+    assert "--trust-code" in refused.stderr
+    seen = json.loads(run("inspect", "deep/out", "--json", "--trust-code").stdout)
+    assert [s["path"] for s in seen["sites"]] == ["blocks.1.mlp"]
+    again = run("apply", "deep/out", "r.yaml", "--trust-code")
+    assert again.exit_code == 2
+    assert "already rewritten" in again.stderr
+    Path("deep/out/model.safetensors").write_bytes(b"short")
+    damaged = run("inspect", "deep/out", "--trust-code")
+    assert damaged.exit_code == 2
+    assert "damaged" in damaged.stderr
+
+
+def test_apply_emits_a_graph(run: Callable[..., Any], tmp_path: Path) -> None:
+    done = run("apply", "model.py", "r.yaml", "--emit", "graph", "-o", "out")
+    assert done.exit_code == 0, done.stderr
+    assert {"model.pt2", "plan.json", "report.json"} <= set(listing(tmp_path / "out"))
+    program = torch.export.export(sources.load_source("model.py").model, (torch.randint(50, (2, 7)),))
+    torch.export.save(program, "given.pt2")
+    given = json.loads(run("apply", "given.pt2", "r.yaml", "--trust-code", "--json").stdout)
+    assert given["emit"] == "graph"
+    refused = run("apply", "given.pt2", "r.yaml", "--trust-code", "--emit", "module")
+    assert refused.exit_code == 2
+    assert "--emit graph" in refused.stderr
+
+
+def test_a_hugging_face_directory(run: Callable[..., Any]) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained("llama")
+    done = run("apply", "llama", "r.yaml", "-o", "out")
+    assert done.exit_code == 0, done.stderr
+    seen = json.loads(run("inspect", "out", "--json").stdout)  # no code of anyone's: no --trust-code
+    assert [s["path"] for s in seen["sites"]] == ["model.layers.1.mlp"]
+
+
+def test_verify(run: Callable[..., Any]) -> None:
+    from memrewrite.passes import checkpoint
+
+    assert run("verify", "nowhere").exit_code in (1, 2)
+    if not hasattr(checkpoint, "verify_saved"):
+        pytest.skip("checkpoint.verify_saved is not there yet")
+    assert run("verify", "nowhere").exit_code == 2
+    run("apply", "model.py", "r.yaml", "-o", "out")
+    document = json.loads(run("verify", "out", "--trust-code", "--json").stdout)
+    assert document["ok"]
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+BAD_RECIPES = [
+    ("memory_plus", "memory_pluss", "did you mean 'memory_plus'"),
+    ("keys: 8", "keyz: 8", "unknown key 'keyz'"),
+    ("keys: 8", "keys: many", "must be a whole number"),
+    ("pool: shared", "pool: shard", "there is no pool 'shard'"),
+    ("topk: 4", "topk: 9", "topk"),
+    ("topk: 4", "topk: 4, key_dim: 7", "key_dim"),
+    ("[0, 2]", "[0, 9]", "there is no block 9"),
+    ("layers: [0, 2]", "path: nothing.*", "matches none of 3 MLPs"),
+    ("replace:", "replace: [", "r.yaml:"),
+]
+
+
+@pytest.mark.parametrize(("good", "bad", "says"), BAD_RECIPES)
+def test_bad_recipes(run: Callable[..., Any], tmp_path: Path, good: str, bad: str, says: str) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace(good, bad))
+    before = listing(tmp_path)
+    done = run("apply", "model.py", "r.yaml", "-o", "out", "--json")
+    assert done.exit_code == 2, done.output
+    error = json.loads(done.stdout)["error"]
+    assert error["exit_code"] == 2
+    assert says in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert listing(tmp_path) == before
+
+
+def test_two_rules_claiming_one_mlp(run: Callable[..., Any], tmp_path: Path) -> None:
+    rules = RECIPE.partition("replace:\n")[2]
+    (tmp_path / "r.yaml").write_text(RECIPE + rules)
+    done = run("plan", "model.py", "r.yaml")
+    assert done.exit_code == 2
+    assert "both claim" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("import nothing_of_the_kind\n", "cannot be imported"),
+        (MODEL.replace("def build", "def construct"), "neither `build` nor `model`"),
+        (MODEL.replace("(2, 7)", "(2, 7)).float(") + "", "does not run on its example inputs"),
+        ("import torch\nmodel = torch.nn.Linear(4, 4)\ninputs = (torch.ones(2, 4),)\n", "no MLP was found"),
+    ],
+)
+def test_bad_models(run: Callable[..., Any], tmp_path: Path, model: str, says: str) -> None:
+    (tmp_path / "model.py").write_text(model)
+    before = listing(tmp_path)
+    done = run("apply", "model.py", "r.yaml", "-o", "out")
+    assert done.exit_code == 2, done.output
+    assert says in done.stderr
+    assert "  try: " in done.stderr
+    assert not done.stdout
+    assert listing(tmp_path) == before
+
+
+def test_an_output_in_use_is_refused_before_the_model_is_loaded(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    for output in ("out", "model.py"):
+        done = run("apply", "missing.py", "r.yaml", "-o", output)
+        assert done.exit_code == 2
+        assert "loading" not in done.stderr
+        assert output in done.stderr
+    for output in (".", "..", "out/.."):
+        done = run("apply", "model.py", "r.yaml", "-o", output, "--overwrite")
+        assert done.exit_code == 2
+        assert "would delete" in done.stderr
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_overwrite(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("")
+    assert run("apply", "model.py", "r.yaml", "-o", "out", "--overwrite").exit_code == 0
+    assert "old" not in listing(tmp_path / "out")
+
+
+def test_a_pool_that_does_not_fit_in_memory(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(RECIPE.replace("keys: 8", "keys: 65536"))
+    assert run("plan", "model.py", "r.yaml").exit_code == 0  # the plan says how much
+    done = run("apply", "model.py", "r.yaml", "-o", "out")
+    assert done.exit_code == 2
+    assert "--allow-large" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- what goes wrong in us
+
+
+def test_a_failed_check_shows_the_checks_and_exits_1(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from memrewrite.errors import VerificationError
+    from memrewrite.report import Check
+
+    whole = pipeline.apply
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        report = whole(*arguments, **options)
+        failed = Check(name="frame", outcome="failed", number=3.0, sentence="3 values differ")
+        raise VerificationError("the check 'frame' failed").with_report(report.model_copy(update={"checks": (failed,)}))
+
+    monkeypatch.setattr(pipeline, "apply", failing)
+    done = run("apply", "model.py", "r.yaml", "-o", "out")
+    assert done.exit_code == 1
+    assert "frame  failed" in done.stdout
+    assert "error: the check 'frame' failed" in done.stderr
+    document = json.loads(run("apply", "model.py", "r.yaml", "--json").stdout)
+    assert document["error"]["kind"] == "VerificationError"
+    assert document["report"]["checks"][0]["outcome"] == "failed"
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("raised", "code"), [(ZeroDivisionError("odd"), 1), (KeyboardInterrupt(), 130)])
+def test_bugs_and_interrupts(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(pipeline, "inspect", fail)
+    done = run("inspect", "model.py")
+    assert done.exit_code == code
+    assert not done.stdout
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert "a bug in memrewrite: ZeroDivisionError: odd" in done.stderr
+        assert "Traceback" in run("--debug", "inspect", "model.py").stderr
+
+
+def test_verbose_logs_every_replacement(run: Callable[..., Any]) -> None:
+    assert "info: memory_plus takes the place of the MLP blocks.0.mlp" in run("-v", "apply", "model.py", "r.yaml").stderr
+
+
+def test_sizes_for_people() -> None:
+    assert [size(n) for n in (0, 1023, 1536, 3 * 2**30, 2**50)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB", "1,024.0 TiB"]
