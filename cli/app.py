@@ -174,9 +174,9 @@ def verify(
         ours.step("loading torch")
         from memrewrite.cli import render
         from memrewrite.errors import VerificationError
-        from memrewrite.passes import checkpoint
+        from memrewrite.passes.recheck import verify_saved
 
-        report = checkpoint.verify_saved(directory, trust_code=trust_code, step=ours.step)
+        report = verify_saved(directory, trust_code=trust_code, step=ours.step)
         if not report.ok:  # shown like every failed check, with the report
             failed = next(check for check in report.checks if check.outcome == "failed")
             what = f"the check {failed.name!r} failed: {failed.sentence}"

@@ -41,6 +41,7 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "square": torch.square,
     "identity": lambda x: x,
 }
+VIEW, RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
 LIMIT = 1 << 24  # elements evaluated at most
 
 
@@ -106,7 +107,7 @@ def _interpret(flow: Dataflow, region: Region, middle: list[fx.Node], values: di
                 for constant in node.all_input_nodes:
                     if constant in flow.constant and constant not in known:
                         known[constant] = _constant(constant)
-                target: Any = node.target
+                target: Any = RESHAPE if node.target is VIEW else node.target  # copies between were dropped
                 known[node] = target(*fx.map_arg(node.args, known.__getitem__), **fx.map_arg(node.kwargs, known.__getitem__))
         hidden: Tensor = known[region.down.all_input_nodes[0]]
         return hidden

@@ -59,8 +59,8 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
     """
     if isinstance(model, ExportedProgram):
         return _as_given(model.module(check_guards=False), inputs or _of_program(model), "an exported program, as given")
-    if isinstance(model, fx.GraphModule):
-        return _as_given(model, inputs, "a graph module, as given")
+    if is_traced(model):
+        return _as_given(_unguarded(model), inputs, "a graph module, as given")
     arguments, recorder = on_device_of(model, as_inputs(inputs)), Recorder(model)
     outputs = None
     if not on_meta(model):  # many forwards look at values, and run on meta only while they are traced
@@ -72,6 +72,28 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
     except _Refused as refusal:
         made = _block_by_block(model, arguments, recorder.block_inputs, str(refusal))
     return replace(made, calls=recorder.calls, outputs=outputs)
+
+
+def is_traced(model: nn.Module | ExportedProgram) -> bool:
+    """Whether a model is a graph of operators already, with its shapes known.
+
+    A `GraphModule` that calls modules (`fx.symbolic_trace` makes such) is not: it is a module tree with generated code, is
+    captured like any other, and edited in place.
+    """
+    if not isinstance(model, fx.GraphModule):
+        return isinstance(model, ExportedProgram)
+    calls = [n for n in model.graph.nodes if n.op.startswith("call_") and n.users]  # none reads what only checks the inputs
+    return all(node.op == "call_function" and "val" in node.meta for node in calls)
+
+
+def _unguarded(module: Any) -> fx.GraphModule:
+    """A graph module without the calls of modules that nothing reads: guards, by which `export` checks its inputs."""
+    if not any(node.op == "call_module" for node in module.graph.nodes):
+        return module  # type: ignore[no-any-return]
+    graph = copy.deepcopy(module.graph)
+    for node in [node for node in graph.nodes if node.op == "call_module"]:
+        graph.erase_node(node)
+    return fx.GraphModule(module, graph)
 
 
 def _as_given(module: nn.Module, inputs: Any, how: str) -> Capture:

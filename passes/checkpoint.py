@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -22,16 +23,18 @@ from pydantic import ValidationError
 from torch import Tensor, fx, nn
 
 from memrewrite.errors import CheckpointError, MemrewriteError, ModelError
-from memrewrite.passes.bases import Base, base_of, build_base
+from memrewrite.passes.bases import Base, Kind, base_of, build_base
 from memrewrite.passes.substitute import pools_of, substitute
 from memrewrite.plans import Plan
 from memrewrite.report import Report
+from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Set
 
 MANIFEST = "memrewrite.json"
 GRAPH = "model.pt2"
+TRANSIENT = "buffers.safetensors"  # what is no part of a model's state, and of its function
 SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit: hubs and file systems like files no larger
 FORMAT = 1
 
@@ -64,6 +67,7 @@ def save(
             base.write(model, folder)
             state, tied = _named_once(model)
             _save_tensors(state, folder)
+            _save_transient(model, state.keys() | tied.keys(), folder)
         for name, text in record.items():
             (folder / name).write_text(text, encoding="utf-8")
         say("writing the manifest")
@@ -95,14 +99,28 @@ def _renamed_at_the_end(target: Path) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield folder
-        folder.chmod(0o755)
-        old = target.with_name(f".{target.name}.old")
+        _open_to_readers(folder)
+        old = folder.with_name(f"{folder.name}.old")
         if target.exists():
             target.rename(old)
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """The rights that new files get here: temporary directories and safetensors' files start closed to others."""
+    umask = os.umask(0)
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 # ---------------------------------------------------------------------------------------------------------- tensors
@@ -135,7 +153,7 @@ def _save_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
         if shards[-1] and size + value.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = value.detach().cpu().contiguous()
+        shards[-1][name] = _whole(value)
         size += value.nbytes
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
@@ -149,12 +167,36 @@ def _save_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
+def _save_transient(model: nn.Module, saved: Set[str], folder: Path) -> None:
+    """The buffers that a state leaves out: `model.to(dtype)` rounded them too, and no config says so."""
+    from safetensors.torch import save_file
+
+    buffers = model.named_buffers(remove_duplicate=False)
+    kept = {name: b.cpu().contiguous().clone() for name, b in buffers if name not in saved and not b.is_meta}
+    if kept:
+        save_file(kept, folder / TRANSIENT)
+
+
+def _fill_transient(model: nn.Module, folder: Path) -> None:
+    """Bring those buffers back where the model has them already: one that a forward makes is made again."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name, value in _tensors_in(folder / TRANSIENT) if (folder / TRANSIENT).is_file() else ():
+        if name in buffers:
+            buffers[name].data = value.to(buffers[name].device, copy=True)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """On the CPU, and with a storage of its own when it saw only a part of one: safetensors refuses storages that overlap."""
+    value = value.detach().cpu().contiguous()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
 def _fill(model: nn.Module, folder: Path, tied: Mapping[str, str]) -> None:
     """Copy the saved tensors into the model and tie what was tied; names and shapes must fit exactly."""
     wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     loaded: set[str] = set()
     with torch.no_grad():
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(set(folder.glob("*.safetensors")) - {folder / TRANSIENT}):
             for name, value in _tensors_in(file):
                 _copy_into(wanted, name, value, file)
                 loaded.add(name)
@@ -162,10 +204,16 @@ def _fill(model: nn.Module, folder: Path, tied: Mapping[str, str]) -> None:
     if missing:
         raise _tampered(folder, f"{len(missing)} tensors are missing: {', '.join(missing[:3])}")
     for name, first in tied.items():
+        if name not in wanted or first not in loaded:
+            raise _tampered(folder / MANIFEST, f"it ties {name!r} to {first!r}, and one of them is missing")
         parent, _, leaf = name.rpartition(".")
         held = model.get_submodule(parent)._parameters
-        if leaf in held and wanted[name] is not wanted[first]:
+        if wanted[name] is wanted[first]:
+            continue
+        if leaf in held and isinstance(wanted[first], nn.Parameter):
             held[leaf] = wanted[first]  # type: ignore[assignment]
+        else:
+            wanted[name].data = wanted[first].data
 
 
 def _tensors_in(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -184,15 +232,41 @@ def _copy_into(wanted: Mapping[str, Tensor], name: str, value: Tensor, file: Pat
     if name not in wanted:
         raise _tampered(file, f"it holds {name!r}, which the model does not have")
     mine = wanted[name]
+    if mine.is_meta:
+        raise CheckpointError(
+            f"the base model's {name!r} is on meta: there is no memory to load it into",
+            hint="model.to_empty(device='cpu') gives it some, before load(directory, model)",
+        )
     if mine.shape != value.shape:
         raise _tampered(file, f"{name!r} is {tuple(value.shape)}, and the model's is {tuple(mine.shape)}")
-    if mine.dtype == value.dtype:
+    if mine.dtype == value.dtype and 0 not in mine.stride():  # an expanded buffer cannot be written to
         mine.copy_(value)
     else:
-        mine.data = value.to(mine.device)  # a parameter kept in another dtype than its model's
+        mine.data = value.to(mine.device, copy=True)  # kept in another dtype than its model's; a file's memory is unaligned
 
 
 # --------------------------------------------------------------------------------------------------------- manifest
+
+
+class _KeptFile(Frozen):
+    bytes: int
+    sha256: str
+
+
+class _KeptBase(Frozen):
+    kind: Kind
+    code: str
+    builder: str
+
+
+class _Manifest(Frozen):
+    """What a manifest of this format holds."""
+
+    memrewrite: int
+    base: _KeptBase
+    versions: dict[str, str]
+    tied: dict[str, str]
+    files: dict[str, _KeptFile]
 
 
 def _write_manifest(folder: Path, base: Base, tied: Mapping[str, str]) -> None:
@@ -234,13 +308,16 @@ def read_manifest(directory: str | Path, *, every_bit: bool = False) -> dict[str
         )
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, version = dict(manifest["files"]), manifest["memrewrite"]
-    except (ValueError, KeyError, TypeError) as error:
+        version = manifest["memrewrite"]
+        if version == FORMAT:
+            _Manifest.model_validate(manifest)
+    except (ValueError, KeyError, TypeError) as error:  # pydantic's are ValueErrors
         raise _tampered(folder / MANIFEST, f"it is not a manifest ({error})") from error
     if version != FORMAT:
         raise CheckpointError(
             f"format {version!r} cannot be read here", where=str(folder / MANIFEST), hint="upgrade memrewrite"
         )
+    files = manifest["files"]
     for name, kept in files.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
@@ -269,13 +346,14 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     """The rewritten model saved in `directory`, in eval mode, built from its config and plan; nothing is captured.
 
     `model` gives the base yourself (it is edited in place); else a Hugging Face config builds it, or the saved `model.py`
-    if you `trust_code`. Raises `CheckpointError` for a damaged directory or one whose base cannot be built.
+    if you `trust_code` (an exported graph needs that too). Raises `CheckpointError` for a damaged directory or one whose
+    base cannot be built.
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
     base = Base.from_data(manifest["base"])
     if base.kind == "graph":
-        return _load_graph(folder)
+        return _load_graph(folder, trust_code)
     plan = read_plan(folder)
     built = build_base(base, folder, trust_code=trust_code) if model is None else model
     try:
@@ -287,6 +365,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
             hint=error.hint,
         ) from error
     _fill(built, folder, manifest["tied"])
+    _fill_transient(built, folder)
     pools_of(built).record = {n: (folder / n).read_text(encoding="utf-8") for n in RECORD if (folder / n).is_file()}
     return built.eval()
 
@@ -318,6 +397,12 @@ def _save_graph(model: fx.GraphModule, file: Path) -> None:
         torch.export.save(torch.export.export(model, args, kwargs), file)
 
 
-def _load_graph(folder: Path) -> nn.Module:
+def _load_graph(folder: Path, trust_code: bool) -> nn.Module:
+    if not trust_code:
+        raise CheckpointError(
+            f"{GRAPH} is a torch.export archive, which may hold pickles",
+            where=str(folder / GRAPH),
+            hint="if you trust the file, allow it: --trust-code, load(..., trust_code=True)",
+        )
 
     return torch.export.load(folder / GRAPH).module(check_guards=False)

@@ -79,6 +79,9 @@ LAYOUT = frozenset(
         "getitem",
     ]
 )
+FILLED = frozenset(["zeros_like", "ones_like", "full_like"])
+# Elementwise, and not tagged so by torch.
+ELEMENTWISE = FILLED | {"where", "hardswish", "log_sigmoid", "prelu", "fake_quantize_per_tensor_affine"}
 # Ops over some axes that leave every other axis alone: norms, softmaxes, reductions. Token-wise when the axes are features.
 ALONG = frozenset(
     [
@@ -110,6 +113,19 @@ ALONG = frozenset(
         "normalize",
     ]
 )
+# Norms over a batch, groups of channels or an image: linear in what the weights are to, and no obstacle on the stream.
+# Inside an MLP only a batch norm with fixed statistics is token-wise (`fixed_batch_norm`).
+OTHER_NORMS = frozenset(
+    [
+        "batch_norm",
+        "native_batch_norm",
+        "_native_batch_norm_legit",
+        "_native_batch_norm_legit_no_training",
+        "group_norm",
+        "native_group_norm",
+        "instance_norm",
+    ]
+)
 
 
 def op_name(node: fx.Node) -> str:
@@ -129,9 +145,17 @@ def is_assertion(node: fx.Node) -> bool:
 
 
 def is_pointwise(node: fx.Node) -> bool:
-    """Elementwise with broadcasting, by torch's own tag."""
+    """Elementwise with broadcasting, by torch's own tag and a short list of what it leaves out."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return isinstance(target, torch._ops.OpOverload) and (torch.Tag.pointwise in target.tags or op_name(node) in ELEMENTWISE)
+
+
+def fixed_batch_norm(node: fx.Node) -> bool:
+    """A batch norm that reads its running statistics and none of the batch: a scale and a shift of each channel."""
+    name = op_name(node)
+    if name == "_native_batch_norm_legit_no_training":
+        return True
+    return name in ("batch_norm", "native_batch_norm") and len(node.args) > 5 and node.args[5] is False
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import fx
@@ -130,11 +131,16 @@ def _assemble(
 
 
 def _narrowest(found: Found) -> str:
-    """The innermost module that holds every matrix of the region."""
+    """The innermost module that holds every matrix of the region.
+
+    The deeper of two answers: by calls, and by the tree, for a module whose `forward` was called past its `__call__`.
+    """
     matrices = (*found.region.ups, found.region.down)
     stacks = [[found.recorded.paths[call] for call, _ in modules_of(node)] for node in matrices]
     common = [step[0] for step in zip(*stacks, strict=False) if len(set(step)) == 1]
-    return common[-1] if common else ""
+    parts = [(stack[-1] if stack else "").split(".") for stack in stacks]
+    held = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, zip(*parts, strict=False))]
+    return max(common[-1] if common else "", ".".join(held), key=len)
 
 
 def _site(path: str, group: list[tuple[Found, Match, str]], place: Any) -> Site:

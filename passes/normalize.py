@@ -135,6 +135,16 @@ class SpellLinear(_Pass):
         return changed
 
 
+def _turned(graph: fx.Graph, flow: Dataflow, node: fx.Node, weight: fx.Node, turn: Any, *args: Any) -> fx.Node:
+    """A weight laid out as `linear` takes it: [out, in]."""
+    with graph.inserting_before(node):
+        turned = graph.call_function(turn, (weight, *args))
+    if "val" in weight.meta:
+        turned.meta["val"] = turn(weight.meta["val"], *args)
+    flow.constant.add(turned)
+    return turned
+
+
 def _become_linear(node: fx.Node, x: Any, weight: Any, bias: Any) -> bool:
     node.target, node.args, node.kwargs = aten.linear.default, (x, weight, bias), {}
     return True
@@ -144,20 +154,17 @@ def _addmm(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
     """`addmm(bias, x, W)` with unit factors."""
     bias, x, weight = node.args
     plain = all(factor == 1 for factor in node.kwargs.values())
-    return (
-        plain
-        and x not in flow.constant
-        and weight in flow.constant
-        and bias in flow.constant
-        and _become_linear(node, x, weight, bias)
-    )
+    if not plain or x in flow.constant or weight not in flow.constant or bias not in flow.constant:
+        return False
+    return _become_linear(node, x, _turned(graph, flow, node, weight, aten.t.default), bias)  # type: ignore[arg-type]
 
 
 def _matmul(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
     """`x @ W` with a matrix `W`."""
     x, weight = node.args[:2]
-    is_matrix = isinstance(weight, fx.Node) and weight in flow.constant and len(shape_of(weight)) == 2
-    return is_matrix and x not in flow.constant and _become_linear(node, x, weight, None)
+    if not isinstance(weight, fx.Node) or weight not in flow.constant or len(shape_of(weight)) != 2 or x in flow.constant:
+        return False
+    return _become_linear(node, x, _turned(graph, flow, node, weight, aten.t.default), None)
 
 
 def _einsum(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
@@ -174,6 +181,8 @@ def _einsum(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
     free = [i for i in ws if i not in xs]
     shared = [i for i in ws if i in xs]
     is_linear = len(free) == 1 and len(shared) == 1 and xs[-1] == shared[0] and out == xs[:-1] + free[0]
+    if is_linear and ws[0] == shared[0]:
+        weight = _turned(graph, flow, node, weight, aten.t.default)
     return is_linear and _become_linear(node, x, weight, None)
 
 
@@ -185,6 +194,7 @@ def _conv(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
     stride, padding, _, groups = _conv_settings(node)
     if any(s != 1 for s in stride) or any(p != 0 for p in padding) or groups != 1:
         return False
+    weight = _turned(graph, flow, node, weight, aten.flatten.using_ints, 1)
     with graph.inserting_before(node):
         inner = _move(graph, node, x, 1, -1)
     result = graph.create_node("call_function", aten.linear.default, (inner, weight, bias))

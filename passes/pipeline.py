@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from memrewrite.errors import ModelError, SelectError, VerificationError
-from memrewrite.passes.capture import Capture, capture
+from memrewrite.passes.capture import Capture, capture, is_traced
 from memrewrite.passes.emit import copy_of, emit_graph, emit_originals, traced_module
 from memrewrite.passes.extract import Original
 from memrewrite.passes.locate import Locations, locate
@@ -76,7 +76,7 @@ def apply(
     wanted = read_recipe(recipe)
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
-    live = isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule)
+    live = not is_traced(model)
     with _evaluating(model):
         if live and emit == "graph":
             say("capturing the model with dynamic shapes")
@@ -188,7 +188,7 @@ def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, Locations]:
 
 
 def _plan(model: Model, locations: Locations, recipe: Recipe) -> Plan:
-    live = isinstance(model, nn.Module) and not isinstance(model, fx.GraphModule)
+    live = not is_traced(model)
     made = select(locations.located, recipe, live=live)
     taken = live and hasattr(model, ROOT)
     return made.model_copy(update={"root": f"memrewrite_{ROOT}"}) if taken else made

@@ -88,6 +88,8 @@ class Recorder:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Recorder:
+        self.calls.clear()  # a second forward is not added to a first that failed half way
+        self.block_inputs.clear()
         lists = {path for path, _ in outermost_lists(self.model)}
         for path, module in self.model.named_modules(remove_duplicate=False):
             self._handles.append(module.register_forward_hook(self._noting(path), with_kwargs=True))
@@ -109,9 +111,15 @@ class Recorder:
 
     def _keeping(self, path: str) -> Any:
         def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
-            self.block_inputs.setdefault(path, (args, kwargs))
+            if path not in self.block_inputs:
+                self.block_inputs[path] = tree_map(_kept, (args, kwargs))
 
         return keep
+
+
+def _kept(leaf: Any) -> Any:
+    """A tensor as it is now, for a block may write into its input. While tracing there are no values to keep."""
+    return leaf.detach().clone() if type(leaf) in (torch.Tensor, nn.Parameter) and not leaf.is_meta else leaf
 
 
 def _tensors(tree: Any) -> int:

@@ -10,11 +10,21 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from memrewrite.passes.dataflow import ALONG, LAYOUT, Dataflow, is_pointwise, op_name
+from memrewrite.passes.dataflow import (
+    ALONG,
+    FILLED,
+    LAYOUT,
+    OTHER_NORMS,
+    Dataflow,
+    fixed_batch_norm,
+    is_pointwise,
+    op_name,
+)
 from memrewrite.passes.tokens import Refusal, mixes_tokens
 
 REACH = 96  # nodes looked at around one linear; an MLP's own ops and norms are far fewer, so locating stays linear
-LINEAR_POINTWISE = frozenset(["add", "sub", "neg", "mul", "div", "rsub"])
+SPELLED = 32  # ops that one activation, written out, is made of at most
+LINEAR_POINTWISE = FILLED | {"add", "sub", "neg", "mul", "div", "rsub"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ def grow(flow: Dataflow, down: fx.Node) -> Region | Refusal | None:
         if flow.is_linear(at):
             ups.append(at)
         elif op_name(at) not in LAYOUT:
-            if not (is_pointwise(at) or op_name(at) in ALONG):
+            if not (is_pointwise(at) or op_name(at) in ALONG or fixed_batch_norm(at)):
                 return Refusal(f"`{op_name(at)}` is not known to work token by token", at)
             nonlinear |= not _is_linear_op(flow, at)
         sources = flow.activations(at)
@@ -66,7 +76,10 @@ def grow(flow: Dataflow, down: fx.Node) -> Region | Refusal | None:
 
 
 def looks_like(flow: Dataflow, down: fx.Node) -> bool:
-    """Whether `down` reads a nonlinear function of another linear, no sum of two streams between: worth a reason if not."""
+    """Whether `down` reads a nonlinear function of another linear, no sum of two streams between: worth a reason if not.
+
+    An op that is not known to work token by token is looked past when it reads one value: what it does is for `grow` to say.
+    """
     nonlinear = False
     pending, seen = [_fx(down.args[0])], {down}
     while pending and len(seen) < REACH:
@@ -78,11 +91,28 @@ def looks_like(flow: Dataflow, down: fx.Node) -> bool:
             if nonlinear:
                 return True
             continue
-        if not _passes(node) or (op_name(node) == "add" and len(flow.activations(node)) > 1):
+        sources = flow.activations(node)
+        if len(sources) > 1 and (not _passes(node) or (op_name(node) == "add" and not _of_one_linear(flow, node))):
             continue
-        nonlinear |= op_name(node) not in LAYOUT and not _is_linear_op(flow, node)
-        pending.extend(flow.activations(node))
+        nonlinear |= _passes(node) and op_name(node) not in LAYOUT and not _is_linear_op(flow, node)
+        pending.extend(sources)
     return False
+
+
+def _of_one_linear(flow: Dataflow, total: fx.Node) -> bool:
+    """Whether the terms of a sum are elementwise functions of one linear: part of an activation, and no residual."""
+    sources: set[fx.Node] = set()
+    pending, seen = flow.activations(total), set[fx.Node]()
+    while pending and len(seen) < SPELLED:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if (is_pointwise(node) or op_name(node) in LAYOUT) and not flow.is_linear(node):
+            pending.extend(flow.activations(node))
+        else:
+            sources.add(node)
+    return not pending and len(sources) == 1 and flow.is_linear(sources.pop())
 
 
 def _fx(value: object) -> fx.Node:
@@ -92,9 +122,13 @@ def _fx(value: object) -> fx.Node:
 
 
 def _is_linear_op(flow: Dataflow, node: fx.Node) -> bool:
-    """Sums, and products with weights: what leaves a linear map linear."""
-    return op_name(node) in ALONG or (
-        op_name(node) in LINEAR_POINTWISE and (op_name(node) not in ("mul", "div") or len(flow.activations(node)) < 2)
+    """Sums, products with weights, norms: what makes no MLP of two linear maps."""
+    name = op_name(node)
+    if name in ALONG | OTHER_NORMS:
+        return name != "glu"  # the one in the table that gates
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg not in flow.constant]  # `x * x`: twice
+    return name in LINEAR_POINTWISE and (
+        name not in ("mul", "div") or (len(operands) < 2 and not (name == "div" and node.args[1] in operands))
     )
 
 
@@ -145,7 +179,7 @@ def _terms(flow: Dataflow, value: fx.Node) -> set[fx.Node]:
 
 
 def _passes(node: fx.Node) -> bool:
-    return is_pointwise(node) or op_name(node) in LAYOUT or op_name(node) in ALONG
+    return is_pointwise(node) or op_name(node) in LAYOUT | ALONG | OTHER_NORMS
 
 
 def _taken_from(flow: Dataflow, x: fx.Node) -> set[fx.Node]:

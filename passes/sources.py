@@ -307,11 +307,11 @@ def _blame(what: str, error: BaseException, root: Path, at: object) -> ModelErro
         where = f"{error.filename}:{error.lineno}"
     lines = traceback.format_list(frames) if frames else []
     lines += traceback.format_exception_only(type(error), error)
-    shown = "".join(lines).rstrip().replace("\n", "\n    ")
+    shown = "".join(lines).rstrip()
     hint = "mend the code shown above"
     if isinstance(error, ModuleNotFoundError):
         hint = f"install {error.name!r} in this environment, or put it beside the file"
-    return ModelError(f"{what}: {_brief(error)}", where=f"{where or at}\n    {shown}", hint=hint)
+    return ModelError(f"{what}: {_brief(error)}", where=f"{where or at}\n{shown}", hint=hint)
 
 
 def _users(filename: str, root: Path) -> bool:

@@ -117,7 +117,7 @@ def _hang_pools(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> d
             pool.reset_parameters()
     if hasattr(model, plan.root):
         raise ModelError(f"the model has an attribute {plan.root!r} of its own, where the pools were to hang")
-    model.add_module(plan.root, Pools(pools).train(model.training))
+    model.add_module(plan.root, RootPools(pools).train(model.training))
     edit.done(lambda: delattr(model, plan.root))
     return pools
 
@@ -137,7 +137,12 @@ def _build(model: nn.Module, substitution: Substitution, pools: Mapping[str, Poo
 
 def _device(model: nn.Module, site: Site) -> torch.device:
     """Where the MLP's weights are now: a plan may be replayed on another machine than it was made on."""
-    return model.get_parameter(site.parameters[0]).device
+    path, _, name = site.parameters[0].rpartition(".")
+    weight = getattr(module_at(model, path), name, None)
+    if not isinstance(weight, Tensor):
+        what = f"the model has no weight {site.parameters[0]!r}"
+        raise SelectError(what, hint="the plan was made for another model: plan again")
+    return weight.device
 
 
 def _generator(layer: nn.Module, plan: Plan, number: int) -> torch.Generator | None:
@@ -153,7 +158,7 @@ def _generator(layer: nn.Module, plan: Plan, number: int) -> torch.Generator | N
 def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, edit: Edit) -> None:
     """Put one layer at one site, through every binding the site has (weights that several modules share have several)."""
     hand = Hand() if any(binding.kind == "span" for binding in site.bindings) else None
-    for number, binding in enumerate(site.bindings):
+    for number, binding in enumerate(_each_once(model, site)):
         if binding.kind == "none":
             raise SelectError(f"the MLP at {site.path!r} cannot be edited in the module tree: {binding.why}")
         exit_ = module_at(model, binding.exit)
@@ -168,6 +173,14 @@ def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, 
     if hand and placement == "replace":
         _hook(layer.register_forward_pre_hook(TakeHanded(hand)), edit)
     edit.layers[site.path] = layer
+
+
+def _each_once(model: nn.Module, site: Site) -> list[Binding]:
+    """The bindings of a site, those that reach the same modules by other names left out."""
+    seen: dict[tuple[int, ...], Binding] = {}
+    for binding in site.bindings:
+        seen.setdefault(tuple(id(module_at(model, path)) for path in (*binding.entries, binding.exit)), binding)
+    return list(seen.values())
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -231,6 +244,10 @@ class Hand:
     def __init__(self) -> None:
         self.x: Tensor | None = None
 
+    def __getstate__(self) -> dict[str, None]:
+        """Nothing: a forward that failed may have left a value here, and a copy of the model is not to carry it."""
+        return {"x": None}
+
     def take(self) -> Tensor:
         """The input, once."""
         if self.x is None:
@@ -272,6 +289,14 @@ class AddMemory:
         x = args[0] if self.hand is None else self.hand.take()
         added: Tensor = self.layer(x)
         return output + added.to(output.dtype)
+
+
+class RootPools(Pools):
+    """The pools as they hang at a root that may call every child it has, as `nn.Sequential` does."""
+
+    def forward(self, x: Any) -> Any:
+        """What it is given."""
+        return x
 
 
 class Hollow(nn.Module):

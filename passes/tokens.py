@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from memrewrite.passes.dataflow import ALONG, LAYOUT, Dataflow, is_pointwise, op_name, shape_of
+from memrewrite.passes.dataflow import ALONG, LAYOUT, Dataflow, fixed_batch_norm, is_pointwise, op_name, shape_of
 
 Axes = tuple[bool, ...]  # one entry an axis: True where it counts tokens
 
@@ -54,6 +54,8 @@ def _through(node: fx.Node, given: list[Axes], inputs: list[fx.Node]) -> Axes:
         return RULES[name](node, given[0], shape_of(inputs[0]))
     if name in ALONG:
         return _along(node, given[0], shape_of(inputs[0]))
+    if fixed_batch_norm(node) and not given[0][1]:  # its channels are the second axis
+        return given[0]
     raise _Mixed("is not known to work token by token")
 
 
@@ -160,7 +162,7 @@ def _along(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
         touched = list(range(len(shape) - len(_ints(node.args[1])), len(shape)))
     else:
         at: Any = node.args[2 if name in ("norm", "linalg_vector_norm", "topk") else 1] if len(node.args) > 1 else None
-        at = node.kwargs.get("dim", at) if at is None else at
+        at = node.kwargs.get("dim", -1 if name in ("glu", "topk", "sort") else None) if at is None else at
         touched = list(range(len(shape))) if at is None else [int(a) % len(shape) for a in _ints(at)]
     if any(axes[a] for a in touched):
         raise _Mixed("works across tokens")

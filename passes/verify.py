@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Evidence:
     plan: Plan
     before: Capture
     locations: Locations
-    fingerprints: Mapping[str, str]
+    fingerprints: Mapping[str, Fingerprint]
     reached: frozenset[str] = frozenset()  # sites that outputs depended on differentiably before
     layers: Mapping[str, nn.Module] = field(default_factory=dict)  # by site path, as built
 
@@ -45,20 +45,25 @@ class Evidence:
         return on_meta(self.model)
 
 
-def fingerprints(model: nn.Module) -> dict[str, str]:
-    """A hash of every parameter and buffer, bit by bit; of shape and dtype alone on `meta`."""
+class Fingerprint(NamedTuple):
+    """A hash of one tensor, and its first name: a tied tensor has several."""
+
+    bits: str
+    first: str
+
+
+def fingerprints(model: nn.Module) -> dict[str, Fingerprint]:
+    """A hash of every parameter and buffer, bit by bit, and of its kind; of that alone on `meta`."""
     return _hashed(tensors_of(model))
 
 
-def _hashed(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+def _hashed(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Fingerprint]:
     """A tensor with several names is read once."""
-    known: dict[int, str] = {}
-    hashes: dict[str, str] = {}
-    for name, tensor in tensors:
+    known: dict[int, Fingerprint] = {}
+    for name, tensor in (named := list(tensors)):
         if id(tensor) not in known:
-            known[id(tensor)] = _fingerprint(tensor)
-        hashes[name] = known[id(tensor)]
-    return hashes
+            known[id(tensor)] = Fingerprint(_hash(tensor), name)
+    return {name: known[id(tensor)] for name, tensor in named}
 
 
 def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -66,8 +71,9 @@ def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def _fingerprint(tensor: Tensor) -> str:
-    digest = hashlib.blake2b(f"{tensor.dtype}{tuple(tensor.shape)}".encode(), digest_size=16)
+def _hash(tensor: Tensor) -> str:
+    kind = f"{tensor.dtype}{tuple(tensor.shape)}{tensor.requires_grad}"
+    digest = hashlib.blake2b(kind.encode(), digest_size=16)
     if not tensor.is_meta and tensor.numel():
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -115,7 +121,7 @@ def differing(one: Any, other: Any) -> int:
 
 
 def coverage(evidence: Evidence) -> Check:
-    """Is every layer called as often as its MLP was, with its width, and are the replaced weights gone?"""
+    """Is every layer called as often as its MLP was, with its width?"""
     if evidence.on_meta:
         return skipped("coverage", "the model is on meta: it cannot run")
     seen: dict[str, list[int]] = {s.site.path: [] for s in evidence.plan.substitutions}
@@ -137,14 +143,19 @@ def coverage(evidence: Evidence) -> Check:
 
 
 def untouched(evidence: Evidence) -> Check:
-    """Are all tensors that were there before, and should still be, there with the same bits?"""
+    """Are all tensors that were there before, and should still be, there with the same bits, and the replaced ones gone?"""
     new = {id(t) for module in _new_modules(evidence) for _, t in tensors_of(module)}
     now = _hashed((name, tensor) for name, tensor in tensors_of(evidence.model) if id(tensor) not in new)
     before = evidence.fingerprints
-    may_go = {n for s in evidence.plan.substitutions if s.placement == "replace" for n in s.site.parameters}
-    gone, stray = set(before) - set(now) - may_go, set(now) - set(before)
-    changed = {name for name in now if name in before and now[name] != before[name]}
-    for what, names in (("vanished", gone), ("appeared", stray), ("changed", changed)):
+    sites = [s.site for s in evidence.plan.substitutions if s.placement == "replace"]
+    replaced = {name for site in sites for name in site.parameters}
+    firsts = {before[n].first for n in replaced & set(before)}  # a module reached by several names goes with all of them
+    gone = {n for n in set(before) - set(now) if before[n].first not in firsts}
+    stray = set(now) - set(before)
+    changed = {name for name in now if name in before and now[name].bits != before[name].bits}
+    modules = tuple(f"{path}." for site in sites for path in site.modules)
+    left = {name for name in replaced & set(now) if name.startswith(modules)}  # others are used outside the MLP too
+    for what, names in (("vanished", gone), ("appeared", stray), ("changed", changed), ("should be gone", left)):
         if names:
             return _check("untouched", False, len(names), f"{len(names)} tensors {what}: {', '.join(sorted(names)[:3])}")
     return _check("untouched", True, len(now), f"all {len(now)} other tensors are bit-identical")

@@ -227,16 +227,17 @@ def test_a_hugging_face_directory(run: Callable[..., Any]) -> None:
     assert [s["path"] for s in seen["sites"]] == ["model.layers.1.mlp"]
 
 
+@pytest.mark.usefixtures("own_builder")
 def test_verify(run: Callable[..., Any]) -> None:
-    from memrewrite.passes import checkpoint
-
-    assert run("verify", "nowhere").exit_code in (1, 2)
-    if not hasattr(checkpoint, "verify_saved"):
-        pytest.skip("checkpoint.verify_saved is not there yet")
     assert run("verify", "nowhere").exit_code == 2
-    run("apply", "model.py", "r.yaml", "-o", "out")
-    document = json.loads(run("verify", "out", "--trust-code", "--json").stdout)
-    assert document["ok"]
+    assert run("apply", "model.py", "r.yaml", "-o", "out").exit_code == 0
+    done = run("verify", "out", "--trust-code", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["ok"]
+    Path("out/recipe.yaml").write_text("memrewrite: 1")
+    tampered = run("verify", "out", "--trust-code")
+    assert tampered.exit_code == 2
+    assert "recipe.yaml" in tampered.stderr
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -1,0 +1,189 @@
+"""The order of the house: imports run downward, faces are for users, importing costs nothing and names no architecture."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ("kernels", "memrewrite", "recipes", "passes", "cli")  # each may import from those before it, and from itself
+FACE = ROOT / "memrewrite" / "__init__.py"  # lazy: what it names it imports only when asked
+SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+TEXTS = sorted([*SOURCES, *(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "kernels").rglob("*.c*")])
+
+
+def module_of(path: Path) -> str:
+    """The name a file is imported by."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    inside = parts if parts[0] == "memrewrite" else ("memrewrite", *parts)
+    return ".".join(inside[:-1] if inside[-1] == "__init__" else inside)
+
+
+MODULES = {module_of(path) for path in SOURCES}
+
+
+def floor_of(module: str) -> str:
+    """The room a module stands in."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "memrewrite"
+
+
+def imports(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Every import of a file, wherever it stands: line, module, and the name taken from it or ""."""
+    package = module_of(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *filter(None, [node.module])])
+            yield from ((node.lineno, source, alias.name) for alias in node.names)
+
+
+def ours(path: Path) -> Iterator[tuple[int, str]]:
+    """Every module of ours that a file imports."""
+    for line, source, name in imports(path):
+        if source.split(".")[0] == "memrewrite":
+            yield line, f"{source}.{name}" if f"{source}.{name}" in MODULES else source
+
+
+def named(paths: list[Path]) -> list[object]:
+    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
+
+
+def run(code: str, cwd: Path | None = None) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+# -------------------------------------------------------------------------------------------------------------- downward
+
+
+@pytest.mark.parametrize("path", named([path for path in SOURCES if path != FACE]))
+def test_imports_run_downward(path: Path) -> None:
+    """Imports inside functions and under TYPE_CHECKING count: they are dependencies too."""
+    mine = FLOORS.index(floor_of(module_of(path)))
+    upward = [f"{path}:{line}: {module}" for line, module in ours(path) if FLOORS.index(floor_of(module)) > mine]
+    assert not upward
+
+
+@pytest.mark.parametrize("path", named(SOURCES))
+def test_nobody_imports_from_a_face(path: Path) -> None:
+    """What is imported from a package is a module of it; a face is for users."""
+    if path == ROOT / "cli" / "__main__.py":  # `python -m memrewrite.cli` is the console script, which is that face
+        return
+    faces = {module_of(source) for source in SOURCES if source.name == "__init__.py"}
+    taken = [
+        f"{path}:{line}: from {source} import {name}"
+        for line, source, name in imports(path)
+        if source in faces and name and f"{source}.{name}" not in MODULES
+    ]
+    version_alone = [place for place in taken if not place.endswith("import __version__")]
+    assert not version_alone
+
+
+# ----------------------------------------------------------------------------------------------------------- import time
+
+HEAVY = ("torch", "transformers", "triton", "onnx", "onnxruntime", "numpy", "pydantic")
+
+
+def test_importing_the_face_loads_nothing_heavy() -> None:
+    assert run(f"import sys, memrewrite; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
+
+
+@pytest.mark.parametrize("module", ["memrewrite.cli", "memrewrite.passes.pipeline", "memrewrite.layers.kinds"])
+def test_optional_packages_are_loaded_only_when_used(module: str) -> None:
+    optional = ("transformers", "triton", "onnx", "onnxscript", "onnxruntime")
+    assert run(f"import sys, {module}; print([m for m in {optional} if m in sys.modules])") == "[]"
+
+
+def test_importing_the_package_of_kernels_registers_nothing() -> None:
+    code = "import torch, memrewrite.kernels; print(hasattr(torch.ops.memrewrite, 'sparse_lookup'))"
+    assert run(code) == "False"
+
+
+def test_importing_the_folder_under_its_own_name_is_harmless() -> None:
+    """The Hub's `kernels` is looked for on `sys.path`, the working directory included: finding ours must do nothing."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import kernels, torch; print('memrewrite' in sys.modules)"
+    assert run(code) == "False"
+
+
+@pytest.mark.parametrize("path", named([path for path in SOURCES if path.name == "__init__.py" and path != FACE]))
+def test_other_faces_hold_no_code(path: Path) -> None:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    allowed = (ast.Expr, ast.FunctionDef, ast.ImportFrom, ast.Import, ast.If)
+    assert all(isinstance(node, allowed) for node in body)
+    if path.parent.name != "cli":  # whose face is the console script
+        assert len(body) <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------ installing
+
+
+@pytest.mark.parametrize("name", ["kernels", "passes", "recipes", "cli", "layers"])
+def test_no_room_is_installed_at_the_top_level(name: str, tmp_path: Path) -> None:
+    assert "memrewrite" not in packages_distributions().get(name, ())
+    code = f"import importlib.util; print(getattr(importlib.util.find_spec({name!r}), 'origin', None))"
+    assert not run(code, cwd=tmp_path).startswith(str(ROOT))
+
+
+def test_every_package_is_listed_for_installing() -> None:
+    """setuptools is told the packages by name: one left out would be missing from the wheel."""
+    listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    packages = {module_of(path) for path in SOURCES if path.name == "__init__.py"}
+    assert not [package for package in packages if f'"{package}"' not in listed]
+
+
+# ---------------------------------------------------------------------------------------------------------- architectures
+
+# Model types of Hugging Face transformers. None is named where MLPs are found and replaced: a method that is general needs
+# no names, and a comment that gives one invites the first exception.
+NAMES = """
+    albert apertus aria bamba bart beit bert bitnet blenderbot bloom bridgetower camembert clip cohere conformer
+    convnext dbrx deberta decilm deepseek deit detr dinov2 distilbert dots1 electra ernie esmfold exaone falcon
+    flaubert fnet funnel fuyu gemma gemma2 gemma3 glm4 gpt2 gptj granite grok groupvit helium hubert ibert idefics
+    informer internlm jamba jetmoe kosmos layoutlm llama llama4 llava longformer longt5 luke lxmert mamba mamba2
+    marian mbart minicpm mistral mixtral mllama mobilebert mobilevit modernbert moshi mpnet mpt musicgen nemotron
+    nezha nystromformer olmo olmo2 olmoe owlvit paligemma pegasus perceiver persimmon phi3 phimoe pixtral prophetnet
+    qwen qwen2 qwen3 reformer rembert roberta roformer rwkv segformer siglip smollm smollm2 smollm3 speecht5 splinter
+    squeezebert stablelm starcoder starcoder2 swin swinv2 tapas timesfm umt5 unispeech vilt vitdet vits wav2vec2 wavlm
+    whisper xglm xlnet xlstm yolos yoso zamba zamba2 gpt_neox gpt_neo neox
+"""
+ARCHITECTURES = NAMES.split()
+NAMED = re.compile(rf"(?<![a-z0-9])({'|'.join(sorted(ARCHITECTURES, key=len, reverse=True))})(?![a-z0-9])")
+
+
+@pytest.mark.parametrize("path", named(TEXTS))
+def test_no_architecture_is_named(path: Path) -> None:
+    """In code, comments, strings and the gallery; in words of snake_case and CamelCase too."""
+    text = path.read_text(encoding="utf-8")
+    split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower()
+    found = {match.group(1) for line in split.splitlines() for match in NAMED.finditer(line)}
+    assert not found
+
+
+def test_the_search_for_names_finds_them() -> None:
+    finds = lambda text: bool(NAMED.search(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower()))  # noqa: E731
+    assert all(map(finds, ["# as in llama", "class LlamaMLP", "if model_type == 'gpt2':", "is_bert_like", "bert-base"]))
+    assert not any(map(finds, ["clipped", "an albertine", "barter", "phimoex", "swine"]))
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    """A docstring opens each module, and the file has no stray print: only the door prints."""
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text)), path
+        names = [token.string for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.NAME]
+        assert "print" not in names or path.parent.name == "cli", path

@@ -1,0 +1,684 @@
+"""Where the MLPs are: what the table of families says is found, no more and no less; what is refused has its reason."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from families import (
+    AT,
+    BY_HAND,
+    FAMILIES,
+    HIDDEN,
+    PRETRAINED,
+    TOKENS,
+    VOCAB,
+    Attention,
+    Block,
+    D,
+    Gated,
+    Mlp,
+    Packed,
+    Parallel,
+    PostNorm,
+    Sandwich,
+    Scaled,
+    Stack,
+    Tied,
+    Up,
+    halves,
+    ids,
+    interleaved,
+    plain,
+    stack,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memrewrite.passes.blocks import Place, outermost_lists, places
+from memrewrite.passes.capture import Capture, capture
+from memrewrite.passes.dataflow import Dataflow, clean, modules_of
+from memrewrite.passes.locate import locate
+from memrewrite.passes.normalize import normalize
+from memrewrite.site import Located, Site
+
+
+def look(model: nn.Module, inputs: Any) -> Located:
+    return locate(capture(model, inputs)).located
+
+
+@cache
+def family(name: str) -> tuple[nn.Module, Located]:
+    """A family's model and what is found in it, once for all tests."""
+    model = FAMILIES[name].build()
+    return model, look(model, FAMILIES[name].inputs())
+
+
+def told(site: Site) -> tuple[Any, ...]:
+    """What a site says that the table says too; MLPs of one module are told apart by `#`, which is no part of the path."""
+    path = site.path.partition("#")[0]
+    return path, site.pattern, site.d_model, site.d_hidden, site.activation, site.calls, frozenset(site.parameters)
+
+
+def planted(model: nn.Module, mlps: tuple[Mlp, ...]) -> Counter[Any]:
+    return Counter((m.path, m.pattern, m.d_model, m.d_hidden, m.activation, m.calls, m.parameters(model)) for m in mlps)
+
+
+# ----------------------------------------------------------------------------------------------------------- families
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_mlp_and_nothing_else_is_found(name: str) -> None:
+    model, located = family(name)
+    assert Counter(map(told, located.sites)) == planted(model, FAMILIES[name].mlps)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_table_fits_the_parameters(name: str) -> None:
+    """The truth is checked as well: every matrix of an MLP is one of its widths by another."""
+    model, _ = family(name)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for mlp in FAMILIES[name].mlps:
+        matrices = [weights[n] for n in mlp.parameters(model) if weights[n].squeeze().ndim == 2]
+        widths = {mlp.d_model, mlp.d_hidden, 2 * mlp.d_hidden if mlp.pattern == "gated_packed" else mlp.d_hidden}
+        assert len(matrices) == (3 if mlp.pattern == "gated" else 1 if name == "tied" else 2), mlp.path
+        assert all(set(matrix.squeeze().shape) <= widths for matrix in matrices), mlp.path
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.misses])
+def test_near_misses_say_why_and_where(name: str) -> None:
+    _, located = family(name)
+    missed = {miss.path: miss for miss in located.near_misses}
+    for path, word in FAMILIES[name].misses.items():
+        assert word in missed[path].reason
+        assert missed[path].node
+        assert ".py:" in missed[path].source
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_sites_can_be_reached_in_the_module_tree(name: str) -> None:
+    _, located = family(name)
+    assert all(binding.kind != "none" for site in located.sites for binding in site.bindings)
+
+
+def test_sites_and_near_misses_are_plain_data() -> None:
+    _, located = family("bert, with its head")
+    assert Located.model_validate_json(located.model_dump_json()) == located
+
+
+def test_sizes_are_those_of_the_parameters() -> None:
+    model, located = family("opt")
+    first = located.sites[0]
+    assert (first.weights, first.biases) == (2 * D * HIDDEN, D + HIDDEN)
+    assert (first.dtype, first.device, first.d_in) == ("float32", "cpu", D)
+    assert set(first.modules) == {"decoder.layers.0.fc1", "decoder.layers.0.fc2"}
+    assert first.cost().parameters == sum(model.get_parameter(name).numel() for name in first.parameters)
+
+
+# -------------------------------------------------------------------------------------------------------- what is none
+
+
+class Between(Up):
+    """An MLP with something between activation and last matrix."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.between(F.gelu(self.up(x))))
+
+
+class TokenMatrix(Between):
+    """A weight over the token axis inside."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda h: self.mix(h.transpose(1, 2)).transpose(1, 2))
+        self.mix = nn.Linear(TOKENS, TOKENS)
+
+
+class Convolved(Between):
+    """A convolution over three tokens inside."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda h: self.conv(h.transpose(1, 2)).transpose(1, 2))
+        self.conv = nn.Conv1d(HIDDEN, HIDDEN, 3, padding=1, groups=HIDDEN)
+
+
+class Leaky(nn.Module):
+    """A block whose MLP's hidden value is used a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Up()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.mlp.up(x))
+        return x + self.mlp.down(hidden) + hidden[..., :D]
+
+
+class NoResidual(nn.Module):
+    """A projection: nothing is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = Up()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class OtherResidual(nn.Module):
+    """The output is added to a value that the input was not taken from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.attention = Up(), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.attention(x))
+
+
+class TwoInputs(Gated):
+    """The gate reads another value than its partner, mixed from other tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(self.attention(x))) * self.up(x))
+
+
+class GatedAttention(Attention):
+    """Attention whose output is gated by its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(F.scaled_dot_product_attention(q, k, v) * torch.sigmoid(self.gate(x)))
+
+
+class BoxHead(nn.Module):
+    """Three matrices in a row, nothing added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.relu(self.b(F.relu(self.a(x)))))
+
+
+class Bare(nn.Module):
+    """A block that is nothing but another module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+NONE: dict[str, tuple[Callable[[], nn.Module], str]] = {  # block, a word of the reason
+    "weights over tokens": (lambda: Block(TokenMatrix()), "along the token axis"),
+    "running sum over tokens": (lambda: Block(Between(lambda h: h.cumsum(1))), "works across tokens"),
+    "mean over tokens": (lambda: Block(Between(lambda h: h - h.mean(1, keepdim=True))), "works across tokens"),
+    "softmax over tokens": (lambda: Block(Between(lambda h: h.softmax(1))), "works across tokens"),
+    "softmax over everything": (lambda: Block(Between(lambda h: h / h.amax())), "works across tokens"),
+    "convolution over tokens": (lambda: Block(Convolved()), "`conv1d` is not known to work token by token"),
+    "tokens swapped": (lambda: Block(Between(lambda h: h.flip(1))), "`flip` is not known to work token by token"),
+    "tokens shifted": (lambda: Block(Between(lambda h: h.roll(1, 1))), "`roll` is not known to work token by token"),
+    "half of the tokens moved": (lambda: Block(Between(lambda h: torch.cat([h[:, 4:], h[:, :4]], 1))), "along the token axis"),
+    "tokens as features": (lambda: Block(Between(lambda h: h.reshape(h.shape[0], HIDDEN, TOKENS).mT)), "tokens"),
+    "one token for all": (lambda: Block(Between(lambda h: h + h[:, :1])), "along the token axis"),
+    "inner value read outside": (Leaky, "also read outside"),
+    "no residual": (NoResidual, "residual stream"),
+    "another residual": (OtherResidual, "residual stream"),
+    "two inputs": (lambda: Block(TwoInputs()), "scaled_dot_product_attention"),
+    "gated attention": (lambda: Block(GatedAttention()), "scaled_dot_product_attention"),
+    "three matrices, no residual": (lambda: Bare(BoxHead()), "residual stream"),
+    "three matrices, residual": (lambda: Block(BoxHead()), "residual stream"),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_a_look_alike_is_refused_with_the_reason(name: str) -> None:
+    make, why = NONE[name]
+    located = look(Stack(make, depth=1).eval(), ids())
+    assert located.sites == ()
+    assert any(why in miss.reason and miss.node and miss.path.startswith("blocks.0") for miss in located.near_misses)
+
+
+@pytest.mark.parametrize(
+    "middle", [lambda h: h, lambda h: h * 2 + 1, lambda h: F.layer_norm(h, (HIDDEN,)), lambda h: F.dropout(h, 0.5, False)]
+)
+def test_two_matrices_without_a_nonlinearity_are_not_even_a_near_miss(middle: Callable[[Tensor], Tensor]) -> None:
+    located = look(Stack(lambda: Block(Up(middle)), depth=1).eval(), ids())
+    assert (located.sites, located.near_misses) == ((), ())
+
+
+def test_a_pooler_after_the_blocks_is_none() -> None:
+    class Pooled(Stack):
+        def __init__(self) -> None:
+            super().__init__(lambda: Block(Up()), depth=1)
+            self.pooler = nn.Linear(D, D)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.pooler(self.blocks[0](self.embed(ids))[:, 0])))
+
+    located = look(Pooled().eval(), ids())
+    assert [site.path for site in located.sites] == ["blocks.0.mlp"]
+    assert [miss.path for miss in located.near_misses] == ["head"]
+
+
+# ---------------------------------------------------------------------------------------------------- random transformers
+
+KINDS: dict[str, tuple[str, Callable[[bool], nn.Module]]] = {
+    "plain": ("plain", lambda bias: Up(F.silu, bias)),
+    "gated": ("gated", lambda bias: Gated(F.silu, bias)),
+    "packed": ("gated_packed", lambda _: Packed(halves)),
+    "interleaved": ("gated_packed", lambda _: Packed(interleaved)),
+}
+STYLES = (Block, Parallel, PostNorm, Sandwich, Scaled)
+
+
+class Wrapped(nn.Module):
+    """An MLP with dropout after it, and a branch beside it that leads nowhere."""
+
+    def __init__(self, mlp: nn.Module, rate: float, dead: bool) -> None:
+        super().__init__()
+        self.mlp, self.dropout, self.dead = mlp, nn.Dropout(rate), nn.Linear(D, D) if dead else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dead is not None:
+            _ = F.gelu(self.dead(x))
+        return self.dropout(self.mlp(x))
+
+
+BLOCK = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(sorted(KINDS)),
+        "style": st.sampled_from(STYLES),
+        "bias": st.booleans(),
+        "dropout": st.sampled_from([0.0, 0.3]),
+        "dead": st.booleans(),
+        "rms": st.booleans(),
+        "shared": st.booleans(),  # the MLP is the one of the block before
+    }
+)
+
+
+def random_transformer(blocks: list[dict[str, Any]]) -> tuple[nn.Module, Counter[Any]]:
+    """A model, and the (path, pattern, calls) of what was planted in it."""
+    made: list[nn.Module] = []
+    owners: list[tuple[str, str]] = []  # path and pattern of each block's MLP
+    for number, block in enumerate(blocks):
+        pattern, make = KINDS[block["kind"]]
+        if block["shared"] and made:
+            wrapped = made[-1].mlp
+            owners.append(owners[-1])
+        else:
+            wrapped = Wrapped(make(block["bias"]), block["dropout"], block["dead"])
+            owners.append((f"blocks.{number}.mlp.mlp", pattern))
+        made.append(block["style"](wrapped))
+        if block["rms"]:
+            made[-1].norm1, made[-1].norm2 = nn.RMSNorm(D), nn.RMSNorm(D)
+    queue = iter(made)
+    return Stack(lambda: next(queue), depth=len(made)).eval(), Counter(owners)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.lists(BLOCK, min_size=1, max_size=3))
+def test_in_a_random_transformer_found_is_planted(blocks: list[dict[str, Any]]) -> None:
+    model, wanted = random_transformer(blocks)
+    located = look(model, ids())
+    assert Counter({(s.path, s.pattern): s.calls for s in located.sites}) == wanted
+    assert all((s.d_model, s.d_hidden, s.activation) == (D, HIDDEN, "silu") for s in located.sites)
+    for site in located.sites:
+        inside = {id(p) for name, p in model.get_submodule(site.path).named_parameters() if "dead" not in name}
+        assert {id(model.get_parameter(name)) for name in site.parameters} == inside
+
+
+# ---------------------------------------------------------------------------------------------- sharing, names, and cost
+
+
+def test_one_module_in_two_blocks_is_one_site_called_twice() -> None:
+    shared = Up()
+    located = look(Stack(lambda: Block(shared)).eval(), ids())
+    assert [(s.path, s.calls) for s in located.sites] == [("blocks.0.mlp", 2)]
+    assert [binding.exit for binding in located.sites[0].bindings] == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+def test_two_modules_of_the_same_weights_are_one_site_with_two_bindings() -> None:
+    model = Stack(lambda: Block(Up())).eval()
+    first, second = (block.mlp for block in model.blocks)
+    for one, other in ((first.up, second.up), (first.down, second.down)):
+        other.weight, other.bias = one.weight, one.bias
+    (site,) = look(model, ids()).sites
+    assert site.calls == 2
+    assert [binding.exit for binding in site.bindings] == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+def test_a_head_tied_to_the_embedding_changes_nothing() -> None:
+    model = Stack(lambda: Block(Up())).eval()
+    model.head.weight = model.embed.weight
+    assert [site.path for site in look(model, ids()).sites] == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+def renamed(before: Capture, word: Callable[[str], str]) -> Capture:
+    """The same capture with every module, parameter, class and graph node under another name; numbers stay."""
+
+    def path(name: str) -> str:
+        return ".".join(part if part.isdigit() else word(part) for part in name.split(".") if part)
+
+    (segment,) = before.segments
+    for node in segment.graph.nodes:
+        stack = modules_of(node)
+        if stack:
+            node.meta["nn_module_stack"] = {call: (path(clean(at)), "X") for call, at in stack}
+    weights = {node: path(name) for node, name in segment.weights.items()}
+    calls = {path(name): seen for name, seen in before.calls.items()}
+    return replace(before, segments=(replace(segment, weights=weights),), calls=calls)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "albert", "swin", "mobilebert", "two in one module"])
+def test_names_play_no_part(name: str) -> None:
+    _, located = family(name)
+    word = lambda part: f"q{sum(ord(c) * 31**i for i, c in enumerate(part)) % 10**9}"  # noqa: E731
+    other = locate(renamed(capture(FAMILIES[name].build(), FAMILIES[name].inputs()), word)).located
+
+    def outline(site: Site) -> tuple[Any, ...]:
+        return site.pattern, site.d_model, site.d_hidden, site.activation, site.calls, site.block, site.bindings[0].kind
+
+    assert list(map(outline, other.sites)) == list(map(outline, located.sites))
+    moved = [".".join(p if p.isdigit() else word(p) for p in s.path.partition("#")[0].split(".")) for s in located.sites]
+    assert [site.path.partition("#")[0] for site in other.sites] == moved
+
+
+def test_steps_grow_with_the_depth_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Counter[int]()
+    depth = 0
+    for asked in ("activations", "root", "is_linear", "weights"):
+        ask = getattr(Dataflow, asked)
+
+        def counting(self: Dataflow, node: Any, ask: Any = ask) -> Any:
+            steps[depth] += 1
+            return ask(self, node)
+
+        monkeypatch.setattr(Dataflow, asked, counting)
+    for depth in (8, 16, 24):  # the first blocks cost less: nothing lies before them to look back at
+        look(Stack(lambda: Block(Gated()), depth).eval(), ids())
+    assert steps[24] - steps[16] == steps[16] - steps[8] > 0
+
+
+# --------------------------------------------------------------------------------------------------------- activations
+
+
+class PReLU(nn.PReLU):
+    """An activation with a parameter."""
+
+
+ACTIVATIONS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "relu": ("relu", F.relu),
+    "relu, as clamp": ("relu", lambda x: x.clamp(min=0)),
+    "relu, as maximum": ("relu", lambda x: torch.maximum(x, torch.zeros_like(x))),
+    "relu, as where": ("relu", lambda x: torch.where(x > 0, x, 0.0)),
+    "gelu": ("gelu", F.gelu),
+    "gelu, by erf": ("gelu", lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))),
+    "gelu, by erf of a product": ("gelu", lambda x: 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))),
+    "tanh gelu": ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+    "tanh gelu, by a power": (
+        "gelu_tanh",
+        lambda x: 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0)))),
+    ),
+    "tanh gelu, factored": (
+        "gelu_tanh",
+        lambda x: x * 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * x * (1 + 0.044715 * x * x))),
+    ),
+    "quick gelu": ("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x)),
+    "silu": ("silu", F.silu),
+    "silu, as a product": ("silu", lambda x: x * x.sigmoid()),
+    "silu, as a quotient": ("silu", lambda x: x / (1 + torch.exp(-x))),
+    "silu, computed in doubles": ("silu", lambda x: F.silu(x.double()).to(x.dtype)),
+    "squared relu": ("relu2", lambda x: F.relu(x).pow(2)),
+    "squared relu, as a product": ("relu2", lambda x: F.relu(x) * F.relu(x)),
+    "mish": ("mish", lambda x: x * torch.tanh(F.softplus(x))),
+    "softplus": ("softplus", lambda x: torch.log1p(torch.exp(x))),
+    "tanh": ("tanh", torch.tanh),
+    "sigmoid": ("sigmoid", torch.sigmoid),
+    "leaky relu": ("leaky_relu", F.leaky_relu),
+    "elu": ("elu", F.elu),
+    "selu": ("selu", F.selu),
+    "relu6": ("relu6", lambda x: x.clamp(0, 6)),
+    "hardswish": ("hardswish", lambda x: x * F.relu6(x + 3) / 6),
+    "softsign": ("softsign", lambda x: x / (1 + x.abs())),
+    "square": ("square", lambda x: x * x),
+    "none we know": ("?", lambda x: x + torch.sin(x) ** 2),
+    "relu, scaled": ("?", lambda x: F.relu(x) * 1.5),
+    "learned": ("?", PReLU()),
+    "softmax after relu": ("?", lambda x: F.softmax(F.relu(x), -1)),
+}
+GATES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    name: ACTIVATIONS[name] for name in ("relu", "gelu, by erf", "quick gelu", "silu", "sigmoid", "tanh gelu, by a power")
+} | {"bilinear": ("identity", lambda x: x)}
+
+
+def _activations(makes: list[nn.Module]) -> list[str]:
+    queue = iter(makes)
+    located = look(Stack(lambda: Block(next(queue)), len(makes)).eval(), ids())
+    assert len(located.sites) == len(makes), located.near_misses
+    return [site.activation for site in located.sites]
+
+
+@cache
+def _plain_activations() -> dict[str, str]:
+    """All spellings in one model, captured once."""
+    named = list(ACTIVATIONS.items())
+    return dict(zip(ACTIVATIONS, _activations([Up(act) for _, (_, act) in named]), strict=True))
+
+
+@pytest.mark.parametrize("spelling", ACTIVATIONS)
+def test_an_activation_is_told_by_its_values(spelling: str) -> None:
+    assert _plain_activations()[spelling] == ACTIVATIONS[spelling][0]
+
+
+def test_a_gates_activation_is_told_whichever_half_it_is() -> None:
+    wanted = [name for name, _ in GATES.values()]
+    assert _activations([Gated(act) for _, act in GATES.values()]) == wanted
+
+
+def test_torchs_own_glu_is_a_packed_gate() -> None:
+    class Glu(Packed):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.glu(self.both(x)))
+
+    (site,) = look(Stack(lambda: Block(Glu(halves)), 1).eval(), ids()).sites
+    assert (site.pattern, site.activation, site.d_hidden) == ("gated_packed", "sigmoid", HIDDEN)
+
+
+def test_half_precision_does_not_blur_the_activation() -> None:
+    model = Stack(lambda: Block(Up(ACTIVATIONS["gelu, by erf"][1])), 1).eval().bfloat16()
+    (site,) = look(model, ids()).sites
+    assert (site.activation, site.dtype) == ("gelu", "bfloat16")
+
+
+# ------------------------------------------------------------------------------------------------------------- binding
+
+
+class Inline(nn.Module):
+    """A block that does its MLP with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(D), Attention()
+        self.w1, self.w2 = nn.Parameter(torch.randn(HIDDEN, D)), nn.Parameter(torch.randn(D, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + F.relu(self.norm(x) @ self.w1.T) @ self.w2.T
+
+
+class FirstInline(Inline):
+    """Only the last matrix has a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(HIDDEN, D)
+        del self.w2
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.down(F.relu(self.norm(x) @ self.w1.T))
+
+
+class GivenTheSum(Block):
+    """The MLP module is handed the stream, to add it itself."""
+
+    class Inner(Up):
+        def forward(self, x: Tensor, stream: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x) + stream
+
+    def __init__(self) -> None:
+        super().__init__(self.Inner())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return self.mlp(self.norm2(x), x)
+
+
+BINDINGS: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...], str, str]] = {
+    "a module": (lambda: Block(Up()), "module", ("blocks.0.mlp",), "blocks.0.mlp", ""),
+    "the widest module": (
+        lambda: Block(Bare(nn.Sequential(Up(), nn.Dropout(0.1)))),
+        "module",
+        ("blocks.0.mlp",),
+        "blocks.0.mlp",
+        "",
+    ),
+    "parameters of one module": (lambda: Block(Tied()), "module", ("blocks.0.mlp",), "blocks.0.mlp", ""),
+    "a span, the stream given": (GivenTheSum, "span", ("blocks.0.mlp.up",), "blocks.0.mlp.down", ""),
+    "two entries": (
+        lambda: Bare(ResidualGated()),
+        "span",
+        ("blocks.0.inner.gate", "blocks.0.inner.up"),
+        "blocks.0.inner.down",
+        "",
+    ),
+    "parameters of the block": (Inline, "none", (), "", "by its last matrix"),
+    "the first matrix without a module": (FirstInline, "none", (), "", "by its first matrix"),
+}
+
+
+class ResidualGated(Gated):
+    """A gated MLP that adds its input itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+@pytest.mark.parametrize("name", BINDINGS)
+def test_binding(name: str) -> None:
+    make, kind, entries, exit_, why = BINDINGS[name]
+    (site,) = look(Stack(make, 1).eval(), ids()).sites
+    (binding,) = site.bindings
+    assert (binding.kind, binding.entries, binding.exit) == (kind, entries, exit_)
+    assert why in binding.why
+    assert bool(binding.why) == (kind == "none")
+    assert binding.widths == ((HIDDEN,) * len(entries) if kind == "span" else ())
+
+
+def test_a_module_called_past_its_call_is_still_the_path() -> None:
+    class Past(Stack):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.embed(ids)
+            for block in self.blocks:
+                x = block.forward(x)
+            return self.head(x)
+
+    class Forwarded(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.mlp.forward(self.norm1(x))
+
+    located = look(Past(lambda: Forwarded(Up())).eval(), ids())
+    assert [site.path for site in located.sites] == ["blocks.0.mlp", "blocks.1.mlp"]
+
+
+# -------------------------------------------------------------------------------------------------- towers and their blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("llama", [("layers", 0, 2), ("layers", 1, 2)]),
+        ("bart", [("encoder.layers", 0, 2), ("encoder.layers", 1, 2), ("decoder.layers", 0, 2), ("decoder.layers", 1, 2)]),
+        ("swin", [("encoder.layers.*.blocks", i, 4) for i in range(4)]),
+        ("funnel", [("encoder.blocks", 0, 2), ("encoder.blocks", 1, 2)]),
+        ("mobilebert", [("encoder.layer", i, 2) for i in (0, 0, 0, 1, 1, 1)]),
+        ("1×1 convolutions", [("", None, 0)]),
+    ],
+)
+def test_blocks_are_counted_in_their_tower(name: str, wanted: list[tuple[str, int | None, int]]) -> None:
+    _, located = family(name)
+    assert [(s.tower, s.block, s.tower_blocks) for s in located.sites] == wanted
+
+
+def test_blocks_without_an_mlp_count_too() -> None:
+    queue = iter([Block(Up()), Bare(Attention()), Block(Up())])
+    located = look(Stack(lambda: next(queue), 3).eval(), ids())
+    assert [(s.block, s.tower_blocks) for s in located.sites] == [(0, 3), (2, 3)]
+
+
+def test_stages_of_unlike_blocks_are_blocks_themselves() -> None:
+    paths = ["stages.0.parts.0", "stages.0.parts.1", "stages.1.parts.0", "stages.1.parts.1"]
+    alike = places(paths, dict.fromkeys(paths, "Layer"))
+    unlike = places(paths, {path: path[-1] for path in paths})
+    assert [alike[path] for path in paths] == [Place("stages.*.parts", i, 4) for i in range(4)]
+    assert [unlike[path] for path in paths] == [Place("stages", i, 2) for i in (0, 0, 1, 1)]
+
+
+def test_only_outermost_numbered_containers_are_stacks() -> None:
+    model = Stack(lambda: Block(nn.Sequential(nn.Linear(D, D), nn.ReLU())))
+    model.named = nn.Sequential()
+    model.named.add_module("first", nn.Linear(D, D))
+    assert [path for path, _ in outermost_lists(model)] == ["blocks"]
+
+
+def test_the_recorded_graph_is_not_touched() -> None:
+    made = capture(BY_HAND["einsum"].build(), ids())
+    before = [(node.name, node.target, node.args) for node in made.segments[0].graph.nodes]
+    locate(made)
+    normalize(made.segments[0])
+    assert [(node.name, node.target, node.args) for node in made.segments[0].graph.nodes] == before
+
+
+def test_an_exported_program_gives_the_same_sites() -> None:
+    family = BY_HAND["packed interleaved"]
+    model = family.build()
+    live, traced = look(model, family.inputs()), look(torch.export.export(model, family.inputs()), None)
+    assert [told(site) for site in traced.sites] == [told(site) for site in live.sites]
+
+
+def test_decomposed_programs_give_the_same_mlps() -> None:
+    """After `run_decompositions` a linear is a transposed weight, views and `addmm`."""
+    model = BY_HAND["pre-norm"].build()
+    program = torch.export.export(model, ids()).run_decompositions()
+    assert [told(site)[1:] for site in look(program, None).sites] == [told(site)[1:] for site in look(model, ids()).sites]
+
+
+def test_the_table_is_not_trivial() -> None:
+    assert len(FAMILIES) >= 60
+    assert stack(Block, Up)().embed.num_embeddings == VOCAB
+    assert plain(AT)[1].path == "blocks.1.mlp"
