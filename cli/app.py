@@ -68,9 +68,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _settings(
     context: typer.Context,
-    _: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)
-    ] = False,
+    _: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_version)] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log every replacement, on stderr.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
 ) -> None:
@@ -86,9 +84,7 @@ def apply(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Save the result here; left out: only report.")
     ] = None,
-    emit: Annotated[
-        Emit | None, typer.Option(help="module: edit the live model; graph: rewrite its exported program.")
-    ] = None,
+    emit: Annotated[Emit | None, typer.Option(help="module: edit the live model; graph: rewrite its exported program.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; change nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR when it is in use.")] = False,
     allow_large: Annotated[bool, typer.Option("--allow-large", help="Go on when a pool exceeds free memory.")] = False,
@@ -122,9 +118,7 @@ def _apply(
     from memrewrite.cli import render
     from memrewrite.passes import checkpoint, pipeline
 
-    report = pipeline.apply(
-        source.model, recipe, source.inputs, emit=emit.value, allow_large=allow_large, step=ours.step
-    )
+    report = pipeline.apply(source.model, recipe, source.inputs, emit=emit.value, allow_large=allow_large, step=ours.step)
     saved = None
     if output is not None:
         for file in source.neighbours if emit is Emit.module else ():

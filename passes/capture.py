@@ -7,6 +7,7 @@ then strict → block by block when neither works → an error that names the su
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 import warnings
@@ -19,13 +20,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from memrewrite.errors import CaptureError
 from memrewrite.passes.blocks import outermost_lists
 from memrewrite.passes.recording import Call, Inputs, Recorder, as_inputs, first_run, on_device_of, on_meta
 
 log = logging.getLogger("memrewrite")
+PLAIN = (type(None), bool, int, float, str)  # besides tensors, what torch traces as an output
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,42 @@ def _export(model: nn.Module, inputs: Inputs, dynamic: bool, recorder: Recorder 
     reasons = []
     for strict, dims in [*attempts, (False, None), (True, None)]:
         how = ("strict" if strict else "non-strict") + (", dynamic shapes" if dims else "")
+        dropped: set[str] = set()
+        seen = recorder if recorder and not strict else nullcontext()
         try:
-            with torch.no_grad(), _hushed(), recorder if recorder and not strict else nullcontext():
+            with torch.no_grad(), _hushed(), seen, nullcontext() if strict else _known_outputs(model, dropped):
                 dynamic_shapes = None if dims is None else _by_argument(model, args, kwargs, dims)
-                return torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes), how
+                program = torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
+            return program, how + (f", outputs of kind {', '.join(sorted(dropped))} left aside" if dropped else "")
         except Exception as error:
             log.debug("torch.export %s refused %s", how, type(model).__name__, exc_info=True)
             reasons.append(f"{how}: {type(error).__name__}: {_first_lines(error)}")
     raise _Refused("; ".join(reasons[-2:]))
+
+
+@contextmanager
+def _known_outputs(model: nn.Module, dropped: set[str]) -> Iterator[None]:
+    """Have `model` return its tensors alone where it returns objects that torch cannot trace, such as caches.
+
+    The tensors are the witness; what is left aside is named in `dropped`.
+    """
+    original, own = model.forward, "forward" in vars(model)
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = original(*args, **kwargs)
+        strange = {type(leaf).__name__ for leaf in tree_leaves(out) if not isinstance(leaf, (torch.Tensor, *PLAIN))}
+        dropped.update(strange)
+        return tuple(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)) if strange else out
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = original
+        else:
+            del model.forward
 
 
 @contextmanager

@@ -25,9 +25,7 @@ from memrewrite.report import Check, Report
 from memrewrite.site import Located
 
 
-def verify_saved(
-    directory: str | Path, *, trust_code: bool = False, step: Callable[[str], None] | None = None
-) -> Report:
+def verify_saved(directory: str | Path, *, trust_code: bool = False, step: Callable[[str], None] | None = None) -> Report:
     """The saved report with its checks made anew, where that is possible without the original model.
 
     Raises `CheckpointError` for a directory that was cut short or changed, or whose base cannot be built.
@@ -36,7 +34,9 @@ def verify_saved(
     say("hashing every file")
     manifest = read_manifest(directory, every_bit=True)
     count = len(manifest["files"])
-    checks = [Check(name="files", outcome="passed", number=count, sentence=f"all {count} files are as they were saved, bit for bit")]
+    checks = [
+        Check(name="files", outcome="passed", number=count, sentence=f"all {count} files are as they were saved, bit for bit")
+    ]
     say("loading the model")
     source = load_source(str(directory), trust_code=trust_code)
     say("running it")

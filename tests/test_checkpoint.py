@@ -16,7 +16,7 @@ from torch import nn
 
 import memrewrite
 from memrewrite.errors import CheckpointError, ModelError
-from memrewrite.passes import bases, capture, checkpoint, pipeline, sources
+from memrewrite.passes import bases, capture, checkpoint, pipeline
 from memrewrite.passes.bases import Base
 from memrewrite.passes.substitute import pools_of
 
@@ -113,10 +113,9 @@ def inputs():
 
 @pytest.fixture
 def of_code(out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, torch.Tensor]:
-    monkeypatch.setattr(bases, "build_from_file", sources.build_from_file, raising=False)
     code = out.with_name("model.py")
     code.write_text(CODE)
-    model, x = sources.build_from_file(code, "build"), torch.randn(2, 3, 8)
+    model, x = user_code.build_from_file(code, "build"), torch.randn(2, 3, 8)
     memrewrite.apply(model, tiny.recipe(verify="off"), (x,))
     memrewrite.save(model, out, source=Base(kind="python", code=code, builder="build"))
     code.unlink()

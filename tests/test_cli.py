@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from memrewrite.cli.app import app
 from memrewrite.cli.render import size
-from memrewrite.passes import bases, pipeline, sources
+from memrewrite.passes import pipeline, sources
 
 MODEL = """\
 import torch
@@ -84,9 +84,7 @@ def listing(directory: Path) -> list[str]:
 # --------------------------------------------------------------------------------------------- quick, and without torch
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["apply", "--help"], ["recipes"], ["recipes", "show", "pkm"]]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["apply", "--help"], ["recipes"], ["recipes", "show", "pkm"]])
 def test_quick_commands_do_not_import_torch(arguments: list[str]) -> None:
     code = (
         "import sys; sys.argv[1:] = ARGUMENTS\nfrom memrewrite.cli import main\n"
@@ -174,12 +172,6 @@ def test_apply_reports_and_says_that_nothing_was_saved(run: Callable[..., Any], 
     assert listing(tmp_path) == before
 
 
-@pytest.fixture
-def own_builder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bases, "build_from_file", sources.build_from_file)
-
-
-@pytest.mark.usefixtures("own_builder")
 def test_apply_saves_what_inspect_reads(run: Callable[..., Any], tmp_path: Path) -> None:
     done = run("apply", "model.py", "r.yaml", "-o", "deep/out", "--json")
     document = json.loads(done.stdout)
@@ -227,7 +219,6 @@ def test_a_hugging_face_directory(run: Callable[..., Any]) -> None:
     assert [s["path"] for s in seen["sites"]] == ["model.layers.1.mlp"]
 
 
-@pytest.mark.usefixtures("own_builder")
 def test_verify(run: Callable[..., Any]) -> None:
     assert run("verify", "nowhere").exit_code == 2
     assert run("apply", "model.py", "r.yaml", "-o", "out").exit_code == 0

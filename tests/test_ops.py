@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from memrewrite.kernels import ops, reference
 from memrewrite.kernels.product_key_topk import candidate_ranks
-from torch import Tensor
 
 OPS = torch.ops.memrewrite
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -206,9 +207,7 @@ def test_topk_any_shape_with_ties_and_nan(data):
     n1, n2, t = (data.draw(st.integers(1, 24)) for _ in range(3))
     k = data.draw(st.integers(1, min(n1, n2)))
     few = st.sampled_from([-1.0, 0.0, -0.0, 0.5, 3.0, float("nan"), float("-inf")])
-    scores1, scores2 = (
-        torch.tensor(data.draw(st.lists(few, min_size=t * n, max_size=t * n))).reshape(t, n) for n in (n1, n2)
-    )
+    scores1, scores2 = (torch.tensor(data.draw(st.lists(few, min_size=t * n, max_size=t * n))).reshape(t, n) for n in (n1, n2))
     assert_topk_right(scores1, scores2, k)
 
 

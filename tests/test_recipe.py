@@ -190,9 +190,7 @@ def test_the_caret_survives_tabs_and_long_lines() -> None:
 
 
 def test_all_problems_are_told_together_from_top_to_bottom() -> None:
-    text = (
-        edited("keys: 1024", "keys: many").replace("placement: replace", "placement: paralel").replace("topk", "topc")
-    )
+    text = edited("keys: 1024", "keys: many").replace("placement: replace", "placement: paralel").replace("topk", "topc")
     lines = refusal(text).splitlines()
     assert lines[0] == "`keys` must be a whole number, not 'many'"
     assert lines[1] == "  at: r.yaml:3:18"

@@ -14,7 +14,9 @@ from torch import nn
 
 from memrewrite.errors import ModelError
 from memrewrite.passes import sources
-from memrewrite.passes.sources import build_from_file, example_inputs, load_source
+from memrewrite.passes.example_inputs import example_inputs
+from memrewrite.passes.sources import load_source
+from memrewrite.passes.user_code import build_from_file
 
 GOOD = """\
 import torch
@@ -78,9 +80,7 @@ def test_a_name_takes_its_own_inputs_else_the_common_ones(write: Any) -> None:
 
 def test_neighbours_import_and_nothing_stays_on_the_path(write: Any, tmp_path: Path) -> None:
     write("WIDTH = 6\n", "memrewrite_test_neighbour.py")
-    file = write(
-        "from memrewrite_test_neighbour import WIDTH\n" + GOOD.replace("8", "WIDTH")
-    )
+    file = write("from memrewrite_test_neighbour import WIDTH\n" + GOOD.replace("8", "WIDTH"))
     before = list(sys.path)
     source = load_source(str(file))
     assert sys.path == before
