@@ -105,11 +105,12 @@ def _matching(sites: Sequence[Site], where: Where, place: str) -> list[Site]:
                     hint=_known(chosen, name, wanted),
                 )
             chosen = kept
-    missing = set(where.layers or ()) - {s.block for s in chosen}
+    named = set(where.layers or ()) | (blocks if where.centred else set())  # `every` takes what there is
+    missing = named - {s.block for s in chosen}
     if missing:
         raise SelectError(
             f"block {min(missing)} of {tower!r} has no MLP that fits",
-            where=f"{place}.layers",
+            where=f"{place}.layers" if where.layers is not None else f"{place}.centred",
             hint=f"blocks with one: {_ranges({s.block for s in sites if s.tower == tower})}",
         )
     if not chosen:

@@ -16,7 +16,7 @@ from torch import nn
 
 import memrewrite
 from memrewrite.errors import CheckpointError, ModelError
-from memrewrite.passes import bases, capture, checkpoint, pipeline
+from memrewrite.passes import bases, capture, checkpoint, pipeline, user_code
 from memrewrite.passes.bases import Base
 from memrewrite.passes.substitute import pools_of
 

@@ -360,3 +360,10 @@ def test_a_shared_pool_is_counted_once() -> None:
     layer = one.substitutions[0].cost(one.pools).parameters
     assert two.after().parameters - one.after().parameters == layer
     assert one.after().parameters == layer + 16 * 16 * 64
+
+
+def test_centred_blocks_must_all_have_an_mlp() -> None:
+    holes = located(*(site(i) for i in range(24) if i != 12))
+    error = refused(holes, recipe({"centred": {"count": 3, "stride": 8}}))
+    assert "block 12 of 'layers' has no MLP that fits" in error.what
+    assert error.where == "replace[0].where.centred"
