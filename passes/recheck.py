@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from memrewrite.passes.capture import Capture
-from memrewrite.passes.checkpoint import read_manifest, read_plan, read_report
+from memrewrite.passes.checkpoint import read_plan, read_report
 from memrewrite.passes.locate import Locations
+from memrewrite.passes.manifest import read_manifest
 from memrewrite.passes.recording import first_run
 from memrewrite.passes.sources import load_source
 from memrewrite.passes.substitute import layers_of

@@ -28,7 +28,9 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import ModelError
 from memrewrite.passes.bases import Base, base_of
+from memrewrite.passes.checkpoint import GRAPH, load
 from memrewrite.passes.example_inputs import example_inputs
+from memrewrite.passes.manifest import is_saved, read_manifest
 from memrewrite.passes.pretrained import load_pretrained
 from memrewrite.passes.recording import Inputs
 from memrewrite.passes.user_code import (
@@ -108,8 +110,6 @@ def _is(path: Path, question: Callable[[Path], bool]) -> bool:
 
 
 def _from_directory(path: Path, trust_code: bool, with_tokenizer: bool) -> Source:
-    from memrewrite.passes.checkpoint import is_saved
-
     if is_saved(path):
         return _from_saved(path, trust_code)
     loaded = load_pretrained(path, trust_code=trust_code, with_tokenizer=with_tokenizer)
@@ -133,8 +133,6 @@ def _from_file(path: Path, trust_code: bool, with_tokenizer: bool) -> Source:
 
 def _from_saved(path: Path, trust_code: bool) -> Source:
     """A result of ours: its inputs come from the Python file saved with it, its graph, or the model's own config."""
-    from memrewrite.passes.checkpoint import GRAPH, load, read_manifest
-
     base = Base.from_data(read_manifest(path)["base"])
     if base.kind == "graph":
         return _from_program(path / GRAPH, trust_code)

@@ -16,7 +16,7 @@ from torch import nn
 
 import memrewrite
 from memrewrite.errors import CheckpointError, ModelError
-from memrewrite.passes import bases, capture, checkpoint, pipeline, user_code
+from memrewrite.passes import bases, capture, checkpoint, manifest, pipeline, tensors, user_code
 from memrewrite.passes.bases import Base
 from memrewrite.passes.substitute import pools_of
 
@@ -189,7 +189,7 @@ def test_other_dtypes_than_the_bases(out: Path) -> None:
 
 
 def test_shards_and_their_index(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 5000)
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 5000)
     model, inputs = rewritten("llama")
     memrewrite.save(model, out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -316,10 +316,10 @@ def test_an_empty_directory_and_missing_parents_will_do(out: Path) -> None:
     out.mkdir()
     memrewrite.save(model, out)
     memrewrite.save(model, out / "deep" / "er")
-    assert checkpoint.is_saved(out / "deep" / "er")
+    assert manifest.is_saved(out / "deep" / "er")
 
 
-@pytest.mark.parametrize("at", ["_save_tensors", "_write_manifest", "_open_to_readers"])
+@pytest.mark.parametrize("at", ["save_tensors", "write_manifest", "_open_to_readers"])
 def test_a_failure_leaves_no_trace(at: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = rewritten("llama")
     memrewrite.save(model, out)
@@ -413,21 +413,21 @@ def test_one_flipped_bit_in_the_weights_is_found_when_every_bit_is_read(out: Pat
     data = bytearray((out / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (out / "model.safetensors").write_bytes(data)
-    checkpoint.read_manifest(out)
+    manifest.read_manifest(out)
     with pytest.raises(CheckpointError, match="changed"):
-        checkpoint.read_manifest(out, every_bit=True)
+        manifest.read_manifest(out, every_bit=True)
 
 
 def test_a_missing_tensor_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = rewritten("modular")
-    real = checkpoint._named_once
+    real = checkpoint.named_once
 
     def without(model: nn.Module) -> Any:
         state, tied = real(model)
         state.pop("norm.bias")
         return state, tied
 
-    monkeypatch.setattr(checkpoint, "_named_once", without)
+    monkeypatch.setattr(checkpoint, "named_once", without)
     memrewrite.save(model, out)
     with pytest.raises(CheckpointError, match=r"norm\.bias"):
         memrewrite.load(out, tiny.modular())

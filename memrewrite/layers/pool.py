@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -93,6 +93,10 @@ class Pools(nn.Module):
                     hint="use letters, digits and _, and no name that torch modules use for something else",
                 )
             self.add_module(name, pool)
+
+    def forward(self, x: Any) -> Any:
+        """What it is given: a root that calls every child it has, as `nn.Sequential` does, calls this one too."""
+        return x
 
     def __getitem__(self, name: str) -> Pool:
         pool = self._modules.get(name)
