@@ -169,7 +169,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of everything")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; more than 1 needs a quiet machine")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--json", type=Path, default=Path("layer_cpu.json"), help="where the figures go")
     return parser.parse_args(argv)
 
 
