@@ -1,7 +1,7 @@
 """Times a Memory+ layer on the CPU against the SwiGLU MLP it replaces, and against gather-and-einsum in plain torch.
 
 Every round runs each contestant once, in turn and in one process, so that a busy machine slows all of them alike;
-medians and minima over the rounds are printed, and written as JSON with `--json`. Trust ratios, not milliseconds.
+medians and minima over the rounds are printed, and written as JSON (`--json FILE`). Trust ratios, not milliseconds.
 """
 
 from __future__ import annotations
@@ -187,9 +187,8 @@ def main(argv: list[str]) -> None:
             f"{row['tokens']:>6}  {row['pass']:<17} {row['layer']:<12} "
             f"{row['median_ms']:>10.2f} {row['min_ms']:>10.2f} {row['times_dense']:>8.2f}"
         )
-    if args.json:
-        result = {"benchmark": "layer_cpu", "sizes": sizes, "machine": machine(), "rows": rows}
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    result = {"benchmark": "layer_cpu", "sizes": sizes, "machine": machine(), "rows": rows}
+    args.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

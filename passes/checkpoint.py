@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -26,10 +26,12 @@ from memrewrite.passes.substitute import pools_of, substitute
 from memrewrite.passes.tensors import fill, fill_transient, named_once, save_tensors, save_transient
 from memrewrite.plans import Plan
 from memrewrite.report import Report
+from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+F = TypeVar("F", bound=Frozen)
 GRAPH = "model.pt2"
 
 
@@ -153,20 +155,19 @@ RECORD = ("recipe.yaml", "plan.json", "report.json")
 
 def read_plan(directory: str | Path) -> Plan:
     """The plan of a saved directory."""
-    file = Path(directory) / "plan.json"
-    try:
-        return Plan.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise tampered(file, "it is not a plan") from error
+    return _read(Path(directory) / "plan.json", Plan)
 
 
 def read_report(directory: str | Path) -> Report:
     """The report that was saved with the model."""
-    file = Path(directory) / "report.json"
+    return _read(Path(directory) / "report.json", Report)
+
+
+def _read(file: Path, kind: type[F]) -> F:
     try:
-        return Report.model_validate_json(file.read_text(encoding="utf-8"))
+        return kind.model_validate_json(file.read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
-        raise tampered(file, "it is not a report") from error
+        raise tampered(file, f"it is not a {kind.__name__.lower()}") from error
 
 
 def _save_graph(model: fx.GraphModule, file: Path) -> None:

@@ -81,7 +81,7 @@ def apply(
         if live and emit == "graph":
             say("capturing the model with dynamic shapes")
             traced = capture(model, inputs, dynamic=True)
-            if len(traced.segments) != 1:
+            if [segment.path for segment in traced.segments] != [""]:
                 raise SelectError(f"there is no one graph of this model: {traced.how}", hint="use --emit module")
             model = traced.segments[0].program
         before, locations = _look(model, inputs, say)
@@ -195,16 +195,17 @@ def _plan(model: Model, locations: Locations, recipe: Recipe) -> Plan:
 
 
 def refuse_too_large(made: Plan) -> None:
-    """Raise `SelectError` when what the plan adds is more than the free memory of the device it goes to."""
-    for name, pool in made.pools.items():
-        device = torch.device(next(s.site.device for s in made.substitutions if s.pool == name))
-        free = _free_memory(device)
-        needed = pool.cost().parameter_bytes
+    """Raise `SelectError` when the plan's pools need more than the free memory of the device they go to."""
+    homes = {s.pool: s.site.device for s in made.substitutions if s.pool}
+    for device in dict.fromkeys(homes.values()):
+        pools = {name: pool for name, pool in made.pools.items() if homes[name] == device}
+        needed = sum(pool.cost().parameter_bytes for pool in pools.values())
+        free = _free_memory(torch.device(device))
         if free is not None and needed > free:
+            sizes = ", ".join(f"{n}: {p.slots:,} × {p.value_dim} {p.dtype}" for n, p in pools.items())
             raise SelectError(
-                f"pool {name!r} needs {needed / 2**30:.1f} GiB ({pool.slots:,} × {pool.value_dim} {pool.dtype}), "
-                f"and {device} has {free / 2**30:.1f} GiB free",
-                where=f"pools.{name}",
+                f"the pools need {needed / 2**30:.1f} GiB ({sizes}), and {device} has {free / 2**30:.1f} GiB free",
+                where=f"pools.{next(iter(pools))}",
                 hint="fewer `keys`, a smaller `dtype`, or allow it: --allow-large",
             )
 

@@ -1,0 +1,59 @@
+"""The line from capture to verify: what it refuses before anything is touched, and models that return strange objects."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import memrewrite
+from memrewrite.errors import ModelError, SelectError
+from memrewrite.passes import pipeline
+
+RULE = {"with": "memory_plus", "options": {"heads": 2, "topk": 4}}
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 50}
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+
+
+INPUTS = {"input_ids": torch.arange(14).reshape(2, 7)}  # no `use_cache=False`: the model returns a cache
+
+
+def recipe(*layers: int, keys: int = 8) -> dict[str, Any]:
+    rules = [{"where": {"layers": [i]}, "pool": f"p{i}", **RULE} for i in layers]
+    return {"memrewrite": 1, "pools": {f"p{i}": {"keys": keys} for i in layers}, "replace": rules}
+
+
+def test_outputs_that_cannot_be_traced_are_left_aside_and_told() -> None:
+    rewritten = model()
+    forward = rewritten.forward
+    report = memrewrite.apply(rewritten, recipe(1), INPUTS)
+    assert "DynamicCache" in report.plan.captured
+    assert {c.name: c.outcome for c in report.checks} | {"identity": "skipped"} == dict.fromkeys(
+        ("null", "coverage", "untouched", "frame", "sharing", "gradient"), "passed"
+    ) | {"identity": "skipped"}
+    assert rewritten.forward == forward
+    assert "forward" not in vars(rewritten)
+
+
+def test_pools_that_do_not_fit_together_are_refused_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = 64 * 64 * 32 * 4  # bytes of a pool of 64 keys
+    monkeypatch.setattr(pipeline, "_free_memory", lambda _: 2 * one - 1)
+    untouched = model()
+    names = dict(untouched.named_modules()).keys()
+    with pytest.raises(SelectError, match="4,096 × 32") as caught:
+        memrewrite.apply(untouched, recipe(0, 1, keys=64), INPUTS)
+    assert caught.value.exit_code == 2
+    assert "--allow-large" in str(caught.value)
+    assert dict(untouched.named_modules()).keys() == names
+    assert memrewrite.apply(model(), recipe(0, keys=64), INPUTS).ok
+    assert memrewrite.apply(model(), recipe(0, 1, keys=64), INPUTS, allow_large=True).ok
+
+
+def test_inputs_are_needed() -> None:
+    with pytest.raises(ModelError, match="no example inputs"):
+        memrewrite.inspect(model())
