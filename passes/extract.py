@@ -26,10 +26,11 @@ class Original(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_model]."""
         out: Tensor = self.calls[len(self.outputs) % len(self.calls)](x)
-        if torch.is_grad_enabled():
-            out = out.detach().requires_grad_()
-        self.outputs.append(out)
-        return out
+        if not torch.is_grad_enabled():
+            self.outputs.append(out)
+            return out
+        self.outputs.append(out.detach().requires_grad_())
+        return self.outputs[-1].clone()  # a model may add to an MLP's output in place, which a leaf does not allow
 
 
 def extract(model: nn.Module, found: Found) -> fx.GraphModule:

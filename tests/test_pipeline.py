@@ -57,3 +57,26 @@ def test_pools_that_do_not_fit_together_are_refused_with_their_size(monkeypatch:
 def test_inputs_are_needed() -> None:
     with pytest.raises(ModelError, match="no example inputs"):
         memrewrite.inspect(model())
+
+
+class InPlace(nn.Module):
+    """A block that adds the residual to the MLP's output in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 20), nn.Linear(20, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.down(torch.relu(self.up(self.norm(x))))
+        out.add_(x)
+        return out
+
+
+@pytest.mark.parametrize("placement", ["replace", "parallel"])
+def test_a_residual_added_in_place(placement: str) -> None:
+    torch.manual_seed(0)
+    blocks, x = nn.Sequential(InPlace(), InPlace()), torch.randn(2, 5, 8)
+    rule = {"where": {"all": True}, "pool": "p", "placement": placement, **RULE}
+    report = memrewrite.apply(blocks, {"memrewrite": 1, "pools": {"p": {"keys": 8}}, "replace": [rule]}, (x,))
+    assert len(report.plan.substitutions) == 2
+    assert report.ok
