@@ -69,9 +69,9 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
         with recorder:
             outputs = first_run(model, arguments)
     try:
-        program, how = _export(model, arguments, dynamic, recorder if on_meta(model) else None)
+        program, how = export_program(model, arguments, dynamic, recorder if on_meta(model) else None)
         made = Capture((_segment("", program, arguments),), arguments, f"whole model, torch.export {how}")
-    except _Refused as refusal:
+    except Refused as refusal:
         made = _block_by_block(model, arguments, recorder.block_inputs, str(refusal))
     return replace(made, calls=recorder.calls, outputs=outputs)
 
@@ -108,11 +108,17 @@ def _as_given(module: nn.Module, inputs: Any, how: str) -> Capture:
 # ------------------------------------------------------------------------------------------------- torch.export
 
 
-class _Refused(Exception):  # noqa: N818 - control flow inside this file
+class Refused(Exception):  # noqa: N818 - a verdict, turned into an error that names the place
     """`torch.export` would not trace; the message is torch's own, shortened."""
 
 
-def _export(model: nn.Module, inputs: Inputs, dynamic: bool, recorder: Recorder | None = None) -> tuple[ExportedProgram, str]:
+def export_program(
+    model: nn.Module, inputs: Inputs, dynamic: bool, recorder: Recorder | None = None
+) -> tuple[ExportedProgram, str]:
+    """`torch.export` of a module, and how it went: dynamic shapes where asked and possible, non-strict, then strict.
+
+    Raises `Refused` with torch's reasons.
+    """
     args, kwargs = copy.deepcopy(inputs)
     shapes = _auto_dims((args, kwargs)) if dynamic else None
     attempts = [(False, shapes), (True, shapes)] if shapes else []
@@ -129,7 +135,7 @@ def _export(model: nn.Module, inputs: Inputs, dynamic: bool, recorder: Recorder 
         except Exception as error:
             log.debug("torch.export %s refused %s", how, type(model).__name__, exc_info=True)
             reasons.append(f"{how}: {type(error).__name__}: {_first_lines(error)}")
-    raise _Refused("; ".join(reasons[-2:]))
+    raise Refused("; ".join(reasons[-2:]))
 
 
 @contextmanager
@@ -204,9 +210,9 @@ def _block_by_block(model: nn.Module, inputs: Inputs, block_inputs: Mapping[str,
             if path not in block_inputs:
                 continue
             try:
-                program, _ = _export(block, block_inputs[path], dynamic=False)
+                program, _ = export_program(block, block_inputs[path], dynamic=False)
                 segments.append(_segment(path, program, block_inputs[path]))
-            except _Refused as error:
+            except Refused as error:
                 refused.append((path, str(error)))
     if not segments:
         path, reason = refused[0] if refused else ("", refusal)
@@ -232,8 +238,8 @@ def recapture(model: nn.Module, segment: Segment) -> Segment:
         return _graph_segment(model, segment.inputs)
     block = model.get_submodule(segment.path)
     try:
-        program, _ = _export(block, segment.inputs, dynamic=False)
-    except _Refused as refusal:
+        program, _ = export_program(block, segment.inputs, dynamic=False)
+    except Refused as refusal:
         raise CaptureError(f"torch.export refused the edited model: {refusal}", where=segment.path or None) from refusal
     return _segment(segment.path, program, segment.inputs)
 

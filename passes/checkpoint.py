@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from memrewrite.errors import CheckpointError, MemrewriteError, ModelError
 from memrewrite.passes.bases import Base, base_of, build_base
+from memrewrite.passes.capture import export_program
 from memrewrite.passes.manifest import read_manifest, tampered, write_manifest
 from memrewrite.passes.substitute import pools_of, substitute
 from memrewrite.passes.tensors import fill, fill_transient, named_once, save_tensors, save_transient
@@ -171,9 +172,8 @@ def _read(file: Path, kind: type[F]) -> F:
 
 
 def _save_graph(model: fx.GraphModule, file: Path) -> None:
-    args, kwargs = model.meta["inputs"]
-    with torch.no_grad():
-        torch.export.save(torch.export.export(model, args, kwargs), file)
+    program, _ = export_program(model, model.meta["inputs"], dynamic=True)
+    torch.export.save(program, file)
 
 
 def _load_graph(folder: Path, trust_code: bool) -> nn.Module:

@@ -1,5 +1,6 @@
 """The line from capture to verify: what it refuses before anything is touched, and models that return strange objects."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,13 @@ def test_pools_that_do_not_fit_together_are_refused_with_their_size(monkeypatch:
 def test_inputs_are_needed() -> None:
     with pytest.raises(ModelError, match="no example inputs"):
         memrewrite.inspect(model())
+
+
+def test_a_saved_graph_runs_on_other_sizes(tmp_path: Path) -> None:
+    report = memrewrite.apply(model(), recipe(0, 2), {**INPUTS, "use_cache": False}, emit="graph")
+    loaded = memrewrite.load(memrewrite.save(report.model, tmp_path / "graph"), trust_code=True)
+    other = {"input_ids": torch.arange(33).reshape(3, 11), "use_cache": False}
+    assert torch.equal(loaded(**other)["logits"], report.model(**other)["logits"])
 
 
 class InPlace(nn.Module):
