@@ -183,5 +183,4 @@ def _load_graph(folder: Path, trust_code: bool) -> nn.Module:
             where=str(folder / GRAPH),
             hint="if you trust the file, allow it: --trust-code, load(..., trust_code=True)",
         )
-
     return torch.export.load(folder / GRAPH).module(check_guards=False)

@@ -6,7 +6,6 @@ Kinds come from torch's own operator tags and from short tables of ATen names; n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,8 +13,8 @@ from torch import fx
 
 TORCH = str(Path(torch.__file__).parent)
 WEIGHT = "weight"  # node.meta key: the name of the parameter or buffer a placeholder stands for
-UNBACKED = 1_000_003
 LITERAL = "literal"  # node.meta key: the constant tensor a placeholder stands for
+UNBACKED = 1_000_003  # stands for a size that depends on data
 
 # Ops that hand on their first input as it is, token by token: casts, copies, dropout, autograd bookkeeping.
 IDENTITY = frozenset(
@@ -34,11 +33,9 @@ IDENTITY = frozenset(
         "feature_dropout",
         "alpha_dropout",
         "type_as",
-        "view_as_real_copy",
         "conj",
         "resolve_conj",
         "resolve_neg",
-        "_unsafe_view_alias",
     ]
 )
 LAYOUT = frozenset(
@@ -189,6 +186,7 @@ class Dataflow:
                 or (node.op == "call_function" and all(source in self.constant for source in node.all_input_nodes))
             ):
                 self.constant.add(node)
+        self.held = {node.meta[WEIGHT]: node.meta["val"] for node in graph.nodes if WEIGHT in node.meta}  # by weight's name
         self._roots: dict[fx.Node, fx.Node] = {}
 
     def activations(self, node: fx.Node) -> list[fx.Node]:
@@ -239,10 +237,6 @@ class Dataflow:
     def is_linear(self, node: fx.Node) -> bool:
         """A canonical `linear` whose weight is a weight (and not an activation)."""
         return op_name(node) == "linear" and node.args[0] not in self.constant and node.args[1] in self.constant
-
-    def users(self, node: fx.Node) -> Iterator[fx.Node]:
-        """Who reads the node, in order."""
-        return iter(sorted(node.users, key=self.order.__getitem__))
 
 
 def modules_of(node: fx.Node) -> list[tuple[str, str]]:

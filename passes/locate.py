@@ -18,7 +18,7 @@ from memrewrite.passes.activation import activation_of
 from memrewrite.passes.binding import Bound, bind
 from memrewrite.passes.blocks import places
 from memrewrite.passes.capture import Capture, Segment
-from memrewrite.passes.dataflow import WEIGHT, Dataflow, modules_of, path_of, shape_of, source_line
+from memrewrite.passes.dataflow import Dataflow, modules_of, path_of, shape_of, source_line
 from memrewrite.passes.normalize import normalize
 from memrewrite.passes.patterns import PATTERNS, Match
 from memrewrite.passes.recorded import Recorded
@@ -147,9 +147,8 @@ def _site(path: str, group: list[tuple[Found, Match, str]], place: Any) -> Site:
     found, match, activation = group[0]
     region, flow = found.region, found.recorded.flow
     names = _weights(found)
-    held = {n.meta[WEIGHT]: n.meta["val"] for n in flow.graph.nodes if WEIGHT in n.meta and n.meta[WEIGHT] in set(names)}
-    sizes = {name: math.prod(val.shape) for name, val in held.items()}
-    matrices = {name for name, val in held.items() if val.ndim >= 2}
+    sizes = {name: math.prod(flow.held[name].shape) for name in names}
+    matrices = {name for name in names if flow.held[name].ndim >= 2}
     value = region.down.meta["val"]
     bindings = dict.fromkeys(f.bound.binding for f, _, _ in group)
     modules = dict.fromkeys(m for b in bindings for m in (*b.entries, b.exit) if m)

@@ -68,9 +68,9 @@ def substitute(model: nn.Module, plan: Plan, *, initialise: bool = True) -> Edit
     return edit
 
 
-def build_layers(model: nn.Module, plan: Plan, *, initialise: bool = True) -> dict[str, nn.Module]:
+def build_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Hang the plan's pools at `model`'s root and build its layers, placed nowhere yet; by site path."""
-    return dict(_build_all(model, plan, Edit(), initialise))
+    return _build_all(model, plan, Edit(), initialise=True)
 
 
 def refuse_rewritten(model: nn.Module) -> None:
