@@ -6,16 +6,23 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-slow test-zoo zoo lint types clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) lint types
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not zoo"
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# Some of the architectures beside the repository, where they are; `zoo` is all of them, and writes docs/zoo.md.
+test-zoo: $(INSTALLED)
+	$(BIN)/python -m pytest -n $(JOBS) -m zoo -rs
+
+zoo: $(INSTALLED)
+	$(BIN)/python benchmarks/zoo.py --jobs $(JOBS) --table docs/zoo.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

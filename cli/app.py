@@ -131,15 +131,36 @@ def _apply(
 
 
 @app.command(epilog=EXIT_CODES)
-def inspect(context: typer.Context, model: ModelArgument, as_json: Json = False, trust_code: Trust = False) -> None:
+def inspect(
+    context: typer.Context,
+    model: ModelArgument,
+    why: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Explain one module, parameter or graph node: what it is, or which rule refused it."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the model and what was found as an HTML page.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="With --html: what it would do.", autocompletion=recipes.complete)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    as_json: Json = False,
+    trust_code: Trust = False,
+) -> None:
     """Show every MLP of MODEL, and what only looked like one, with the reason."""
     with session(context.obj, as_json) as ours:
-        source = _load(ours, model, trust_code)
-        from memrewrite.cli import render
-        from memrewrite.passes import pipeline
+        from memrewrite.cli import look
 
-        located = pipeline.inspect(source.model, source.inputs, step=ours.step)
-        ours.show(located.model_dump(mode="json"), lambda out: render.inspected(out, located))
+        look.refuse(why, html, recipe, overwrite=overwrite, read=[model])
+        wanted = None if recipe is None else _recipe(ours, recipe)
+        source = _load(ours, model, trust_code)
+        if why is not None:
+            look.why(ours, source, why)
+        elif html is not None:
+            look.page(ours, source, html, wanted)
+        else:
+            look.tables(ours, source)
 
 
 @app.command(epilog=EXIT_CODES)

@@ -1,8 +1,9 @@
-"""Whether a result may be written where the user says, asked before any expensive work is done."""
+"""Whether a result may be written where the user says, asked before any expensive work is done; and a page, written whole."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from memrewrite.errors import CheckpointError
@@ -30,3 +31,29 @@ def _existing(spec: str) -> Path:
     """The path that MODEL or RECIPE names, which may carry `:name`."""
     path = Path(spec)
     return (path if path.exists() else Path(spec.rpartition(":")[0] or spec)).resolve()
+
+
+def refuse_page(page: Path, *, overwrite: bool, read: list[str]) -> None:
+    """Raise `CheckpointError` for a page that would replace something, or cannot be written."""
+    where = str(page)
+    if page.is_dir():
+        raise CheckpointError(f"{where!r} is a directory", where=where, hint="give a file, such as model.html")
+    if any(_existing(spec) == page.resolve() for spec in read):
+        raise CheckpointError(f"{where!r} is what is read", where=where, hint="give another file")
+    if page.exists() and not overwrite:
+        raise CheckpointError(f"the file {where!r} exists", where=where, hint="give a new name, or --overwrite to replace it")
+    if not page.absolute().parent.is_dir() or not os.access(page.absolute().parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{where!r} cannot be written", where=where, hint="give a file in a directory you may write to")
+
+
+def write_page(page: Path, text: str) -> None:
+    """Write a file beside its place and rename it: whoever looks finds the old one or the new one, whole."""
+    handle, name = tempfile.mkstemp(prefix=f".{page.name}.", dir=page.absolute().parent)
+    draft = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        draft.chmod(0o644)
+        draft.replace(page)
+    finally:
+        draft.unlink(missing_ok=True)

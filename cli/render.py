@@ -19,45 +19,54 @@ if TYPE_CHECKING:
     from memrewrite.site import Located, Site
 
 Row = Sequence[str]
+EDITED = {"graph": "as a graph of its block", "span": "between modules", "module": "as a module"}
 STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
-def inspected(out: Console, located: Located) -> None:
-    """Sites and near misses."""
-    _line(out, f"{len(located.sites)} MLPs · captured: {located.captured}")
-    if located.sites:
-        heads = ("path", "pattern", "widths", "activation", "calls", "block", "edited")
-        _table(out, heads, [_site(site) for site in located.sites], right=("calls",))
+def inspected(out: Console, located: Located, page: Path | None = None) -> None:
+    """Sites and near misses, and where the page of them lies."""
+    line(out, f"{len(located.sites)} MLPs · captured: {located.captured}")
+    sites(out, located.sites)
     if located.near_misses:
-        _line(out, f"\n{len(located.near_misses)} near misses")
+        line(out, f"\n{len(located.near_misses)} near misses")
         rows = [(m.path or "(root)", m.reason, m.source or m.node) for m in located.near_misses]
-        _table(out, ("path", "refused because", "at"), rows)
+        table(out, ("path", "refused because", "at"), rows)
+    if page is not None:
+        line(out, f"\ndrawn in {page}")
+
+
+def sites(out: Console, found: Sequence[Site]) -> None:
+    """MLPs, a row each."""
+    if found:
+        heads = ("path", "pattern", "widths", "activation", "calls", "block", "edited")
+        table(out, heads, [_site(site) for site in found], right=("calls",))
 
 
 def _site(site: Site) -> Row:
     widths = f"{site.d_in:,} → {site.d_hidden:,} → {site.d_model:,}"
     block = "" if site.block is None else f"{site.tower}[{site.block}]"
-    return (site.path or "(root)", site.pattern, widths, site.activation, f"{site.calls:,}", block, _edited(site))
+    return (site.path or "(root)", site.pattern, widths, site.activation, f"{site.calls:,}", block, edited(site))
 
 
-def _edited(site: Site) -> str:
+def edited(site: Site) -> str:
     """How the site can be edited, in words."""
     reasons = [b.why for b in site.bindings if b.kind == "none"]
     if reasons:
         return f"in the graph only: {reasons[0]}"
-    return "between modules" if any(b.kind == "span" for b in site.bindings) else "as a module"
+    kinds = {b.kind for b in site.bindings}
+    return next((words for kind, words in EDITED.items() if kind in kinds), ", ".join(sorted(kinds)))
 
 
 def planned(out: Console, plan: Plan) -> None:
     """Site → layer with its cost, the pools, and the totals."""
-    _line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}")
+    line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}")
     heads: Row = ("path", "pattern", "layer", "parameters", "stored", "FLOPs/token", "read/token")
-    _table(out, heads, [_substitution(s, plan) for s in plan.substitutions], right=heads[3:])
+    table(out, heads, [_substitution(s, plan) for s in plan.substitutions], right=heads[3:])
     if plan.pools:
-        _line(out)
+        line(out)
         heads = ("pool", "keys", "slots", "width", "dtype", "parameters", "stored", "layers")
-        _table(out, heads, [_pool(plan, name) for name in plan.pools], right=("keys", "slots", *heads[5:]))
-    _line(out)
+        table(out, heads, [_pool(plan, name) for name in plan.pools], right=("keys", "slots", *heads[5:]))
+    line(out)
     _totals(out, plan.before(), plan.after())
 
 
@@ -92,7 +101,7 @@ def _totals(out: Console, before: Cost, after: Cost) -> None:
         _bytes("read per token", before.bytes_read, after.bytes_read),
     ]
     heads = ("of these MLPs", "before", "after", "change")
-    _table(out, heads, rows, right=heads[1:])
+    table(out, heads, rows, right=heads[1:])
 
 
 def _bytes(name: str, before: int, after: int) -> Row:
@@ -102,31 +111,31 @@ def _bytes(name: str, before: int, after: int) -> Row:
 def applied(out: Console, report: Report, saved: Path | None) -> None:
     """The plan, the checks, the totals, and where the result lies."""
     planned(out, report.plan)
-    _line(out)
+    line(out)
     checks(out, report)
     before, after = report.parameters_before, report.parameters_after
-    _line(out, f"\nwhole model: {before:,} → {after:,} parameters ({_times(before, after)}), in {report.seconds:.1f} s")
-    _line(out, f"saved in {saved}" if saved else "not saved: give -o DIR to keep the result")
+    line(out, f"\nwhole model: {before:,} → {after:,} parameters ({_times(before, after)}), in {report.seconds:.1f} s")
+    line(out, f"saved in {saved}" if saved else "not saved: give -o DIR to keep the result")
 
 
 def verified(out: Console, report: Report, directory: Path) -> None:
     """The checks of a saved result."""
     checks(out, report)
-    _line(out, f"\n{directory} is as it was saved")
+    line(out, f"\n{directory} is as it was saved")
 
 
 def checks(out: Console, report: Report) -> None:
     """Every check: its outcome, its number and its sentence."""
     if not report.checks:
-        _line(out, "no checks were run: the recipe says `verify: off`")
+        line(out, "no checks were run: the recipe says `verify: off`")
         return
     rows = [(c.name, c.outcome, _number(c.number), c.sentence) for c in report.checks]
-    _table(out, ("check", "outcome", "number", ""), rows, right=("number",))
+    table(out, ("check", "outcome", "number", ""), rows, right=("number",))
 
 
 def listed(out: Console, described: Mapping[str, str]) -> None:
     """Recipes and what they are for."""
-    _table(out, ("recipe", "what it does"), list(described.items()))
+    table(out, ("recipe", "what it does"), list(described.items()))
 
 
 def size(count: int) -> str:
@@ -147,23 +156,25 @@ def _times(before: int, after: int) -> str:
     return f"×{after / before:.3g}" if before else "new"
 
 
-def _line(out: Console, text: str = "") -> None:
+def line(out: Console, text: str = "") -> None:
+    """A line, whole, however long."""
     out.print(text, soft_wrap=True)
 
 
-def _table(out: Console, heads: Row, rows: Sequence[Row], right: Sequence[str] = ()) -> None:
+def table(out: Console, heads: Row, rows: Sequence[Row], right: Sequence[str] = ()) -> None:
+    """A table, its columns `right` set flush right."""
     if not out.is_terminal:
         widths = [max(cell_len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
         for row in (heads, *rows):
             cells = [_padded(row[i], widths[i], heads[i] in right) for i in range(len(heads))]
-            _line(out, "  ".join(cells).rstrip())
+            line(out, "  ".join(cells).rstrip())
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
-        table.add_column(head, justify="right" if head in right else "left", overflow="fold")
+        drawn.add_column(head, justify="right" if head in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
-    out.print(table)
+        drawn.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    out.print(drawn)
 
 
 def _padded(cell: str, width: int, right: bool) -> str:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memrewrite.errors import MemrewriteError
+    from memrewrite.passes.backend import backend
     from memrewrite.passes.checkpoint import load, save
-    from memrewrite.passes.pipeline import apply, inspect, plan
+    from memrewrite.passes.pipeline import apply, explain, inspect, plan
     from memrewrite.recipes.schema import Recipe
     from memrewrite.report import Report
     from memrewrite.training import param_groups
@@ -24,13 +25,27 @@ _HOMES = {
     "Recipe": "memrewrite.recipes.schema",
     "Report": "memrewrite.report",
     "apply": "memrewrite.passes.pipeline",
+    "backend": "memrewrite.passes.backend",
+    "explain": "memrewrite.passes.pipeline",
     "inspect": "memrewrite.passes.pipeline",
     "load": "memrewrite.passes.checkpoint",
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",
     "save": "memrewrite.passes.checkpoint",
 }
-__all__ = ["MemrewriteError", "Recipe", "Report", "apply", "inspect", "load", "param_groups", "plan", "save"]
+__all__ = [
+    "MemrewriteError",
+    "Recipe",
+    "Report",
+    "apply",
+    "backend",
+    "explain",
+    "inspect",
+    "load",
+    "param_groups",
+    "plan",
+    "save",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -18,14 +18,18 @@ class Frozen(BaseModel):
 class Binding(Frozen):
     """How a site is reached in the live module tree.
 
-    module: one module takes the MLP's input as its only tensor and returns its output; it is both entry and exit.
+    module: one module takes the MLP's input and returns its output; it is both entry and exit.
     span:   the modules at `entries` read the input, the module at `exit` returns the output, other code runs in between.
+    graph:  the module at `exit` holds the whole MLP but gives no hold of it; its forward becomes a graph. `why` says so.
     none:   the module tree cannot express it; `why` says so. The graph emitter still can.
     """
 
-    kind: Literal["module", "span", "none"]
+    kind: Literal["module", "span", "graph", "none"]
     entries: tuple[str, ...] = ()
-    widths: tuple[int, ...] = ()  # features each entry returns
+    widths: tuple[int, ...] = ()  # features each entry returns; none: entries stay what they are and are listened to
+    takes: int | str = 0  # position or keyword, among an entry's arguments, of the MLP's input
+    alone: bool = True  # the exit of a module is called with the input and nothing else
+    gives: tuple[int, int] | None = None  # which item is the output, and of how many, where the exit returns a tuple
     exit: str = ""
     why: str = ""
 

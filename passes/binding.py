@@ -6,11 +6,13 @@ exit, or none, with the reason.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import fx
 
 from memrewrite.passes.dataflow import modules_of
+from memrewrite.passes.experts import Mixture
 from memrewrite.passes.normalize import ORIGIN
 from memrewrite.passes.recorded import Recorded
 from memrewrite.passes.region import Region
@@ -28,25 +30,8 @@ class Bound(NamedTuple):
 
 def bind(recorded: Recorded, region: Region) -> Bound:
     """The widest way to reach the region in the module tree; a binding of kind `none` says why there is none."""
-    region_calls = _Calls(recorded, region)
-    whole = region_calls.whole()
-    if whole:
-        path = recorded.paths[whole]
-        return region_calls.bound(Binding(kind="module", entries=(path,), exit=path), set(recorded.by_call[whole]))
-    exit_ = region_calls.exit()
-    if exit_ is None:
-        return region_calls.unreachable("no module of its own does the multiplication by its last matrix")
-    readers = [up for up in region.ups if recorded.flow.root(up.all_input_nodes[0]) is region.x]
-    entries = [region_calls.entry(up) for up in readers]
-    calls = list(dict.fromkeys(call for call in entries if call))
-    if not readers or None in entries:
-        return region_calls.unreachable("no module of its own does the multiplication by its first matrix")
-    nodes = region_calls.closure.union(*(recorded.by_call[call] for call in (*calls, exit_)))
-    if len(recorded.reads(nodes)) != 1:
-        return region_calls.unreachable("its first matrices are handed its input in different layouts")
-    widths = tuple(region_calls.width(call) for call in calls)
-    entry_paths = tuple(recorded.paths[call] for call in calls)
-    return region_calls.bound(Binding(kind="span", entries=entry_paths, widths=widths, exit=recorded.paths[exit_]), nodes)
+    calls = _Calls(recorded, region)
+    return calls.whole() or (calls.routed() if isinstance(region, Mixture) else calls.span())
 
 
 class _Calls:
@@ -65,28 +50,103 @@ class _Calls:
         """The region by its bare closure; its input is what its first matrix is handed."""
         first = next(n for n in sorted(self.closure, key=self.recorded.position.__getitem__) if self._reads_x(n))
         x = next(s for s in first.all_input_nodes if self.recorded.root(s) is self.region.x)
-        return Bound(Binding(kind="none", why=why), frozenset(self.closure), x, self.region.down.meta[ORIGIN])
+        host = self.host()
+        binding = Binding(kind="graph", exit=host, why=why) if host else Binding(kind="none", why=why)
+        return Bound(binding, frozenset(self.closure), x, self.region.down.meta[ORIGIN])
 
-    def whole(self) -> str | None:
+    def host(self) -> str:
+        """The narrowest module that holds all of the region and may become a graph; "" when there is none."""
+        if self.recorded.segment.apart is not None:
+            return ""  # what torch could not trace here it will not trace there
+        needed = self.closure - self.recorded.constant
+        for call, _ in reversed(modules_of(self.region.down)):
+            path = self.recorded.paths[call]
+            if path in self.recorded.calls and path and needed <= set(self.recorded.by_call[call]):
+                return path
+        return ""
+
+    def whole(self) -> Bound | None:
         """The widest module that takes the MLP's input and returns its output."""
         needed = self.closure - self.recorded.constant
         for call, nodes in self._around(self.region.down):
-            if needed <= set(nodes) and self._takes_x(nodes) and self._gives_y(nodes) and self.recorded.convention(call):
-                return call
+            takes, item = self.recorded.takes(call), None
+            if takes is None or not needed <= set(nodes) or not self._takes_x(nodes) or not self._gives_y(nodes):
+                continue
+            if not self.recorded.gives_alone(call):
+                (y,) = self.recorded.gives(nodes)
+                item = self.recorded.item(call, y)
+                if item is None:
+                    continue
+            path, alone = self.recorded.paths[call], self.recorded.alone(call)
+            binding = Binding(kind="module", entries=(path,), exit=path, takes=takes, alone=alone, gives=item)
+            return self.bound(binding, set(nodes))
         return None
+
+    def span(self) -> Bound:
+        """From the modules that multiply by the first matrices to the one that multiplies by the last."""
+        exit_ = self.exit()
+        if exit_ is None:
+            return self.unreachable("no module of its own does the multiplication by its last matrix")
+        readers = [up for up in self.region.ups if self.recorded.flow.root(up.all_input_nodes[0]) is self.region.x]
+        entries = [self.entry(up) for up in readers]
+        calls = list(dict.fromkeys(call for call in entries if call))
+        if not readers or None in entries:
+            return self.unreachable("no module of its own does the multiplication by its first matrix")
+        nodes = self.closure.union(*(self.recorded.by_call[call] for call in (*calls, exit_)))
+        if len(self.recorded.reads(nodes)) != 1:
+            return self.unreachable("its first matrices are handed its input in different layouts")
+        widths = tuple(self.width(call) for call in calls)
+        paths = tuple(self.recorded.paths[call] for call in calls)
+        return self.bound(Binding(kind="span", entries=paths, widths=widths, exit=self.recorded.paths[exit_]), nodes)
+
+    def routed(self) -> Bound:
+        """From a module that is given the mixture's input, a router say, to the one that returns its output."""
+        for out, made in self._around(self.region.down):
+            if not (self._inside(made) and self._gives_y(made) and self.recorded.gives_alone(out)):
+                continue
+            for entry, nodes in self._readers():
+                both = self._from(self.recorded.reads(nodes), self.closure.union(nodes, made))
+                if entry != out and len(self.recorded.reads(both)) == 1:
+                    takes, (path, exit_) = self.recorded.takes(entry) or 0, (self.recorded.paths[c] for c in (entry, out))
+                    binding = Binding(kind="span", entries=(path,), takes=takes, exit=exit_, alone=False)
+                    (x,), (y,) = self.recorded.reads(both), self.recorded.gives(made)
+                    return Bound(binding, frozenset(both), x, y)
+            return self.unreachable("no module of its own is given its input")
+        return self.unreachable("no module of its own returns its output")
+
+    def _from(self, base: set[fx.Node], nodes: set[fx.Node]) -> set[fx.Node]:
+        """Nodes, with the casts and views between `base` and what they read of it."""
+        relays: set[fx.Node] = set()
+        for source in self.recorded.reads(nodes) - base:
+            chain = [source]
+            while chain[-1] not in base and self.recorded.root(chain[-1]) is self.region.x and chain[-1].all_input_nodes:
+                chain.append(chain[-1].all_input_nodes[0])
+            relays.update(chain[:-1] if chain[-1] in base else ())
+        return nodes | relays
+
+    def _readers(self) -> Iterator[tuple[str, list[fx.Node]]]:
+        """The modules inside that are given the region's input and nothing else."""
+        for node in sorted(self.closure, key=self.recorded.position.__getitem__):
+            if self._reads_x(node):
+                for call, nodes in self._around(node):
+                    if self._inside(nodes) and self._takes_x(nodes) and self.recorded.takes(call) is not None:
+                        yield call, nodes
 
     def exit(self) -> str | None:
         """The widest module inside the region that returns its output."""
         for call, nodes in self._around(self.region.down):
-            if self._inside(nodes) and self._gives_y(nodes) and self.recorded.convention(call):
+            if self._inside(nodes) and self._gives_y(nodes) and self._plain(call):
                 return call
         return None
+
+    def _plain(self, call: str) -> bool:
+        return self.recorded.takes(call) == 0 and self.recorded.gives_alone(call)
 
     def entry(self, up: fx.Node) -> str | None:
         """The widest module inside the region, around a first matrix, that takes the region's input."""
         for call, nodes in self._around(up):
             one = len(self.recorded.gives(nodes)) == 1 and self._inside(nodes)
-            if one and self._takes_x(nodes) and not self._gives_y(nodes) and self.recorded.convention(call):
+            if one and self._takes_x(nodes) and not self._gives_y(nodes) and self._plain(call):
                 return call
         return None
 

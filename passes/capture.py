@@ -1,7 +1,8 @@
 """What the model computes, as graphs: live module or traced program in, `Capture` out.
 
 Flow: record one forward (reference outputs, how every module is called) → `torch.export` of the whole model, non-strict,
-then strict → block by block when neither works → an error that names the submodule and quotes torch.
+then strict → block by block when neither works, and what `torch.export` refuses of these as a graph of what ran → an error
+that names the submodule and quotes torch.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from memrewrite.errors import CaptureError
 from memrewrite.passes.blocks import outermost_lists
+from memrewrite.passes.lower import lower
 from memrewrite.passes.recording import Call, Inputs, Recorder, as_inputs, first_run, on_device_of, on_meta
+from memrewrite.passes.tape import record
 
 log = logging.getLogger("memrewrite")
 PLAIN = (type(None), bool, int, float, str)  # besides tensors, what torch traces as an output
@@ -40,6 +43,9 @@ class Segment:
     literals: Mapping[str, torch.Tensor]  # graph node name -> constant tensor
     program: ExportedProgram | fx.GraphModule
     inputs: Inputs  # what it was captured with
+    values: Mapping[str, str] = field(default_factory=dict)  # of a lowered graph: given graph's node name -> its value's
+    written: tuple[str, ...] = ()  # of a lowered graph: parameters and buffers that it writes into
+    apart: tuple[str, ...] | None = None  # of a graph of what ran: the blocks in it that are segments of their own
 
 
 @dataclass(frozen=True)
@@ -52,17 +58,23 @@ class Capture:
     calls: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)  # of the live modules, by path
     outputs: Any = None  # of the recorded forward; None for a traced program
 
+    @property
+    def is_graph(self) -> bool:
+        """Whether the model was given as a graph: it is rewritten graph → graph, and no module tree is edited."""
+        return isinstance(self.segments[0].program, fx.GraphModule) and self.segments[0].apart is None
 
-def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = False) -> Capture:
+
+def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = False, as_tree: bool = False) -> Capture:
     """Capture `model` with example `inputs` (a tuple, a dict, or `(args, kwargs)`); tensors may be on `meta`.
 
     `dynamic` lets torch make batch and sequence symbolic where it can. An `ExportedProgram` or `fx.GraphModule` is taken
-    as it is. Raises `ModelError` when the model does not run on its inputs, `CaptureError` when torch cannot trace it.
+    as it is, but for a `GraphModule` `as_tree`, which is traced like any module. Raises `ModelError` when the model does not run on its inputs, `CaptureError` when torch cannot trace it.
     """
     if isinstance(model, ExportedProgram):
         return _as_given(model.module(check_guards=False), inputs or _of_program(model), "an exported program, as given")
-    if is_traced(model):
-        return _as_given(_unguarded(model), inputs, "a graph module, as given")
+    if isinstance(model, fx.GraphModule) and not as_tree:
+        given = _unguarded(model) if _in_aten(model) else model
+        return _as_given(given, inputs, "a graph module, as given")
     arguments, recorder = on_device_of(model, as_inputs(inputs)), Recorder(model)
     outputs = None
     if not on_meta(model):  # many forwards look at values, and run on meta only while they are traced
@@ -70,21 +82,20 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
             outputs = first_run(model, arguments)
     try:
         program, how = export_program(model, arguments, dynamic, recorder if on_meta(model) else None)
-        made = Capture((_segment("", program, arguments),), arguments, f"whole model, torch.export {how}")
+        made = Capture((segment_of("", program, arguments),), arguments, f"whole model, torch.export {how}")
     except Refused as refusal:
         made = _block_by_block(model, arguments, recorder.block_inputs, str(refusal))
     return replace(made, calls=recorder.calls, outputs=outputs)
 
 
 def is_traced(model: nn.Module | ExportedProgram) -> bool:
-    """Whether a model is a graph of operators already, with its shapes known.
+    """Whether a model is a graph already: of ATen operators, or of torch's own functions and modules."""
+    return isinstance(model, (ExportedProgram, fx.GraphModule))
 
-    A `GraphModule` that calls modules (`fx.symbolic_trace` makes such) is not: it is a module tree with generated code, is
-    captured like any other, and edited in place.
-    """
-    if not isinstance(model, fx.GraphModule):
-        return isinstance(model, ExportedProgram)
-    calls = [n for n in model.graph.nodes if n.op.startswith("call_") and n.users]  # none reads what only checks the inputs
+
+def _in_aten(module: fx.GraphModule) -> bool:
+    """Whether a graph is one of operators, with shapes known, which needs no lowering."""
+    calls = [n for n in module.graph.nodes if n.op.startswith("call_") and n.users]  # none reads what only checks the inputs
     return all(node.op == "call_function" and "val" in node.meta for node in calls)
 
 
@@ -102,7 +113,9 @@ def _as_given(module: nn.Module, inputs: Any, how: str) -> Capture:
     """A model that is a graph already."""
     arguments = on_device_of(module, as_inputs(inputs))
     outputs = first_run(module, arguments)
-    return Capture((_graph_segment(module, arguments),), arguments, how, outputs=outputs)
+    is_given = not isinstance(module, fx.GraphModule) or _in_aten(module)
+    segment = _graph_segment(module, arguments) if is_given else lowered_segment(module, arguments)
+    return Capture((segment,), arguments, how, outputs=outputs)
 
 
 # ------------------------------------------------------------------------------------------------- torch.export
@@ -202,7 +215,7 @@ def _first_lines(error: Exception, limit: int = 300) -> str:
 
 
 def _block_by_block(model: nn.Module, inputs: Inputs, block_inputs: Mapping[str, Inputs], refusal: str) -> Capture:
-    """Capture each repeated block by itself, with the inputs it had in the recorded forward."""
+    """Capture each repeated block by itself, with the inputs it had in the recorded forward; then what is around them."""
     segments, refused = [], []
     for list_path, blocks in outermost_lists(model):
         for name, block in blocks.named_children():
@@ -211,21 +224,27 @@ def _block_by_block(model: nn.Module, inputs: Inputs, block_inputs: Mapping[str,
                 continue
             try:
                 program, _ = export_program(block, block_inputs[path], dynamic=False)
-                segments.append(_segment(path, program, block_inputs[path]))
+                segments.append(segment_of(path, program, block_inputs[path]))
             except Refused as error:
                 refused.append((path, str(error)))
-    if not segments:
-        path, reason = refused[0] if refused else ("", refusal)
-        raise CaptureError(
-            f"torch.export refused the model ({refusal}) and every block of it ({reason})",
-            where=path or type(model).__name__,
-            hint="make that submodule's forward free of Python decisions on tensor values, or give smaller inputs",
-        )
-    for path, reason in refused:
-        log.warning("block %s could not be captured and is left as it is: %s", path, reason)
-    how = f"block by block ({len(segments)} blocks; whole model refused: {refusal})"
+    exported = len(segments)
+    if on_meta(model):  # nothing can run there
+        if not segments:
+            path, reason = refused[0] if refused else ("", refusal)
+            raise CaptureError(
+                f"torch.export refused the model ({refusal}) and every block of it ({reason})",
+                where=path or type(model).__name__,
+                hint="give the model on a device, with values, so that what runs can be recorded; or smaller inputs",
+            )
+        for path, reason in refused:
+            log.warning("block %s could not be captured and is left as it is: %s", path, reason)
+    else:
+        segments += [_recorded_segment(model, path, block_inputs[path], ()) for path, _ in refused]
+        segments.append(_recorded_segment(model, "", inputs, tuple(segment.path for segment in segments)))
+    what = "refused" if on_meta(model) else "recorded as they ran"
+    how = f"block by block ({exported} blocks exported; whole model refused: {refusal})"
     if refused:
-        how += f"; {len(refused)} blocks refused: " + ", ".join(path for path, _ in refused)
+        how += f"; {len(refused)} blocks {what}: " + ", ".join(path for path, _ in refused) + f" ({refused[0][1]})"
     return Capture(tuple(segments), inputs, how)
 
 
@@ -234,22 +253,32 @@ def _block_by_block(model: nn.Module, inputs: Inputs, block_inputs: Mapping[str,
 
 def recapture(model: nn.Module, segment: Segment) -> Segment:
     """Capture again what a segment was captured from, after the model was edited. Raises `CaptureError`."""
+    if segment.apart is not None:
+        return _recorded_segment(model, segment.path, segment.inputs, segment.apart)
     if isinstance(segment.program, fx.GraphModule):
-        return _graph_segment(model, segment.inputs)
+        return lowered_segment(model, segment.inputs) if segment.values else _graph_segment(model, segment.inputs)
     block = model.get_submodule(segment.path)
     try:
         program, _ = export_program(block, segment.inputs, dynamic=False)
     except Refused as refusal:
         raise CaptureError(f"torch.export refused the edited model: {refusal}", where=segment.path or None) from refusal
-    return _segment(segment.path, program, segment.inputs)
+    return segment_of(segment.path, program, segment.inputs)
 
 
-def _segment(path: str, program: ExportedProgram, inputs: Inputs) -> Segment:
+def segment_of(path: str, program: ExportedProgram, inputs: Inputs) -> Segment:
+    """The graph of the module at `path`, exported by itself."""
     signature = program.graph_signature
     prefix = f"{path}." if path else ""
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = {node: program.constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()}
     return Segment(path, program.graph, {node: prefix + name for node, name in held.items()}, constants, program, inputs)
+
+
+def _recorded_segment(model: nn.Module, path: str, inputs: Inputs, apart: tuple[str, ...]) -> Segment:
+    """What runs in one forward of a block or the model; its graph holds for these inputs alone."""
+    made = _graph_segment(record(model.get_submodule(path), inputs, apart), inputs)
+    prefix = f"{path}." if path else ""
+    return replace(made, path=path, weights={node: prefix + name for node, name in made.weights.items()}, apart=apart)
 
 
 def _graph_segment(module: nn.Module, inputs: Inputs) -> Segment:
@@ -262,6 +291,12 @@ def _graph_segment(module: nn.Module, inputs: Inputs) -> Segment:
     literals = {node: attrgetter(name)(module) for node, name in named.items() if name not in held}
     tensors = {node: value for node, value in literals.items() if isinstance(value, torch.Tensor)}
     return Segment("", module.graph, weights, tensors, module, inputs)
+
+
+def lowered_segment(module: Any, inputs: Inputs) -> Segment:
+    """The ATen graph of a module whose graph is written in torch's own functions, methods and modules."""
+    made = lower(module, inputs)
+    return Segment("", made.graph, made.weights, made.literals, module, inputs, values=made.values, written=made.written)
 
 
 def _of_program(program: ExportedProgram) -> Inputs:

@@ -13,6 +13,7 @@ from torch import fx
 
 TORCH = str(Path(torch.__file__).parent)
 WEIGHT = "weight"  # node.meta key: the name of the parameter or buffer a placeholder stands for
+ORIGIN = "origin"  # node.meta key: the recorded node that a canonical one stands for
 LITERAL = "literal"  # node.meta key: the constant tensor a placeholder stands for
 UNBACKED = 1_000_003  # stands for a size that depends on data
 
@@ -67,6 +68,9 @@ LAYOUT = frozenset(
         "chunk",
         "unbind",
         "tensor_split",
+        "hsplit",
+        "vsplit",
+        "dsplit",
         "slice",
         "select",
         "narrow",
@@ -78,7 +82,20 @@ LAYOUT = frozenset(
 )
 FILLED = frozenset(["zeros_like", "ones_like", "full_like"])
 # Elementwise, and not tagged so by torch.
-ELEMENTWISE = FILLED | {"where", "hardswish", "log_sigmoid", "prelu", "fake_quantize_per_tensor_affine"}
+ELEMENTWISE = FILLED | {
+    "where",
+    "rsub",
+    "complex",
+    "bucketize",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "hardswish",
+    "log_sigmoid",
+    "prelu",
+    "fake_quantize_per_tensor_affine",
+    "fake_quantize_per_channel_affine",
+}
 # Ops over some axes that leave every other axis alone: norms, softmaxes, reductions. Token-wise when the axes are features.
 ALONG = frozenset(
     [
@@ -102,7 +119,11 @@ ALONG = frozenset(
         "max",
         "min",
         "topk",
+        "kthvalue",
+        "median",
+        "quantile",
         "sort",
+        "prod",
         "argmax",
         "cumsum",
         "logsumexp",
@@ -110,6 +131,8 @@ ALONG = frozenset(
         "normalize",
     ]
 )
+# Ops that reorder, pick or pad along some axes: token-wise when these are features.
+REORDERS = frozenset(["index", "index_select", "gather", "scatter", "flip", "roll", "pad", "constant_pad_nd"])
 # Norms over a batch, groups of channels or an image: linear in what the weights are to, and no obstacle on the stream.
 # Inside an MLP only a batch norm with fixed statistics is token-wise (`fixed_batch_norm`).
 OTHER_NORMS = frozenset(

@@ -1,6 +1,6 @@
 """A located MLP as a module of its own: the very nodes that were recorded, on the very weights of the live model.
 
-`verify` puts it where the layer would go; the graph emitter and later passes may call it. Nothing is copied but nodes.
+`originals` puts it where the layer would go; the graph emitter and later passes may call it. Nothing is copied but nodes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from memrewrite.passes.locate import Found
 
 
 class Original(nn.Module):
-    """The MLP at one site as it was: called as often as the site is, each call with the nodes recorded for that call."""
+    """The MLP at one site as it was: called as often as the site is, each call with the nodes recorded for that call.
 
-    def __init__(self, model: nn.Module, calls: Sequence[Found]) -> None:
+    `noisy` switches on what was recorded in eval mode and acts in train mode only.
+    """
+
+    def __init__(self, model: nn.Module, calls: Sequence[Found], *, noisy: bool = False) -> None:
         super().__init__()
-        self.calls = [extract(model, found) for found in calls]  # a plain list: the weights stay the model's
+        self.calls = [extract(model, found, noisy=noisy) for found in calls]  # a plain list: the weights stay the model's
         self.outputs: list[Tensor] = []  # with gradients on: leaves, to see what depends on them
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +36,7 @@ class Original(nn.Module):
         return self.outputs[-1].clone()  # a model may add to an MLP's output in place, which a leaf does not allow
 
 
-def extract(model: nn.Module, found: Found) -> fx.GraphModule:
+def extract(model: nn.Module, found: Found, *, noisy: bool = False) -> fx.GraphModule:
     """One recorded call of an MLP as a `GraphModule` of one input, sharing its parameters with `model`."""
     bound, position = found.bound, found.recorded.position
     graph, root = fx.Graph(), nn.Module()
@@ -41,12 +44,26 @@ def extract(model: nn.Module, found: Found) -> fx.GraphModule:
     for node in sorted(bound.nodes | _constants(bound.nodes, bound.x), key=position.__getitem__):
         if node.op == "call_function":
             made[node] = graph.node_copy(node, made.__getitem__)
+            if noisy:
+                _switch_on(made[node])
         elif node is not bound.x:
             name = f"weight_{len(made)}"
             _attach(root, name, held_by(model, found.segment, node))
             made[node] = graph.get_attr(name)
     graph.output(made[bound.y])
     return fx.GraphModule(root, graph)
+
+
+def _switch_on(node: fx.Node) -> None:
+    """Let an op act as it does in train mode: dropouts, batch norms and randomised activations take the mode as a flag."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        for number, argument in enumerate(node.target._schema.arguments):
+            if argument.name not in ("train", "training"):
+                continue
+            if number < len(node.args):
+                node.update_arg(number, True)
+            else:
+                node.update_kwarg(argument.name, True)
 
 
 def held_by(model: nn.Module, segment: Segment, node: fx.Node) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from memrewrite.passes.capture import Segment
 from memrewrite.passes.dataflow import IDENTITY, clean, is_assertion, modules_of, op_name
@@ -38,9 +38,20 @@ class Numbers:
                 number[node] = folded[node].number(self, number)
             elif node.op == "placeholder" or node.op == "get_attr":
                 number[node] = self.of(_leaf(segment, node))
+            elif _hands_on(node):
+                number[node] = number[node.all_input_nodes[0]]
             else:
                 number[node] = self.of((str(node.target), _mapped(node.args, number), _mapped(node.kwargs, number)))
         return _mapped(output.args, number), number
+
+
+def _hands_on(node: fx.Node) -> bool:
+    """Whether a node's value is its input's, type and all. Such nodes come and go: a tracer takes a tensor that is cast to
+    what it is already for the cast."""
+    if op_name(node) not in IDENTITY or "dropout" in op_name(node):
+        return False
+    given, made = (n.meta.get("val") for n in (node.all_input_nodes[0], node))
+    return isinstance(given, Tensor) and isinstance(made, Tensor) and given.dtype == made.dtype
 
 
 class Folded:

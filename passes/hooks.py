@@ -29,38 +29,74 @@ class Hand:
 
 
 class HandOn:
-    """Forward pre-hook of an entry: remembers the MLP's input."""
+    """Forward pre-hook of an entry: remembers the MLP's input, the argument at a position or of a name."""
 
-    def __init__(self, hand: Hand) -> None:
-        self.hand = hand
+    def __init__(self, hand: Hand, takes: int | str = 0) -> None:
+        self.hand, self.takes = hand, takes
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Remember the first argument."""
-        self.hand.x = args[0]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the argument."""
+        self.hand.x = _argument(args, kwargs, self.takes)
 
 
 class TakeHanded:
-    """Forward pre-hook of a layer at an exit: gives it the MLP's input instead of the hidden value."""
+    """Forward pre-hook of a layer at an exit: gives it the MLP's input instead of what the exit was given."""
 
     def __init__(self, hand: Hand) -> None:
         self.hand = hand
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments the layer is called with instead."""
-        return (self.hand.take(),)
+        return (self.hand.take(),), {}
+
+
+class TakeArgument:
+    """Forward pre-hook of a layer in a module's place: of what the module is given, only the MLP's input."""
+
+    def __init__(self, takes: int | str) -> None:
+        self.takes = takes
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments the layer is called with instead."""
+        return (_argument(args, kwargs, self.takes),), {}
+
+
+class GiveItem:
+    """Forward hook of a layer in the place of a module that returns a tuple: the other items are gone with the module."""
+
+    def __init__(self, item: int, items: int) -> None:
+        self.item, self.items = item, items
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
+        """The tuple, `None` in the other places."""
+        return tuple(output if place == self.item else None for place in range(self.items))
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], takes: int | str) -> Tensor:
+    """The tensor among a call's arguments, at a position or, as another caller may write it, wherever it is."""
+    there = kwargs.get(takes) if isinstance(takes, str) else args[takes] if takes < len(args) else None
+    tensors = [there] if there is not None else [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
+        raise TypeError(
+            f"the MLP's input was argument {takes!r} of its module; this call has {len(tensors)} tensors, none there"
+        )
+    return tensors[0]
 
 
 class AddMemory:
-    """Forward hook of an MLP: adds the layer's output to the MLP's."""
+    """Forward hook of an MLP: adds the layer's output to the MLP's, which may be one item of what the module returns."""
 
-    def __init__(self, layer: nn.Module, hand: Hand | None) -> None:
-        self.layer, self.hand = layer, hand
+    def __init__(self, layer: nn.Module, hand: Hand | None, item: int | None = None) -> None:
+        self.layer, self.hand, self.item = layer, hand, item
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The MLP's output and the layer's."""
-        x = args[0] if self.hand is None else self.hand.take()
-        added: Tensor = self.layer(x)
-        return output + added.to(output.dtype)
+        mlp: Tensor = output if self.item is None else output[self.item]
+        added: Tensor = self.layer(args[0] if self.hand is None else self.hand.take())
+        total = mlp + added.to(mlp.dtype)
+        if self.item is None:
+            return total
+        return type(output)(total if place == self.item else value for place, value in enumerate(output))
 
 
 class Hollow(nn.Module):

@@ -7,18 +7,20 @@ the patterns name it → it is bound to the live module tree → regions of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 from torch import fx
 
-from memrewrite.passes.activation import activation_of
+from memrewrite.passes.activation import UNKNOWN, activation_of
 from memrewrite.passes.binding import Bound, bind
 from memrewrite.passes.blocks import places
 from memrewrite.passes.capture import Capture, Segment
 from memrewrite.passes.dataflow import Dataflow, modules_of, path_of, shape_of, source_line
+from memrewrite.passes.experts import Mixture, mixtures
+from memrewrite.passes.locality import mixes
 from memrewrite.passes.normalize import normalize
 from memrewrite.passes.patterns import PATTERNS, Match
 from memrewrite.passes.recorded import Recorded
@@ -61,31 +63,54 @@ def locate(capture: Capture) -> Locations:
         flow = Dataflow(graph)
         recorded = Recorded(segment, flow, capture.calls)
         types |= _types(recorded)
-        for node in graph.nodes:
-            if not flow.is_linear(node):
-                continue
-            outcome = _judge(flow, node)
+        for end, outcome in _outcomes(recorded):
             if isinstance(outcome, Refusal):
-                misses.append(_near_miss(segment, node, outcome))
-            elif outcome is not None:
+                misses.append(_near_miss(segment, end, outcome))
+            else:
                 region, match = outcome
                 found = Found(segment, recorded, region, bind(recorded, region))
-                activation = activation_of(flow, region, activations)
+                one = region.middle(flow) if isinstance(region, Mixture) else region
+                activation = activation_of(flow, one, activations) if one else UNKNOWN
                 groups.setdefault(frozenset(_weights(found)), []).append((found, match, activation))
     return _assemble(capture, groups, misses, types)
 
 
-def _judge(flow: Dataflow, down: fx.Node) -> tuple[Region, Match] | Refusal | None:
-    region = grow(flow, down)
-    if not isinstance(region, Region):
-        return region
+def _outcomes(recorded: Recorded) -> Iterator[tuple[fx.Node, tuple[Region, Match] | Refusal]]:
+    """What ends at which node, in the order of the graph: mixtures of experts first, then MLPs outside of them."""
+    flow, outcomes, inside = recorded.flow, dict[fx.Node, tuple[Region, Match] | Refusal](), set[fx.Node]()
+    for ends in mixtures(flow):
+        if mixes(recorded, ends[0]):
+            continue  # an attention that chooses what it looks at
+        mixture = _widest_module(recorded, ends)
+        outcomes[mixture.down] = _match(flow, mixture)
+        inside.update(mixture.inside)
+    for node in flow.graph.nodes:
+        if node in outcomes:
+            yield node, outcomes[node]
+        elif flow.is_linear(node) and node not in inside:
+            region = grow(flow, node)
+            if isinstance(region, Region):
+                yield node, _match(flow, region)
+            elif region is not None:
+                yield node, region
+
+
+def _widest_module(recorded: Recorded, ends: tuple[Mixture, ...]) -> Mixture:
+    """Of the ends a mixture may have, the last that a module returns; the first when none does, which leaves most alone."""
+    for mixture in reversed(ends):
+        if bind(recorded, mixture).binding.kind == "module" and (mixture is ends[0] or not mixes(recorded, mixture)):
+            return mixture
+    return ends[0]
+
+
+def _match(flow: Dataflow, region: Region) -> tuple[Region, Match] | Refusal:
     reasons = []
     for pattern in PATTERNS:
         verdict = pattern.match(flow, region)
         if isinstance(verdict, Match):
             return region, verdict
         reasons.append(f"not {pattern.name}: {verdict}")
-    return Refusal("; ".join(reasons), down)
+    return Refusal("; ".join(reasons), region.down)
 
 
 def _near_miss(segment: Segment, down: fx.Node, refusal: Refusal) -> NearMiss:
@@ -151,7 +176,7 @@ def _site(path: str, group: list[tuple[Found, Match, str]], place: Any) -> Site:
     matrices = {name for name in names if flow.held[name].ndim >= 2}
     value = region.down.meta["val"]
     bindings = dict.fromkeys(f.bound.binding for f, _, _ in group)
-    modules = dict.fromkeys(m for b in bindings for m in (*b.entries, b.exit) if m)
+    modules = dict.fromkeys(m for b in bindings if b.kind in ("module", "span") for m in (*b.entries[: len(b.widths)], b.exit))
     return Site(
         path=path,
         pattern=match.pattern,

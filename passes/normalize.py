@@ -7,7 +7,7 @@ put their own between. Every canonical node names the recorded node it stands fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
 from typing import Any
 
 import torch
@@ -16,20 +16,11 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from memrewrite.passes.capture import Segment
-from memrewrite.passes.dataflow import (
-    IDENTITY,
-    LAYOUT,
-    LITERAL,
-    WEIGHT,
-    Dataflow,
-    is_assertion,
-    is_tensor,
-    op_name,
-    shape_of,
-)
+from memrewrite.passes.dataflow import IDENTITY, LAYOUT, LITERAL, ORIGIN, WEIGHT, Dataflow, is_assertion, op_name
+from memrewrite.passes.spellings import spell
 
-aten = torch.ops.aten
-ORIGIN = "origin"
+__all__ = ["ORIGIN", "PASSES", "DropNoise", "Functionalize", "SpellLinear", "normalize"]
+ALIASES = {"alias", "detach"}  # of what hands a value on, the ops that never copy
 
 
 def normalize(segment: Segment) -> fx.Graph:
@@ -78,31 +69,41 @@ class Functionalize(_Pass):
                 node.kwargs = fx.map_arg(node.kwargs, lambda n: current.get(n, n))
             if not _mutates(node):
                 continue
+            base: Any = node.kwargs.get("out", node.all_input_nodes[0])
             functional = _functional_twin(node)
             if functional is not None:
                 node.target = functional
-            base: Any = node.all_input_nodes[0]
+                node.kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
             while True:  # a write through a view changes what the view was taken of
                 current[base] = node
-                if op_name(base) not in LAYOUT or not base.all_input_nodes:
+                if op_name(base) not in LAYOUT | ALIASES or not base.all_input_nodes:
                     break
                 base = base.all_input_nodes[0]
         return bool(current)
 
 
 def _mutates(node: fx.Node) -> bool:
+    """An in-place op, or one that writes to a tensor it is given as `out`."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable and op_name(node).endswith("_")
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return False
+    return op_name(node).endswith("_") or isinstance(node.kwargs.get("out"), fx.Node)
 
 
 def _functional_twin(node: fx.Node) -> Any:
+    """The op that computes the same and writes nowhere."""
     target: Any = node.target
-    packet = getattr(getattr(torch.ops, target.namespace), op_name(node)[:-1], None)
-    return getattr(packet, target._overloadname, None) if packet is not None else None
+    packet = getattr(getattr(torch.ops, target.namespace), op_name(node).removesuffix("_"), None)
+    if packet is None or op_name(node).endswith("_"):
+        return getattr(packet, target._overloadname, None)
+    wanted = [(arg.name, str(arg.type)) for arg in target._schema.arguments if arg.name != "out"]
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    alike = [op for op in overloads if [(arg.name, str(arg.type)) for arg in op._schema.arguments] == wanted]
+    return alike[0] if alike else None
 
 
 class DropNoise(_Pass):
-    """Casts, copies, asserts and dropout go; their readers read what they handed on."""
+    """Casts, copies, asserts and dropout go, their readers read what they handed on; what nobody reads goes as well."""
 
     def walk(self, graph: fx.Graph) -> bool:
         """Drop what only hands a value on."""
@@ -119,7 +120,16 @@ class DropNoise(_Pass):
                     graph.erase_node(user)
                 node.replace_all_uses_with(source)
                 graph.erase_node(node)
+        for node in reversed(graph.nodes):
+            if not node.users and _only_computes(node):
+                graph.erase_node(node)
         return len(graph.nodes) != size
+
+
+def _only_computes(node: fx.Node) -> bool:
+    """Whether a node is of no use but by its value."""
+    target = node.target
+    return node.target is operator.getitem or (isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable)
 
 
 class SpellLinear(_Pass):
@@ -129,132 +139,8 @@ class SpellLinear(_Pass):
         """Rewrite every known spelling."""
         flow, changed = Dataflow(graph), False
         for node in list(graph.nodes):
-            rule = SPELLINGS.get(op_name(node)) if node.op == "call_function" else None
-            if rule is not None and node not in flow.constant:
-                changed |= rule(graph, flow, node)
+            changed |= spell(graph, flow, node)
         return changed
 
 
-def _turned(graph: fx.Graph, flow: Dataflow, node: fx.Node, weight: fx.Node, turn: Any, *args: Any) -> fx.Node:
-    """A weight laid out as `linear` takes it: [out, in]."""
-    with graph.inserting_before(node):
-        turned = graph.call_function(turn, (weight, *args))
-    if "val" in weight.meta:
-        turned.meta["val"] = turn(weight.meta["val"], *args)
-    flow.constant.add(turned)
-    return turned
-
-
-def _become_linear(node: fx.Node, x: Any, weight: Any, bias: Any) -> bool:
-    node.target, node.args, node.kwargs = aten.linear.default, (x, weight, bias), {}
-    return True
-
-
-def _addmm(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
-    """`addmm(bias, x, W)` with unit factors."""
-    bias, x, weight = node.args
-    plain = all(factor == 1 for factor in node.kwargs.values())
-    if not plain or x in flow.constant or weight not in flow.constant or bias not in flow.constant:
-        return False
-    return _become_linear(node, x, _turned(graph, flow, node, weight, aten.t.default), bias)  # type: ignore[arg-type]
-
-
-def _matmul(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
-    """`x @ W` with a matrix `W`."""
-    x, weight = node.args[:2]
-    if not isinstance(weight, fx.Node) or weight not in flow.constant or len(shape_of(weight)) != 2 or x in flow.constant:
-        return False
-    return _become_linear(node, x, _turned(graph, flow, node, weight, aten.t.default), None)
-
-
-def _einsum(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
-    """`einsum("...d,df->...f", x, W)`: the one shared index is the last of `x`, the free one of `W` the last of the result."""
-    equation, operands = node.args[0], node.args[1]
-    left, arrow, out = str(equation).replace(" ", "").partition("->")
-    terms = left.split(",")
-    if not arrow or len(terms) != 2 or not isinstance(operands, (list, tuple)) or len(operands) != 2:
-        return False
-    pairs = list(zip(terms, operands, strict=True))
-    (xs, x), (ws, weight) = sorted(pairs, key=lambda pair: pair[1] in flow.constant)
-    if x in flow.constant or weight not in flow.constant or len(ws) != 2:
-        return False
-    free = [i for i in ws if i not in xs]
-    shared = [i for i in ws if i in xs]
-    is_linear = len(free) == 1 and len(shared) == 1 and xs[-1] == shared[0] and out == xs[:-1] + free[0]
-    if is_linear and ws[0] == shared[0]:
-        weight = _turned(graph, flow, node, weight, aten.t.default)
-    return is_linear and _become_linear(node, x, weight, None)
-
-
-def _conv(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
-    """A convolution with a kernel of one, stride one, no padding and one group: a linear over the channel axis."""
-    x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-    if not isinstance(weight, fx.Node) or weight not in flow.constant or any(k != 1 for k in shape_of(weight)[2:]):
-        return False
-    stride, padding, _, groups = _conv_settings(node)
-    if any(s != 1 for s in stride) or any(p != 0 for p in padding) or groups != 1:
-        return False
-    weight = _turned(graph, flow, node, weight, aten.flatten.using_ints, 1)
-    with graph.inserting_before(node):
-        inner = _move(graph, node, x, 1, -1)
-    result = graph.create_node("call_function", aten.linear.default, (inner, weight, bias))
-    inner.append(result)
-    result.meta = {**node.meta, "val": node.meta["val"].movedim(1, -1)}
-    node.target, node.args, node.kwargs = aten.movedim.int, (result, -1, 1), {}
-    node.meta["relay"] = True
-    return True
-
-
-def _conv_settings(node: fx.Node) -> tuple[Any, Any, Any, Any]:
-    given = dict(zip(("stride", "padding", "dilation", "groups"), node.args[3:], strict=False)) | node.kwargs
-    defaults: dict[str, Any] = {"stride": (1,), "padding": (0,), "dilation": (1,), "groups": 1}
-    stride, padding, dilation, groups = ({**defaults, **given}[key] for key in defaults)
-    unpadded = (0,) if padding in ("valid", "same") else padding  # with a kernel of one both mean none
-    return _tuple(stride), _tuple(unpadded), dilation, groups
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def _move(graph: fx.Graph, like: fx.Node, x: Any, source: int, destination: int) -> fx.Node:
-    moved = graph.create_node("call_function", aten.movedim.int, (x, source, destination))
-    meta = {key: value for key, value in like.meta.items() if key != ORIGIN}
-    moved.meta = {**meta, "val": x.meta["val"].movedim(source, destination), "relay": True}
-    return moved
-
-
-def _add(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
-    """`linear(x, W) + bias`, the bias a vector of weights."""
-    if node.kwargs or len(node.args) != 2:
-        return False
-    for result, bias in (node.args, node.args[::-1]):
-        if (
-            isinstance(result, fx.Node)
-            and isinstance(bias, fx.Node)
-            and bias in flow.constant
-            and is_tensor(bias)
-            and flow.is_linear(result)
-            and len(result.users) == 1
-            and (len(result.args) < 3 or result.args[2] is None)
-            and shape_of(bias)[-1:] == shape_of(node)[-1:]
-            and len(shape_of(bias)) == 1
-        ):
-            _become_linear(node, result.args[0], result.args[1], bias)
-            graph.erase_node(result)
-            return True
-    return False
-
-
-Rule = Callable[[fx.Graph, Dataflow, fx.Node], bool]
-SPELLINGS: dict[str, Rule] = {
-    "addmm": _addmm,
-    "mm": _matmul,
-    "matmul": _matmul,
-    "einsum": _einsum,
-    "conv1d": _conv,
-    "conv2d": _conv,
-    "convolution": lambda graph, flow, node: not any(node.args[6:7]) and _conv(graph, flow, node),
-    "add": _add,
-}
 PASSES: tuple[type[_Pass], ...] = (Functionalize, DropNoise, SpellLinear)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from memrewrite.passes.dataflow import Dataflow, shape_of
+from memrewrite.passes.experts import Mixture
 from memrewrite.passes.region import Region
 
 
@@ -77,4 +78,20 @@ class GatedPacked:
         return Match(self.name, width) if up == 2 * width else f"the first matrix gives {up} features, not twice {width}"
 
 
-PATTERNS: tuple[Pattern, ...] = (Plain(), Gated(), GatedPacked())
+class MixtureOfExperts:
+    """`sum over chosen e of weight_e(x) * expert_e(x)`, with whatever shared expert is added to it."""
+
+    name = "moe"
+
+    def match(self, flow: Dataflow, region: Region) -> Match | str:
+        """A region that was found by its routing."""
+        if not isinstance(region, Mixture) or not region.experts:
+            return "no token chooses among experts"
+        last = region.experts[-1]
+        stack = next((s for s in last.all_input_nodes if s in flow.constant and len(shape_of(s)) > 1), last)
+        inner = [int(n) for n in shape_of(stack)[-2:]]  # of the last matrix: one width is that of the experts' output
+        given = next(int(shape_of(n)[-1]) for n in (region.down, last, stack) if int(shape_of(n)[-1]) in inner)
+        return Match(self.name, inner[0] if inner[1] == given else inner[1])
+
+
+PATTERNS: tuple[Pattern, ...] = (MixtureOfExperts(), Plain(), Gated(), GatedPacked())

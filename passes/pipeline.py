@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +19,25 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from memrewrite.errors import ModelError, SelectError, VerificationError
+from memrewrite.explanation import Explanation
+from memrewrite.outline import Part
+from memrewrite.passes.anchor import all_hidden, anchored
 from memrewrite.passes.capture import Capture, capture, is_traced
 from memrewrite.passes.emit import copy_of, emit_graph, emit_originals, traced_module
+from memrewrite.passes.evidence import Evidence, failed, fingerprints, skipped
+from memrewrite.passes.explain import explained
 from memrewrite.passes.extract import Original
+from memrewrite.passes.gradients import reached
 from memrewrite.passes.locate import Locations, locate
+from memrewrite.passes.originals import null, run_with_originals
+from memrewrite.passes.outline import outline
 from memrewrite.passes.recording import run
 from memrewrite.passes.select import select
 from memrewrite.passes.substitute import Edit, pools_of, refuse_rewritten, substitute
-from memrewrite.passes.verify import Evidence, fingerprints, null, reached, run_with_originals, skipped, verify
+from memrewrite.passes.token_wise import locality
+from memrewrite.passes.train_mode import null_train
+from memrewrite.passes.traced import trace_hosts
+from memrewrite.passes.verify import CHECKS, verify
 from memrewrite.plans import ROOT, Plan
 from memrewrite.recipes.reader import read_recipe
 from memrewrite.recipes.schema import Recipe
@@ -48,13 +59,33 @@ def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> Lo
     return _look(model, inputs, step or _quiet)[1].located
 
 
+def survey(
+    model: Model, inputs: Any = None, recipe: RecipeLike | None = None, *, step: Step | None = None
+) -> tuple[Located, Part, Plan | None]:
+    """What `inspect` finds, the tree of modules it was found in, and what `plan` would say of a recipe: one capture for all."""
+    wanted = None if recipe is None else read_recipe(recipe)
+    if wanted is not None and isinstance(model, nn.Module):
+        refuse_rewritten(model)
+    before, locations = _look(model, inputs, step or _quiet)
+    return locations.located, outline(model, before), None if wanted is None else _plan(model, before, locations, wanted)
+
+
+def explain(model: Model, path: str, inputs: Any = None, *, step: Step | None = None) -> Explanation:
+    """Why a module, container, parameter or graph node is an MLP, or is not: which rule, at which node, from which line.
+
+    Raises what `inspect` raises, and `UserError` with close matches when the model has nothing of that name.
+    """
+    before, locations = _look(model, inputs, step or _quiet)
+    return explained(model, before, locations, path)
+
+
 def plan(model: Model, recipe: RecipeLike, inputs: Any = None, *, step: Step | None = None) -> Plan:
     """What `apply` would do. Raises what `inspect` raises, `RecipeError`, and `SelectError` where they do not fit."""
     wanted = read_recipe(recipe)
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
-    _, locations = _look(model, inputs, step or _quiet)
-    return _plan(model, locations, wanted)
+    before, locations = _look(model, inputs, step or _quiet)
+    return _plan(model, before, locations, wanted)
 
 
 def apply(
@@ -76,23 +107,25 @@ def apply(
     wanted = read_recipe(recipe)
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
-    live = not is_traced(model)
-    with _evaluating(model):
-        if live and emit == "graph":
+    with _evaluating(model), torch.enable_grad():
+        if emit == "graph" and not is_traced(model):
             say("capturing the model with dynamic shapes")
             traced = capture(model, inputs, dynamic=True)
             if [segment.path for segment in traced.segments] != [""]:
                 raise SelectError(f"there is no one graph of this model: {traced.how}", hint="use --emit module")
             model = traced.segments[0].program
         before, locations = _look(model, inputs, say)
-        made = _plan(model, locations, wanted)
+        made = _plan(model, before, locations, wanted)
         if not allow_large:
             refuse_too_large(made)
         old_size = _size(model)
-        if isinstance(model, nn.Module) and live and emit == "module":
+        if isinstance(model, nn.Module) and not before.is_graph:
             result, checks = _apply_to_module(model, made, before, locations, wanted, say)
         else:
+            locations = anchored(locations, [s.site.path for s in made.substitutions])
             result, checks = _apply_to_graph(made, before, locations, wanted, say)
+    if result is not model and isinstance(model, nn.Module):
+        _as_in(model, result)
     report = Report(
         plan=made,
         checks=checks,
@@ -121,50 +154,69 @@ def apply(
 def _apply_to_module(
     model: nn.Module, made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
 ) -> tuple[nn.Module, tuple[Check, ...]]:
+    hosts = trace_hosts(model, made, before)
     if recipe.verify == "off":
         say("substituting")
-        substitute(model, made).commit()
+        substitute(model, made, hosts=hosts).commit()
         return model, ()
     say("fingerprinting every tensor")
-    evidence = Evidence(model, made, before, locations, fingerprints(model))
+    evidence = Evidence(model, made, before, locations, fingerprints(model), hosts=hosts)
     say("checking the plan with the original MLPs wrapped")
-    first = _before_editing(evidence, lambda gradients: run_with_originals(evidence, gradients=gradients))
-    if first.outcome == "failed":
-        return model, (first,)
+    first = _before_editing(evidence, lambda gradients: run_with_originals(evidence, gradients=gradients), null_train)
+    if failed(first):
+        return model, first
     say("substituting")
-    edit: Edit = substitute(model, made)
+    edit: Edit = substitute(model, made, hosts=hosts)
     say("verifying")
     try:
         evidence.layers = dict(edit.layers)
-        checks = (first, *verify(evidence))
+        checks = (*first, *verify(evidence))
     except BaseException:
         edit.revert()
         raise
-    if any(check.outcome == "failed" for check in checks):
+    if failed(checks):
         edit.revert()
     edit.commit()
     return model, checks
 
 
-def _before_editing(evidence: Evidence, run_wrapped: Callable[[bool], tuple[Any, dict[str, Original]]]) -> Check:
-    """The *null* check, and which sites the outputs depend on, with the original MLPs wrapped."""
+def _before_editing(
+    evidence: Evidence,
+    run_wrapped: Callable[[bool], tuple[Any, dict[str, Original]]],
+    in_train_mode: Callable[[Evidence], Check],
+) -> tuple[Check, ...]:
+    """The checks with the original MLPs wrapped, up to one that fails; and which sites the outputs depend on."""
     if evidence.on_meta:
-        return skipped("null", "the model is on meta: there are no values to compare")
-    check = null(evidence, run_wrapped(False)[0])
-    if check.outcome == "passed":
+        check = skipped("null", "the model is on meta: there are no values to compare")
+    else:
+        check = null(evidence, run_wrapped(False)[0])
+        if check.outcome == "failed":
+            return (check,)
         evidence.reached = reached(*run_wrapped(True))
-    return check
+    return check, in_train_mode(evidence), locality(evidence)
 
 
 def _apply_to_graph(
     made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
 ) -> tuple[nn.Module, tuple[Check, ...]]:
-    segment = before.segments[0]
     say("rewriting the graph")
-    result, layers = emit_graph(segment, made, locations)
+    result, layers = emit_graph(before.segments[0], made, locations)
     if recipe.verify == "off":
         return result, ()
     say("verifying")
+    return result, prove_graph(result, layers, made, before, locations)
+
+
+def prove_graph(
+    result: nn.Module,
+    layers: Mapping[str, nn.Module],
+    made: Plan,
+    before: Capture,
+    locations: Locations,
+    after: Sequence[Callable[[Evidence], Check]] = CHECKS,
+) -> tuple[Check, ...]:
+    """The checks of a graph that was rewritten to `result`, with `layers` by site path; `after` are those after the edit."""
+    segment = before.segments[0]
     original = copy_of(traced_module(segment))
     evidence = Evidence(original, made, before, locations, fingerprints(original))
 
@@ -172,9 +224,10 @@ def _apply_to_graph(
         wrapped_graph, wrapped = emit_originals(segment, made, locations)
         return run(wrapped_graph, before.inputs, gradients=gradients), wrapped
 
-    first = _before_editing(evidence, run_wrapped)
-    after = replace(evidence, model=result, layers=layers)
-    return result, (first, *verify(after))
+    one_mode = "a graph is proved as it was given: in one mode"
+    first = _before_editing(evidence, run_wrapped, lambda _: skipped("null_train", one_mode))
+    evidence = replace(evidence, model=result, layers=layers)
+    return (*first, *(check(evidence) for check in after))
 
 
 def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, Locations]:
@@ -183,14 +236,17 @@ def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, Locations]:
     say("capturing the model")
     with _evaluating(model):
         before = capture(model, inputs)
-    say("locating its MLPs")
-    return before, locate(before)
+        say("locating its MLPs")
+        locations = locate(before)
+        if before.is_graph and all_hidden(locations):  # a graph that only calls the modules that hold its MLPs
+            before = capture(model, inputs, as_tree=True)
+            locations = locate(before)
+    return before, locations
 
 
-def _plan(model: Model, locations: Locations, recipe: Recipe) -> Plan:
-    live = not is_traced(model)
-    made = select(locations.located, recipe, live=live)
-    taken = live and hasattr(model, ROOT)
+def _plan(model: Model, before: Capture, locations: Locations, recipe: Recipe) -> Plan:
+    made = select(locations.located, recipe, live=not before.is_graph)
+    taken = isinstance(model, nn.Module) and hasattr(model, ROOT)
     return made.model_copy(update={"root": f"memrewrite_{ROOT}"}) if taken else made
 
 
@@ -231,6 +287,13 @@ def _evaluating(model: Model) -> Iterator[None]:
         if isinstance(model, nn.Module):
             for module in model.modules():
                 module.training = modes.get(module, modes[model])  # a new layer goes with the whole
+
+
+def _as_in(given: nn.Module, result: nn.Module) -> None:
+    """Every module of a rewritten graph in the mode of the module it is a copy of; new ones go with the whole."""
+    modes = {path: module.training for path, module in given.named_modules(remove_duplicate=False)}
+    for path, module in result.named_modules():
+        module.training = modes.get(path, given.training)
 
 
 def _size(model: Model) -> int:

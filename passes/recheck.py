@@ -16,12 +16,15 @@ from torch.utils._pytree import tree_leaves
 
 from memrewrite.passes.capture import Capture
 from memrewrite.passes.checkpoint import read_plan, read_report
+from memrewrite.passes.evidence import Evidence
+from memrewrite.passes.gradients import gradient
+from memrewrite.passes.layer_tokens import tokenwise
 from memrewrite.passes.locate import Locations
 from memrewrite.passes.manifest import read_manifest
 from memrewrite.passes.recording import first_run
 from memrewrite.passes.sources import load_source
 from memrewrite.passes.substitute import layers_of
-from memrewrite.passes.verify import Evidence, coverage, gradient, sharing
+from memrewrite.passes.verify import coverage, sharing
 from memrewrite.report import Check, Report
 from memrewrite.site import Located
 
@@ -48,7 +51,7 @@ def verify_saved(directory: str | Path, *, trust_code: bool = False, step: Calla
             before = Capture((), source.inputs, plan.captured)
             nothing = Locations(Located(sites=(), near_misses=(), captured=plan.captured), {})
             evidence = Evidence(model, plan, before, nothing, {}, layers=layers_of(model, plan))
-            checks += [check(evidence) for check in (coverage, sharing, gradient)]
+            checks += [check(evidence) for check in (coverage, sharing, tokenwise, gradient)]
     return read_report(directory).model_copy(update={"checks": tuple(checks), "seconds": time.perf_counter() - begun})
 
 

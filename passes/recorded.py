@@ -71,9 +71,33 @@ class Recorded:
     def gives(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
         """What of a set of nodes is read outside."""
         inside = set(nodes)
-        return {n for n in inside if n not in self.constant and any(u not in inside and not is_assertion(u) for u in n.users)}
+        return {n for n in inside if n not in self.constant and any(u not in inside and _reads(u) for u in n.users)}
 
-    def convention(self, call: str) -> bool:
-        """Whether the module takes one tensor, as its first argument, and returns one, in every call seen."""
+    def takes(self, call: str) -> int | str | None:
+        """Where among its arguments a module is given its only tensor; None when that is not the same in every call seen."""
+        found = {seen.takes for seen in self.calls.get(self.paths[call], ())}
+        return found.pop() if len(found) == 1 else None
+
+    def alone(self, call: str) -> bool:
+        """Whether a module is given nothing beside its only tensor."""
+        return all(seen.alone for seen in self.calls.get(self.paths[call], ()))
+
+    def gives_alone(self, call: str) -> bool:
+        """Whether a module returns one tensor and nothing else, in every call seen."""
         seen = self.calls.get(self.paths[call], ())
-        return bool(seen) and all(c.first_is_tensor and c.tensors_in == 1 and c.returns_tensor for c in seen)
+        return bool(seen) and all(c.returns is None and c.gives != (None,) for c in seen)
+
+    def item(self, call: str, value: fx.Node) -> tuple[int, int] | None:
+        """Which item of the tuple that a module returns is `value`, and of how many; None where its shape does not tell."""
+        wanted = tuple(int(n) for n in value.meta["val"].shape)
+        found = {
+            (seen.gives.index(wanted), seen.returns)
+            for seen in self.calls.get(self.paths[call], ())
+            if seen.returns is not None and seen.gives.count(wanted) == 1
+        }
+        return found.pop() if len(found) == 1 else None
+
+
+def _reads(user: fx.Node) -> bool:
+    """Whether a user makes something of what it is given: a check does not, nor does taking an item nobody wants."""
+    return not is_assertion(user) and (bool(user.users) or op_name(user) != "getitem")

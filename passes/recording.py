@@ -6,7 +6,7 @@ The forward starts from a fixed seed and leaves the caller's inputs and random s
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,16 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Call:
-    """How a module was called once: tensors given and returned, and whether the first positional argument is one."""
+    """How a module was called once.
 
-    tensors_in: int
-    first_is_tensor: bool
-    tensors_out: int
-    returns_tensor: bool
+    `takes` is the position or the keyword of its only tensor (None when it has none or several), `alone` says that it was
+    given nothing else. `gives` are the shapes of what it returned; `returns` counts the items of a tuple, None for a tensor.
+    """
+
+    takes: int | str | None
+    alone: bool
+    gives: tuple[tuple[int, ...] | None, ...]
+    returns: int | None
 
 
 def as_inputs(inputs: Any) -> Inputs:
@@ -79,10 +83,10 @@ def first_run(model: nn.Module, inputs: Inputs) -> Any:
 
 
 class Recorder:
-    """While entered, notes how every module of a model is called, and the first inputs of every repeated block."""
+    """While entered, notes how every module of a model is called, and the first inputs of repeated blocks and of `also`."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, also: Collection[str] = ()) -> None:
+        self.model, self.also = model, frozenset(also)
         self.calls: dict[str, tuple[Call, ...]] = {}
         self.block_inputs: dict[str, Inputs] = {}
         self._handles: list[Any] = []
@@ -93,7 +97,7 @@ class Recorder:
         lists = {path for path, _ in outermost_lists(self.model)}
         for path, module in self.model.named_modules(remove_duplicate=False):
             self._handles.append(module.register_forward_hook(self._noting(path), with_kwargs=True))
-            if path.rpartition(".")[0] in lists:
+            if path.rpartition(".")[0] in lists or path in self.also:
                 self._handles.append(module.register_forward_pre_hook(self._keeping(path), with_kwargs=True))
         return self
 
@@ -103,9 +107,7 @@ class Recorder:
 
     def _noting(self, path: str) -> Any:
         def note(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            first = bool(args) and isinstance(args[0], torch.Tensor)
-            call = Call(_tensors((args, kwargs)), first, _tensors(out), isinstance(out, torch.Tensor))
-            self.calls[path] = (*self.calls.get(path, ()), call)
+            self.calls[path] = (*self.calls.get(path, ()), _call(args, kwargs, out))
 
         return note
 
@@ -122,5 +124,10 @@ def _kept(leaf: Any) -> Any:
     return leaf.detach().clone() if type(leaf) in (torch.Tensor, nn.Parameter) and not leaf.is_meta else leaf
 
 
-def _tensors(tree: Any) -> int:
-    return sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(tree))
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Call:
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    takes = next((key for key, value in given if isinstance(value, torch.Tensor)), None) if len(tensors) == 1 else None
+    items = out if isinstance(out, (tuple, list)) else (out,)
+    gives = tuple(tuple(t.shape) if isinstance(t, torch.Tensor) else None for t in items)
+    return Call(takes, len(given) == 1, gives, None if isinstance(out, torch.Tensor) else len(items))

@@ -7,6 +7,7 @@ reads the inside → no token mixing → the output returns to the residual stre
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx
 
@@ -15,15 +16,35 @@ from memrewrite.passes.dataflow import (
     FILLED,
     LAYOUT,
     OTHER_NORMS,
+    REORDERS,
     Dataflow,
     fixed_batch_norm,
     is_pointwise,
     op_name,
 )
+from memrewrite.passes.stream import REACH, passes, returns_to_stream
 from memrewrite.passes.tokens import Refusal, mixes_tokens
 
-REACH = 96  # nodes looked at around one linear; an MLP's own ops and norms are far fewer, so locating stays linear
 SPELLED = 32  # ops that one activation, written out, is made of at most
+PICKS = frozenset(  # the ops over an axis that gate, choose or weigh: activations, and no norms
+    [
+        "glu",
+        "softmax",
+        "_softmax",
+        "log_softmax",
+        "logsumexp",
+        "max",
+        "min",
+        "amax",
+        "amin",
+        "topk",
+        "kthvalue",
+        "median",
+        "quantile",
+        "sort",
+        "prod",
+    ]
+)
 LINEAR_POINTWISE = FILLED | {"add", "sub", "neg", "mul", "div", "rsub"}
 
 
@@ -37,10 +58,24 @@ class Region:
     ups: tuple[fx.Node, ...]  # the linears inside but `down`
 
 
+class Never(NamedTuple):
+    """Why a linear never looked like the end of an MLP, and at which node: no near miss, told to whoever asks."""
+
+    reason: str
+    node: fx.Node
+
+
 def grow(flow: Dataflow, down: fx.Node) -> Region | Refusal | None:
     """The region that ends in the linear `down`; a `Refusal` when it looked like an MLP; None when it never did."""
-    if not looks_like(flow, down):
-        return None
+    outcome = attempt(flow, down)
+    return None if isinstance(outcome, Never) else outcome
+
+
+def attempt(flow: Dataflow, down: fx.Node) -> Region | Refusal | Never:
+    """As `grow`, and the reason where `down` never looked like the end of an MLP."""
+    never = unlike(flow, down)
+    if never is not None:
+        return never
     inside: set[fx.Node] = {down}
     ups: list[fx.Node] = []
     pending: dict[fx.Node, None] = {}  # values still to be explained, by root
@@ -61,42 +96,55 @@ def grow(flow: Dataflow, down: fx.Node) -> Region | Refusal | None:
         del pending[at]
         inside.add(at)
         if len(inside) > REACH:
-            return None
+            return Never(f"what it reads does not come from one value within {REACH} operations", at)
         if flow.is_linear(at):
             ups.append(at)
         elif op_name(at) not in LAYOUT:
-            if not (is_pointwise(at) or op_name(at) in ALONG or fixed_batch_norm(at)):
+            if not (is_pointwise(at) or op_name(at) in ALONG | REORDERS or fixed_batch_norm(at)):
                 return Refusal(f"`{op_name(at)}` is not known to work token by token", at)
             nonlinear |= not _is_linear_op(flow, at)
         sources = flow.activations(at)
         if not sources:
-            return None
+            return Never(f"what it reads goes back to {len(pending) + 1} values, not one; `{at.name}` is one of them", at)
         for source in sources:
             need(source)
 
 
-def looks_like(flow: Dataflow, down: fx.Node) -> bool:
-    """Whether `down` reads a nonlinear function of another linear, no sum of two streams between: worth a reason if not.
+def unlike(flow: Dataflow, down: fx.Node) -> Never | None:
+    """None when `down` reads a nonlinear function of another linear, no sum of two streams between: worth a near miss.
 
     An op that is not known to work token by token is looked past when it reads one value: what it does is for `grow` to say.
     """
-    nonlinear = False
-    pending, seen = [_fx(down.args[0])], {down}
+    stops = list[Never]()
+    pending = [(_fx(down.args[0]), False)]  # a value, and whether a nonlinear op reads it
+    seen = {(down, False)}
     while pending and len(seen) < REACH:
-        node = pending.pop()
-        if node in seen:
+        step = node, nonlinear = pending.pop()
+        if step in seen:
             continue
-        seen.add(node)
+        seen.add(step)
         if flow.is_linear(node):
             if nonlinear:
-                return True
+                return None
+            stops.append(Never(f"it reads the linear `{node.name}` with nothing nonlinear between them", node))
             continue
         sources = flow.activations(node)
-        if len(sources) > 1 and (not _passes(node) or (op_name(node) == "add" and not _of_one_linear(flow, node))):
+        known = passes(node) or op_name(node) in REORDERS
+        if len(sources) > 1 and (not known or (op_name(node) == "add" and not _of_one_linear(flow, node))):
+            stops.append(Never(_several(node), node))
             continue
-        nonlinear |= _passes(node) and op_name(node) not in LAYOUT and not _is_linear_op(flow, node)
-        pending.extend(sources)
-    return False
+        if not sources:
+            stops.append(Never(f"it reads no other linear: what it reads is made from the input `{node.name}`", node))
+        nonlinear |= passes(node) and op_name(node) not in LAYOUT and not _is_linear_op(flow, node)
+        pending.extend((source, nonlinear) for source in sources)
+    far = Never(f"it reads no nonlinear function of another linear within {REACH} operations", down)
+    return stops[0] if stops and not pending else far
+
+
+def _several(node: fx.Node) -> str:
+    if op_name(node) == "add":
+        return f"it reads `{node.name}`, a sum of two streams, and no nonlinear function of one linear alone"
+    return f"it reads `{node.name}`, in which `{op_name(node)}` mixes several values, and no nonlinear function of one linear"
 
 
 def _of_one_linear(flow: Dataflow, total: fx.Node) -> bool:
@@ -108,7 +156,7 @@ def _of_one_linear(flow: Dataflow, total: fx.Node) -> bool:
         if node in seen:
             continue
         seen.add(node)
-        if (is_pointwise(node) or op_name(node) in LAYOUT) and not flow.is_linear(node):
+        if (is_pointwise(node) or op_name(node) in LAYOUT | ALONG) and not flow.is_linear(node):
             pending.extend(flow.activations(node))
         else:
             sources.add(node)
@@ -125,7 +173,7 @@ def _is_linear_op(flow: Dataflow, node: fx.Node) -> bool:
     """Sums, products with weights, norms: what makes no MLP of two linear maps."""
     name = op_name(node)
     if name in ALONG | OTHER_NORMS:
-        return name != "glu"  # the one in the table that gates
+        return name not in PICKS
     operands = [arg for arg in node.args if isinstance(arg, fx.Node) and arg not in flow.constant]  # `x * x`: twice
     return name in LINEAR_POINTWISE and (
         name not in ("mul", "div") or (len(operands) < 2 and not (name == "div" and node.args[1] in operands))
@@ -150,50 +198,3 @@ def _checked(flow: Dataflow, down: fx.Node, x: fx.Node, inside: set[fx.Node], up
 def _only_relays(flow: Dataflow, node: fx.Node, x: fx.Node) -> bool:
     """A view of `x` on its way in: not part of the region, others may read it too."""
     return flow.root(node) is x
-
-
-def returns_to_stream(flow: Dataflow, x: fx.Node, down: fx.Node) -> bool:
-    """Whether `down`, through norms, gates and sums, is added to the value that `x` was normed or scaled from."""
-    stream = _taken_from(flow, x)
-    pending, seen = [down], {down}
-    while pending and len(seen) < REACH:
-        for user in pending.pop().users:
-            if user in seen or not _passes(user):
-                continue
-            seen.add(user)
-            pending.append(user)
-            if op_name(user) in ("add", "sub"):
-                others = [source for source in flow.activations(user) if source not in seen]
-                if any(term in stream for other in others for term in _terms(flow, other)):
-                    return True
-    return False
-
-
-def _terms(flow: Dataflow, value: fx.Node) -> set[fx.Node]:
-    """A value and, when it is a sum, what it sums, two sums deep: `(h + attention) + mlp` returns to `h` as well."""
-    found, edge = {flow.root(value)}, {flow.root(value)}
-    for _ in range(2):
-        edge = {flow.root(s) for at in edge if op_name(at) == "add" for s in flow.activations(at)}
-        found |= edge
-    return found
-
-
-def _passes(node: fx.Node) -> bool:
-    return is_pointwise(node) or op_name(node) in LAYOUT | ALONG | OTHER_NORMS
-
-
-def _taken_from(flow: Dataflow, x: fx.Node) -> set[fx.Node]:
-    """The values `x` may be a normed, scaled or shifted form of: back to the nearest sums, and their terms."""
-    found, pending = {x}, [(x, 0)]
-    while pending and len(found) < REACH:
-        node, sums = pending.pop(0)
-        if not _passes(node) or sums > 2:
-            continue
-        sources = flow.activations(node)
-        sums += op_name(node) in ("add", "sub") and len(sources) > 1
-        for source in sources:
-            root = flow.root(source)
-            if root not in found:
-                found.add(root)
-                pending.append((root, sums))
-    return found

@@ -17,7 +17,7 @@ from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import PoolSpec
 from memrewrite.plans import Plan, Substitution
 from memrewrite.recipes.schema import Recipe, Rule, Where
-from memrewrite.site import Located, Site
+from memrewrite.site import Binding, Located, Site
 
 
 def select(located: Located, recipe: Recipe, *, live: bool = True) -> Plan:
@@ -44,9 +44,55 @@ def select(located: Located, recipe: Recipe, *, live: bool = True) -> Plan:
                 )
             claims[site.path] = (index, rule)
     chosen = [(site, *claims[site.path]) for site in located.sites if site.path in claims]
+    if live:
+        chosen = [(_within(site, [s for s, _, _ in chosen]), index, rule) for site, index, rule in chosen]
     pools = {name: _pool(recipe, name, [s for s, _, rule in chosen if rule.pool == name]) for name in recipe.pools}
     substitutions = tuple(_substitution(site, index, rule, pools, live) for site, index, rule in chosen)
     return Plan(captured=located.captured, pools=pools, substitutions=substitutions)
+
+
+def narrowed(sites: Sequence[Site], recipe: Recipe, towers: dict[int, str]) -> dict[int, Rule]:
+    """For sites of a part of a model: the rules that select some of them, by number, each narrowed to these.
+
+    That a rule selects nothing here is no error. `towers` keeps, from part to part, the tower in which a rule counts blocks.
+    Raises `SelectError` for a block that the tower does not have, and when a rule's tower cannot be told.
+    """
+    found: dict[int, Rule] = {}
+    for index, rule in enumerate(recipe.replace):
+        chosen = _fitting(sites, rule.where, f"replace[{index}].where", index, towers)
+        if chosen:
+            paths = "|".join(re.escape(site.path) for site in chosen)
+            found[index] = rule.model_copy(update={"where": Where(regex=f"^(?:{paths})$")})
+    return found
+
+
+def _fitting(sites: Sequence[Site], where: Where, place: str, index: int, towers: dict[int, str]) -> list[Site]:
+    wishes = {name: getattr(where, name) for name in _FILTERS if getattr(where, name) is not None}
+    chosen = [site for site in sites if all(_FILTERS[name](site, wish) for name, wish in wishes.items())]
+    if not where.counts:
+        return chosen
+    here = dict.fromkeys(site.tower for site in chosen if site.block is not None)
+    tower = where.tower or towers.get(index) or next(iter(here), None)
+    if tower is None:
+        return []
+    towers[index] = tower
+    if where.tower is None and set(here) - {tower}:
+        hint = f"give the tower: `tower: {tower}`"
+        raise SelectError(f"blocks are counted in one stack, and there are {', '.join(here)}", where=place, hint=hint)
+    if tower not in here:
+        return []
+    blocks = _blocks(sites, tower, where, place)
+    return [site for site in chosen if site.tower == tower and site.block in blocks]
+
+
+def _within(site: Site, chosen: Sequence[Site]) -> Site:
+    """A site as the plan reaches it: through the graph that a module around it becomes, when one does."""
+    hosts = {b.exit for s in chosen for b in s.bindings if b.kind == "graph"}
+    around = min((host for host in hosts if f"{site.path}.".startswith(f"{host}.")), key=len, default=None)
+    if around is None or all(b.exit == around for b in site.bindings):
+        return site
+    binding = Binding(kind="graph", exit=around, why="the module around it becomes a graph")
+    return site.model_copy(update={"bindings": (binding,), "modules": ()})
 
 
 def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec], live: bool) -> Substitution:

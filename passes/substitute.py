@@ -7,7 +7,9 @@ MLP's module, or hooks hand it the MLP's input → every replacement is logged a
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from memrewrite.errors import ModelError, SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import Pool, Pools
-from memrewrite.passes.hooks import AddMemory, Hand, HandOn, Hollow, TakeHanded
+from memrewrite.passes.hooks import AddMemory, GiveItem, Hand, HandOn, Hollow, TakeArgument, TakeHanded
+from memrewrite.passes.traced import Host, layer_in, put
 from memrewrite.plans import Placement, Plan, Substitution
 from memrewrite.site import Binding, Site
 
@@ -29,11 +32,12 @@ CHILD = "memory"  # a layer beside an MLP is this child of the module it is hook
 class Edit:
     """What was changed in a module tree, newest last; `revert` brings the old tree back, bit for bit."""
 
-    def __init__(self) -> None:
+    def __init__(self, hosts: Mapping[str, Host] | None = None) -> None:
+        self.hosts = hosts or {}  # the modules that become graphs, by path
         self.layers: dict[str, nn.Module] = {}  # by site path
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
 
-    def done(self, undo: Callable[[], None]) -> None:
+    def done(self, undo: Callable[[], object]) -> None:
         """Note how the last change is undone."""
         self._undo.append(undo)
 
@@ -47,14 +51,16 @@ class Edit:
         self._undo.clear()
 
 
-def substitute(model: nn.Module, plan: Plan, *, initialise: bool = True) -> Edit:
+def substitute(model: nn.Module, plan: Plan, *, hosts: Mapping[str, Host] | None = None, initialise: bool = True) -> Edit:
     """Apply `plan` to `model` in place. `initialise=False` leaves new parameters unset, for a checkpoint to fill.
+
+    `hosts` are the modules that become graphs (`traced.trace_hosts`).
 
     Raises `ModelError` for a model that already holds pools, `SelectError` when a path of the plan is not in the model.
     On any error the model is as it was.
     """
     refuse_rewritten(model)
-    edit = Edit()
+    edit = Edit(hosts)
     try:
         layers = _build_all(model, plan, edit, initialise)
         for substitution in plan.substitutions:
@@ -93,8 +99,14 @@ def pools_of(model: nn.Module) -> Pools:
 def layers_of(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """The layers that `substitute` put into `model`, by site path."""
     found = {}
+    inside = Counter[str]()
     for substitution in plan.substitutions:
-        exit_ = module_at(model, substitution.site.bindings[0].exit)
+        binding = substitution.site.bindings[0]
+        exit_ = module_at(model, binding.exit)
+        if binding.kind == "graph":
+            found[substitution.site.path] = layer_in(model, binding.exit, inside[binding.exit])
+            inside[binding.exit] += 1
+            continue
         found[substitution.site.path] = exit_ if substitution.placement == "replace" else _host(exit_).get_submodule(CHILD)
     return found
 
@@ -103,9 +115,9 @@ def _build_all(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> di
     pools = _hang_pools(model, plan, edit, initialise)
     layers: dict[str, nn.Module] = {}
     for number, substitution in enumerate(plan.substitutions):
-        layer = _build(model, substitution, pools)
+        layer = build_layer(substitution, pools, _device(model, substitution.site))
         if initialise:
-            layer.reset_parameters(_generator(layer, plan, number))
+            layer.reset_parameters(generator_of(layer, plan, number))
         layers[substitution.site.path] = layer
     return layers
 
@@ -123,7 +135,8 @@ def _hang_pools(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> d
     return pools
 
 
-def _build(model: nn.Module, substitution: Substitution, pools: Mapping[str, Pool]) -> MemoryLayer:
+def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, device: torch.device) -> MemoryLayer:
+    """One layer on its pool, its parameters not set yet."""
     site, kind = substitution.site, kind_named(substitution.kind)
     return kind(
         site.d_in,
@@ -131,7 +144,7 @@ def _build(model: nn.Module, substitution: Substitution, pools: Mapping[str, Poo
         kind.Options.model_validate(substitution.options),
         pools[substitution.pool] if substitution.pool else None,
         zero_output=substitution.placement == "parallel",
-        device=_device(model, site),
+        device=device,
         dtype=getattr(torch, site.dtype),
     )
 
@@ -146,7 +159,7 @@ def _device(model: nn.Module, site: Site) -> torch.device:
     return weight.device
 
 
-def _generator(layer: nn.Module, plan: Plan, number: int) -> torch.Generator | None:
+def generator_of(layer: nn.Module, plan: Plan, number: int) -> torch.Generator | None:
     """Every layer its own random numbers, the same on every run: they follow from the pool's seed and its place."""
     device = next(layer.parameters()).device
     if device.type == "meta":
@@ -158,7 +171,11 @@ def _generator(layer: nn.Module, plan: Plan, number: int) -> torch.Generator | N
 
 def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, edit: Edit) -> None:
     """Put one layer at one site, through every binding the site has (weights that several modules share have several)."""
-    hand = Hand() if any(binding.kind == "span" for binding in site.bindings) else None
+    if any(binding.kind == "graph" for binding in site.bindings):
+        _place_in_graph(model, site, layer, placement, edit)
+        return
+    handed = any(binding.kind == "span" or (placement == "parallel" and binding.takes != 0) for binding in site.bindings)
+    hand = Hand() if handed else None
     for number, binding in enumerate(_each_once(model, site)):
         if binding.kind == "none":
             raise SelectError(f"the MLP at {site.path!r} cannot be edited in the module tree: {binding.why}")
@@ -170,10 +187,29 @@ def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, 
         else:
             if number == 0:
                 _hang(site, exit_, layer, edit)
-            _hook(exit_.register_forward_hook(AddMemory(layer, hand)), edit)
-    if hand and placement == "replace":
-        _hook(layer.register_forward_pre_hook(TakeHanded(hand)), edit)
+            _hook(exit_.register_forward_hook(AddMemory(layer, hand, binding.gives[0] if binding.gives else None)), edit)
+    if placement == "replace":
+        _stand_in(site.bindings[0], layer, hand, edit)
     edit.layers[site.path] = layer
+
+
+def _place_in_graph(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, edit: Edit) -> None:
+    host = edit.hosts.get(site.bindings[0].exit)
+    if host is None or len(_each_once(model, site)) > 1:
+        what = f"the MLP at {site.path!r} needs {site.bindings[0].exit!r} as a graph, which it is not"
+        raise SelectError(what, hint="leave this site out, or rewrite the exported program: `--emit graph`")
+    put(model, host, site, layer, placement, edit.done)
+    edit.layers[site.path] = layer
+
+
+def _stand_in(binding: Binding, layer: nn.Module, hand: Hand | None, edit: Edit) -> None:
+    """Have a layer called as the module in whose place it is, and return what that returned."""
+    if hand:
+        _hook(layer.register_forward_pre_hook(TakeHanded(hand), with_kwargs=True), edit)
+    elif not binding.alone or binding.takes != 0:
+        _hook(layer.register_forward_pre_hook(TakeArgument(binding.takes), with_kwargs=True), edit)
+    if binding.gives:
+        _hook(layer.register_forward_hook(GiveItem(*binding.gives)), edit)
 
 
 def _each_once(model: nn.Module, site: Site) -> list[Binding]:
@@ -198,13 +234,14 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 def _listen(model: nn.Module, binding: Binding, placement: Placement, hand: Hand, edit: Edit) -> None:
     """Have the MLP's input remembered when it reaches the entries; in a replaced MLP these compute nothing any more."""
-    for path, width in zip(binding.entries, binding.widths, strict=True):
+    widths = binding.widths if placement == "replace" else ()
+    for path, width in zip_longest(binding.entries, widths):
         entry = module_at(model, path)
-        if placement == "replace":
+        if width is not None:
             hollow = Hollow(width)
             _swap(model, entry, hollow, edit)
             entry = hollow
-        _hook(entry.register_forward_pre_hook(HandOn(hand)), edit)
+        _hook(entry.register_forward_pre_hook(HandOn(hand, binding.takes), with_kwargs=True), edit)
 
 
 def _hang(site: Site, exit_: nn.Module, layer: nn.Module, edit: Edit) -> None:

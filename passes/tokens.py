@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from memrewrite.passes.dataflow import ALONG, LAYOUT, Dataflow, fixed_batch_norm, is_pointwise, op_name, shape_of
+from memrewrite.passes.dataflow import ALONG, LAYOUT, REORDERS, Dataflow, fixed_batch_norm, is_pointwise, op_name, shape_of
 
+BY_NUMBERS = ("index", "index_select")  # the numbers must be the same for every token, so they are no activation
+STANDING = {"vsplit": 0, "hsplit": 1, "dsplit": 2}  # the axes these cut
 Axes = tuple[bool, ...]  # one entry an axis: True where it counts tokens
 
 
@@ -50,7 +52,9 @@ def _through(node: fx.Node, given: list[Axes], inputs: list[fx.Node]) -> Axes:
     name = op_name(node)
     if is_pointwise(node):
         return _broadcast(node, given, inputs)
-    if name in RULES:
+    if name in REORDERS and len(set(given)) > 1:
+        raise _Mixed("combines token axes with feature axes")
+    if name in RULES and (len(given) == 1 or name not in BY_NUMBERS):
         return RULES[name](node, given[0], shape_of(inputs[0]))
     if name in ALONG:
         return _along(node, given[0], shape_of(inputs[0]))
@@ -128,13 +132,33 @@ def _cut(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
     """split, chunk, slice, select, unbind, cat: along a feature axis."""
     name = op_name(node)
     at: Any = node.args[1] if len(node.args) > 1 else 0
-    if name in ("split", "split_with_sizes", "chunk", "tensor_split"):
+    if name in STANDING:
+        at = STANDING[name] if len(shape) > 1 else 0
+    elif name in ("split", "split_with_sizes", "chunk", "tensor_split"):
         at = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     axis = int(at) % len(shape)
     whole = name == "slice" and shape_of(node) == shape
     if axes[axis] and not whole:
         raise _Mixed("cuts or joins along the token axis")
     return axes[:axis] + axes[axis + 1 :] if name in ("select", "unbind") else axes
+
+
+def _reorder(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
+    """index, gather, flip, roll, pad and the like: along feature axes."""
+    name, args = op_name(node), node.args
+    if name == "index":
+        touched = [axis for axis, index in enumerate(args[1]) if index is not None]  # type: ignore[arg-type]
+        if len(touched) != 1 or len(shape_of(node)) != len(shape):
+            raise _Mixed("picks along several axes")
+    elif name in ("pad", "constant_pad_nd"):
+        widths = _ints(args[1])
+        touched = [len(shape) - 1 - i // 2 for i, width in enumerate(widths) if width != 0]
+    else:
+        at = args[2] if name == "roll" and len(args) > 2 else args[1] if name != "roll" else range(len(shape))
+        touched = [int(a) % len(shape) for a in (at if isinstance(at, range) else _ints(at))]
+    if any(axes[axis] for axis in touched):
+        raise _Mixed("reorders, picks or pads the tokens")
+    return axes
 
 
 def _squeeze(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
@@ -161,8 +185,9 @@ def _along(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
     if name in ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"):
         touched = list(range(len(shape) - len(_ints(node.args[1])), len(shape)))
     else:
-        at: Any = node.args[2 if name in ("norm", "linalg_vector_norm", "topk") else 1] if len(node.args) > 1 else None
-        at = node.kwargs.get("dim", -1 if name in ("glu", "topk", "sort") else None) if at is None else at
+        place = 2 if name in ("norm", "linalg_vector_norm", "topk", "kthvalue", "quantile") else 1
+        at: Any = node.args[place] if len(node.args) > place else None
+        at = node.kwargs.get("dim", -1 if name in ("glu", "topk", "kthvalue", "sort") else None) if at is None else at
         touched = list(range(len(shape))) if at is None else [int(a) % len(shape) for a in _ints(at)]
     if any(axes[a] for a in touched):
         raise _Mixed("works across tokens")
@@ -183,8 +208,10 @@ RULES: dict[str, Callable[[fx.Node, Axes, tuple[Any, ...]], Axes]] = {
         ("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "slice", "select", "narrow", "cat", "concat"),
         _cut,
     ),
+    **dict.fromkeys(STANDING, _cut),
+    **dict.fromkeys(REORDERS, _reorder),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     "getitem": _getitem,
     "stack": _stack,
 }
-assert set(RULES) <= LAYOUT  # noqa: S101 - a table against a table, at import
+assert set(RULES) <= LAYOUT | REORDERS  # noqa: S101 - a table against a table, at import

@@ -85,6 +85,11 @@ class Where(Frozen):
             raise refused(f"{regex!r} is no regular expression: {error}", hint) from None
         return regex
 
+    @property
+    def counts(self) -> bool:
+        """Whether blocks are counted, which takes the whole stack of them."""
+        return any(wish is not None for wish in (self.layers, self.centred, self.every, self.tower))
+
     @model_validator(mode="after")
     def _selects(self) -> Where:
         if not self.model_dump(exclude_defaults=True):

@@ -602,6 +602,226 @@ class Pixels(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
+# --------------------------------------------------------------------------------- how a block returns to its stream
+
+
+class Returning(Block):
+    """Pre-norm attention, then `how(block, stream, mlp of its norm)`."""
+
+    def __init__(self, how: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__(Up())
+        self.how, self.scale, self.gate = how, nn.Parameter(torch.ones(D)), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return self.how(self, x, self.mlp(self.norm2(x)))
+
+
+def highway(block: Any, x: Tensor, y: Tensor) -> Tensor:
+    gate = torch.sigmoid(block.gate(x))
+    return gate * y + (1 - gate) * x
+
+
+def in_place(block: Any, x: Tensor, y: Tensor) -> Tensor:
+    kept = x.clone()
+    kept[:, :].add_(y)
+    return kept
+
+
+RETURNS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "stream scaled": lambda block, x, y: block.norm1(1.7 * x + y),
+    "both scaled by parameters": lambda block, x, y: x * block.scale + y * block.scale,
+    "highway": highway,
+    "gated by the stream": lambda block, x, y: x + torch.sigmoid(block.gate(x)) * y,
+    "interpolated": lambda block, x, y: torch.lerp(x, y, block.scale * 0.1),
+    "on the sphere": lambda block, x, y: F.normalize(x + block.scale * (F.normalize(y, dim=-1) - x), dim=-1),
+    "addcmul": lambda block, x, y: torch.addcmul(x, y, block.scale),
+    "subtracted from": lambda block, x, y: torch.rsub(x, y),
+    "out of place": lambda block, x, y: torch.add(x, y, out=torch.empty_like(x)),
+    "through a view, in place": in_place,
+    "sum of a stack": lambda block, x, y: torch.stack([x, y]).sum(0),
+    "weighted stack": lambda block, x, y: torch.einsum("sbtd,s->btd", torch.stack([x, y]), block.scale[:2]),
+    "index_add": lambda block, x, y: x.index_add(1, torch.arange(TOKENS), y),
+    "in another type": lambda block, x, y: (x.double() + y.double()).float(),
+    "masked": lambda block, x, y: torch.where(x[..., :1] > 0, x + y, x),
+}
+
+
+class SomeTokens(Block):
+    """The MLP runs on the tokens that a mask picks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        mask = x[..., 0] > 0
+        picked, out = x[mask], x.clone()
+        out[mask] = picked + self.mlp(self.norm2(picked))
+        return out
+
+
+class SomeDepth(Block):
+    """The MLP runs on the few tokens with the highest score."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__(mlp)
+        self.score = nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        at = self.score(x).topk(4, 1).indices.expand(-1, -1, D)
+        return x.scatter_add(1, at, self.mlp(self.norm2(x.gather(1, at))))
+
+
+class Reversible(nn.Module):
+    """Two streams: each is added a function of the other."""
+
+    def __init__(self, depth: int = 5) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, D), nn.Linear(2 * D, VOCAB)
+        self.f = nn.ModuleList(nn.Sequential(nn.LayerNorm(D), Attention()) for _ in range(depth))
+        self.norms, self.mlps = (nn.ModuleList(make() for _ in range(depth)) for make in (lambda: nn.LayerNorm(D), Up))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        both = torch.cat([self.embed(ids)] * 2, -1)
+        for f, norm, mlp in zip(self.f, self.norms, self.mlps, strict=True):
+            a, b = both.chunk(2, -1)
+            a = a + f(b)
+            both = torch.cat([a, b + mlp(norm(a))], -1)
+        return self.head(both)
+
+
+class Streams(nn.Module):
+    """Four streams; every module reads a learned mix of them, and its output is given to each by a learned weight."""
+
+    def __init__(self, by: str, depth: int = 3) -> None:
+        super().__init__()
+        self.by, self.embed, self.head = by, nn.Embedding(VOCAB, D), nn.Linear(D, VOCAB)
+        self.parts = nn.ModuleList(part for _ in range(depth) for part in (Attention(), Up()))
+        self.norms = nn.ModuleList(nn.RMSNorm(D) for _ in self.parts)
+        self.weigh = nn.ModuleList(nn.Linear(4 * D, 24) for _ in self.parts)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids).unsqueeze(2).expand(-1, -1, 4, -1)
+        for part, norm, weigh in zip(self.parts, self.norms, self.weigh, strict=True):
+            read, write, mix = weigh(F.rms_norm(x.flatten(2), (4 * D,))).split([4, 4, 16], -1)
+            mix = mix.unflatten(-1, (4, 4)).softmax(-1)
+            if self.by == "einsum":
+                y = part(norm(torch.einsum("btn,btnd->btd", read.sigmoid(), x)))
+                x = torch.einsum("btij,btjd->btid", mix, x) + torch.einsum("btn,btd->btnd", write, y)
+            else:
+                y = part(norm((read.sigmoid().unsqueeze(-1) * x).sum(2)))
+                x = mix @ x + write.unsqueeze(-1) * y.unsqueeze(2)
+        return self.head(x.sum(2))
+
+
+class Neighbours(nn.Module):
+    """A depthwise convolution and a norm before the MLP, on an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.near = nn.Conv2d(3, D, 1), nn.Conv2d(D, D, 3, padding=1, groups=D)
+        self.norm, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return x + self.down(F.gelu(self.up(self.norm(self.near(x).permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+
+
+class FeaturesFirst(nn.Module):
+    """The stream is [B, D, T]; weights stand on the left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Linear(D, D), nn.GroupNorm(1, D)
+        self.w1, self.w2 = nn.Parameter(torch.randn(HIDDEN, D) / 6), nn.Parameter(torch.randn(D, HIDDEN) / 7)
+        self.b1, self.b2 = nn.Parameter(torch.zeros(HIDDEN, 1)), nn.Parameter(torch.zeros(D, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).transpose(1, 2)
+        return x + (self.w2 @ F.gelu(self.w1 @ self.norm(x) + self.b1) + self.b2)
+
+
+# ------------------------------------------------------------------------------------------- how its matrices are written
+
+
+class InParts(Up):
+    """Products summed over slices of what they read, each with its columns of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, total = self.act(self.up(x)), torch.zeros_like(x)
+        for start in range(0, HIDDEN, HIDDEN // 4):
+            part = slice(start, start + HIDDEN // 4)
+            total = total + F.linear(hidden[..., part], self.down.weight[:, part])
+        return total + self.down.bias
+
+
+class ByRows(Up):
+    """Products put beside each other, each with its rows of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.cat([F.linear(x, rows) for rows in self.up.weight.chunk(3)], -1) + self.up.bias
+        return self.down(self.act(hidden))
+
+
+class Batched(Up):
+    """Products of a batch with a weight repeated for each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up.weight.t().expand(x.shape[0], -1, -1)
+        return torch.baddbmm(self.down.bias, self.act(torch.bmm(x, up) + self.up.bias), self._down(x))
+
+    def _down(self, x: Tensor) -> Tensor:
+        return self.down.weight.t().unsqueeze(0).repeat(x.shape[0], 1, 1)
+
+
+class GroupedConvolutions(nn.Module):
+    """Every group of channels is multiplied by a matrix of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(D, HIDDEN, 1, groups=4), nn.Conv1d(HIDDEN, D, 1, groups=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x.transpose(1, 2)))).transpose(1, 2)
+
+
+class TwoInOne(nn.Module):
+    """Gate and value are two matrices of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Parameter(torch.randn(2, D, HIDDEN) / 6), nn.Linear(HIDDEN, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = torch.einsum("btd,cdf->cbtf", x, self.both)
+        return self.down(F.silu(gate) * value)
+
+
+class LargerHalf(nn.Module):
+    """The larger of two products feature by feature, and no other nonlinearity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(D, 2 * HIDDEN), nn.Linear(HIDDEN, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.both(x).unflatten(-1, (-1, 2)).amax(-1))
+
+
+def by_numbers(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., torch.arange(0, 2 * HIDDEN, 2)], x.index_select(-1, torch.arange(1, 2 * HIDDEN, 2))
+
+
+def two_first(x: Tensor) -> tuple[Tensor, Tensor]:
+    gate, value = x.unflatten(-1, (-1, 2)).permute(3, 0, 1, 2)
+    return gate, value
+
+
+def few(x: Tensor) -> Tensor:
+    """Only the largest features are kept."""
+    top = x.topk(8, -1)
+    return torch.zeros_like(x).scatter(-1, top.indices, top.values)
+
+
 def stack(block: Callable[[nn.Module], nn.Module], mlp: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     """A builder of a two-block model."""
 
@@ -669,6 +889,37 @@ BY_HAND: dict[str, Family] = {
     "1×1 convolutions": Family(
         seeded(Pixels), lambda: (states(1, 3, 8, 8),), (Mlp("", "plain", D, HIDDEN, "gelu", leaves=("up", "down")),)
     ),
+    **{
+        f"returns: {name}": Family(stack(lambda mlp: mlp, lambda how=how: Returning(how)), ids, plain(AT))  # type: ignore[misc]
+        for name, how in RETURNS.items()
+    },
+    "some tokens": Family(stack(SomeTokens, Up), ids, plain(AT)),
+    "some depth": Family(stack(SomeDepth, Up), ids, plain(AT)),
+    "reversible": Family(seeded(Reversible), ids, each(range(5), Mlp("mlps.{}", "plain", D, HIDDEN, "gelu"))),
+    "four streams": Family(
+        seeded(lambda: Streams("einsum")), ids, each((1, 3, 5), Mlp("parts.{}", "plain", D, HIDDEN, "gelu"))
+    ),
+    "four streams, by sums": Family(
+        seeded(lambda: Streams("sum")), ids, each((1, 3, 5), Mlp("parts.{}", "plain", D, HIDDEN, "gelu"))
+    ),
+    "after a depthwise convolution": Family(
+        seeded(Neighbours), lambda: (states(1, 3, 8, 8),), (Mlp("", "plain", D, HIDDEN, "gelu", leaves=("up", "down")),)
+    ),
+    "features first": Family(
+        seeded(FeaturesFirst),
+        lambda: (states(),),
+        (Mlp("", "plain", D, HIDDEN, "gelu", leaves=("w1", "b1", "w2", "b2")),),
+    ),
+    "in parts": Family(stack(Block, InParts), ids, plain(AT)),
+    "by rows": Family(stack(Block, ByRows), ids, plain(AT)),
+    "batched": Family(stack(Block, Batched), ids, plain(AT)),
+    "two in one parameter": Family(stack(Block, TwoInOne), ids, packed(AT)),
+    "packed by numbers": Family(stack(Block, lambda: Packed(by_numbers)), ids, packed(AT)),
+    "packed, two axes first": Family(stack(Block, lambda: Packed(two_first)), ids, packed(AT)),
+    "packed, beside each other": Family(stack(Block, lambda: Packed(lambda x: x.tensor_split(2, -1))), ids, packed(AT)),
+    "larger half": Family(stack(Block, LargerHalf), ids, packed(AT, "?")),
+    "softmax of the hidden": Family(stack(Block, lambda: Up(lambda h: h.softmax(-1))), ids, plain(AT, "?")),
+    "few features": Family(stack(Block, lambda: Up(few)), ids, plain(AT, "?")),
     "torch's encoder": Family(torch_encoder(), lambda: (states(),), plain("layers.{}", "relu", *LINEARS)),
     "torch's encoder, pre-norm": Family(
         torch_encoder(norm_first=True, activation="gelu"), lambda: (states(),), plain("layers.{}", "gelu", *LINEARS)

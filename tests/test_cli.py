@@ -143,6 +143,71 @@ def test_inspect(run: Callable[..., Any], tmp_path: Path) -> None:
     assert listing(tmp_path) == before
 
 
+def test_inspect_why(run: Callable[..., Any]) -> None:
+    told = run("inspect", "model.py", "--why", "blocks.1.mlp").stdout
+    assert told.startswith("mlp: `blocks.1.mlp` is an MLP\n")
+    assert all(
+        text in told for text in ("plain, gelu", "24 → 96 → 24", "blocks.1.mlp.up.weight", "as a module", "1 of 3 in blocks")
+    )
+    held = run("inspect", "model.py", "--why", "blocks").stdout
+    assert "holds 3 MLPs" in held
+    assert "blocks.0.out and 2 alike" in held
+    assert "model.py:19" in held  # the attention that its input is mixed by
+    document = json.loads(run("inspect", "model.py", "--why", "head", "--json").stdout)
+    assert document["verdict"] == "no candidate"
+    assert document["findings"][0]["line"]
+    unknown = run("inspect", "model.py", "--why", "blocks.1.mpl")
+    assert unknown.exit_code == 2
+    assert "'blocks.1.mlp'" in unknown.stderr
+
+
+def test_inspect_why_of_a_refusal(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(MODEL.replace("return x + self.mlp(self.norm2(x))", "return self.mlp(self.norm2(x))"))
+    told = run("inspect", "model.py", "--why", "blocks.1.mlp").stdout
+    assert told.startswith("refused: `blocks.1.mlp` holds what looked like an MLP with `blocks.1.mlp.down` as its last matrix")
+    assert "rule        residual" in told
+    assert "return self.down(F.gelu(self.up(x)))" in told
+    assert "try         if it is meant as an MLP, add its output" in told
+
+
+def test_inspect_draws_a_page(run: Callable[..., Any], tmp_path: Path) -> None:
+    done = run("inspect", "model.py", "--html", "out.html", "--recipe", "r.yaml")
+    assert done.exit_code == 0, done.stderr
+    assert "drawn in out.html" in done.stdout
+    text = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert all(f'data-site="blocks.{i}.mlp"' in text for i in range(3))
+    assert "memory_plus" in text
+    again = run("inspect", "model.py", "--html", "out.html")
+    assert again.exit_code == 2
+    assert "--overwrite" in again.stderr
+    assert (tmp_path / "out.html").read_text(encoding="utf-8") == text
+    whole = json.loads(run("inspect", "model.py", "--html", "out.html", "--overwrite", "--json").stdout)
+    assert whole["page"] == "out.html"
+    assert len(whole["sites"]) == 3
+    assert "memory_plus" not in (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert sorted(listing(tmp_path)) == ["model.py", "out.html", "r.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--html", "."], "is a directory"),
+        (["--html", "model.py", "--overwrite"], "is what is read"),
+        (["--html", "no/where.html"], "cannot be written"),
+        (["--html", "out.html", "--why", "blocks"], "show different things"),
+        (["--recipe", "r.yaml"], "--html FILE"),
+        (["--html", "out.html", "--recipe", "bad.yaml"], "there is no block 9"),
+    ],
+)
+def test_pages_that_cannot_be_drawn(run: Callable[..., Any], tmp_path: Path, arguments: list[str], says: str) -> None:
+    (tmp_path / "bad.yaml").write_text(RECIPE.replace("[0, 2]", "[0, 9]"))
+    before = listing(tmp_path)
+    done = run("inspect", "model.py", *arguments)
+    assert done.exit_code == 2, done.output
+    assert says in done.stderr
+    assert listing(tmp_path) == before
+
+
 def test_plan_and_dry_run_change_nothing(run: Callable[..., Any], tmp_path: Path) -> None:
     before = listing(tmp_path)
     table = run("plan", "model.py", "r.yaml").stdout

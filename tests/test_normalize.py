@@ -92,20 +92,59 @@ SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "bias apart, in place": lambda x, w, v, b: (x @ v).add_(b),
     "weight scaled": lambda x, w, v, b: F.linear(x, w * 0.5, b),
     "weight sliced": lambda x, w, v, b: F.linear(x, torch.cat([w, w])[HIDDEN:], b),
+    "a batch of one weight": lambda x, w, v, b: torch.bmm(x, v.expand(x.shape[0], -1, -1)),
+    "a batch of one weight, repeated": lambda x, w, v, b: x @ v.repeat(x.shape[0], 1, 1),
+    "a batch of one": lambda x, w, v, b: x @ v[None],
+    "baddbmm": lambda x, w, v, b: torch.baddbmm(b, x, v.expand(x.shape[0], -1, -1)),
+    "baddbmm of a batch of biases": lambda x, w, v, b: torch.baddbmm(b.expand(*x.shape[:2], -1), x, v.expand(x.shape[0], -1, -1)),
+    "addmm with factors": lambda x, w, v, b: torch.addmm(b, rows(x), v, beta=2, alpha=0.5),
+    "weight first": lambda x, w, v, b: (w @ x.mT).mT,
+    "weight first, with a bias": lambda x, w, v, b: (w @ x.mT + b[:, None]).mT,
+    "weight first, a token at a time": lambda x, w, v, b: (w @ x.unsqueeze(-1)).squeeze(-1) + b,
+    "weight first, addmm": lambda x, w, v, b: torch.addmm(b[:, None], w, rows(x).t()).t(),
+    "mv": lambda x, w, v, b: torch.mv(w, x[0, 0]) + b,
+    "inner": lambda x, w, v, b: torch.inner(x, w) + b,
+    "tensordot": lambda x, w, v, b: torch.tensordot(x, v, dims=1) + b,
+    "tensordot, weight first": lambda x, w, v, b: torch.tensordot(w, x, dims=([1], [2])).permute(1, 2, 0),
+    "einsum, implicit": lambda x, w, v, b: torch.einsum("abc,cd", x, v),
+    "einsum, features second": lambda x, w, v, b: torch.einsum("btd,df->bft", x, v),
+    "einsum, features first": lambda x, w, v, b: torch.einsum("btd,fd->fbt", x, w),
+    "einsum of features second": lambda x, w, v, b: torch.einsum("bdt,df->btf", x.mT, v),
+    "einsum to heads": lambda x, w, v, b: torch.einsum("btd,dhf->bthf", x, v.unflatten(1, (4, -1))),
+    "einsum of heads": lambda x, w, v, b: torch.einsum("bthd,hdf->btf", x.unflatten(-1, (4, -1)), v.unflatten(0, (4, -1))),
+    "einsum with two matrices": lambda x, w, v, b: torch.einsum("btd,cdf->cbtf", x, torch.stack([v, v * 2])),
+    "over tokens": lambda x, w, v, b: torch.einsum("btd,st->bsd", x, w[:TOKENS, :TOKENS]),
+    "over tokens, by product": lambda x, w, v, b: w[:TOKENS, :TOKENS] @ x,
+    "3d convolution": lambda x, w, v, b: F.conv3d(x.mT[..., None, None], w[..., None, None, None], b),
+    "transposed convolution": lambda x, w, v, b: F.conv_transpose1d(x.mT, v.unsqueeze(-1), b),
+    "grouped convolution": lambda x, w, v, b: conv(x, w[:, : D // 2], b, groups=2),
+    "summed slices": lambda x, w, v, b: sum(x[..., i : i + 8] @ v[i : i + 8] for i in range(0, D, 8)) + b,
+    "summed chunks": lambda x, w, v, b: sum(a @ c for a, c in zip(x.chunk(2, -1), v.chunk(2), strict=True)),
+    "summed with zeros": lambda x, w, v, b: x.new_zeros(BATCH, TOKENS, HIDDEN) + x[..., :9] @ v[:9] + x[..., 9:] @ v[9:],
+    "beside each other": lambda x, w, v, b: torch.cat([x @ v[:, :9], x @ v[:, 9:]], -1),
+    "beside each other, with biases": lambda x, w, v, b: torch.cat([F.linear(x, w[:9], b[:9]), F.linear(x, w[9:], b[9:])], -1),
+    "low rank": lambda x, w, v, b: F.linear(F.linear(x, w[:4], b[:4]), w[:, :4], b),
+    "and a low-rank change": lambda x, w, v, b: F.linear(x, w, b) + 0.5 * (x @ v[:, :4] @ v[:4]),
+    "and a low-rank change, scaled by a weight": lambda x, w, v, b: x @ v[:, :4] @ v[:4] * b[:1] + F.linear(x, w),
     "weight in another type": lambda x, w, v, b: F.linear(x, w.double().to(x.dtype), b),
 }
 SQUARE = nn.Parameter(torch.randn(D, D, generator=torch.Generator().manual_seed(3)))
 OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {  # what must not be taken for a linear
-    "addmm with factors": lambda x, w, v, b: torch.addmm(b, rows(x), v, beta=2, alpha=0.5),
     "two activations": lambda x, w, v, b: x @ x.transpose(1, 2),
-    "over tokens": lambda x, w, v, b: torch.einsum("btd,st->bsd", x, w[:TOKENS, :TOKENS]),
-    "over tokens, by product": lambda x, w, v, b: w[:TOKENS, :TOKENS] @ x,
     "wide convolution": lambda x, w, v, b: F.conv1d(x.transpose(1, 2), w.view(-1, D, 1).expand(-1, -1, 3).contiguous()),
-    "grouped convolution": lambda x, w, v, b: conv(x, w[:, : D // 2], b, groups=2),
     "strided convolution": lambda x, w, v, b: conv(x, w, b, stride=2),
     "padded convolution": lambda x, w, v, b: conv(x, w, b, padding=1),
-    "a batch of weights": lambda x, w, v, b: torch.bmm(x, v.expand(x.shape[0], -1, -1)),
+    "depthwise convolution": lambda x, w, v, b: conv(x, w[:D, :1], None, groups=D),
+    "a batch of weights": lambda x, w, v, b: torch.bmm(x, torch.stack([v, v * 2])),
+    "a weight for each head": lambda x, w, v, b: torch.einsum("bthd,hdf->bthf", x.unflatten(-1, (4, -1)), v.unflatten(0, (4, -1))),
+    "a weight for each expert": lambda x, w, v, b: torch.einsum("btd,edf->btef", x, torch.stack([v, v, v])),
+    "one weight for many batches": lambda x, w, v, b: x[:1] @ v.expand(3, -1, -1),
+    "a sum of another": lambda x, w, v, b: torch.addmm(rows(x), rows(x), SQUARE),
+    "einsum of two activations": lambda x, w, v, b: torch.einsum("btd,btd->btd", x, x * 2),
 }
+
+
+PRODUCTS = {"addmm", "mm", "bmm", "matmul", "einsum", "conv1d", "conv2d", "add", "add_", "baddbmm", "tensordot", "inner", "mv"}
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -114,7 +153,7 @@ def test_every_spelling_becomes_one_linear(name: str) -> None:
     _, graph = canonical(model, states())
     (made,) = [node for node in graph.nodes if op_name(node) == "linear"]
     assert Dataflow(graph).is_linear(made)
-    assert not {"addmm", "mm", "matmul", "einsum", "conv1d", "conv2d", "add", "add_"} & set(names(graph))
+    assert not PRODUCTS & set(names(graph))
 
 
 @pytest.mark.parametrize("name", [*SPELLINGS, *OTHERS])

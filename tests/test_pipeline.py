@@ -35,7 +35,8 @@ def test_outputs_that_cannot_be_traced_are_left_aside_and_told() -> None:
     report = memrewrite.apply(rewritten, recipe(1), INPUTS)
     assert "DynamicCache" in report.plan.captured
     assert {c.name: c.outcome for c in report.checks} | {"identity": "skipped"} == dict.fromkeys(
-        ("null", "coverage", "untouched", "frame", "sharing", "gradient"), "passed"
+        ("null", "null_train", "locality", "coverage", "untouched", "frame", "sharing", "tokenwise", "gradient"),
+        "passed",
     ) | {"identity": "skipped"}
     assert rewritten.forward == forward
     assert "forward" not in vars(rewritten)

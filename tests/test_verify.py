@@ -16,11 +16,11 @@ from torch import fx, nn
 
 import memrewrite
 from memrewrite.errors import VerificationError
-from memrewrite.passes import pipeline, verify
+from memrewrite.passes import originals, pipeline
 from memrewrite.passes.substitute import AddMemory, Edit, Hollow
 from memrewrite.report import Report
 
-CHECKS = ["null", "coverage", "untouched", "frame", "sharing", "gradient", "identity"]
+CHECKS = ["null", "null_train", "locality", "coverage", "untouched", "frame", "sharing", "tokenwise", "gradient", "identity"]
 Mutation = Callable[[Any, Edit], None]
 
 
@@ -168,6 +168,67 @@ def does_not_start_at_zero(model: Any, edit: Edit) -> None:
     nn.init.constant_(_layer(edit).value_proj.bias, 1e-3)
 
 
+def wrong_residual(model: Any, edit: Edit) -> None:
+    """The block adds its input a second time."""
+    _hooked(model.blocks[1].register_forward_hook(lambda m, args, out: out + args[0]), edit)
+
+
+def residual_lost(model: Any, edit: Edit) -> None:
+    """What the layer gives is all that goes on: the stream before it is taken off again."""
+    seen: list[Any] = []
+    _hooked(model.blocks[0].norm2.register_forward_pre_hook(lambda m, args: seen.append(args[0])), edit)
+    _hooked(model.blocks[0].register_forward_hook(lambda m, args, out: out - seen.pop()), edit)
+
+
+def inputs_swapped(model: Any, edit: Edit) -> None:
+    """The second layer reads what the first one read."""
+    seen: list[Any] = []
+    _hooked(_layer(edit, 0).register_forward_pre_hook(lambda m, args: seen.append(args[0])), edit)
+    _hooked(_layer(edit, 1).register_forward_pre_hook(lambda m, args: (seen.pop(),)), edit)
+
+
+def stale_weights(model: Any, edit: Edit) -> None:
+    """One module holds its weight as it was before the last step of training."""
+    qkv = model.blocks[1].attention.qkv
+    new = qkv.weight
+    qkv.weight = nn.Parameter(new.detach() - 1e-4)
+    edit.done(lambda: setattr(qkv, "weight", new))
+
+
+def lost_bias(model: Any, edit: Edit) -> None:
+    out = model.blocks[2].attention.out
+    bias, out.bias = out.bias, None
+    edit.done(lambda: setattr(out, "bias", bias))
+
+
+def bias_ignored(model: Any, edit: Edit) -> None:
+    """It is still there, and nothing adds it."""
+    out = model.blocks[2].attention.out
+    _set(out, "forward", lambda x: nn.functional.linear(x, out.weight), edit)
+
+
+def tokens_mixed_before_the_layer(model: Any, edit: Edit) -> None:
+    _hooked(model.blocks[0].norm2.register_forward_hook(lambda m, args, out: out + out.mean(1, keepdim=True)), edit)
+
+
+def tokens_shifted_before_the_layer(model: Any, edit: Edit) -> None:
+    """Every layer's input comes one token late."""
+    _hooked(model.blocks[0].norm2.register_forward_hook(lambda m, args, out: out.roll(1, 1)), edit)
+
+
+def tokens_shifted_at_the_layer(model: Any, edit: Edit) -> None:
+    _hooked(_layer(edit).register_forward_pre_hook(lambda m, args: (args[0].roll(1, 1),)), edit)
+
+
+def tokens_mixed_after_the_layer(model: Any, edit: Edit) -> None:
+    _hooked(_layer(edit).register_forward_hook(lambda m, args, out: out + out.mean(1, keepdim=True)), edit)
+
+
+def dropout_in_train_mode_only(model: Any, edit: Edit) -> None:
+    """A block drops nothing any more; in eval mode nobody sees it."""
+    _set(model.blocks[0], "dropout", nn.Identity(), edit)
+
+
 MUTATIONS: list[tuple[str, str, Mutation, str]] = [  # model, placement, what went wrong, the check that must fail
     ("modular", "parallel", never_called, "coverage"),
     ("modular", "parallel", added_twice, "coverage"),
@@ -197,6 +258,23 @@ MUTATIONS: list[tuple[str, str, Mutation, str]] = [  # model, placement, what we
     ("modular", "parallel", output_detached, "gradient"),
     ("modular", "replace", values_not_finite, "gradient"),
     ("modular", "parallel", does_not_start_at_zero, "identity"),
+    ("modular", "replace", wrong_residual, "frame"),
+    ("modular", "parallel", wrong_residual, "identity"),
+    ("modular", "replace", residual_lost, "frame"),
+    ("modular", "replace", inputs_swapped, "frame"),
+    ("modular", "parallel", inputs_swapped, "frame"),
+    ("modular", "replace", stale_weights, "untouched"),
+    ("modular", "parallel", stale_weights, "identity"),
+    ("modular", "replace", lost_bias, "untouched"),
+    ("modular", "replace", bias_ignored, "frame"),
+    ("loose", "replace", bias_ignored, "frame"),
+    ("modular", "replace", tokens_mixed_before_the_layer, "frame"),
+    ("modular", "replace", tokens_shifted_before_the_layer, "frame"),
+    ("modular", "parallel", tokens_shifted_before_the_layer, "identity"),
+    ("modular", "replace", tokens_shifted_at_the_layer, "tokenwise"),
+    ("modular", "parallel", tokens_shifted_at_the_layer, "tokenwise"),
+    ("modular", "replace", tokens_mixed_after_the_layer, "tokenwise"),
+    ("loose", "replace", dropout_in_train_mode_only, "frame"),
 ]
 
 
@@ -210,8 +288,8 @@ def test_a_broken_rewrite_is_caught_and_undone(
     before, photograph = tiny.values_of(model, inputs), tiny.Photograph(model)
     real = pipeline.substitute
 
-    def broken(model: nn.Module, plan: Any) -> Edit:
-        edit = real(model, plan)
+    def broken(model: nn.Module, plan: Any, **options: Any) -> Edit:
+        edit = real(model, plan, **options)
         mutation(model, edit)
         return edit
 
@@ -242,17 +320,17 @@ def failed(failure: VerificationError) -> list[str]:
 @pytest.mark.parametrize("name", ["modular", "loose"])
 def test_a_wrong_region_is_caught_before_anything_is_edited(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model, inputs = tiny.named(name)
-    photograph, real = tiny.Photograph(model), verify.Original
+    photograph, real = tiny.Photograph(model), originals.Original
 
     class Wrong(real):  # type: ignore[misc,valid-type]
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
             for node in self.calls[0].graph.nodes:
                 if "gelu" in str(node.target):
                     node.target = torch.ops.aten.relu.default
             self.calls[0].recompile()
 
-    monkeypatch.setattr(verify, "Original", Wrong)
+    monkeypatch.setattr(originals, "Original", Wrong)
     monkeypatch.setattr(pipeline, "substitute", lambda *_: pytest.fail("it was edited"))
     failure = refused(model, tiny.recipe(), inputs)
     assert failed(failure) == ["null"]
@@ -346,7 +424,7 @@ def test_on_meta_what_needs_values_is_skipped_with_a_sentence() -> None:
     model, inputs = tiny.named("modular")
     report = memrewrite.apply(model.to("meta"), tiny.recipe("parallel"), inputs)
     skipped = {c.name: c.sentence for c in report.checks if c.outcome == "skipped"}
-    assert set(skipped) == {"null", "coverage", "gradient", "identity"}
+    assert set(skipped) == {"null", "null_train", "locality", "coverage", "tokenwise", "gradient", "identity"}
     assert all("meta" in sentence for sentence in skipped.values())
 
 

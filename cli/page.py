@@ -1,0 +1,110 @@
+"""A model on one page of HTML that needs nothing else: totals, what a recipe would do, and the drawing.
+
+Flow: sites and near misses are put at their modules → the head with totals → the plan, if there is one → the model. No script,
+no network: folding is `<details>`, pictures are inline SVG, and the page's own policy forbids the rest.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from memrewrite.cli.drawing import Drawing
+from memrewrite.cli.marks import Marks, everything, numbered, starred
+from memrewrite.cli.markup import Html, count, join, short, tag
+from memrewrite.cli.planned import plan_section
+
+if TYPE_CHECKING:
+    from memrewrite.outline import Part
+    from memrewrite.plans import Plan
+    from memrewrite.site import Located
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def page(name: str, root: Part, located: Located, plan: Plan | None = None) -> str:
+    """The whole page. `name` is what the model was called on the command line."""
+    marks = Marks(root, located, plan)
+    style = files("memrewrite.cli").joinpath("page.css").read_text(encoding="utf-8")
+    head = tag(
+        "head",
+        Html('<meta charset="utf-8">'),
+        Html(f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'),
+        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html('<meta name="color-scheme" content="light dark">'),
+        tag("title", f"{name} · memrewrite"),
+        tag("style", Html(style)),
+    )
+    body = tag(
+        "body",
+        tag(
+            "main",
+            _header(name, root, located, marks.towers_of(root)),
+            plan_section(plan, marks) if plan else None,
+            _model(root, marks, located),
+        ),
+    )
+    return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
+
+
+def _header(name: str, root: Part, located: Located, towers: list[Part]) -> Html:
+    inside = sum(site.weights + site.biases for site in located.sites)
+    share = inside / root.parameters if root.parameters else 0.0
+    modules = sum(1 for _ in everything(root))
+    misses = "near miss" if len(located.near_misses) == 1 else "near misses"
+    stacks = len({starred(tower.path) for tower in towers})  # one may lie in several stages
+    blocks = sum(len(numbered(tower)) for tower in towers)
+    return tag(
+        "header",
+        tag("p", "memrewrite inspect", class_="eyebrow"),
+        tag("h1", name),
+        tag("p", f"{root.kind} · captured: {located.captured}", class_="captured"),
+        tag(
+            "div",
+            _tile(f"{len(located.sites):,}", "MLP" if len(located.sites) == 1 else "MLPs", _patterns(located), "mlp"),
+            _tile(f"{len(located.near_misses):,}", misses, "", "near" if located.near_misses else ""),
+            _tile(f"{blocks:,}", "block" if blocks == 1 else "blocks", f"in {count(stacks, 'tower')}") if towers else None,
+            _tile(short(root.parameters), "parameters", f"in {count(modules, 'module')}"),
+            _tile(f"{share:.0%}", "of them in MLPs", short(inside), "share", share),
+            class_="tiles",
+        ),
+        class_="top",
+    )
+
+
+def _tile(number: str, name: str, more: str, kind: str = "", share: float | None = None) -> Html:
+    bar = None
+    if share is not None:
+        filled = Html(f'<rect width="{100 * min(share, 1):.1f}" height="4"></rect>')
+        bar = tag("svg", filled, viewBox="0 0 100 4", preserveAspectRatio="none", class_="bar", aria_hidden="true")
+    return tag(
+        "div",
+        tag("span", number, class_="figure"),
+        tag("span", name, class_="name"),
+        tag("span", more, class_="more") if more else None,
+        bar,
+        class_=f"tile {kind}".strip(),
+    )
+
+
+def _patterns(located: Located) -> str:
+    patterns = [site.pattern for site in located.sites]
+    return ", ".join(p if len(set(patterns)) == 1 else f"{patterns.count(p)} {p}" for p in dict.fromkeys(patterns))
+
+
+def _model(root: Part, marks: Marks, located: Located) -> Html:
+    legend = [("mlp", "an MLP, drawn with its widths")]
+    if located.near_misses:
+        legend.append(("near", "looked like one, and was refused"))
+    if marks.used:
+        legend.append(("used", "a module that an MLP is spread over"))
+    if marks.plan:
+        legend.append(("memory", "the memory layer that goes there"))
+    keys = [tag("li", tag("i", class_=f"key {kind}"), text) for kind, text in legend]
+    nothing = None if located.sites or located.near_misses else tag("p", "Nothing in this model looks like an MLP.")
+    return tag(
+        "section",
+        tag("div", tag("h2", "The model"), tag("ul", *keys, class_="legend"), class_="title"),
+        join(nothing, Drawing(root, marks).model()),
+        class_="drawing",
+    )

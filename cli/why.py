@@ -1,0 +1,93 @@
+"""An explanation as people read it: the verdict, what is known of the MLP it speaks of, and every refusal with its source.
+
+Flow: the sentence → the site, or a table of sites → refusals in full → what was no candidate, alike ones in one row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from memrewrite.cli import render
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from memrewrite.explanation import Explanation, Finding
+    from memrewrite.site import Site
+
+SHOWN = 12  # rows of a list that alike findings were folded in, before the rest is only counted
+
+
+def explained(out: Console, why: Explanation) -> None:
+    """The answer to `inspect --why`."""
+    render.line(out, f"{why.verdict}: {why.summary}")
+    render.line(out, f"captured: {why.captured}")
+    if len(why.sites) == 1:
+        render.line(out)
+        _pairs(out, _site(why.sites[0]))
+    elif why.sites:
+        render.line(out)
+        render.sites(out, why.sites)
+    for finding, alike in _folded(why, "refused"):
+        render.line(out, f"\nrefused: {finding.path or '(root)'}{_more(alike)}")
+        _pairs(out, _refusal(finding))
+    never = list(_folded(why, "never"))
+    if never and why.verdict != "mlp":
+        render.line(out, "\nno last matrix of an MLP:")
+        rows = [(f"{f.path or '(root)'}{_more(n)}", f.reason, f.source) for f, n in never[:SHOWN]]
+        render.table(out, ("product with a weight", "because", "at"), rows)
+        if len(never) > SHOWN:
+            render.line(out, f"and {len(never) - SHOWN} more kinds: --json lists them all")
+
+
+def _pairs(out: Console, pairs: list[tuple[str, str]]) -> None:
+    for name, text in pairs:
+        render.line(out, f"  {name:<10}  {text}")
+
+
+def _site(site: Site) -> list[tuple[str, str]]:
+    """All that is known of one site."""
+    pairs = [
+        ("MLP", site.path or "(root)"),
+        ("pattern", f"{site.pattern}, {site.activation}"),
+        ("widths", f"{site.d_in:,} → {site.d_hidden:,} → {site.d_model:,}, {site.weights + site.biases:,} parameters"),
+        ("calls", f"{site.calls:,} in one forward"),
+    ]
+    if site.block is not None:
+        pairs.append(("block", f"{site.block} of {site.tower_blocks} in {site.tower}"))
+    pairs += [("weights" if i == 0 else "", name) for i, name in enumerate(site.parameters)]
+    pairs.append(("edited", render.edited(site)))
+    for binding in site.bindings:
+        ends = " + ".join(binding.entries)
+        if binding.kind == "none":
+            pairs.append(("try", "--emit graph rewrites the captured graph, where no module is needed"))
+        elif ends and ends != binding.exit:
+            pairs.append(("", f"{ends} → {binding.exit}"))
+        elif binding.exit:
+            pairs.append(("", binding.exit))
+        if binding.why and binding.kind != "none":
+            pairs.append(("because", binding.why))
+    return pairs
+
+
+def _refusal(finding: Finding) -> list[tuple[str, str]]:
+    pairs = [("rule", finding.rule), ("because", finding.reason)]
+    pairs.append(("node", f"{finding.node}{f' in {finding.at}' if finding.at else ''}"))
+    pairs += [("line", finding.source), ("", finding.line), ("try", finding.advice)]
+    return [(name, text) for name, text in pairs if text]
+
+
+def _folded(why: Explanation, outcome: str) -> Iterator[tuple[Finding, int]]:
+    """Findings of one outcome, the first of each group that differs in numbers and node names alone, with its size."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in why.findings:
+        if finding.outcome == outcome:
+            key = re.sub(r"\d+", "*", finding.path), re.sub(r"`[^`]*`", "`", finding.reason)
+            groups.setdefault(key, []).append(finding)
+    return ((group[0], len(group)) for group in groups.values())
+
+
+def _more(alike: int) -> str:
+    return f" and {alike - 1} alike" if alike > 1 else ""

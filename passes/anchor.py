@@ -1,0 +1,99 @@
+"""Where an MLP that was found in an ATen graph lies in the graph that was lowered to it: from which value to which.
+
+Flow: every node of the given graph has an ATen value → the pair of nodes between which exactly the MLP's nodes lie, in the
+same layout of tokens → the site is bound to these. An MLP inside of a module that the graph calls as one has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import fx
+
+from memrewrite.errors import SelectError
+from memrewrite.passes.capture import Segment
+from memrewrite.passes.dataflow import shape_of
+from memrewrite.passes.locate import Found, Locations
+from memrewrite.passes.recorded import Recorded
+
+
+def given_names(segment: Segment) -> dict[str, str]:
+    """For nodes of a segment's graph: the node of the given graph that has this value, the first of several."""
+    names: dict[str, str] = {}
+    for given, made in segment.values.items():
+        names.setdefault(made, given)
+    return names
+
+
+def anchored(locations: Locations, paths: Iterable[str]) -> Locations:
+    """The locations with the sites at `paths` bound to what the given graph can name.
+
+    Raises `SelectError` for an MLP that lies inside of a module or function which the given graph calls as one.
+    """
+    found: dict[str, tuple[Found, ...]] = dict(locations.found)
+    named = _Named()
+    for path in paths:
+        calls = tuple(named.anchor(call) for call in found[path])
+        if None in calls:
+            raise SelectError(
+                f"the MLP at {path!r} lies inside of something that the graph calls as one",
+                where=found[path][0].bound.y.name,
+                hint="leave it out, or trace into that module",
+            )
+        found[path] = tuple(call for call in calls if call is not None)
+    return replace(locations, found=found)
+
+
+def all_hidden(locations: Locations) -> bool:
+    """Whether there are MLPs, and each lies inside of something that the given graph calls as one."""
+    named = _Named()
+    calls = [call for found in locations.found.values() for call in found]
+    return bool(calls) and not any(named.anchor(call) for call in calls)
+
+
+class _Named:
+    """The nodes of lowered graphs that the given graphs can name, by the value they carry."""
+
+    def __init__(self) -> None:
+        self._by_value: dict[int, dict[fx.Node | None, list[fx.Node]]] = {}
+
+    def anchor(self, found: Found) -> Found | None:
+        """The MLP between nodes that have a name; None when there are none."""
+        if not found.segment.values:  # the graph is the given one
+            return found
+        recorded, bound = found.recorded, found.bound
+        xs, ys = self._carrying(recorded, bound.x), self._carrying(recorded, bound.y)
+        own = {*bound.nodes, *xs, *ys}
+        for y in ys:
+            for x in xs:
+                nodes = _between(recorded, x, y, own) if shape_of(x)[:-1] == shape_of(y)[:-1] else None
+                if nodes is not None and recorded.gives(nodes) == {y}:
+                    return replace(found, bound=bound._replace(nodes=frozenset(nodes), x=x, y=y))
+        return None
+
+    def _carrying(self, recorded: Recorded, end: fx.Node) -> list[fx.Node]:
+        """The nodes that carry the value of `end`, laid out as it is or otherwise; itself first."""
+        by_value = self._by_value.get(id(recorded))
+        if by_value is None:
+            by_value = self._by_value[id(recorded)] = {}
+            names = given_names(recorded.segment)
+            for node in recorded.position:
+                if node.name in names:
+                    by_value.setdefault(recorded.root(node), []).append(node)
+        same = by_value.get(recorded.root(end), [])
+        return sorted(same, key=lambda node: node is not end)
+
+
+def _between(recorded: Recorded, x: fx.Node, y: fx.Node, own: set[fx.Node]) -> set[fx.Node] | None:
+    """The nodes on the ways from `x` to `y`, weights' arithmetic aside; None when a way leaves `own`."""
+    inside, pending = {y}, [y]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source is x or source in inside or source in recorded.constant:
+                continue
+            if source not in own or source.op != "call_function":
+                return None
+            inside.add(source)
+            pending.append(source)
+    return inside if x not in inside else None

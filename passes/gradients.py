@@ -1,0 +1,102 @@
+"""The *gradient* check: no layer is cut off from the outputs, and every new parameter can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from memrewrite.passes.evidence import Evidence, checked, new_modules, skipped
+from memrewrite.passes.extract import Original
+from memrewrite.passes.recording import run
+from memrewrite.report import Check
+
+
+def gradient(evidence: Evidence) -> Check:
+    """Is every layer reached from the model's outputs, and does every new parameter get a finite gradient, not zero?
+
+    Layers that start at zero are opened for this, and shut again.
+    """
+    if evidence.on_meta:
+        return skipped("gradient", "the model is on meta: there are no values to differentiate")
+    fresh = {p: name for module in new_modules(evidence) for name, p in module.named_parameters()}
+    frozen = {p: p.requires_grad for p in evidence.model.parameters()}
+    try:
+        for p in frozen:
+            p.requires_grad_(p in fresh)
+        with opened(evidence):
+            unreached, grads = _gradients(evidence, list(fresh))
+    finally:
+        for p, wanted in frozen.items():
+            p.requires_grad_(wanted)
+    bad = [fresh[p] for p, g in zip(fresh, grads, strict=True) if g is None or not g.isfinite().all() or not g.any()]
+    if unreached:
+        sentence = f"no output depends on {len(unreached)} layers, and some did on their MLPs: {', '.join(unreached[:3])}"
+        return checked("gradient", False, len(unreached), sentence)
+    if bad:
+        return checked("gradient", False, len(bad), f"{len(bad)} new parameters get none: {', '.join(bad[:3])}")
+    return checked("gradient", True, len(fresh), f"all {len(fresh)} new parameters get a finite gradient")
+
+
+@contextmanager
+def opened(evidence: Evidence) -> Iterator[None]:
+    """Layers that start at zero say something inside, and are shut again."""
+    fresh = [p for module in new_modules(evidence) for p in module.parameters()]
+    shut = [p for p in fresh if p.ndim >= 2 and not p.detach().any()]
+    try:
+        for p in shut:
+            nn.init.normal_(p, 0.0, 0.02, generator=torch.Generator(p.device).manual_seed(0))
+        yield
+    finally:
+        for p in shut:
+            nn.init.zeros_(p)
+
+
+def _gradients(evidence: Evidence, parameters: list[nn.Parameter]) -> tuple[list[str], tuple[Tensor | None, ...]]:
+    """Sites whose layers no output depends on any more; and the gradient of the layers' outputs, in a random direction."""
+    made: dict[str, list[Tensor]] = {path: [] for path in evidence.layers}
+    hooks = [
+        layer.register_forward_hook(lambda _, args, out, path=path: made[path].append(out))
+        for path, layer in evidence.layers.items()
+    ]
+    try:
+        outputs = run(evidence.model, evidence.before.inputs, gradients=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    flat = [(path, out) for path, outs in made.items() for out in outs]
+    reach = _reach(outputs, [out for _, out in flat])
+    now = {path for (path, _), grad in zip(flat, reach, strict=True) if grad is not None}
+    live = [out for _, out in flat if out.requires_grad]
+    none = (None,) * len(parameters)
+    grads = torch.autograd.grad(_in_a_direction(live), parameters, allow_unused=True) if live else none
+    return sorted(evidence.reached - now), grads
+
+
+def _reach(outputs: Any, inner: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradient of the outputs for each inner value; None where they do not depend on it."""
+    ends = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+    live = [t for t in inner if t.requires_grad]
+    grads: dict[int, Tensor | None] = {}
+    if ends and live:
+        found = torch.autograd.grad(_in_a_direction(ends), live, allow_unused=True, retain_graph=True)
+        grads = {id(t): grad for t, grad in zip(live, found, strict=True)}
+    return tuple(grads.get(id(t)) for t in inner)
+
+
+def _in_a_direction(tensors: list[Tensor]) -> Tensor:
+    """A random weighted sum: a plain one is constant behind a softmax or a norm, and its gradient would vanish."""
+    generator = torch.Generator().manual_seed(0)
+    terms = [(t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in tensors]
+    return torch.stack(terms).sum()
+
+
+def reached(outputs: Any, wrapped: Mapping[str, Original]) -> frozenset[str]:
+    """The sites that the original model's outputs depend on differentiably: a quantiser cuts off what is before it."""
+    made = [(path, leaf) for path, original in wrapped.items() for leaf in original.outputs]
+    grads = _reach(outputs, [leaf for _, leaf in made])
+    return frozenset(path for (path, _), grad in zip(made, grads, strict=True) if grad is not None)
