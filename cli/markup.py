@@ -62,7 +62,7 @@ def said(text: str) -> Html:
     return join(*(tag("code", piece) if i % 2 else piece for i, piece in enumerate(pieces)))
 
 
-def named(path: str) -> Html:
-    """A path that may break after its dots."""
-    pieces = [piece for name in path.split(".") for piece in (name, Html(".<wbr>"))]
+def named(path: str, at: str = ".") -> Html:
+    """A path that may break after its dots, or after another character."""
+    pieces = [piece for name in path.split(at) for piece in (name, join(at, Html("<wbr>")))]
     return join(*pieces[:-1])

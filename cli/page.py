@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from memrewrite.cli.drawing import Drawing
 from memrewrite.cli.marks import Marks, everything, numbered, starred
-from memrewrite.cli.markup import Html, count, join, short, tag
+from memrewrite.cli.markup import Html, count, join, named, short, tag
 from memrewrite.cli.planned import plan_section
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def _header(name: str, root: Part, located: Located, towers: list[Part]) -> Html
     return tag(
         "header",
         tag("p", "memrewrite inspect", class_="eyebrow"),
-        tag("h1", name),
+        tag("h1", named(name, "/")),
         tag("p", f"{root.kind} · captured: {located.captured}", class_="captured"),
         tag(
             "div",
@@ -76,7 +76,7 @@ def _tile(number: str, name: str, more: str, kind: str = "", share: float | None
     bar = None
     if share is not None:
         filled = Html(f'<rect width="{100 * min(share, 1):.1f}" height="4"></rect>')
-        bar = tag("svg", filled, viewBox="0 0 100 4", preserveAspectRatio="none", class_="bar", aria_hidden="true")
+        bar = tag("svg", filled, viewBox="0 0 100 4", preserveAspectRatio="none", class_="bar", role="presentation")
     return tag(
         "div",
         tag("span", number, class_="figure"),

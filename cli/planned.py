@@ -67,7 +67,7 @@ def _bars(old: int, new: int) -> Html:
         tag("rect", y=y, width=f"{max(100 * value / most, 0.6):.2f}", height=5, class_=kind)
         for y, value, kind in ((0, old, "before"), (7, new, "after"))
     ]
-    return tag("svg", *bars, viewBox="0 0 100 12", preserveAspectRatio="none", class_="bars", aria_hidden="true")
+    return tag("svg", *bars, viewBox="0 0 100 12", preserveAspectRatio="none", class_="bars", role="presentation")
 
 
 def _change(old: int, new: int) -> Html:
@@ -82,7 +82,7 @@ def _wiring(plan: Plan, marks: Marks) -> Html:
         if row.pool is not None:
             start, end = TALL * (i + 0.5), height * (pools.index(row.pool) + 0.5) / len(pools)
             lines.append(tag("path", d=f"M0,{start:g} C60,{start:g} 40,{end:g} 100,{end:g}"))
-    wires = tag("svg", *lines, viewBox=f"0 0 100 {height}", preserveAspectRatio="none", class_="wires", aria_hidden="true")
+    wires = tag("svg", *lines, viewBox=f"0 0 100 {height}", preserveAspectRatio="none", class_="wires", role="presentation")
     return tag(
         "div",
         tag("ol", *(_layer(row, marks) for row in rows), class_="layers"),

@@ -60,7 +60,7 @@ def _shape(site: Site) -> Html:
     upper = [f"{x:g},{middle - h:.1f}" for x, h in zip(xs, half, strict=True)]
     lower = [f"{x:g},{middle + h:.1f}" for x, h in zip(reversed(xs), reversed(half), strict=True)]
     outline = tag("polygon", points=" ".join([*upper, *lower]))
-    return tag("svg", outline, viewBox=f"0 0 {WIDE} {TALL}", class_="shape", aria_hidden="true")
+    return tag("svg", outline, viewBox=f"0 0 {WIDE} {TALL}", class_="shape", role="presentation")
 
 
 def _weights(site: Site) -> Html:

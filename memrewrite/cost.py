@@ -28,7 +28,8 @@ class Cost(BaseModel):
         )
 
 
-def dense_cost(weights: int, biases: int, itemsize: int) -> Cost:
-    """Cost of matrices with `weights` entries in all, each used once per token, and `biases` bias entries."""
-    stored = (weights + biases) * itemsize
-    return Cost(parameters=weights + biases, parameter_bytes=stored, flops=2 * weights + biases, bytes_read=stored)
+def dense_cost(weights: int, biases: int, itemsize: int, active: int | None = None) -> Cost:
+    """Cost of matrices with `weights` entries in all, of which a token uses `active` (all of them), and of `biases`."""
+    used = weights if active is None else active
+    stored, read = (weights + biases) * itemsize, (used + biases) * itemsize
+    return Cost(parameters=weights + biases, parameter_bytes=stored, flops=2 * used + biases, bytes_read=read)

@@ -52,6 +52,7 @@ class Site(Frozen):
     parameters: tuple[str, ...]
     modules: tuple[str, ...]
     weights: int  # entries of the matrices
+    active: int  # multiplications by them for one token: fewer in a mixture of experts
     biases: int  # entries of everything else
     dtype: str
     device: str
@@ -62,7 +63,7 @@ class Site(Frozen):
 
     def cost(self) -> Cost:
         """Cost of this MLP for one token and one call."""
-        return dense_cost(self.weights, self.biases, itemsize_of(self.dtype))
+        return dense_cost(self.weights, self.biases, itemsize_of(self.dtype), self.active)
 
 
 class NearMiss(Frozen):

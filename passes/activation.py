@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from memrewrite.passes.dataflow import LITERAL, Dataflow, op_name, shape_of
+from memrewrite.passes.dataflow import LITERAL, UNBACKED, Dataflow, op_name, shape_of
 from memrewrite.passes.region import Region
 
 UNKNOWN = "?"
@@ -42,6 +42,7 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
 }
 VIEW, RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
+FEW = 7  # tokens tried where their number depends on data
 LIMIT = 1 << 24  # elements evaluated at most
 
 
@@ -64,10 +65,11 @@ def _key(flow: Dataflow, region: Region, middle: list[fx.Node]) -> Any:
 
 def _evaluate(flow: Dataflow, region: Region, middle: list[fx.Node]) -> str:
     constants = {source for node in middle for source in node.all_input_nodes if source in flow.constant}
-    size = sum(math.prod(shape_of(up)) for up in region.ups)
+    shapes = [tuple(FEW if n == UNBACKED else n for n in shape_of(up)) for up in region.ups]
+    size = sum(math.prod(shape) for shape in shapes)
     if len(region.ups) > 2 or size > LIMIT or any(flow.weights(constant) for constant in constants):
         return UNKNOWN
-    samples = [_samples(shape_of(up), seed) for seed, up in enumerate(region.ups)]
+    samples = [_samples(shape, seed) for seed, shape in enumerate(shapes)]
     hidden = _interpret(flow, region, middle, dict(zip(region.ups, samples, strict=True)))
     if hidden is None:
         return UNKNOWN

@@ -1,7 +1,8 @@
-"""Where an MLP that was found in an ATen graph lies in the graph that was lowered to it: from which value to which.
+"""Where in a given graph an MLP lies, that was found in it or in the graph it was lowered to: from which value to which.
 
-Flow: every node of the given graph has an ATen value → the pair of nodes between which exactly the MLP's nodes lie, in the
-same layout of tokens → the site is bound to these. An MLP inside of a module that the graph calls as one has none.
+Flow: the nodes of the given graph that carry the MLP's input or output, in whatever layout → the pair of them between which
+exactly the MLP's nodes lie, tokens laid out alike → the site is bound to these. An MLP inside of a module that the graph
+calls as one has none.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from memrewrite.errors import SelectError
@@ -16,6 +18,8 @@ from memrewrite.passes.capture import Segment
 from memrewrite.passes.dataflow import shape_of
 from memrewrite.passes.locate import Found, Locations
 from memrewrite.passes.recorded import Recorded
+
+_SIZES = (int, torch.SymInt)  # values of nodes that are no tensors: whoever reads one reads no other value
 
 
 def given_names(segment: Segment) -> dict[str, str]:
@@ -53,15 +57,13 @@ def all_hidden(locations: Locations) -> bool:
 
 
 class _Named:
-    """The nodes of lowered graphs that the given graphs can name, by the value they carry."""
+    """The nodes that the given graphs have, by the value they carry."""
 
     def __init__(self) -> None:
         self._by_value: dict[int, dict[fx.Node | None, list[fx.Node]]] = {}
 
     def anchor(self, found: Found) -> Found | None:
         """The MLP between nodes that have a name; None when there are none."""
-        if not found.segment.values:  # the graph is the given one
-            return found
         recorded, bound = found.recorded, found.bound
         xs, ys = self._carrying(recorded, bound.x), self._carrying(recorded, bound.y)
         own = {*bound.nodes, *xs, *ys}
@@ -77,9 +79,9 @@ class _Named:
         by_value = self._by_value.get(id(recorded))
         if by_value is None:
             by_value = self._by_value[id(recorded)] = {}
-            names = given_names(recorded.segment)
+            names, is_given = given_names(recorded.segment), not recorded.segment.values
             for node in recorded.position:
-                if node.name in names:
+                if is_given or node.name in names:
                     by_value.setdefault(recorded.root(node), []).append(node)
         same = by_value.get(recorded.root(end), [])
         return sorted(same, key=lambda node: node is not end)
@@ -90,7 +92,7 @@ def _between(recorded: Recorded, x: fx.Node, y: fx.Node, own: set[fx.Node]) -> s
     inside, pending = {y}, [y]
     while pending:
         for source in pending.pop().all_input_nodes:
-            if source is x or source in inside or source in recorded.constant:
+            if source is x or source in inside or source in recorded.constant or isinstance(source.meta.get("val"), _SIZES):
                 continue
             if source not in own or source.op != "call_function":
                 return None

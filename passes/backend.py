@@ -7,7 +7,8 @@ Flow: a graph from dynamo → its weights attached → lowered, located → the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +16,10 @@ from torch import Tensor, fx, nn
 
 from memrewrite.errors import MemrewriteError, ModelError, SelectError, VerificationError
 from memrewrite.passes.anchor import anchored
-from memrewrite.passes.blocks import places
 from memrewrite.passes.capture import Capture, lowered_segment
 from memrewrite.passes.emit import emit_layers
 from memrewrite.passes.gradients import gradient
-from memrewrite.passes.lifted import Part, attached, given_back, source_of
+from memrewrite.passes.lifted import Part, attached, given_back, sites_as_stored, sites_numbered, source_of
 from memrewrite.passes.locate import Locations, locate
 from memrewrite.passes.memory import Memory
 from memrewrite.passes.pipeline import RecipeLike, prove_graph, refuse_too_large
@@ -101,7 +101,7 @@ class Backend:
         Raised here it would reach the user wrapped in dynamo's own error, or not at all (`suppress_errors`).
         """
         try:
-            with torch.inference_mode(False), torch.enable_grad():  # the caller may have switched them
+            with _on_its_own():
                 rewritten, guarded = self._rewritten(gm, example_inputs)
         except MemrewriteError as error:
             return _raising(error)
@@ -113,7 +113,9 @@ class Backend:
         part, before = self._captured(gm, examples)
         locations = locate(before)
         whole = self._is_whole(gm, part)
-        located = locations.located if self._model is None else _numbered(locations.located, self._model)
+        located = sites_as_stored(locations.located, part)
+        if self._model is not None:
+            located = sites_numbered(located, self._model)
         self.graphs.append(located)
         if self._on_located is not None:
             self._on_located(located)
@@ -180,18 +182,6 @@ class Backend:
         return result
 
 
-def _numbered(located: Located, model: nn.Module) -> Located:
-    """The sites with the numbers their blocks have in the model, of which a graph may hold some only."""
-    types = {path: type(module).__qualname__ for path, module in model.named_modules() if path}
-    where = places([site.path.partition("#")[0] for site in located.sites], types)
-
-    def renumbered(site: Site) -> Site:
-        tower, block, blocks = where[site.path.partition("#")[0]]
-        return site.model_copy(update={"tower": tower, "block": block, "tower_blocks": blocks})
-
-    return located.model_copy(update={"sites": tuple(map(renumbered, located.sites))})
-
-
 def _first_weights(gm: fx.GraphModule, examples: Sequence[Any], part: Part, sites: Sequence[Site]) -> dict[int, Tensor]:
     """One weight of every MLP, by its place among the inputs; dynamo is told to compile again for others.
 
@@ -221,6 +211,18 @@ def _for_these(compiled: Compiled, weights: Mapping[int, Tensor]) -> Compiled:
     return checked
 
 
+@contextmanager
+def _on_its_own() -> Iterator[None]:
+    """Gradients on, and no weight remembered as it was cast, whatever the caller of the compiled model has switched."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
 def _raising(error: MemrewriteError) -> Compiled:
     def refused(*_: Any) -> Any:
         raise error
@@ -231,8 +233,8 @@ def _raising(error: MemrewriteError) -> Compiled:
 def _next(then: Next) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
     if not isinstance(then, str):
         return then
-    found: Callable[[fx.GraphModule, Sequence[Any]], Compiled] = torch._dynamo.lookup_backend(then)
-    return found
+    found: Any = torch._dynamo.lookup_backend(then)
+    return found  # type: ignore[no-any-return]
 
 
 def _refuse_failed(checks: Sequence[Check]) -> None:

@@ -68,7 +68,8 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
     """Capture `model` with example `inputs` (a tuple, a dict, or `(args, kwargs)`); tensors may be on `meta`.
 
     `dynamic` lets torch make batch and sequence symbolic where it can. An `ExportedProgram` or `fx.GraphModule` is taken
-    as it is, but for a `GraphModule` `as_tree`, which is traced like any module. Raises `ModelError` when the model does not run on its inputs, `CaptureError` when torch cannot trace it.
+    as it is; `as_tree` has a `GraphModule` traced like any module. Raises `ModelError` when the model does not run on its
+    inputs, `CaptureError` when torch cannot trace it.
     """
     if isinstance(model, ExportedProgram):
         return _as_given(model.module(check_guards=False), inputs or _of_program(model), "an exported program, as given")
@@ -132,6 +133,7 @@ def export_program(
 
     Raises `Refused` with torch's reasons.
     """
+    model = _as_module(model)
     args, kwargs = copy.deepcopy(inputs)
     shapes = _auto_dims((args, kwargs)) if dynamic else None
     attempts = [(False, shapes), (True, shapes)] if shapes else []
@@ -149,6 +151,15 @@ def export_program(
             log.debug("torch.export %s refused %s", how, type(model).__name__, exc_info=True)
             reasons.append(f"{how}: {type(error).__name__}: {_first_lines(error)}")
     raise Refused("; ".join(reasons[-2:]))
+
+
+def _as_module(model: nn.Module) -> nn.Module:
+    """A graph module as a module like any other: `torch.export` would interpret its nodes, past the modules it calls."""
+    if not isinstance(model, fx.GraphModule):
+        return model
+    plain: nn.Module = nn.Module.__new__(type("Generated", (nn.Module,), {"forward": type(model).forward}))
+    plain.__dict__ = model.__dict__  # one tree: what is edited in one is edited in the other
+    return plain
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from torch import fx, nn
 from memrewrite.errors import CheckpointError, MemrewriteError, ModelError
 from memrewrite.passes.bases import Base, base_of, build_base
 from memrewrite.passes.capture import export_program
+from memrewrite.passes.graph_text import GRAPHS, hosts_from_json
 from memrewrite.passes.manifest import read_manifest, tampered, write_manifest
 from memrewrite.passes.substitute import pools_of, substitute
 from memrewrite.passes.tensors import fill, fill_transient, named_once, save_tensors, save_transient
@@ -138,7 +139,8 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     plan = read_plan(folder)
     built = build_base(base, folder, trust_code=trust_code) if model is None else model
     try:
-        substitute(built, plan, initialise=False).commit()
+        hosts = hosts_from_json((folder / GRAPHS).read_text(encoding="utf-8")) if (folder / GRAPHS).is_file() else {}
+        substitute(built, plan, hosts=hosts, initialise=False).commit()
     except MemrewriteError as error:
         raise CheckpointError(
             f"the saved plan does not fit the base model: {error.what}",
@@ -151,7 +153,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     return built.eval()
 
 
-RECORD = ("recipe.yaml", "plan.json", "report.json")
+RECORD = ("recipe.yaml", "plan.json", "report.json", GRAPHS)
 
 
 def read_plan(directory: str | Path) -> Plan:

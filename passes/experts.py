@@ -59,6 +59,18 @@ class Mixture(Region):
         ups = tuple(node for node in self.experts if node in found)
         return Region(self.x, last, tuple(sorted(found | {last}, key=flow.order.__getitem__)), ups) if ups else None
 
+    def active(self, flow: Dataflow) -> int:
+        """Multiplications by weights for one token, as the graph does them."""
+        return sum(_multiplications(flow, node) for node in self.ups) // math.prod(shape_of(self.x)[:-1])
+
+
+def _multiplications(flow: Dataflow, node: fx.Node) -> int:
+    shape = shape_of(node)
+    if _draws(flow, node):
+        return math.prod(shape)  # each matrix drawn multiplies one row
+    matrix = shape_of(node.args[1] if flow.is_linear(node) else _stacks(flow, node)[0])[-2:]  # type: ignore[arg-type]
+    return math.prod(shape) * (matrix[0] if matrix[1] == shape[-1] else matrix[1])
+
 
 def mixtures(flow: Dataflow) -> Iterator[tuple[Mixture, ...]]:
     """Every region that looks like a mixture of experts and returns to its stream, in order; locality is not yet proved.

@@ -40,9 +40,11 @@ def extract(model: nn.Module, found: Found, *, noisy: bool = False) -> fx.GraphM
     """One recorded call of an MLP as a `GraphModule` of one input, sharing its parameters with `model`."""
     bound, position = found.bound, found.recorded.position
     graph, root = fx.Graph(), nn.Module()
-    made: dict[fx.Node, fx.Node] = {bound.x: graph.placeholder("x")}
+    made: dict[fx.Node, Any] = {bound.x: graph.placeholder("x")}
     for node in sorted(bound.nodes | _constants(bound.nodes, bound.x), key=position.__getitem__):
-        if node.op == "call_function":
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            made[node] = node.meta["val"].node.hint  # a size of the model's inputs: in the example
+        elif node.op == "call_function":
             made[node] = graph.node_copy(node, made.__getitem__)
             if noisy:
                 _switch_on(made[node])
@@ -79,15 +81,19 @@ def held_by(model: nn.Module, segment: Segment, node: fx.Node) -> Tensor:
 
 
 def _constants(nodes: frozenset[fx.Node], x: fx.Node) -> set[fx.Node]:
-    """The weights and literals that nodes read, with the arithmetic behind them."""
+    """The weights and literals that nodes read, with the arithmetic behind them; sizes, without what they are taken of."""
     found: set[fx.Node] = set()
-    pending = [source for node in nodes for source in node.all_input_nodes if source not in nodes and source is not x]
+    pending = [source for node in nodes for source in _sources(node) if source not in nodes and source is not x]
     while pending:
         node = pending.pop()
         if node not in found:
             found.add(node)
-            pending.extend(node.all_input_nodes)
+            pending.extend(_sources(node))
     return found
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    return [] if isinstance(node.meta.get("val"), torch.SymInt) else node.all_input_nodes
 
 
 def _attach(root: nn.Module, name: str, value: Tensor) -> None:

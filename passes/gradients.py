@@ -60,7 +60,7 @@ def _gradients(evidence: Evidence, parameters: list[nn.Parameter]) -> tuple[list
     """Sites whose layers no output depends on any more; and the gradient of the layers' outputs, in a random direction."""
     made: dict[str, list[Tensor]] = {path: [] for path in evidence.layers}
     hooks = [
-        layer.register_forward_hook(lambda _, args, out, path=path: made[path].append(out))
+        layer.register_forward_hook(lambda _, args, out, path=path: made[path].append(out), prepend=True)
         for path, layer in evidence.layers.items()
     ]
     try:

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from memrewrite.passes.blocks import places
 from memrewrite.passes.recording import Inputs
+from memrewrite.site import Located, Site
 
 STACK = "nn_module_stack"
 STEP = re.compile(r"\['?([^'\]]+)'?\]|\.(\w+)")
@@ -118,6 +120,30 @@ def given_back(rewritten: fx.GraphModule, gm: fx.GraphModule, weights: Mapping[s
 def source_of(node: fx.Node) -> Any:
     """Where a placeholder's value comes from, as dynamo notes it; None in other graphs."""
     return getattr(node, "_dynamo_source", None)
+
+
+def sites_as_stored(located: Located, part: Part) -> Located:
+    """The sites, in the type of their weights where autocast computes in a smaller one: a layer is cast as they are."""
+    held = dict(part.module.named_parameters()) | dict(part.module.named_buffers())
+
+    def as_stored(site: Site) -> Site:
+        stored = held[site.parameters[0]].dtype
+        cast = site.dtype in ("bfloat16", "float16") and stored == torch.float32
+        return site.model_copy(update={"dtype": "float32"}) if cast else site
+
+    return located.model_copy(update={"sites": tuple(map(as_stored, located.sites))})
+
+
+def sites_numbered(located: Located, model: nn.Module) -> Located:
+    """The sites with the numbers their blocks have in the model, of which a graph may hold some only."""
+    types = {path: type(module).__qualname__ for path, module in model.named_modules() if path}
+    where = places([site.path.partition("#")[0] for site in located.sites], types)
+
+    def renumbered(site: Site) -> Site:
+        tower, block, blocks = where[site.path.partition("#")[0]]
+        return site.model_copy(update={"tower": tower, "block": block, "tower_blocks": blocks})
+
+    return located.model_copy(update={"sites": tuple(map(renumbered, located.sites))})
 
 
 def _names(

@@ -52,7 +52,8 @@ def value_of(segment: Segment, node: fx.Node) -> Tensor | None:
         return None
     name = segment.weights[node.name].removeprefix(f"{segment.path}." if segment.path else "")
     if isinstance(segment.program, ExportedProgram):
-        return {**segment.program.state_dict, **segment.program.constants}[name]
+        held: dict[str, Tensor] = {**segment.program.state_dict, **segment.program.constants}
+        return held[name]
     found: Tensor = attrgetter(name)(segment.program)
     return found
 

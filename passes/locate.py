@@ -18,7 +18,7 @@ from memrewrite.passes.activation import UNKNOWN, activation_of
 from memrewrite.passes.binding import Bound, bind
 from memrewrite.passes.blocks import places
 from memrewrite.passes.capture import Capture, Segment
-from memrewrite.passes.dataflow import Dataflow, modules_of, path_of, shape_of, source_line
+from memrewrite.passes.dataflow import Dataflow, modules_of, op_name, path_of, shape_of, source_line
 from memrewrite.passes.experts import Mixture, mixtures
 from memrewrite.passes.locality import mixes
 from memrewrite.passes.normalize import normalize
@@ -71,7 +71,7 @@ def locate(capture: Capture) -> Locations:
                 found = Found(segment, recorded, region, bind(recorded, region))
                 one = region.middle(flow) if isinstance(region, Mixture) else region
                 activation = activation_of(flow, one, activations) if one else UNKNOWN
-                groups.setdefault(frozenset(_weights(found)), []).append((found, match, activation))
+                groups.setdefault(_identity(found), []).append((found, match, activation))
     return _assemble(capture, groups, misses, types)
 
 
@@ -128,6 +128,19 @@ def _weights(found: Found) -> list[str]:
     return list(names)
 
 
+def _identity(found: Found) -> frozenset[str]:
+    """What tells a site from others: its weights and, of a weight that is a stack of matrices, which of them it takes."""
+    flow, picked = found.recorded.flow, set[str]()
+    for at in {s for node in found.region.inside for s in node.all_input_nodes if s in flow.constant}:
+        picks: list[str] = []
+        while at.op == "call_function" and at.all_input_nodes:
+            if op_name(at) in ("select", "getitem", "index"):
+                picks.append(str(at.args[1:]))
+            at = at.all_input_nodes[0]
+        picked.update([at.name + "".join(picks)] if picks else ())
+    return frozenset((*_weights(found), *picked))
+
+
 def _types(recorded: Recorded) -> dict[str, str]:
     """The class of every module that runs, by path."""
     found: dict[str, str] = {}
@@ -174,7 +187,7 @@ def _site(path: str, group: list[tuple[Found, Match, str]], place: Any) -> Site:
     names = _weights(found)
     sizes = {name: math.prod(flow.held[name].shape) for name in names}
     matrices = {name for name in names if flow.held[name].ndim >= 2}
-    value = region.down.meta["val"]
+    weights, value = sum(sizes[n] for n in matrices), region.down.meta["val"]
     bindings = dict.fromkeys(f.bound.binding for f, _, _ in group)
     modules = dict.fromkeys(m for b in bindings if b.kind in ("module", "span") for m in (*b.entries[: len(b.widths)], b.exit))
     return Site(
@@ -187,7 +200,8 @@ def _site(path: str, group: list[tuple[Found, Match, str]], place: Any) -> Site:
         calls=len(group),
         parameters=tuple(names),
         modules=tuple(modules),
-        weights=sum(sizes[n] for n in matrices),
+        weights=weights,
+        active=region.active(flow) if isinstance(region, Mixture) else weights,
         biases=sum(sizes[n] for n in sizes if n not in matrices),
         dtype=str(value.dtype).removeprefix("torch."),
         device=str(value.device),

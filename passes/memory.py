@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memrewrite.errors import SelectError
 from memrewrite.layers.contract import MemoryLayer
-from memrewrite.layers.pool import Pool, PoolSpec, Pools
+from memrewrite.layers.pool import Pool, Pools, PoolSpec
 from memrewrite.passes.substitute import build_layer, generator_of
 from memrewrite.plans import Plan, Substitution
 

@@ -28,6 +28,7 @@ from memrewrite.passes.evidence import Evidence, failed, fingerprints, skipped
 from memrewrite.passes.explain import explained
 from memrewrite.passes.extract import Original
 from memrewrite.passes.gradients import reached
+from memrewrite.passes.graph_text import GRAPHS, hosts_to_json
 from memrewrite.passes.locate import Locations, locate
 from memrewrite.passes.originals import null, run_with_originals
 from memrewrite.passes.outline import outline
@@ -35,8 +36,8 @@ from memrewrite.passes.recording import run
 from memrewrite.passes.select import select
 from memrewrite.passes.substitute import Edit, pools_of, refuse_rewritten, substitute
 from memrewrite.passes.token_wise import locality
-from memrewrite.passes.train_mode import null_train
 from memrewrite.passes.traced import trace_hosts
+from memrewrite.passes.train_mode import null_train
 from memrewrite.passes.verify import CHECKS, verify
 from memrewrite.plans import ROOT, Plan
 from memrewrite.recipes.reader import read_recipe
@@ -136,7 +137,7 @@ def apply(
         seconds=time.perf_counter() - begun,
     ).of_model(result)
     if report.ok:
-        pools_of(result).record = {
+        pools_of(result).record |= {
             "recipe.yaml": wanted.to_yaml(),
             "plan.json": made.model_dump_json(indent=1),
             "report.json": report.model_dump_json(indent=1),
@@ -155,9 +156,11 @@ def _apply_to_module(
     model: nn.Module, made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
 ) -> tuple[nn.Module, tuple[Check, ...]]:
     hosts = trace_hosts(model, made, before)
+    graphs = {GRAPHS: hosts_to_json(hosts)} if hosts else {}
     if recipe.verify == "off":
         say("substituting")
         substitute(model, made, hosts=hosts).commit()
+        pools_of(model).record |= graphs
         return model, ()
     say("fingerprinting every tensor")
     evidence = Evidence(model, made, before, locations, fingerprints(model), hosts=hosts)
@@ -176,6 +179,8 @@ def _apply_to_module(
         raise
     if failed(checks):
         edit.revert()
+    else:
+        pools_of(model).record |= graphs
     edit.commit()
     return model, checks
 

@@ -29,10 +29,6 @@ SPELLED = 32  # ops that one activation, written out, is made of at most
 PICKS = frozenset(  # the ops over an axis that gate, choose or weigh: activations, and no norms
     [
         "glu",
-        "softmax",
-        "_softmax",
-        "log_softmax",
-        "logsumexp",
         "max",
         "min",
         "amax",

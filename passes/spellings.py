@@ -1,4 +1,4 @@
-"""The ways to write a product with a weight, one function each: each rewrites its node as `linear(x, weight, bias)`, or says no.
+"""The ways to write a product with a weight, one function each: its node becomes `linear(x, weight, bias)`, or stays.
 
 A product over another axis than the last becomes moves around a `linear`; moves that a rewrite makes are marked `relay`: they
 re-lay one value. Weights are laid out, joined and multiplied by nodes computed from weights alone, never by the model's input.
@@ -470,15 +470,15 @@ def weighted_sum(a: Tensor | None, scale: Any, b: Tensor | None, factor: Any) ->
 
 
 def _low_rank(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
-    """`linear(linear(x, A), B)` with few features between: one matrix, kept as two."""
+    """`linear(linear(x, A), B)` with few features between: one matrix, kept as two that have fewer numbers."""
     inner, outer, bias = _parts(node)
     if not flow.is_linear(node) or not _own_linear(flow, inner):
         return False
     x, first, shift = _parts(inner)
-    out, rank = shape_of(outer)
-    if rank >= min(out, shape_of(first)[-1]):
+    (out, rank), width = shape_of(outer), shape_of(first)[-1]
+    if rank * (out + width) >= out * width:  # two matrices for their own sake: a projection, and a head after it
         return False
-    weight = _made(graph, flow, node, aten.matmul.default, (outer, first), (out, shape_of(first)[-1]))
+    weight = _made(graph, flow, node, aten.matmul.default, (outer, first), (out, width))
     if shift is not None:
         moved = _made(graph, flow, node, aten.mv.default, (outer, shift), (out,))
         bias = moved if bias is None else _made(graph, flow, node, aten.add.Tensor, (moved, bias), (out,))

@@ -132,7 +132,7 @@ class _Ring:
         found, pending = {value, root}, deque([(value, 0), (root, 0)])
         while pending and len(found) < REACH:
             node, sums = pending.popleft()
-            sources = self.flow.activations(node)
+            sources = [source for source in self.flow.activations(node) if not _counts(source)]
             sums += op_name(node) in TERMS and len(sources) > 1
             if not self.carries(node) or sums > SUMS:
                 continue
@@ -168,7 +168,7 @@ class _Ring:
         total = self.x
         while self.carries(total) and op_name(total) not in TERMS and self.flow.activations(total):
             total = max(self.flow.activations(total), key=_size)
-        if op_name(total) not in TERMS or len(total.users) < 2:
+        if op_name(total) not in TERMS or len(total.users) < 2 or _size(total) != self.size:
             return False
         read = {node for term in self.flow.activations(total) if not self.carries(term) for node in self.read_by(term)}
         return any(read & self.forms(other) for other in others)
@@ -185,6 +185,12 @@ class _Ring:
             found.update(fresh)
             pending.extend(fresh)
         return {node for node in found if not self.smaller(node)}
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a value is numbers of tokens, or a mask, and no features."""
+    value = node.meta.get("val")
+    return is_tensor(node) and not (value.is_floating_point() or value.is_complex())  # type: ignore[union-attr]
 
 
 def _at(node: fx.Node, places: tuple[int, ...]) -> list[fx.Node]:

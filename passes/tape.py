@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -29,11 +30,11 @@ def record(module: nn.Module, inputs: Inputs, opaque: Collection[str] = ()) -> f
     return tape.play(inputs)
 
 
-class Tape(TorchDispatchMode):
+class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operator that runs while it is entered."""
 
     def __init__(self, module: nn.Module, opaque: frozenset[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.module, self.opaque = module, opaque
         self.graph = fx.Graph()
         self.held: dict[str, Tensor] = {}  # what get_attr nodes name
@@ -64,8 +65,8 @@ class Tape(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
         self.graph.output(tuple(self._of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
-        self.graph.eliminate_dead_code()  # what Python alone looked at
-        return fx.GraphModule(dict(self.held), self.graph)  # type: ignore[arg-type]
+        self.graph.eliminate_dead_code(is_impure_node=_counts)  # what Python alone looked at
+        return fx.GraphModule(dict(self.held), self.graph)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator, and note it."""
@@ -82,7 +83,7 @@ class Tape(TorchDispatchMode):
         if leaf not in self._node:
             name = self._names.get(id(leaf), f"_constant_{len(self.held)}")
             self.held[name] = leaf
-            with self.graph.inserting_before(next(iter(self.graph.nodes), None)):  # type: ignore[arg-type]
+            with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
                 self._note(leaf, self.graph.get_attr(name))
         return self._node[leaf]
 
@@ -125,6 +126,14 @@ class Tape(TorchDispatchMode):
 def captured_apart(path: str, *tensors: Tensor) -> Any:
     """Stands in a recorded graph for a block that has a graph of its own."""
     raise RuntimeError(f"the block {path!r} was captured by itself: this graph is to be read, not run")
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node without readers counts: it writes into what others read."""
+    if not isinstance(node.target, OpOverload):
+        return node.op != "call_function"
+    into = node.all_input_nodes[0] if node.target._schema.is_mutable else None
+    return into is not None and (into.op != "call_function" or set(into.users) != {node})
 
 
 class _Calling(nn.Module):

@@ -54,6 +54,7 @@ class Host:
     path: str
     traces: Mapping[bool, Trace]  # by training mode
     constants: Mapping[str, Tensor]
+    skewed: frozenset[str]  # sites whose input and output differ in layout
     placed: dict[str, tuple[str, Placement]] = field(default_factory=dict)
 
 
@@ -70,7 +71,7 @@ def trace_hosts(model: nn.Module, plan: Plan, before: Capture) -> dict[str, Host
 def _host(model: nn.Module, path: str, plan: Plan, inputs: Inputs, before: Capture) -> Host:
     module = model.get_submodule(path)
     sites = {s.site.path: s.site.parameters for s in plan.substitutions if any(b.exit == path for b in s.site.bindings)}
-    traces, constants = {}, dict[str, Tensor]()
+    traces, constants, skewed = {}, dict[str, Tensor](), set[str]()
     modes = {m: m.training for m in module.modules()}
     for training in (False, True):
         try:
@@ -86,11 +87,13 @@ def _host(model: nn.Module, path: str, plan: Plan, inputs: Inputs, before: Captu
         ends = _ends(model, found, sites)
         missing = sorted(set(sites) - set(ends))
         if missing:
-            mode = "train" if training else "eval"
-            what = f"in the graph of {path!r} in {mode} mode the MLP {missing[0]!r} is not found"
+            name = "train" if training else "eval"
+            what = f"in the graph of {path!r} in {name} mode the MLP {missing[0]!r} is not found"
             raise SelectError(what, hint="leave it out")
         traces[training] = _trace(program, ends, constants)
-    return Host(path, traces, constants)
+        shapes = {node.name: shape_of(node)[:-1] for node in program.graph.nodes}
+        skewed |= {site for site, pairs in ends.items() if any(shapes[x] != shapes[y] for x, y in pairs)}
+    return Host(path, traces, constants, frozenset(skewed))
 
 
 def _ends(model: nn.Module, found: Locations, sites: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[tuple[str, str], ...]]:
@@ -150,6 +153,9 @@ def put(model: nn.Module, host: Host, site: Site, layer: nn.Module, placement: P
     name, children = str(len(host.placed)), module.get_submodule(CHILD)
     children.add_module(name, layer)
     done(lambda: delattr(children, name))
+    if placement == "replace" and site.path in host.skewed:
+        what = "the MLP's input and output lay the tokens out differently, so that a layer cannot stand in its place"
+        raise SelectError(what, where=site.path, hint="put the layer beside the MLP: `placement: parallel`")
     host.placed[site.path] = (name, placement)
     done(lambda: _take_out(module, host, site))
     read = _compile(module, host)
@@ -222,9 +228,6 @@ def _with_layers(trace: Trace, placed: Mapping[str, tuple[str, Placement]]) -> f
             with graph.inserting_after(y):
                 new = graph.call_module(f"{CHILD}.{name}", (x,))
             if placement == "replace":
-                if shape_of(x)[:-1] != shape_of(y)[:-1]:
-                    what = f"the MLP reads {shape_of(x)} and gives {shape_of(y)}: its tokens are laid out differently"
-                    raise SelectError(what, where=site, hint="put the layer beside the MLP: `placement: parallel`")
                 y.replace_all_uses_with(new)
                 continue
             with graph.inserting_after(new):

@@ -918,7 +918,6 @@ BY_HAND: dict[str, Family] = {
     "packed, two axes first": Family(stack(Block, lambda: Packed(two_first)), ids, packed(AT)),
     "packed, beside each other": Family(stack(Block, lambda: Packed(lambda x: x.tensor_split(2, -1))), ids, packed(AT)),
     "larger half": Family(stack(Block, LargerHalf), ids, packed(AT, "?")),
-    "softmax of the hidden": Family(stack(Block, lambda: Up(lambda h: h.softmax(-1))), ids, plain(AT, "?")),
     "few features": Family(stack(Block, lambda: Up(few)), ids, plain(AT, "?")),
     "torch's encoder": Family(torch_encoder(), lambda: (states(),), plain("layers.{}", "relu", *LINEARS)),
     "torch's encoder, pre-norm": Family(

@@ -404,9 +404,11 @@ def test_autocast_inside_the_model(placement: str) -> None:
     model, x = Cast().eval(), torch.randn(2, 3, 8)
     expected = nn.Sequential(copy.deepcopy(model.block))
     memrewrite.apply(expected, tiny.recipe(placement), (x,))
-    fast, _ = compiled(model, tiny.recipe(placement))
+    out = compiled(model, tiny.recipe(placement))[0](x)
+    around = compiled(copy.deepcopy(model.block), tiny.recipe(placement))[0]
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(fast(x), expected(x))
+        assert torch.equal(out, expected(x))
+        assert torch.equal(around(x), expected(x))
 
 
 def test_dropout_in_train_mode() -> None:

@@ -89,8 +89,12 @@ def test_strict_is_tried_when_non_strict_fails(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_model_that_cannot_be_captured_whole_is_captured_block_by_block() -> None:
     made = capture(undecided(Block(Up()), Block(Up())), ids())
-    assert made.how.startswith("block by block (2 blocks; whole model refused: non-strict: ")
-    assert [segment.path for segment in made.segments] == ["blocks.0", "blocks.1"]
+    assert made.how.startswith("block by block (2 blocks exported; whole model refused: non-strict: ")
+    assert [(segment.path, segment.apart) for segment in made.segments] == [
+        ("blocks.0", None),
+        ("blocks.1", None),
+        ("", ("blocks.0", "blocks.1")),  # what is around them, as it ran
+    ]
 
 
 def test_sites_of_blocks_carry_their_full_paths() -> None:
@@ -112,10 +116,31 @@ def test_sites_are_the_same_whole_and_block_by_block() -> None:
     assert by_block == whole
 
 
-def test_a_block_that_cannot_be_captured_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_block_that_cannot_be_exported_is_recorded_as_it_ran() -> None:
+    model = undecided(Block(Up()), UndecidedBlock(Up()))
+    made = capture(model, ids())
+    assert "1 blocks exported" in made.how
+    assert "1 blocks recorded as they ran: blocks.1 (non-strict: " in made.how
+    first, second = locate(made).sites
+    assert second.path == "blocks.1.mlp"
+    assert second.bindings[0].kind == "module"
+    assert (second.pattern, second.activation, second.d_hidden) == (first.pattern, first.activation, first.d_hidden)
+
+
+def test_an_mlp_outside_of_the_blocks_is_not_lost_when_the_whole_is_refused() -> None:
+    model = undecided(Block(Up()))
+    model.embed = nn.Sequential(model.embed, Block(Up()))  # a list as well, called as a whole
+    model.first = Block(Up())
+    model.head.register_forward_pre_hook(lambda _, args: (model.first(*args),))
+    assert paths(capture(model, ids())) == ["embed.1.mlp", "blocks.0.mlp", "first.mlp"]
+
+
+def test_on_meta_a_block_that_cannot_be_captured_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    queue = iter([Block(Up()), UndecidedBlock(Up())])
+    model = Stack(lambda: next(queue)).to("meta").eval()  # the first block runs before the second is refused
     with caplog.at_level("WARNING", logger="memrewrite"):
-        made = capture(undecided(Block(Up()), UndecidedBlock(Up())), ids())
-    assert made.how.endswith("1 blocks refused: blocks.1")
+        made = capture(model, ids())
+    assert "1 blocks refused: blocks.1" in made.how
     assert "block blocks.1 could not be captured" in caplog.text
     assert paths(made) == ["blocks.0.mlp"]
 
@@ -123,23 +148,29 @@ def test_a_block_that_cannot_be_captured_is_named(caplog: pytest.LogCaptureFixtu
 def test_blocks_that_do_not_run_are_passed_over() -> None:
     model = undecided(Block(Up()))
     model.others = nn.ModuleList([Block(Up())])
-    assert [segment.path for segment in capture(model, ids()).segments] == ["blocks.0"]
+    assert [segment.path for segment in capture(model, ids()).segments] == ["blocks.0", ""]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_when_nothing_can_be_captured_the_error_names_the_block_and_quotes_torch(dynamic: bool) -> None:
+    model = Stack(lambda: UndecidedBlock(Up())).to("meta").eval()  # nothing can run there
     with pytest.raises(CaptureError) as caught:
-        capture(undecided(UndecidedBlock(Up()), UndecidedBlock(Up())), ids(), dynamic=dynamic)
+        capture(model, ids(), dynamic=dynamic)
     assert caught.value.where == "blocks.0"
     assert "data-dependent" in caught.value.what
-    assert "submodule" in str(caught.value.hint)
+    assert "with values" in str(caught.value.hint)
     assert caught.value.exit_code == 2
 
 
 def test_without_blocks_the_error_names_the_model() -> None:
     with pytest.raises(CaptureError) as caught:
-        capture(UndecidedBlock(Up()).eval(), (states(),))
+        capture(UndecidedBlock(Up()).to("meta").eval(), (states(),))
     assert caught.value.where == "UndecidedBlock"
+
+
+def test_a_model_without_blocks_is_recorded_as_it_ran() -> None:
+    (site,) = locate(capture(UndecidedBlock(Up()).eval(), (states(),))).sites
+    assert (site.path, site.bindings[0].kind, site.activation) == ("mlp", "module", "gelu")
 
 
 def test_torchs_own_messages_are_kept_off_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
@@ -252,18 +283,31 @@ def test_a_graph_module_of_operators_is_taken_as_it_is() -> None:
     assert set(locate(made).sites[0].parameters) == {f"blocks.0.mlp.{name}" for name, _ in Up().named_parameters()}
 
 
-def test_a_symbolically_traced_module_is_a_module_tree() -> None:
-    class Doubled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.mlp = nn.LayerNorm(D), Up()
+class Doubled(nn.Module):
+    """What `fx.symbolic_trace` can trace."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.mlp(self.norm(x))
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(D), Up()
 
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+def test_a_symbolically_traced_module_is_lowered_to_be_understood() -> None:
     traced = fx.symbolic_trace(Doubled().eval())
-    assert not is_traced(traced)
+    assert is_traced(traced)
     made = capture(traced, (states(),))
+    assert made.how == "a graph module, as given"
+    assert made.is_graph
+    assert {str(n.target) for n in made.segments[0].graph.nodes if n.op == "call_function"} >= {"aten.linear.default"}
+    (site,) = locate(made).sites
+    assert site.path == "mlp"
+    assert set(site.parameters) == {f"mlp.{name}" for name, _ in Up().named_parameters()}
+
+
+def test_a_symbolically_traced_module_may_be_taken_as_a_module_tree() -> None:
+    made = capture(fx.symbolic_trace(Doubled().eval()), (states(),), as_tree=True)
     assert made.how.startswith("whole model")
     (site,) = locate(made).sites
     assert site.bindings[0].kind != "none"
@@ -323,7 +367,7 @@ def test_a_block_that_writes_into_its_input_is_captured_with_what_it_was_given()
             return super().forward(x.mul_(0.5))
 
     model = undecided(Writes(Up()))
-    (segment,) = capture(model, ids()).segments
+    segment, _ = capture(model, ids()).segments
     assert torch.equal(segment.inputs[0][0], model.embed(tokens()))
 
 
@@ -384,7 +428,7 @@ def test_every_call_of_every_module_is_noted() -> None:
     shared = Up()
     made = capture(Stack(lambda: Block(shared)).eval(), ids())
     (call,) = made.calls["blocks.1"]
-    assert (call.tensors_in, call.first_is_tensor, call.tensors_out, call.returns_tensor) == (1, True, 1, True)
+    assert (call.takes, call.alone, call.gives, call.returns) == (0, True, ((BATCH, TOKENS, D),), None)
     assert len(made.calls["blocks.0.mlp"]) == len(made.calls["blocks.1.mlp"]) == 2  # one module under two paths
 
 

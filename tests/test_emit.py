@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import io
+import operator
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from torch import fx, nn
+from torch._decomp import core_aten_decompositions
+from torch.export import ExportedProgram
+from torch.nn import functional as F
 
 import memrewrite
-from memrewrite.errors import MemrewriteError, VerificationError
+from memrewrite.errors import MemrewriteError, SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.pool import Pools
 from memrewrite.passes.substitute import pools_of
@@ -197,20 +202,231 @@ class Residual(nn.Module):
         return x + self.two(self.norm(x))
 
 
-def test_a_symbolic_trace_is_a_module_tree_with_generated_code() -> None:
+class Spelled(nn.Module):
+    """MLPs as modules, as functions on the root's own weights in a flattened layout, and by methods; dropout outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one, self.dropout = nn.LayerNorm(8), tiny.MLP(8, 16), nn.Dropout(0.5)
+        self.up, self.down = nn.Parameter(torch.randn(16, 8) / 3), nn.Parameter(torch.randn(8, 16) / 3)
+        self.left, self.right = nn.Parameter(torch.randn(8, 16) / 3), nn.Parameter(torch.randn(16, 8) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.dropout(self.one(self.norm(x)))
+        batch, length, width = x.size()
+        rows = self.norm(x).view(-1, width)
+        x = x + F.linear(F.silu(F.linear(rows, self.up)), self.down).view(batch, length, width)
+        return x.add(self.norm(x).matmul(self.left).relu_().matmul(self.right))
+
+
+class InPlace(nn.Module):
+    """A statement that writes into the hidden values, and a sum that writes into the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        hidden = self.up(x)
+        hidden.relu_()
+        x += self.down(hidden)
+        return x
+
+
+class Gated(nn.Module):
+    """One matrix for gate and up, in two chunks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.both, self.down = nn.LayerNorm(8), nn.Linear(8, 32), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.both(self.norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Called(nn.Module):
+    """A leaf for tracers: the MLP's modules called as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = tiny.MLP(8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mlp(x)
+
+
+class Tracer(fx.Tracer):
+    """Calls the classes it is given as one."""
+
+    def __init__(self, *leaves: type[nn.Module]) -> None:
+        super().__init__()
+        self.leaves = leaves
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
+
+
+def spelled(model: nn.Module, *leaves: type[nn.Module]) -> fx.GraphModule:
+    return fx.GraphModule(model.eval(), Tracer(*leaves).trace(model))
+
+
+def seeded(build: Any) -> Any:
     torch.manual_seed(0)
-    model, x = fx.symbolic_trace(Residual().eval()), torch.randn(2, 5, 8)
-    report = memrewrite.apply(model, tiny.recipe(), (x,))
+    return build()
+
+
+def spellings(module: fx.GraphModule) -> list[tuple[str, str]]:
+    return [(node.op, str(node.target)) for node in module.graph.nodes]
+
+
+SPELLED = [Residual, Spelled, InPlace, Gated, Called]
+SITES = {Residual: 2, Spelled: 3, InPlace: 1, Gated: 1, Called: 1}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("build", SPELLED)
+def test_a_symbolic_trace_is_rewritten_as_it_is_spelled(build: Any, placement: str) -> None:
+    model, x = fx.symbolic_trace(seeded(build).eval()), torch.randn(2, 5, 8)
+    given, before, photograph = spellings(model), model(x), tiny.Photograph(model)
+    report = memrewrite.apply(model, tiny.recipe(placement), (x,))
     assert report.ok
-    assert report.model is model
-    assert len(report.plan.substitutions) == 2
-
-
-def test_a_symbolic_trace_in_parallel_is_refused_and_left_alone() -> None:
-    """`torch.export` interprets a graph module: modules that hooks call have no stack of their own, `frame` cannot tell."""
-    torch.manual_seed(0)
-    model, x = fx.symbolic_trace(Residual().eval()), torch.randn(2, 5, 8)
-    photograph = tiny.Photograph(model)
-    with pytest.raises(VerificationError, match="'frame' failed"):
-        memrewrite.apply(model, tiny.recipe("parallel"), (x,))
+    assert len(report.plan.substitutions) == SITES[build]
+    assert report.model is not model
     assert not photograph.differences(tiny.Photograph(model))
+    assert torch.equal(report.model(x), before) == (placement == "parallel")
+    kept = [entry for entry in spellings(report.model) if "memory_layers" not in entry[1] and entry[1] != str(operator.add)]
+    assert set(kept) <= set(given)
+    if placement == "parallel":
+        assert kept == [entry for entry in given if entry[1] != str(operator.add)]
+        assert set(model.state_dict()) <= set(report.model.state_dict())
+    else:
+        replaced = {name for s in report.plan.substitutions for name in s.site.parameters}
+        assert set(model.state_dict()) - set(report.model.state_dict()) == replaced
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_it_computes_what_the_live_rewrite_of_its_model_computes(placement: str) -> None:
+    model, x = seeded(Residual).eval(), torch.randn(2, 5, 8)
+    traced = fx.symbolic_trace(copy.deepcopy(model))
+    live = memrewrite.apply(model, tiny.recipe(placement), (x,)).model
+    graph = memrewrite.apply(traced, tiny.recipe(placement), (x,)).model
+    for size in [(2, 5, 8), (3, 9, 8)]:
+        other = torch.randn(size)
+        assert torch.equal(graph(other), live(other))
+
+
+def test_modes_and_dropout_outside_of_the_sites_go_on_working() -> None:
+    model, x = fx.symbolic_trace(seeded(Spelled)), torch.randn(2, 5, 8)
+    model.train()
+    graph = memrewrite.apply(model, tiny.recipe("parallel"), (x,)).model
+    assert all(module.training for module in (*model.modules(), *graph.modules()))
+    assert not torch.equal(graph(x), graph(x))
+    graph.eval()
+    assert torch.equal(graph(x), graph(x))
+    assert all(module.training for module in model.modules())
+
+
+def test_a_spelled_graph_trains_copies_and_is_not_rewritten_twice() -> None:
+    x = torch.randn(2, 5, 8)
+    graph = memrewrite.apply(fx.symbolic_trace(seeded(Spelled)), tiny.recipe(), (x,)).model
+    graph(x).square().mean().backward()
+    assert all(p.grad is not None for p in graph.parameters())
+    assert torch.equal(copy.deepcopy(graph).eval()(x), graph.eval()(x))
+    with pytest.raises(MemrewriteError, match="already rewritten"):
+        memrewrite.apply(graph, tiny.recipe(), (x,))
+
+
+def test_attributes_a_user_gave_a_graph_module_stay() -> None:
+    model, x = fx.symbolic_trace(seeded(Residual).eval()), torch.randn(2, 5, 8)
+    model.config = {"width": 8}
+    assert memrewrite.apply(model, tiny.recipe(), (x,)).model.config == {"width": 8}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_module_that_is_the_mlp_may_be_a_leaf(placement: str) -> None:
+    model, x = spelled(seeded(Called), tiny.MLP), torch.randn(2, 5, 8)
+    report = memrewrite.apply(model, tiny.recipe(placement), (x,))
+    assert report.ok
+    calls = [target for op, target in spellings(report.model) if op == "call_module"]
+    assert ("mlp" in calls) == (placement == "parallel")
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_graph_that_only_calls_the_modules_with_mlps_is_a_module_tree(placement: str) -> None:
+    model, x = spelled(seeded(lambda: nn.Sequential(Called(), Called())), Called), torch.randn(2, 5, 8)
+    before = model(x)
+    report = memrewrite.apply(model, tiny.recipe(placement), (x,))
+    assert report.model is model
+    assert torch.equal(model(x), before) == (placement == "parallel")
+
+
+def test_an_mlp_inside_of_a_leaf_beside_others_is_refused_by_name() -> None:
+    model, x = spelled(seeded(lambda: nn.Sequential(Called(), Residual())), Called), torch.randn(2, 5, 8)
+    assert len(memrewrite.inspect(model, (x,)).sites) == 3
+    with pytest.raises(SelectError, match=r"'0'.* lies inside of something that the graph calls as one"):
+        memrewrite.apply(model, tiny.recipe(), (x,))
+    report = memrewrite.apply(model, tiny.recipe(where={"regex": "^1"}), (x,))
+    assert report.ok
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_traced_block_in_a_live_model(placement: str) -> None:
+    model = seeded(lambda: nn.Sequential(fx.symbolic_trace(Residual()), Residual())).eval()
+    x = torch.randn(2, 5, 8)
+    before = model(x)
+    report = memrewrite.apply(model, tiny.recipe(placement), (x,))
+    assert report.model is model
+    assert len(report.plan.substitutions) == 4
+    assert torch.equal(model(x), before) == (placement == "parallel")
+
+
+def test_a_graph_that_does_not_run_on_its_inputs() -> None:
+    with pytest.raises(MemrewriteError, match="does not run on its example inputs"):
+        memrewrite.inspect(fx.symbolic_trace(Residual()), (torch.randn(2, 5, 7),))
+
+
+# ----------------------------------------------------------------------------------------- programs, however they came
+
+
+def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    stream.seek(0)
+    return torch.export.load(stream)
+
+
+CAME = {
+    "strict": lambda model, inputs: torch.export.export(model, (), inputs, strict=True),
+    "decomposed": lambda model, inputs: torch.export.export(model, (), inputs).run_decompositions(),
+    "loaded": lambda model, inputs: saved_and_loaded(torch.export.export(model, (), inputs)),
+    "training": lambda model, inputs: torch.export.export(model.train(), (), inputs),
+    "core": lambda model, inputs: torch.export.export(model, (), inputs).run_decompositions(core_aten_decompositions()),
+}
+
+
+@pytest.mark.parametrize("came", CAME)
+@pytest.mark.parametrize("name", ["modular", "llama", "bert", "vit"])  # torch does not decompose every model
+def test_every_mlp_is_found_and_proved_however_the_program_came(name: str, came: str) -> None:
+    (model, inputs), (live, _) = tiny.named(name), tiny.named(name)
+    program = CAME[came](model, inputs)
+    report = memrewrite.apply(program, tiny.recipe("parallel"), inputs)
+    wanted = memrewrite.inspect(live, inputs)
+    assert [s.site.path for s in report.plan.substitutions] == [site.path for site in wanted.sites]
+    assert report.ok
+    assert {check.name for check in report.checks if check.outcome == "passed"} >= {"null", "frame", "coverage", "untouched"}
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_program_with_dynamic_shapes_keeps_them(placement: str, decomposed: bool) -> None:
+    model, inputs = tiny.named("modular")
+    dims = {"ids": {0: torch.export.Dim("batch", min=2, max=9), 1: torch.export.Dim("length", min=2, max=30)}}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=dims)
+    program = program.run_decompositions() if decomposed else program
+    graph = memrewrite.apply(program, tiny.recipe(placement), inputs).model
+    live = memrewrite.apply(model, tiny.recipe(placement, verify="off"), inputs).model
+    for batch, length in [(2, 5), (3, 9), (4, 2)]:
+        other = {"ids": tiny.tokens(batch, length)}
+        torch.testing.assert_close(tiny.values_of(graph, other), tiny.values_of(live, other))

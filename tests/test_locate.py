@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import (
     AT,
+    BATCH,
     BY_HAND,
     FAMILIES,
     HIDDEN,
@@ -37,6 +38,7 @@ from families import (
     interleaved,
     plain,
     stack,
+    states,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -81,6 +83,9 @@ def test_every_mlp_and_nothing_else_is_found(name: str) -> None:
     assert Counter(map(told, located.sites)) == planted(model, FAMILIES[name].mlps)
 
 
+LONE = ("tied", "two in one parameter")  # one matrix of two axes
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_table_fits_the_parameters(name: str) -> None:
     """The truth is checked as well: every matrix of an MLP is one of its widths by another."""
@@ -89,7 +94,7 @@ def test_the_table_fits_the_parameters(name: str) -> None:
     for mlp in FAMILIES[name].mlps:
         matrices = [weights[n] for n in mlp.parameters(model) if weights[n].squeeze().ndim == 2]
         widths = {mlp.d_model, mlp.d_hidden, 2 * mlp.d_hidden if mlp.pattern == "gated_packed" else mlp.d_hidden}
-        assert len(matrices) == (3 if mlp.pattern == "gated" else 1 if name == "tied" else 2), mlp.path
+        assert len(matrices) == (3 if mlp.pattern == "gated" else 1 if name in LONE else 2), mlp.path
         assert all(set(matrix.squeeze().shape) <= widths for matrix in matrices), mlp.path
 
 
@@ -221,6 +226,19 @@ class BoxHead(nn.Module):
         return self.c(F.relu(self.b(F.relu(self.a(x)))))
 
 
+class After(Block):
+    """Attention, then `how(block, stream)`."""
+
+    def __init__(self, how: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__(Up())
+        self.how, self.a, self.b, self.c = how, nn.Linear(D, HIDDEN), nn.Linear(HIDDEN, D), nn.Linear(D, TOKENS)
+        self.over = nn.Parameter(torch.randn(TOKENS, TOKENS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return self.how(self, x)
+
+
 class Bare(nn.Module):
     """A block that is nothing but another module."""
 
@@ -239,14 +257,34 @@ NONE: dict[str, tuple[Callable[[], nn.Module], str]] = {  # block, a word of the
     "softmax over tokens": (lambda: Block(Between(lambda h: h.softmax(1))), "works across tokens"),
     "softmax over everything": (lambda: Block(Between(lambda h: h / h.amax())), "works across tokens"),
     "convolution over tokens": (lambda: Block(Convolved()), "`conv1d` is not known to work token by token"),
-    "tokens swapped": (lambda: Block(Between(lambda h: h.flip(1))), "`flip` is not known to work token by token"),
-    "tokens shifted": (lambda: Block(Between(lambda h: h.roll(1, 1))), "`roll` is not known to work token by token"),
+    "tokens swapped": (lambda: Block(Between(lambda h: h.flip(1))), "`flip` reorders"),
+    "tokens shifted": (lambda: Block(Between(lambda h: h.roll(1, 1))), "`roll` reorders"),
     "half of the tokens moved": (lambda: Block(Between(lambda h: torch.cat([h[:, 4:], h[:, :4]], 1))), "along the token axis"),
     "tokens as features": (lambda: Block(Between(lambda h: h.reshape(h.shape[0], HIDDEN, TOKENS).mT)), "tokens"),
     "one token for all": (lambda: Block(Between(lambda h: h + h[:, :1])), "along the token axis"),
     "inner value read outside": (Leaky, "also read outside"),
     "no residual": (NoResidual, "residual stream"),
     "another residual": (OtherResidual, "residual stream"),
+    "tokens picked by number": (lambda: Block(Between(lambda h: h[:, torch.arange(TOKENS - 1, -1, -1)])), "`index` reorders"),
+    "tokens padded": (lambda: Block(Between(lambda h: F.pad(h, (0, 0, 1, 0))[:, :TOKENS])), "`pad` reorders"),
+    "features picked by each token": (
+        lambda: Block(Between(lambda h: h[torch.arange(BATCH)[:, None, None], torch.arange(TOKENS)[:, None], h.argsort(-1)])),
+        "`argsort`",
+    ),
+    "largest of the tokens": (lambda: Block(Between(lambda h: h * (h >= h.topk(2, 1).values[:, -1:]))), "works across tokens"),
+    "one vector for all tokens": (lambda: After(lambda s, x: x + s.mlp(s.norm2(x.mean(1, keepdim=True)))), "residual stream"),
+    "one token's vector for all": (lambda: After(lambda s, x: x + s.mlp(s.norm2(x[:, :1]))), "residual stream"),
+    "one number for all tokens": (lambda: After(lambda s, x: x + s.attention(x) * s.mlp(x).mean()), "residual stream"),
+    "another token's vector": (lambda: After(lambda s, x: x + s.mlp(s.norm2(x.flip(1)))), "residual stream"),
+    "a gate of the stream": (lambda: After(lambda s, x: x * torch.sigmoid(s.mlp(x))), "residual stream"),
+    "weights of tokens": (
+        lambda: After(lambda s, x: x + s.attention.out(s.c(F.relu(s.attention.out(x))).softmax(-1) @ x)),
+        "residual stream",
+    ),
+    "a gate over tokens": (
+        lambda: After(lambda s, x: x + s.b((lambda h: h * (s.over @ h))(F.gelu(s.a(x))))),
+        "along the token axis",
+    ),
     "two inputs": (lambda: Block(TwoInputs()), "scaled_dot_product_attention"),
     "gated attention": (lambda: Block(GatedAttention()), "scaled_dot_product_attention"),
     "three matrices, no residual": (lambda: Bare(BoxHead()), "residual stream"),
@@ -263,11 +301,108 @@ def test_a_look_alike_is_refused_with_the_reason(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "middle", [lambda h: h, lambda h: h * 2 + 1, lambda h: F.layer_norm(h, (HIDDEN,)), lambda h: F.dropout(h, 0.5, False)]
+    "middle",
+    [
+        lambda h: h,
+        lambda h: h * 2 + 1,
+        lambda h: F.layer_norm(h, (HIDDEN,)),
+        lambda h: h.softmax(-1),
+        lambda h: F.dropout(h, 0.5, False),
+    ],
 )
 def test_two_matrices_without_a_nonlinearity_are_not_even_a_near_miss(middle: Callable[[Tensor], Tensor]) -> None:
     located = look(Stack(lambda: Block(Up(middle)), depth=1).eval(), ids())
     assert (located.sites, located.near_misses) == ((), ())
+
+
+class Adapted(nn.Module):
+    """A matrix and a low-rank change of it, each a module."""
+
+    def __init__(self, d: int, out: int) -> None:
+        super().__init__()
+        self.base, self.a, self.b = nn.Linear(d, out), nn.Linear(d, 4, bias=False), nn.Linear(4, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 2.0 * self.b(self.a(F.dropout(x, 0.1, self.training)))
+
+
+@pytest.mark.parametrize(("make", "names"), [(Up, ("up", "down")), (Gated, ("gate", "up", "down"))])
+def test_low_rank_changes_belong_to_the_mlp(make: Callable[[], nn.Module], names: tuple[str, ...]) -> None:
+    def adapted() -> nn.Module:
+        mlp = make()
+        for name in names:
+            linear = mlp.get_submodule(name)
+            setattr(mlp, name, Adapted(linear.in_features, linear.out_features))
+        return Block(mlp)
+
+    model = Stack(adapted, depth=1).eval()
+    (site,) = look(model, ids()).sites
+    assert (site.path, site.d_hidden) == ("blocks.0.mlp", HIDDEN)
+    assert set(site.parameters) == {name for name, _ in model.named_parameters() if ".mlp." in name}
+
+
+def test_a_factored_mlp_is_one() -> None:
+    def factored() -> nn.Module:
+        pairs = [(D, 8), (8, HIDDEN), (HIDDEN, 8), (8, D)]
+        first, second, third, fourth = (nn.Linear(*pair) for pair in pairs)
+        return Block(nn.Sequential(first, second, nn.GELU(), third, fourth))
+
+    (site,) = look(Stack(factored, depth=1).eval(), ids()).sites
+    assert (site.pattern, site.d_hidden, len(site.parameters)) == ("plain", HIDDEN, 8)
+
+
+def test_an_mlp_on_a_reweighted_weight_is_one() -> None:
+    model = Stack(lambda: Block(Up()), depth=1).eval()
+    for linear in (model.blocks[0].mlp.up, model.blocks[0].mlp.down):
+        nn.utils.parametrizations.weight_norm(linear)
+    (site,) = look(model, ids()).sites
+    assert (site.path, site.pattern, len(site.parameters)) == ("blocks.0.mlp", "plain", 6)
+
+
+class TwoTowers(nn.Module):
+    """Text and image; `join` says how the image's projection meets the text."""
+
+    def __init__(self, join: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.text, self.image, self.norm = nn.Embedding(VOCAB, D), nn.Linear(D, D), nn.LayerNorm(D)
+        self.project, self.block, self.join = Up(), Block(Up()), join
+
+    def forward(self, ids: Tensor, image: Tensor) -> Tensor:
+        return self.join(self, self.block(self.text(ids)), self.image(image))
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda s, text, image: torch.cat([s.project(image), text], 1),
+        lambda s, text, image: text + s.project(s.norm(image)),
+        lambda s, text, image: text.masked_scatter(text > 0, s.project(image)),
+        lambda s, text, image: text.index_add(1, torch.arange(TOKENS), s.project(image)),
+        lambda s, text, image: torch.stack([text, s.project(image)]).sum(0),
+        lambda s, text, image: torch.lerp(text, s.project(image), 0.5),
+    ],
+    ids=["beside", "added", "put in", "added by number", "stacked", "interpolated"],
+)
+def test_a_projection_of_one_stream_into_another_is_none(join: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+    located = look(TwoTowers(join).eval(), (*ids(), states()))
+    assert [site.path for site in located.sites] == ["block.mlp"]
+
+
+def test_boxes_refined_by_what_the_stream_says_are_no_stream() -> None:
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(Up()) for _ in range(2))
+            self.heads = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 4)) for _ in range(2))
+
+        def forward(self, x: Tensor, box: Tensor) -> Tensor:
+            for block, head in zip(self.blocks, self.heads, strict=True):
+                x = block(x)
+                box = torch.sigmoid(torch.logit(box.clamp(0.1, 0.9)) + head(x))
+            return box
+
+    located = look(Boxes().eval(), (states(), states(BATCH, TOKENS, 4)))
+    assert [site.path for site in located.sites] == ["blocks.0.mlp", "blocks.1.mlp"]
 
 
 def test_a_pooler_after_the_blocks_is_none() -> None:
@@ -577,8 +712,8 @@ BINDINGS: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...], str, st
         "blocks.0.inner.down",
         "",
     ),
-    "parameters of the block": (Inline, "none", (), "", "by its last matrix"),
-    "the first matrix without a module": (FirstInline, "none", (), "", "by its first matrix"),
+    "parameters of the block": (Inline, "graph", (), "blocks.0", "by its last matrix"),
+    "the first matrix without a module": (FirstInline, "graph", (), "blocks.0", "by its first matrix"),
 }
 
 
@@ -596,7 +731,7 @@ def test_binding(name: str) -> None:
     (binding,) = site.bindings
     assert (binding.kind, binding.entries, binding.exit) == (kind, entries, exit_)
     assert why in binding.why
-    assert bool(binding.why) == (kind == "none")
+    assert bool(binding.why) == (kind == "graph")
     assert binding.widths == ((HIDDEN,) * len(entries) if kind == "span" else ())
 
 

@@ -27,7 +27,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_shell_commands_run_as_printed(folder: Path) -> None:
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 7
     for command in COMMANDS:
         program, *words = shlex.split(command)
         assert program == "memrewrite"

@@ -78,6 +78,7 @@ def replaced_weights_stay(model: Any, edit: Edit) -> None:
     """The first matrix computes on, and what it gives is thrown away."""
     block, up = model.blocks[0], tiny.loose().blocks[0].up
     up._forward_pre_hooks = block.up._forward_pre_hooks
+    up._forward_pre_hooks_with_kwargs = block.up._forward_pre_hooks_with_kwargs
     assert isinstance(block.up, Hollow)
     _set(block, "up", up, edit)
 
@@ -110,7 +111,7 @@ def reads_another_value(model: Any, edit: Edit) -> None:
     """The layer reads the residual stream, not what its norm makes of it."""
     seen: list[Any] = []
     _hooked(model.blocks[0].norm2.register_forward_pre_hook(lambda m, args: seen.append(args[0])), edit)
-    _hooked(_layer(edit).register_forward_pre_hook(lambda m, args: (seen.pop(),)), edit)
+    _hooked(_layer(edit).register_forward_pre_hook(lambda m, args: (seen.pop(),) if seen else None), edit)
 
 
 def never_called(model: Any, edit: Edit) -> None:

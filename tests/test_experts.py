@@ -1,0 +1,335 @@
+"""Mixtures of experts, however they are written: found whole, replaceable whole; and what only looks like one, refused.
+
+The truth is read off the modules below; every spelling is held against one reference, so that all are the same mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import Block, Stack, ids
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import memrewrite
+from memrewrite.site import Site
+
+D, WIDTH, EXPERTS, CHOSEN = 32, 24, 4, 2
+
+
+class Experts(nn.Module):
+    """The weights of a mixture; spellings differ in `routed`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(D, EXPERTS, bias=False)
+        self.up = nn.Parameter(torch.randn(EXPERTS, D, 2 * WIDTH) * 0.1)
+        self.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, D) * 0.1)
+
+    def forward(self, x: Tensor) -> Any:
+        flat = x.reshape(-1, D)
+        weights, chosen = self.router(flat).softmax(-1).topk(CHOSEN, -1)
+        return self.routed(flat, weights / weights.sum(-1, keepdim=True), chosen).view(x.shape)
+
+    def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """[tokens, d], [tokens, k], [tokens, k] -> [tokens, d]; the reference: one token and one expert at a time."""
+        rows = range(len(x))
+        return torch.stack([sum(weights[t, k] * self.expert(chosen[t, k], x[t]) for k in range(CHOSEN)) for t in rows])
+
+    def expert(self, e: int | Tensor, x: Tensor) -> Tensor:
+        gate, up = (x @ self.up[e]).chunk(2, -1)
+        return (F.silu(gate) * up) @ self.down[e]
+
+
+class AllExperts(Experts):
+    """Every expert computes every token; the weights of those not chosen are zero."""
+
+    def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        spread = torch.zeros(len(x), EXPERTS, dtype=x.dtype).scatter(1, chosen, weights)
+        gate, up = torch.einsum("td,edf->tef", x, self.up).chunk(2, -1)
+        return torch.einsum("tef,efd,te->td", F.silu(gate) * up, self.down, spread)
+
+
+class Batched(Experts):
+    """`bmm` over the experts."""
+
+    def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        spread = torch.zeros(len(x), EXPERTS, dtype=x.dtype).scatter(1, chosen, weights)
+        gate, up = torch.bmm(x.expand(EXPERTS, -1, -1), self.up).chunk(2, -1)
+        return (torch.bmm(F.silu(gate) * up, self.down) * spread.T.unsqueeze(-1)).sum(0)
+
+
+class Drawn(Experts):
+    """The matrices of the chosen experts are looked up for each token."""
+
+    def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        gate, up = torch.einsum("td,tkdf->tkf", x, self.up[chosen]).chunk(2, -1)
+        return torch.einsum("tkf,tkfd,tk->td", F.silu(gate) * up, self.down[chosen], weights)
+
+
+class Masked(Experts):
+    """A loop over all experts, each on all tokens."""
+
+    def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            out = out + self.expert(e, x) * (weights * (chosen == e)).sum(-1, keepdim=True)
+        return out
+
+
+class Looped(Experts):
+    """A loop over the experts that were chosen, each on its tokens: no tracer follows it."""
+
+    def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in F.one_hot(chosen, EXPERTS).sum((0, 1)).nonzero().flatten().tolist():
+            token, place = torch.where(chosen == e)
+            out.index_add_(0, token, self.expert(e, x[token]) * weights[token, place].unsqueeze(-1))
+        return out
+
+
+class Sorted(Experts):
+    """Rows sorted by expert, cut where the next begins, and put back."""
+
+    def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        order = chosen.flatten().argsort()
+        rows = x[order // CHOSEN]
+        mine = F.one_hot(chosen.flatten()[order], EXPERTS).to(x.dtype)
+        gate, up = torch.einsum("rd,re,edf->rf", rows, mine, self.up).chunk(2, -1)
+        out = torch.einsum("rf,re,efd->rd", F.silu(gate) * up, mine, self.down) * weights.flatten()[order, None]
+        return out[order.argsort()].view(-1, CHOSEN, D).sum(1)
+
+
+class Modules(nn.Module):
+    """Every expert a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(D, EXPERTS)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(D, WIDTH), nn.ReLU(), nn.Linear(WIDTH, D)) for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).topk(CHOSEN, -1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            out = out + expert(x) * (weights * (chosen == number)).sum(-1, keepdim=True)
+        return out
+
+
+class Shared(AllExperts):
+    """A shared expert is added, behind a gate of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Sequential(nn.Linear(D, WIDTH), nn.GELU(), nn.Linear(WIDTH, D))
+        self.shared_gate = nn.Linear(D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+
+
+class Latent(Drawn):
+    """The experts work in a narrower space."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(D, EXPERTS)
+        self.narrow, self.widen = nn.Linear(D, 16), nn.Linear(16, D)
+        self.up = nn.Parameter(torch.randn(EXPERTS, 16, 2 * WIDTH) * 0.1)
+        self.down = nn.Parameter(torch.randn(EXPERTS, WIDTH, 16) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        weights, chosen = self.router(flat).softmax(-1).topk(CHOSEN, -1)
+        return self.widen(self.routed(self.narrow(flat), weights, chosen)).view(x.shape)
+
+
+class Scored(Drawn):
+    """Returns the router's weights too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        flat = x.reshape(-1, D)
+        weights, chosen = self.router(flat).softmax(-1).topk(CHOSEN, -1)
+        return self.routed(flat, weights, chosen).view(x.shape), weights
+
+
+class TakesFirst(Block):
+    """A block that keeps the first of what its MLP returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        out, _ = self.mlp(self.norm2(x))
+        return x + out
+
+
+class ByName(Block):
+    """A block that calls its MLP by keyword, with something beside."""
+
+    class Mlp(Drawn):
+        def forward(self, number: int, *, hidden: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(hidden) * number
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(1, hidden=self.norm2(x))
+
+
+class RouterOutside(Block):
+    """Router and experts are modules of the block, and a dense MLP works beside them on the same stream."""
+
+    class Chosen(Drawn):
+        def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:  # type: ignore[override]
+            return self.routed(x, weights, chosen)
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Linear(D, WIDTH), nn.GELU(), nn.Linear(WIDTH, D)))
+        self.gate, self.experts = nn.Linear(D, EXPERTS), self.Chosen()
+        del self.experts.router
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        flat = self.norm2(x).reshape(-1, D)
+        weights, chosen = self.gate(flat).softmax(-1).topk(CHOSEN, -1)
+        return x + self.mlp(flat).view(x.shape) + self.experts(flat, weights, chosen).view(x.shape)
+
+
+SAME: dict[str, type[Experts]] = {
+    "all experts": AllExperts,
+    "batched": Batched,
+    "drawn": Drawn,
+    "masked": Masked,
+    "looped": Looped,
+    "sorted": Sorted,
+}
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "modules": lambda: Block(Modules()),
+    "shared": lambda: Block(Shared()),
+    "latent": lambda: Block(Latent()),
+    "a tuple": lambda: TakesFirst(Scored()),
+    "by name": lambda: ByName(ByName.Mlp()),
+}
+MIXTURES = {**{name: (lambda make=make: Block(make())) for name, make in SAME.items()}, **OTHERS}
+
+
+def stack(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return Stack(make).eval()
+
+
+def wishes(placement: str) -> dict[str, Any]:
+    rule = {"where": {"pattern": "moe"}, "with": "memory_plus", "pool": "w", "placement": placement}
+    return {"memrewrite": 1, "pools": {"w": {"keys": 8}}, "replace": [rule | {"options": {"heads": 2, "topk": 4}}]}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_all_spellings_are_one_mixture(name: str) -> None:
+    torch.manual_seed(0)
+    reference = Experts()
+    made = SAME[name]()
+    made.load_state_dict(reference.state_dict())
+    x = torch.randn(2, 5, D)
+    torch.testing.assert_close(made(x), reference(x))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_is_found_whole(name: str) -> None:
+    model = stack(MIXTURES[name])
+    sites = memrewrite.inspect(model, ids()).sites
+    assert [(site.path, site.pattern) for site in sites] == [("blocks.0.mlp", "moe"), ("blocks.1.mlp", "moe")]
+    wanted = {f"blocks.0.mlp.{parameter}" for parameter, _ in model.blocks[0].mlp.named_parameters()}
+    assert set(sites[0].parameters) == wanted
+    assert (sites[0].d_in, sites[0].d_model, sites[0].d_hidden) == (D, D, WIDTH)
+    assert sites[0].bindings[0].kind == "module"
+
+
+@pytest.mark.parametrize("name", ["batched", "masked", "looped"])
+def test_the_activation_of_one_expert_is_named(name: str) -> None:
+    site: Site = memrewrite.inspect(stack(MIXTURES[name]), ids()).sites[0]
+    assert site.activation == "silu"
+
+
+def test_a_mixture_costs_what_its_chosen_experts_cost() -> None:
+    site = memrewrite.inspect(stack(MIXTURES["drawn"]), ids()).sites[0]
+    one = D * 2 * WIDTH + WIDTH * D
+    assert site.weights == EXPERTS * one + D * EXPERTS
+    assert site.active == CHOSEN * one + D * EXPERTS
+    assert site.cost().flops == 2 * site.active
+    assert site.cost().bytes_read == 4 * site.active
+    assert site.cost().parameters == site.weights
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_layer_beside_a_mixture_changes_no_bit(name: str) -> None:
+    model = stack(MIXTURES[name])
+    before = model(*ids())
+    report = memrewrite.apply(model, wishes("parallel"), ids())
+    assert report.ok
+    assert torch.equal(model(*ids()), before)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_is_replaced_whole(name: str) -> None:
+    model = stack(MIXTURES[name])
+    inner = {f"blocks.{i}.mlp.{p}" for i in range(2) for p, _ in model.blocks[0].mlp.named_parameters()}
+    report = memrewrite.apply(model, wishes("replace"), ids())
+    assert report.ok
+    assert not inner & set(model.state_dict())
+    model.train()
+    model(*ids()).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "memory" in name)
+
+
+def test_a_mixture_beside_a_dense_mlp_leaves_it_alone() -> None:
+    model = stack(RouterOutside)
+    before = model(*ids())
+    sites = memrewrite.inspect(model, ids()).sites
+    assert sorted({(site.pattern, site.bindings[0].kind) for site in sites}) == [("moe", "span"), ("plain", "module")]
+    assert memrewrite.apply(model, wishes("parallel"), ids()).ok
+    assert torch.equal(model(*ids()), before)
+
+
+def test_a_replaced_mixture_whose_router_stands_outside() -> None:
+    model = stack(RouterOutside)
+    assert memrewrite.apply(model, wishes("replace"), ids()).ok
+    assert not any(".experts.up" in name for name in model.state_dict())
+
+
+class ExpertsChoose(Experts):
+    """Every expert chooses its tokens, among all: what a token gets depends on the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        weights, token = self.router(flat).softmax(-1).topk(3, 0)  # [3, experts]: over the tokens
+        out = torch.zeros_like(flat)
+        for e in range(EXPERTS):
+            out = out.index_add(0, token[:, e], self.expert(e, flat[token[:, e]]) * weights[:, e, None])
+        return out.view(x.shape)
+
+
+class Swapped(AllExperts):
+    """A mixture whose rows are put back in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flip(1)
+
+
+@pytest.mark.parametrize("mlp", [ExpertsChoose, Swapped])
+def test_what_mixes_tokens_is_no_mixture(mlp: Callable[[], nn.Module]) -> None:
+    sites = memrewrite.inspect(stack(lambda: Block(mlp())), ids()).sites
+    assert all(site.pattern != "moe" and site.calls == 1 for site in sites)  # an expert by itself may be an MLP of its tokens
+
+
+def test_heads_with_matrices_of_their_own_are_no_experts() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (nn.Parameter(torch.randn(4, 8, 8) * 0.1) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = F.gelu(torch.einsum("bthd,hdf->bthf", x.unflatten(-1, (4, 8)), self.up))
+            return torch.einsum("bthf,hfd->bthd", heads, self.down).flatten(-2)
+
+    assert all(site.pattern != "moe" for site in memrewrite.inspect(stack(lambda: Block(Heads())), ids()).sites)
