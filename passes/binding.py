@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from memrewrite.passes.dataflow import modules_of
+from memrewrite.passes.dataflow import modules_of, shape_of
 from memrewrite.passes.experts import Mixture
 from memrewrite.passes.normalize import ORIGIN
 from memrewrite.passes.recorded import Recorded
@@ -153,7 +153,8 @@ class _Calls:
     def width(self, call: str) -> int:
         """Features of what a module returns."""
         (given,) = self.recorded.gives(self.recorded.by_call[call])
-        return int(given.meta["val"].shape[-1])
+        value = self.recorded.root(given)  # there the features are last, wherever the model has them
+        return int(shape_of(given if value is None else value)[-1])
 
     def _around(self, node: fx.Node) -> list[tuple[str, list[fx.Node]]]:
         """Module calls around a canonical node, outermost first, the model itself and what is far too wide aside."""

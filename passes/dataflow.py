@@ -80,6 +80,7 @@ LAYOUT = frozenset(
         "getitem",
     ]
 )
+SIZES = frozenset(["sym_size", "sym_numel"])  # how large a value is, whatever it is
 FILLED = frozenset(["zeros_like", "ones_like", "full_like"])
 # Elementwise, and not tagged so by torch.
 ELEMENTWISE = FILLED | {
@@ -181,7 +182,12 @@ def fixed_batch_norm(node: fx.Node) -> bool:
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """The shape of a node's tensor value, symbolic sizes by their size in the example; () where it has none."""
     val = node.meta.get("val")
-    return tuple(_size(n) for n in val.shape) if isinstance(val, torch.Tensor) else ()
+    return sizes_of(val) if isinstance(val, torch.Tensor) else ()
+
+
+def sizes_of(value: torch.Tensor) -> tuple[int, ...]:
+    """A tensor's shape, symbolic sizes by their size in the example."""
+    return tuple(_size(n) for n in value.shape)
 
 
 def _size(n: int | torch.SymInt) -> int:
@@ -198,16 +204,13 @@ def is_tensor(node: fx.Node) -> bool:
 class Dataflow:
     """Facts of one canonical graph, computed once, in time linear in its nodes."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: fx.Graph, *, fragment: bool = False) -> None:
+        self.graph, self.fragment = graph, fragment  # of a fragment, the residual stream may lie outside
         self.order = {node: i for i, node in enumerate(graph.nodes)}
-        self.constant: set[fx.Node] = set()  # computed from weights and literals alone
+        self.constant: set[fx.Node] = set()  # computed from weights, literals and sizes alone
         for node in graph.nodes:
-            if (
-                WEIGHT in node.meta
-                or LITERAL in node.meta
-                or (node.op == "call_function" and all(source in self.constant for source in node.all_input_nodes))
-            ):
+            made = node.op == "call_function" and all(source in self.constant for source in node.all_input_nodes)
+            if WEIGHT in node.meta or LITERAL in node.meta or made or op_name(node) in SIZES:
                 self.constant.add(node)
         self.held = {node.meta[WEIGHT]: node.meta["val"] for node in graph.nodes if WEIGHT in node.meta}  # by weight's name
         self._roots: dict[fx.Node, fx.Node] = {}
@@ -224,7 +227,7 @@ class Dataflow:
             at = pending.pop()
             if WEIGHT in at.meta:
                 found.add(at.meta[WEIGHT])
-            for source in at.all_input_nodes:
+            for source in at.all_input_nodes if op_name(at) not in SIZES else ():
                 if source not in seen:
                     seen.add(source)
                     pending.append(source)

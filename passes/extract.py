@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from memrewrite.passes.capture import Segment
+from memrewrite.passes.dataflow import op_name
 from memrewrite.passes.locate import Found
+from memrewrite.passes.recorded import FILLS, of_sizes_alone
 
 
 class Original(nn.Module):
@@ -25,6 +27,16 @@ class Original(nn.Module):
         super().__init__()
         self.calls = [extract(model, found, noisy=noisy) for found in calls]  # a plain list: the weights stay the model's
         self.outputs: list[Tensor] = []  # with gradients on: leaves, to see what depends on them
+        self.stands_for: list[nn.Module] = []  # modules whose attributes the model may ask this one for
+
+    def __getattr__(self, name: str) -> Any:
+        """An attribute of what it stands for: some models look at the weights of their own modules."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "stands_for" not in vars(self) or not any(hasattr(module, name) for module in self.stands_for):
+                raise
+        return next(getattr(module, name) for module in self.stands_for if hasattr(module, name))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_model]."""
@@ -42,8 +54,12 @@ def extract(model: nn.Module, found: Found, *, noisy: bool = False) -> fx.GraphM
     graph, root = fx.Graph(), nn.Module()
     made: dict[fx.Node, Any] = {bound.x: graph.placeholder("x")}
     for node in sorted(bound.nodes | _constants(bound.nodes, bound.x), key=position.__getitem__):
-        if isinstance(node.meta.get("val"), torch.SymInt):
-            made[node] = node.meta["val"].node.hint  # a size of the model's inputs: in the example
+        value = of_sizes_alone(node)
+        if isinstance(value, Tensor):
+            root.register_buffer(f"filled_{len(made)}", value)
+            made[node] = graph.call_function(torch.clone, (graph.get_attr(f"filled_{len(made)}"),))  # it may be written into
+        elif value is not None:
+            made[node] = value
         elif node.op == "call_function":
             made[node] = graph.node_copy(node, made.__getitem__)
             if noisy:
@@ -93,7 +109,7 @@ def _constants(nodes: frozenset[fx.Node], x: fx.Node) -> set[fx.Node]:
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
-    return [] if isinstance(node.meta.get("val"), torch.SymInt) else node.all_input_nodes
+    return [] if isinstance(node.meta.get("val"), torch.SymInt) or op_name(node) in FILLS else node.all_input_nodes
 
 
 def _attach(root: nn.Module, name: str, value: Tensor) -> None:

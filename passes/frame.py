@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from memrewrite.passes.capture import Segment
-from memrewrite.passes.dataflow import IDENTITY, clean, is_assertion, modules_of, op_name
+from memrewrite.passes.dataflow import IDENTITY, clean, is_assertion, is_tensor, modules_of, op_name, shape_of
 from memrewrite.passes.locate import Found
 from memrewrite.plans import Substitution
 
@@ -46,12 +46,15 @@ class Numbers:
 
 
 def _hands_on(node: fx.Node) -> bool:
-    """Whether a node's value is its input's, type and all. Such nodes come and go: a tracer takes a tensor that is cast to
-    what it is already for the cast."""
-    if op_name(node) not in IDENTITY or "dropout" in op_name(node):
+    """Whether a node's value is its input's, type and all.
+
+    Such nodes come and go: a tracer takes a tensor that is cast to what it is already for the cast.
+    """
+    if (op_name(node) not in IDENTITY and op_name(node) != "slice") or "dropout" in op_name(node):
         return False
     given, made = (n.meta.get("val") for n in (node.all_input_nodes[0], node))
-    return isinstance(given, Tensor) and isinstance(made, Tensor) and given.dtype == made.dtype
+    same = isinstance(given, Tensor) and isinstance(made, Tensor) and given.dtype == made.dtype
+    return same and (op_name(node) != "slice" or shape_of(node) == shape_of(node.all_input_nodes[0]))
 
 
 class Folded:
@@ -137,7 +140,7 @@ def _fold_layers(
     inputs: dict[str, list[fx.Node]] = {}
     for path, nodes in _calls_of(segment, layers):
         substitution, inside = layers[path], set(nodes)
-        reads = {r for n in nodes for r in n.all_input_nodes if r not in inside and not _is_weight(segment, r)}
+        reads = {r for n in nodes for r in n.all_input_nodes if r not in inside and not _is_weight(segment, r) and is_tensor(r)}
         gives = {n for n in nodes if any(user not in inside and not is_assertion(user) for user in n.users)}
         if len(reads) != 1 or len(gives) != 1:
             raise Differs(f"the layer at {path!r} reads {len(reads)} values and gives {len(gives)}, not one each")

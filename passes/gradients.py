@@ -29,17 +29,20 @@ def gradient(evidence: Evidence) -> Check:
         for p in frozen:
             p.requires_grad_(p in fresh)
         with opened(evidence):
-            unreached, grads = _gradients(evidence, list(fresh))
+            unreached, grads, empty = _gradients(evidence, list(fresh))
     finally:
         for p, wanted in frozen.items():
             p.requires_grad_(wanted)
-    bad = [fresh[p] for p, g in zip(fresh, grads, strict=True) if g is None or not g.isfinite().all() or not g.any()]
+    idle = {id(p) for path, layer in evidence.layers.items() if path in empty for p in layer.parameters()}
+    pairs = [(p, g) for p, g in zip(fresh, grads, strict=True) if id(p) not in idle]
+    bad = [fresh[p] for p, g in pairs if g is None or not g.isfinite().all() or not g.any()]
     if unreached:
         sentence = f"no output depends on {len(unreached)} layers, and some did on their MLPs: {', '.join(unreached[:3])}"
         return checked("gradient", False, len(unreached), sentence)
     if bad:
         return checked("gradient", False, len(bad), f"{len(bad)} new parameters get none: {', '.join(bad[:3])}")
-    return checked("gradient", True, len(fresh), f"all {len(fresh)} new parameters get a finite gradient")
+    none = f"; {len(empty)} layers had no token in these inputs" if empty else ""
+    return checked("gradient", True, len(pairs), f"all {len(pairs)} new parameters get a finite gradient{none}")
 
 
 @contextmanager
@@ -56,8 +59,13 @@ def opened(evidence: Evidence) -> Iterator[None]:
             nn.init.zeros_(p)
 
 
-def _gradients(evidence: Evidence, parameters: list[nn.Parameter]) -> tuple[list[str], tuple[Tensor | None, ...]]:
-    """Sites whose layers no output depends on any more; and the gradient of the layers' outputs, in a random direction."""
+def _gradients(
+    evidence: Evidence, parameters: list[nn.Parameter]
+) -> tuple[list[str], tuple[Tensor | None, ...], frozenset[str]]:
+    """Sites whose layers no output depends on any more; the gradient of the layers' outputs, in a random direction.
+
+    And sites that no token came to.
+    """
     made: dict[str, list[Tensor]] = {path: [] for path in evidence.layers}
     hooks = [
         layer.register_forward_hook(lambda _, args, out, path=path: made[path].append(out), prepend=True)
@@ -74,7 +82,8 @@ def _gradients(evidence: Evidence, parameters: list[nn.Parameter]) -> tuple[list
     live = [out for _, out in flat if out.requires_grad]
     none = (None,) * len(parameters)
     grads = torch.autograd.grad(_in_a_direction(live), parameters, allow_unused=True) if live else none
-    return sorted(evidence.reached - now), grads
+    empty = frozenset(path for path, outs in made.items() if outs and not any(out.numel() for out in outs))
+    return sorted(evidence.reached - now), grads, empty
 
 
 def _reach(outputs: Any, inner: list[Tensor]) -> tuple[Tensor | None, ...]:

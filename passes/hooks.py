@@ -99,17 +99,41 @@ class AddMemory:
         return type(output)(total if place == self.item else value for place, value in enumerate(output))
 
 
+class FeaturesLast:
+    """Forward pre-hook of a layer: its input's features, moved to the last axis."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        """The arguments the layer is called with instead."""
+        return (args[0].movedim(self.axis, -1),)
+
+
+class FeaturesBack:
+    """Forward hook of a layer: its output's features, moved to where the model keeps them."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """What the layer returns instead."""
+        return output.movedim(-1, self.axis)
+
+
 class Hollow(nn.Module):
     """Stands where a replaced MLP's first matrix stood: hands on zeros of its width, without computing anything."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, axis: int = -1) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.axis = width, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> zeros [..., width]: one stored number, seen at every place."""
-        return x.new_zeros(()).expand(*x.shape[:-1], self.width)
+        """[..., d] -> zeros [..., width], features on `axis`: one stored number, seen at every place."""
+        shape = list(x.shape)
+        shape[self.axis] = self.width
+        return x.new_zeros(()).expand(shape)
 
     def extra_repr(self) -> str:
         """The width, for `print(model)`."""
-        return f"width={self.width}"
+        return f"width={self.width}, axis={self.axis}"

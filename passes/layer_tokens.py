@@ -42,14 +42,18 @@ def _wrong(layer: nn.Module, substitution: Substitution) -> str:
     x, other = (torch.randn(shape, generator=generator).to(like.device, getattr(torch, site.dtype)) for _ in range(2))
     tokens = ROWS * LENGTH
     into, out = (Tokens(torch.arange(tokens * width).view(tokens, width), ROWS) for width in (site.d_in, site.d_model))
-    found = trial(lambda given: _called(layer, given), x, other, into, out, 0.0)
+    found = trial(lambda given: _called(layer, given, site.axis), x, other, into, out, 0.0)
     return found.wrong or ("every input gives the same output" if found.constant else "")
 
 
-def _called(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a layer gives with its hooks; one that is handed its input is handed this one, and of a tuple it gives an item."""
+def _called(layer: nn.Module, given: Tensor, axis: int) -> Tensor:
+    """What a layer gives with its hooks; one that is handed its input is handed this one, and of a tuple it gives an item.
+
+    Features are last here; the layer is given them, and gives them, on `axis`.
+    """
+    x = given[(..., *[None] * max(0, axis - 2), slice(None))].movedim(-1, axis)
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, TakeHanded):
             hook.hand.x = x
     out: Tensor = next(leaf for leaf in tree_leaves(layer(x)) if isinstance(leaf, Tensor))
-    return out
+    return out.movedim(axis, -1).reshape(*given.shape[:-1], -1)

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from memrewrite.passes.capture import Segment
-from memrewrite.passes.recorded import Recorded
+from memrewrite.passes.recorded import Recorded, of_sizes_alone
 from memrewrite.passes.region import Region
 
 MOVED = 1e-4  # relative to the outputs' size: above it a token changed; rows multiplied in other groups differ by less
@@ -66,7 +66,7 @@ def _needed(recorded: Recorded, region: Region) -> list[fx.Node]:
         node = pending.pop()
         if node not in needed:
             needed.add(node)
-            pending.extend(node.all_input_nodes)
+            pending.extend(node.all_input_nodes if of_sizes_alone(node) is None else ())
     return sorted(needed, key=recorded.position.__getitem__)
 
 
@@ -75,6 +75,10 @@ def _run(region: Region, nodes: list[fx.Node], leaves: dict[fx.Node, Tensor], x:
     with torch.no_grad():
         for node in nodes:
             if node in leaves:
+                continue
+            sizes = {n: of_sizes_alone(n) for n in (node, *node.all_input_nodes) if n not in env}
+            env |= {n: value for n, value in sizes.items() if value is not None}
+            if node in env:
                 continue
             for source in node.all_input_nodes:
                 if source not in env:  # the region's input, in one of its layouts

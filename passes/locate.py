@@ -20,13 +20,14 @@ from memrewrite.passes.blocks import places
 from memrewrite.passes.capture import Capture, Segment
 from memrewrite.passes.dataflow import Dataflow, modules_of, op_name, path_of, shape_of, source_line
 from memrewrite.passes.experts import Mixture, mixtures
+from memrewrite.passes.features import feature_axis
 from memrewrite.passes.locality import mixes
 from memrewrite.passes.normalize import normalize
 from memrewrite.passes.patterns import PATTERNS, Match
 from memrewrite.passes.recorded import Recorded
 from memrewrite.passes.region import Region, grow
 from memrewrite.passes.tokens import Refusal
-from memrewrite.site import Located, NearMiss, Site
+from memrewrite.site import Binding, Located, NearMiss, Site
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,18 @@ class Locations:
         return self.located.sites
 
 
-def locate(capture: Capture) -> Locations:
-    """Find every MLP of a captured model; regions that looked like one are near misses with a reason and a node."""
+def locate(capture: Capture, *, fragment: bool = False) -> Locations:
+    """Find every MLP of a captured model; regions that looked like one are near misses with a reason and a node.
+
+    Of a `fragment`, a part of a model that its caller knows more about, nothing has to return to a residual stream.
+    """
     groups: dict[frozenset[str], list[tuple[Found, Match, str]]] = {}
     misses: list[NearMiss] = []
     types: dict[str, str] = {}
     activations: dict[Any, str] = {}
     for segment in capture.segments:
         graph = normalize(segment)
-        flow = Dataflow(graph)
+        flow = Dataflow(graph, fragment=fragment)
         recorded = Recorded(segment, flow, capture.calls)
         types |= _types(recorded)
         for end, outcome in _outcomes(recorded):
@@ -188,15 +192,23 @@ def _site(path: str, group: list[tuple[Found, Match, str]], place: Any) -> Site:
     sizes = {name: math.prod(flow.held[name].shape) for name in names}
     matrices = {name for name in names if flow.held[name].ndim >= 2}
     weights, value = sum(sizes[n] for n in matrices), region.down.meta["val"]
+    axis = feature_axis(flow, region, found.bound)
     bindings = dict.fromkeys(f.bound.binding for f, _, _ in group)
+    if axis is None:
+        bindings = {
+            Binding(
+                kind="none", why="its features lie on several axes, or on another one in its input than in its output"
+            ): None
+        }
     modules = dict.fromkeys(m for b in bindings if b.kind in ("module", "span") for m in (*b.entries[: len(b.widths)], b.exit))
     return Site(
         path=path,
         pattern=match.pattern,
         d_model=int(shape_of(region.down)[-1]),
-        d_in=int(shape_of(region.x)[-1]),
+        d_in=int(shape_of(region.x)[-1 if axis is None else axis]),
         d_hidden=match.d_hidden,
         activation=activation,
+        axis=-1 if axis is None else axis,
         calls=len(group),
         parameters=tuple(names),
         modules=tuple(modules),

@@ -20,6 +20,7 @@ from memrewrite.passes.dataflow import IDENTITY, LAYOUT, LITERAL, ORIGIN, WEIGHT
 from memrewrite.passes.spellings import spell
 
 __all__ = ["ORIGIN", "PASSES", "DropNoise", "Functionalize", "SpellLinear", "normalize"]
+ALL = torch.iinfo(torch.int64).max  # how torch writes the end of a slice that is left open
 ALIASES = {"alias", "detach"}  # of what hands a value on, the ops that never copy
 
 
@@ -113,7 +114,7 @@ class DropNoise(_Pass):
                 continue
             if is_assertion(node):
                 graph.erase_node(node)
-            elif op_name(node) in IDENTITY and node.all_input_nodes:
+            elif (op_name(node) in IDENTITY or _takes_all(node)) and node.all_input_nodes:
                 source = node.all_input_nodes[0]
                 for user in list(node.users) if op_name(node) == "native_dropout" else ():
                     user.replace_all_uses_with(source)
@@ -124,6 +125,11 @@ class DropNoise(_Pass):
             if not node.users and _only_computes(node):
                 graph.erase_node(node)
         return len(graph.nodes) != size
+
+
+def _takes_all(node: fx.Node) -> bool:
+    """A slice from the start to the end."""
+    return op_name(node) == "slice" and node.args[2:4] in ((0, ALL), (None, ALL), (0, None), (None, None)) and not node.args[4:]
 
 
 def _only_computes(node: fx.Node) -> bool:

@@ -38,6 +38,7 @@ def originals_placed(evidence: Evidence, found: Calls, *, noisy: bool = False) -
         for substitution in evidence.plan.substitutions:
             site = substitution.site
             wrapped[site.path] = Original(evidence.model, found[site.path], noisy=noisy)
+            wrapped[site.path].stands_for = [module_at(evidence.model, b.exit) for b in site.bindings if b.exit]
             place(evidence.model, site, wrapped[site.path], "replace", edit)
             _rewind(evidence.model, site, wrapped[site.path], edit)
         yield wrapped

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import fx
 
 from memrewrite.passes.capture import Segment
-from memrewrite.passes.dataflow import IDENTITY, Dataflow, clean, is_assertion, modules_of, op_name
+from memrewrite.passes.dataflow import FILLED, IDENTITY, Dataflow, clean, is_assertion, modules_of, op_name, shape_of
 from memrewrite.passes.normalize import ORIGIN
 from memrewrite.passes.recording import Call
 from memrewrite.passes.region import Region
+
+FILLS = FILLED | {"new_zeros", "new_ones", "new_full"}  # they read a value's shape, and not the value
 
 
 class Recorded:
@@ -24,7 +28,7 @@ class Recorded:
         self.constant: set[fx.Node] = set()  # computed from weights and literals alone
         for node in segment.graph.nodes:
             made = node.op == "call_function" and all(n in self.constant for n in node.all_input_nodes)
-            if made or node.name in segment.weights or node.name in segment.literals:
+            if made or op_name(node) in FILLS or node.name in segment.weights or node.name in segment.literals:
                 self.constant.add(node)
 
     @cached_property
@@ -57,7 +61,7 @@ class Recorded:
         inside, pending = {start}, [start]
         while pending:
             for source in pending.pop().all_input_nodes:
-                weight = source.op != "call_function"
+                weight = source.op != "call_function" or op_name(source) in FILLS
                 if source not in inside and not weight and self.root(source) is not region.x:
                     inside.add(source)
                     pending.append(source)
@@ -96,6 +100,22 @@ class Recorded:
             if seen.returns is not None and seen.gives.count(wanted) == 1
         }
         return found.pop() if len(found) == 1 else None
+
+
+def of_sizes_alone(node: fx.Node) -> Any:
+    """The value of a node that depends on nothing but sizes, in the example; None for other nodes."""
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        return node.meta["val"].node.hint
+    if op_name(node) not in FILLS:
+        return None
+    target: Any = node.target
+    like: Any = lambda n: of_sizes_alone(n) if not isinstance(n.meta["val"], torch.Tensor) else _like(n)  # noqa: E731
+    return target(*fx.map_arg(node.args, like), **fx.map_arg(node.kwargs, like))
+
+
+def _like(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    return torch.empty(shape_of(node), dtype=value.dtype, device=value.device)
 
 
 def _reads(user: fx.Node) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from memrewrite.passes.dataflow import ORIGIN, Dataflow, is_tensor, op_name, shape_of
+from memrewrite.passes.dataflow import ORIGIN, Dataflow, is_tensor, op_name, shape_of, sizes_of
 
 aten = torch.ops.aten
 Rule = Callable[[fx.Graph, Dataflow, fx.Node], bool]
@@ -424,11 +424,10 @@ def _cut_of(value: Any) -> tuple[fx.Node | None, int, int]:
         start, end = (min(int(at), shape_of(source)[-1]) for at in value.args[2:4])  # type: ignore[arg-type]
         return (source, start, end) if start >= 0 and end >= 0 else nothing
     if op_name(value) == "getitem" and op_name(source) in ("split", "split_with_sizes", "chunk", "tensor_split"):
-        sizes = [part.shape for part in source.meta["val"]]
+        sizes, whole = [sizes_of(part) for part in source.meta["val"]], source.all_input_nodes[0]
         at: Any = value.args[1]
-        rest = {tuple(size[:-1]) for size in sizes} == {tuple(shape_of(source.all_input_nodes[0])[:-1])}
-        start = sum(int(size[-1]) for size in sizes[:at])
-        return (source.all_input_nodes[0], start, start + int(sizes[at][-1])) if rest else nothing
+        start = sum(size[-1] for size in sizes[:at])
+        return (whole, start, start + sizes[at][-1]) if {size[:-1] for size in sizes} == {shape_of(whole)[:-1]} else nothing
     return nothing
 
 

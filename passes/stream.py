@@ -77,7 +77,7 @@ def passes(node: fx.Node) -> bool:
 
 def returns_to_stream(flow: Dataflow, x: fx.Node, down: fx.Node) -> bool:
     """Whether `down`, through norms, gates and sums, is added to the value that `x` was normed or scaled from."""
-    return _Ring(flow, x, down).closes()
+    return flow.fragment or _Ring(flow, x, down).closes()
 
 
 class _Ring:

@@ -19,7 +19,17 @@ from memrewrite.errors import ModelError, SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import Pool, Pools
-from memrewrite.passes.hooks import AddMemory, GiveItem, Hand, HandOn, Hollow, TakeArgument, TakeHanded
+from memrewrite.passes.hooks import (
+    AddMemory,
+    FeaturesBack,
+    FeaturesLast,
+    GiveItem,
+    Hand,
+    HandOn,
+    Hollow,
+    TakeArgument,
+    TakeHanded,
+)
 from memrewrite.passes.traced import Host, layer_in, put
 from memrewrite.plans import Placement, Plan, Substitution
 from memrewrite.site import Binding, Site
@@ -138,7 +148,7 @@ def _hang_pools(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> d
 def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, device: torch.device) -> MemoryLayer:
     """One layer on its pool, its parameters not set yet."""
     site, kind = substitution.site, kind_named(substitution.kind)
-    return kind(
+    layer = kind(
         site.d_in,
         site.d_model,
         kind.Options.model_validate(substitution.options),
@@ -147,6 +157,10 @@ def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, d
         device=device,
         dtype=getattr(torch, site.dtype),
     )
+    if site.axis != -1:
+        layer.register_forward_pre_hook(FeaturesLast(site.axis))
+        layer.register_forward_hook(FeaturesBack(site.axis))
+    return layer
 
 
 def _device(model: nn.Module, site: Site) -> torch.device:
@@ -181,7 +195,7 @@ def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, 
             raise SelectError(f"the MLP at {site.path!r} cannot be edited in the module tree: {binding.why}")
         exit_ = module_at(model, binding.exit)
         if hand:
-            _listen(model, binding, placement, hand, edit)
+            _listen(model, site, binding, placement, hand, edit)
         if placement == "replace":
             _swap(model, exit_, layer, edit)
         else:
@@ -205,9 +219,9 @@ def _place_in_graph(model: nn.Module, site: Site, layer: nn.Module, placement: P
 def _stand_in(binding: Binding, layer: nn.Module, hand: Hand | None, edit: Edit) -> None:
     """Have a layer called as the module in whose place it is, and return what that returned."""
     if hand:
-        _hook(layer.register_forward_pre_hook(TakeHanded(hand), with_kwargs=True), edit)
+        _hook(layer.register_forward_pre_hook(TakeHanded(hand), with_kwargs=True, prepend=True), edit)
     elif not binding.alone or binding.takes != 0:
-        _hook(layer.register_forward_pre_hook(TakeArgument(binding.takes), with_kwargs=True), edit)
+        _hook(layer.register_forward_pre_hook(TakeArgument(binding.takes), with_kwargs=True, prepend=True), edit)
     if binding.gives:
         _hook(layer.register_forward_hook(GiveItem(*binding.gives)), edit)
 
@@ -232,13 +246,13 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
-def _listen(model: nn.Module, binding: Binding, placement: Placement, hand: Hand, edit: Edit) -> None:
+def _listen(model: nn.Module, site: Site, binding: Binding, placement: Placement, hand: Hand, edit: Edit) -> None:
     """Have the MLP's input remembered when it reaches the entries; in a replaced MLP these compute nothing any more."""
     widths = binding.widths if placement == "replace" else ()
     for path, width in zip_longest(binding.entries, widths):
         entry = module_at(model, path)
         if width is not None:
-            hollow = Hollow(width)
+            hollow = Hollow(width, site.axis)
             _swap(model, entry, hollow, edit)
             entry = hollow
         _hook(entry.register_forward_pre_hook(HandOn(hand, binding.takes), with_kwargs=True), edit)

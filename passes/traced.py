@@ -83,7 +83,7 @@ def _host(model: nn.Module, path: str, plan: Plan, inputs: Inputs, before: Captu
             for each, mode in modes.items():
                 each.training = mode
         segment = segment_of(path, program, inputs)
-        found = locate(Capture((segment,), inputs, before.how, before.calls))
+        found = locate(Capture((segment,), inputs, before.how, before.calls), fragment=True)
         ends = _ends(model, found, sites)
         missing = sorted(set(sites) - set(ends))
         if missing:

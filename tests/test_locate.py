@@ -813,6 +813,15 @@ def test_decomposed_programs_give_the_same_mlps() -> None:
     assert [told(site)[1:] for site in look(program, None).sites] == [told(site)[1:] for site in look(model, ids()).sites]
 
 
+@pytest.mark.parametrize("name", ["batched", "in parts", "by rows", "packed, beside each other", "two in one parameter"])
+def test_dynamic_shapes_give_the_same_sites(name: str) -> None:
+    """There sizes are values of the graph, and every slice is written out."""
+    model, located = family(name)
+    other = locate(capture(model, FAMILIES[name].inputs(), dynamic=True)).located
+    assert "dynamic" in other.captured
+    assert list(map(told, other.sites)) == list(map(told, located.sites))
+
+
 def test_the_table_is_not_trivial() -> None:
     assert len(FAMILIES) >= 60
     assert stack(Block, Up)().embed.num_embeddings == VOCAB
