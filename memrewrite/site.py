@@ -48,7 +48,7 @@ class Site(Frozen):
     d_in: int
     d_hidden: int
     activation: str
-    axis: int  # of the features in the input and the output, as the model lays them out: -1, but for convolutions
+    axis: int = -1  # of the features in the input and the output, as the model lays them out: -1, but for convolutions
     calls: int
     parameters: tuple[str, ...]
     modules: tuple[str, ...]

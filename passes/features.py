@@ -70,6 +70,6 @@ def _run(moves: list[fx.Node], value: Tensor) -> Tensor:
     for node in moves:
         target: Any = node.target
         size = {n: n.meta["val"].node.hint for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.SymInt)}
-        args = fx.map_arg(node.args, lambda n, value=value, size=size: size.get(n, value))
-        value = target(*args, **node.kwargs)
+        known = {n: size.get(n, value) for n in node.all_input_nodes}
+        value = target(*fx.map_arg(node.args, known.__getitem__), **node.kwargs)
     return value

@@ -51,7 +51,7 @@ def _called(layer: nn.Module, given: Tensor, axis: int) -> Tensor:
 
     Features are last here; the layer is given them, and gives them, on `axis`.
     """
-    x = given[(..., *[None] * max(0, axis - 2), slice(None))].movedim(-1, axis)
+    x = given.reshape(*given.shape[:-1], *[1] * max(0, axis - 2), given.shape[-1]).movedim(-1, axis)
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, TakeHanded):
             hook.hand.x = x

@@ -30,6 +30,7 @@ def site(number: int | None, tower: str = "layers", depth: int = 24, **changes: 
         "parameters": (f"{path}.up", f"{path}.down"),
         "modules": (path,),
         "weights": 3 * 64 * 96,
+        "active": 3 * 64 * 96,
         "biases": 0,
         "dtype": "float32",
         "device": "cpu",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import memrewrite
 from memrewrite.errors import ModelError, SelectError
@@ -328,3 +328,40 @@ def test_a_root_that_calls_every_child_it_has(placement: str) -> None:
     assert report.ok
     assert list(dict(model.named_children())) == ["0", "1", "memory"]
     assert torch.equal(model(x), before) == (placement == "parallel")
+
+
+# ------------------------------------------------------------------------------------------------- convolutions as MLPs
+
+
+class Convolved(nn.Module):
+    """A block on [batch, channels, height, width], its MLP two 1x1 convolutions: one module, or two of the block."""
+
+    def __init__(self, width: int, one_module: bool) -> None:
+        super().__init__()
+        self.mix, self.norm = nn.Conv2d(width, width, 3, padding=1, groups=width), nn.GroupNorm(1, width)
+        up, down = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(2 * width, width, 1)
+        self.mlp = nn.Sequential(up, nn.GELU(), down) if one_module else None
+        self.up, self.down = (None, None) if one_module else (up, down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(x)
+        h = self.norm(x)
+        return x + (self.mlp(h) if self.mlp is not None else self.down(torch.relu(self.up(h))))
+
+
+@pytest.mark.parametrize("placement", ["parallel", "replace"])
+@pytest.mark.parametrize("one_module", [True, False])
+def test_layers_work_on_channels_where_the_model_has_them(one_module: bool, placement: str) -> None:
+    torch.manual_seed(0)
+    blocks = (Convolved(24, one_module) for _ in range(2))
+    model = nn.Sequential(nn.Conv2d(3, 24, 4, 4), nn.Identity(), *blocks).eval()
+    image = torch.randn(2, 3, 32, 28)
+    before = model(image)
+    report = memrewrite.apply(model, tiny.recipe(placement), (image,))
+    assert report.ok
+    assert [(s.site.d_in, s.site.d_model, s.site.axis) for s in report.plan.substitutions] == [(24, 24, 1)] * 2
+    assert torch.equal(model(image), before) == (placement == "parallel")
+    if placement == "replace" and one_module:  # a pixel's features, and no other pixel's
+        layer, x = layers_of(model, report.plan)["2.mlp"], torch.randn(1, 24, 3, 5)
+        alone = [layer(x[:, :, i : i + 1, j : j + 1]) for i in range(3) for j in range(5)]
+        torch.testing.assert_close(layer(x).flatten(2), torch.cat(alone, -1).flatten(2))
