@@ -6,13 +6,13 @@ exit, or none, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from torch import fx
 
-from memrewrite.passes.dataflow import modules_of, shape_of
-from memrewrite.passes.experts import Mixture
+from memrewrite.passes.dataflow import LAYOUT, is_pointwise, modules_of, op_name, shape_of
+from memrewrite.passes.experts import LOOKS_UP, Mixture
 from memrewrite.passes.normalize import ORIGIN
 from memrewrite.passes.recorded import Recorded
 from memrewrite.passes.region import Region
@@ -31,7 +31,7 @@ class Bound(NamedTuple):
 def bind(recorded: Recorded, region: Region) -> Bound:
     """The widest way to reach the region in the module tree; a binding of kind `none` says why there is none."""
     calls = _Calls(recorded, region)
-    return calls.whole() or (calls.routed() if isinstance(region, Mixture) else calls.span())
+    return calls.whole() or calls.summed() or (calls.routed() if isinstance(region, Mixture) else calls.span())
 
 
 class _Calls:
@@ -42,8 +42,18 @@ class _Calls:
         self.closure = recorded.closure(region)
         self.limit = 4 * len(self.closure) + 64  # no module that is the MLP makes more nodes; keeps binding linear
 
+    def reads(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """What a set of nodes reads from outside, beside what only helps to choose experts."""
+        given, pending = set(self.region.given), list(self.region.given)
+        while pending:
+            node = pending.pop()
+            if is_pointwise(node) or op_name(node) in LAYOUT | LOOKS_UP:
+                pending.extend(source for source in node.all_input_nodes if source not in given)
+                given.update(node.all_input_nodes)
+        return {node for node in self.recorded.reads(nodes) if self.recorded.root(node) not in given}
+
     def bound(self, binding: Binding, nodes: set[fx.Node]) -> Bound:
-        (x,), (y,) = self.recorded.reads(nodes), self.recorded.gives(nodes)
+        (x,), (y,) = self.reads(nodes), self.recorded.gives(nodes)
         return Bound(binding, frozenset(nodes), x, y)
 
     def unreachable(self, why: str) -> Bound:
@@ -93,11 +103,35 @@ class _Calls:
         if not readers or None in entries:
             return self.unreachable("no module of its own does the multiplication by its first matrix")
         nodes = self.closure.union(*(self.recorded.by_call[call] for call in (*calls, exit_)))
-        if len(self.recorded.reads(nodes)) != 1:
+        if len(self.reads(nodes)) != 1:
             return self.unreachable("its first matrices are handed its input in different layouts")
         widths = tuple(self.width(call) for call in calls)
         paths = tuple(self.recorded.paths[call] for call in calls)
         return self.bound(Binding(kind="span", entries=paths, widths=widths, exit=self.recorded.paths[exit_]), nodes)
+
+    def summed(self) -> Bound | None:
+        """The sum of what two modules make of one input: routed experts and a shared one. The first gives zeros, then."""
+        total = self.region.down.meta[ORIGIN]
+        parts = [n for n in total.all_input_nodes if n not in self.recorded.constant]
+        calls = [self._part(part) for part in parts]
+        if op_name(total) != "add" or total.kwargs or len(parts) != 2 or None in calls:
+            return None
+        made = sorted((c for c in calls if c), key=lambda c: self.recorded.position[self.recorded.by_call[c][-1]])
+        nodes = self.closure.union(*(self.recorded.by_call[call] for call in made))
+        if len(self.reads(nodes)) != 1 or self.recorded.gives(nodes) != {total}:
+            return None
+        entry, exit_ = (self.recorded.paths[call] for call in made)
+        width = int(total.meta["val"].shape[-1])
+        return self.bound(Binding(kind="span", entries=(entry,), widths=(width,), exit=exit_), nodes)
+
+    def _part(self, value: fx.Node) -> str | None:
+        """The widest module that makes `value` of the region's input alone."""
+        for call, nodes in self._around(value):
+            gives = self.recorded.gives(nodes)
+            same = {self.recorded.root(n) for n in gives} == {self.recorded.root(value)}
+            if same and self._inside(nodes) and self._takes_x(nodes) and self._plain(call):
+                return call
+        return None
 
     def routed(self) -> Bound:
         """From a module that is given the mixture's input, a router say, to the one that returns its output."""
@@ -105,11 +139,11 @@ class _Calls:
             if not (self._inside(made) and self._gives_y(made) and self.recorded.gives_alone(out)):
                 continue
             for entry, nodes in self._readers():
-                both = self._from(self.recorded.reads(nodes), self.closure.union(nodes, made))
-                if entry != out and len(self.recorded.reads(both)) == 1:
+                both = self._from(self.reads(nodes), self.closure.union(nodes, made))
+                if entry != out and len(self.reads(both)) == 1:
                     takes, (path, exit_) = self.recorded.takes(entry) or 0, (self.recorded.paths[c] for c in (entry, out))
                     binding = Binding(kind="span", entries=(path,), takes=takes, exit=exit_, alone=False)
-                    (x,), (y,) = self.recorded.reads(both), self.recorded.gives(made)
+                    (x,), (y,) = self.reads(both), self.recorded.gives(made)
                     return Bound(binding, frozenset(both), x, y)
             return self.unreachable("no module of its own is given its input")
         return self.unreachable("no module of its own returns its output")
@@ -117,7 +151,7 @@ class _Calls:
     def _from(self, base: set[fx.Node], nodes: set[fx.Node]) -> set[fx.Node]:
         """Nodes, with the casts and views between `base` and what they read of it."""
         relays: set[fx.Node] = set()
-        for source in self.recorded.reads(nodes) - base:
+        for source in self.reads(nodes) - base:
             chain = [source]
             while chain[-1] not in base and self.recorded.root(chain[-1]) is self.region.x and chain[-1].all_input_nodes:
                 chain.append(chain[-1].all_input_nodes[0])
@@ -174,7 +208,7 @@ class _Calls:
         return any(self.recorded.root(source) is self.region.x for source in node.all_input_nodes)
 
     def _takes_x(self, nodes: list[fx.Node]) -> bool:
-        reads = self.recorded.reads(nodes)
+        reads = self.reads(nodes)
         return len(reads) == 1 and self.recorded.root(next(iter(reads))) is self.region.x
 
     def _gives_y(self, nodes: list[fx.Node]) -> bool:

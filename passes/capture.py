@@ -47,6 +47,14 @@ class Segment:
     written: tuple[str, ...] = ()  # of a lowered graph: parameters and buffers that it writes into
     apart: tuple[str, ...] | None = None  # of a graph of what ran: the blocks in it that are segments of their own
 
+    def example(self, given: fx.Node) -> Any:
+        """What a placeholder that is no weight stood for when this was captured."""
+        leaves, by_name = tree_leaves(self.inputs), self.inputs[1]
+        if self.apart is not None:
+            return leaves[int(given.name.rpartition("_")[2])]
+        places = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in {**self.weights, **self.literals}]
+        return by_name[given.name] if given.name in by_name else leaves[places.index(given)]
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -235,7 +243,7 @@ def _block_by_block(model: nn.Module, inputs: Inputs, block_inputs: Mapping[str,
                 continue
             try:
                 program, _ = export_program(block, block_inputs[path], dynamic=False)
-                segments.append(segment_of(path, program, block_inputs[path]))
+                segments.append(_of_the_model(model, segment_of(path, program, block_inputs[path])))
             except Refused as error:
                 refused.append((path, str(error)))
     exported = len(segments)
@@ -273,7 +281,7 @@ def recapture(model: nn.Module, segment: Segment) -> Segment:
         program, _ = export_program(block, segment.inputs, dynamic=False)
     except Refused as refusal:
         raise CaptureError(f"torch.export refused the edited model: {refusal}", where=segment.path or None) from refusal
-    return segment_of(segment.path, program, segment.inputs)
+    return _of_the_model(model, segment_of(segment.path, program, segment.inputs))
 
 
 def segment_of(path: str, program: ExportedProgram, inputs: Inputs) -> Segment:
@@ -289,7 +297,18 @@ def _recorded_segment(model: nn.Module, path: str, inputs: Inputs, apart: tuple[
     """What runs in one forward of a block or the model; its graph holds for these inputs alone."""
     made = _graph_segment(record(model.get_submodule(path), inputs, apart), inputs)
     prefix = f"{path}." if path else ""
-    return replace(made, path=path, weights={node: prefix + name for node, name in made.weights.items()}, apart=apart)
+    weights = {node: prefix + name for node, name in made.weights.items()}
+    return _of_the_model(model, replace(made, path=path, weights=weights, apart=apart))
+
+
+def _of_the_model(model: nn.Module, segment: Segment) -> Segment:
+    """A segment of a part, its weights named as the whole model names them first: two parts may share a module."""
+    if not segment.path:
+        return segment
+    first: dict[int, str] = {}
+    names = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    called = {name: first.setdefault(id(tensor), name) for name, tensor in names}
+    return replace(segment, weights={node: called.get(name, name) for node, name in segment.weights.items()})
 
 
 def _graph_segment(module: nn.Module, inputs: Inputs) -> Segment:

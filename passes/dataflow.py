@@ -15,6 +15,7 @@ TORCH = str(Path(torch.__file__).parent)
 WEIGHT = "weight"  # node.meta key: the name of the parameter or buffer a placeholder stands for
 ORIGIN = "origin"  # node.meta key: the recorded node that a canonical one stands for
 LITERAL = "literal"  # node.meta key: the constant tensor a placeholder stands for
+SPELLED = 32  # ops that one activation, written out, is made of at most
 UNBACKED = 1_000_003  # stands for a size that depends on data
 
 # Ops that hand on their first input as it is, token by token: casts, copies, dropout, autograd bookkeeping.

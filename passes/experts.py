@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -72,19 +72,56 @@ def _multiplications(flow: Dataflow, node: fx.Node) -> int:
     return math.prod(shape) * (matrix[0] if matrix[1] == shape[-1] else matrix[1])
 
 
-def mixtures(flow: Dataflow) -> Iterator[tuple[Mixture, ...]]:
-    """Every region that looks like a mixture of experts and returns to its stream, in order; locality is not yet proved.
+def mixtures(flow: Dataflow, is_local: Callable[[Mixture], bool] = lambda _: True) -> Iterator[tuple[Mixture, ...]]:
+    """Every region that looks like a mixture of experts, returns to its stream and `is_local`, in order.
 
     Each comes as a tuple: ends where it may, narrowest first, before or after a shared expert is added.
     """
     done: set[fx.Node] = set()
+    given = _choices(flow)
     for node in flow.graph.nodes:
         if node in done or not _is_trigger(flow, node):
             continue
-        found = tuple({region.down: region for region in _around(flow, node)}.values())
-        done.update(*(region.inside for region in found))
-        if found:
+        found = tuple({region.down: region for region in _around(flow, node, given)}.values())
+        if found and is_local(found[0]):
+            done.update(*(region.inside for region in found))
+            given |= _handed_on(found)
             yield found
+
+
+def _handed_on(found: tuple[Mixture, ...]) -> set[fx.Node]:
+    """What a router hands to the next: numbers of its own that are read outside of its mixture, and views of them."""
+    inside = {node for region in found for node in region.inside}
+    inner = [node for node in found[0].inside[:-1] if any(user not in inside for user in node.users)]
+    views = {user for node in inner for user in node.users if user not in inside and op_name(user) in LAYOUT}
+    return {*inner, *views}
+
+
+def _choices(flow: Dataflow) -> set[fx.Node]:
+    """Numbers and masks that the model is given, and what is made of them alone: they choose experts, and are no features."""
+    found, masks = set[fx.Node](), set[fx.Node]()
+    for node in flow.graph.nodes:
+        if node in flow.constant or not is_tensor(node):
+            continue
+        features = node.meta["val"].is_floating_point() or node.meta["val"].is_complex()
+        if node.op == "placeholder":
+            (masks if features else found).update(() if features and _is_stream(flow, node) else [node])
+        elif all(s in found or s in masks for s in flow.activations(node)) and (op_name(node) in LAYOUT or not features):
+            (masks if features else found).add(node)
+    return found
+
+
+def _is_stream(flow: Dataflow, given: fx.Node) -> bool:
+    """Whether an input of the graph is features: multiplied by a weight, or normed."""
+    pending, seen = [given], {given}
+    while pending:
+        for user in pending.pop().users:
+            if flow.is_linear(user) or op_name(user) in ALONG | OTHER_NORMS:
+                return True
+            if user not in seen and flow.root(user) is given:
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def _is_trigger(flow: Dataflow, node: fx.Node) -> bool:
@@ -96,7 +133,8 @@ def _is_trigger(flow: Dataflow, node: fx.Node) -> bool:
 def is_stacked(flow: Dataflow, node: fx.Node) -> bool:
     """Whether a node multiplies activations by a stack of matrices: one for each expert."""
     name = op_name(node)
-    if is_pointwise(node) or name in LAYOUT | ALONG | OTHER_NORMS | LOOKS_UP or name.startswith(("conv", "index", "scatter")):
+    others = ("conv", "index", "scatter", "scaled_dot_product")
+    if is_pointwise(node) or name in LAYOUT | ALONG | OTHER_NORMS | LOOKS_UP or name.startswith(others):
         return False
     return bool(flow.activations(node) and any(flow.weights(stack) for stack in _stacks(flow, node)))
 
@@ -113,13 +151,13 @@ def _draws(flow: Dataflow, node: fx.Node) -> bool:
     return len(shape_of(table)) > 2 and bool(flow.weights(table))
 
 
-def _around(flow: Dataflow, trigger: fx.Node) -> Iterator[Mixture]:
+def _around(flow: Dataflow, trigger: fx.Node, given: Collection[fx.Node]) -> Iterator[Mixture]:
     """The regions around a trigger, narrowest first, all from one input."""
     x: fx.Node | None = None
     for y, distance in _cuts(flow, trigger):
         if x is not None and _is_residual(flow, x, y):
             return
-        region = _back(flow, y, distance + SLACK, x)
+        region = _back(flow, y, distance + SLACK, x, given)
         if region is None:
             continue
         x = region.x
@@ -146,20 +184,23 @@ def _has_value(node: fx.Node) -> bool:
     return isinstance(value, (torch.Tensor, list, tuple))
 
 
-def _back(flow: Dataflow, y: fx.Node, budget: int, wanted: fx.Node | None) -> Mixture | None:
-    """The region that ends in `y`: back until all comes from one value of the stream (from `wanted`, when given)."""
+def _back(flow: Dataflow, y: fx.Node, budget: int, wanted: fx.Node | None, given: Collection[fx.Node] = ()) -> Mixture | None:
+    """The region that ends in `y`: back until all but what is `given` comes from one value of the stream (from `wanted`)."""
     y = flow.root(y)
-    inside: set[fx.Node] = set()
+    inside, aside = set[fx.Node](), set[fx.Node]()
     pending: dict[fx.Node, None] = {y: None}
     while pending and len(inside) <= budget:
         at = max(pending, key=flow.order.__getitem__)
         if len(pending) == 1 and at is not y and (wanted is None or at is wanted) and _fits(flow, at, y, inside):
-            return _mixture(flow, at, y, inside)
+            return _mixture(flow, at, y, inside, aside)
         del pending[at]
         inside.add(at)
         if not flow.activations(at):
             return None  # the model's own input: the mask of an attention, say
         for source in flow.activations(at):
+            if source in given:
+                aside.add(source)
+                continue
             root = flow.root(source)
             while source is not root:
                 inside.add(source)
@@ -168,12 +209,13 @@ def _back(flow: Dataflow, y: fx.Node, budget: int, wanted: fx.Node | None) -> Mi
     return None
 
 
-def _mixture(flow: Dataflow, x: fx.Node, y: fx.Node, inside: set[fx.Node]) -> Mixture:
+def _mixture(flow: Dataflow, x: fx.Node, y: fx.Node, inside: set[fx.Node], aside: Iterable[fx.Node] = ()) -> Mixture:
     ordered = tuple(sorted((node for node in inside if flow.root(node) is not x), key=flow.order.__getitem__))
     products = _products(flow, ordered)
     stacked = tuple(node for node in products if not flow.is_linear(node))
     before = set(takewhile(lambda node: op_name(node) not in CHOOSES, ordered))
-    return Mixture(x, y, ordered, products, stacked or tuple(node for node in products if node not in before))
+    experts = stacked or tuple(node for node in products if node not in before)
+    return Mixture(x, y, ordered, products, experts, given=frozenset(aside))
 
 
 def _fits(flow: Dataflow, x: fx.Node, y: fx.Node, inside: set[fx.Node]) -> bool:

@@ -85,9 +85,11 @@ def _switch_on(node: fx.Node) -> None:
 
 
 def held_by(model: nn.Module, segment: Segment, node: fx.Node) -> Tensor:
-    """The tensor a weight node stands for: the live model's parameter or buffer, or a constant of the program."""
+    """The tensor a weight node stands for: the live model's parameter or buffer, a constant of the program, or an example."""
     if node.name in segment.literals:
         return segment.literals[node.name]
+    if node.name not in segment.weights:
+        return segment.example(node)
     holder: Any = model
     for part in segment.weights[node.name].split("."):
         holder = getattr(holder, part)

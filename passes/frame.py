@@ -40,6 +40,8 @@ class Numbers:
                 number[node] = self.of(_leaf(segment, node))
             elif _hands_on(node):
                 number[node] = number[node.all_input_nodes[0]]
+            elif op_name(node) == "add" and any(map(_hollow, node.all_input_nodes)):
+                number[node] = number[next(n for n in node.all_input_nodes if not _hollow(n))]
             else:
                 number[node] = self.of((str(node.target), _mapped(node.args, number), _mapped(node.kwargs, number)))
         return _mapped(output.args, number), number
@@ -55,6 +57,11 @@ def _hands_on(node: fx.Node) -> bool:
     given, made = (n.meta.get("val") for n in (node.all_input_nodes[0], node))
     same = isinstance(given, Tensor) and isinstance(made, Tensor) and given.dtype == made.dtype
     return same and (op_name(node) != "slice" or shape_of(node) == shape_of(node.all_input_nodes[0]))
+
+
+def _hollow(node: fx.Node) -> bool:
+    """The zeros that a `Hollow` hands on: a sum with them is what is added to them."""
+    return op_name(node) == "expand" and op_name(node.all_input_nodes[0]) == "new_zeros"
 
 
 class Folded:
@@ -180,7 +187,7 @@ def _sum_with(y: fx.Node, path: str) -> tuple[fx.Node, fx.Node]:
         if len(users) != 1:
             raise Differs(f"the output of the layer at {path!r} has {len(users)} readers, not one")
         (user,) = users
-        if op_name(user) in IDENTITY:
+        if op_name(user) in IDENTITY or (op_name(user) in ("view", "reshape") and shape_of(user)[-1] == shape_of(y)[-1]):
             y = user
         elif op_name(user) == "add" and len(user.all_input_nodes) == 2 and not user.kwargs:
             return user, next(n for n in user.all_input_nodes if n is not y)

@@ -93,6 +93,7 @@ class AddMemory:
         """The MLP's output and the layer's."""
         mlp: Tensor = output if self.item is None else output[self.item]
         added: Tensor = self.layer(args[0] if self.hand is None else self.hand.take())
+        added = added if added.shape == mlp.shape else added.reshape(mlp.shape)  # some return their tokens in one axis
         total = mlp + added.to(mlp.dtype)
         if self.item is None:
             return total

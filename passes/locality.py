@@ -5,6 +5,7 @@ For regions in which rows are reordered by what they hold, where following the a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from operator import attrgetter
 from typing import Any
 
@@ -13,10 +14,14 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from memrewrite.passes.capture import Segment
+from memrewrite.passes.dataflow import shape_of
 from memrewrite.passes.recorded import Recorded, of_sizes_alone
+from memrewrite.passes.recording import SEED
 from memrewrite.passes.region import Region
+from memrewrite.passes.tape import captured_apart
 
 MOVED = 1e-4  # relative to the outputs' size: above it a token changed; rows multiplied in other groups differ by less
+NEAR = 1e-2  # how far towards a random one a token is moved, where another choice of experts could not be followed
 
 
 def mixes(recorded: Recorded, region: Region) -> str:
@@ -25,23 +30,47 @@ def mixes(recorded: Recorded, region: Region) -> str:
     leaves = {node: value for node in nodes if (value := value_of(recorded.segment, node)) is not None}
     if any(value.is_meta for value in leaves.values()):
         return ""
-    origin = region.x.meta["origin"]
+    origin, generator = region.x.meta["origin"], torch.Generator().manual_seed(0)
     shape = [int(n) for n in origin.meta["val"].shape]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape, generator=generator).to(origin.meta["val"])
-    before = _run(region, nodes, leaves, x)
+    like = {"dtype": origin.meta["val"].dtype, "device": origin.meta["val"].device}
+    x, reach = torch.randn(shape, generator=generator).to(**like), 1.0
+    outside = {origin, *recorded.reads(nodes)}
+    if recorded.segment.apart is not None and (seen := _seen(recorded, outside)):  # its loops hold for the values that it saw
+        x, reach = seen[origin], NEAR
+        leaves |= {node: seen[node] for node in outside if recorded.root(node) is not region.x}
+    before = _run(recorded, region, nodes, leaves, x)
     if not before.isfinite().all():
         return "it gives no finite numbers on random inputs, so that it cannot be tried token by token"
     rows = x.numel() // shape[-1]
     for row in sorted({0, rows // 2, rows - 1}):
         changed = x.clone().reshape(-1, shape[-1])
-        changed[row] = torch.randn(shape[-1], generator=generator).to(x)
-        after = _run(region, nodes, leaves, changed.reshape(shape))
+        changed[row] += reach * (torch.randn(shape[-1], generator=generator).to(**like) - changed[row])
+        after = _run(recorded, region, nodes, leaves, changed.reshape(shape))
         moved = (after - before).float().abs().reshape(rows, -1).amax(1) > MOVED * before.float().abs().max()
         moved[row] = False
         if moved.any():
             return "the output of one token depends on other tokens"
     return ""
+
+
+def _seen(recorded: Recorded, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
+    """The values that a graph of what ran had, up to the wanted ones; none where a block in it was captured by itself."""
+    segment, env = recorded.segment, dict[fx.Node, Any]()
+    last = max(recorded.position[node] for node in wanted)
+    env |= {node: segment.example(node) for node in segment.graph.nodes if node.op == "placeholder"}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        for node in segment.graph.nodes:
+            if node.target is captured_apart:
+                return {}
+            if node not in env and node.op == "call_function":
+                for source in node.all_input_nodes:
+                    if source not in env:
+                        env[source] = value_of(segment, source).clone()  # type: ignore[union-attr]
+                env[node] = node.target(*fx.map_arg(node.args, env.__getitem__), **fx.map_arg(node.kwargs, env.__getitem__))  # type: ignore[operator]
+            if recorded.position[node] == last:
+                break
+    return env
 
 
 def value_of(segment: Segment, node: fx.Node) -> Tensor | None:
@@ -50,12 +79,13 @@ def value_of(segment: Segment, node: fx.Node) -> Tensor | None:
         return segment.literals[node.name]
     if node.name not in segment.weights:
         return None
-    name = segment.weights[node.name].removeprefix(f"{segment.path}." if segment.path else "")
-    if isinstance(segment.program, ExportedProgram):
-        held: dict[str, Tensor] = {**segment.program.state_dict, **segment.program.constants}
-        return held[name]
-    found: Tensor = attrgetter(name)(segment.program)
-    return found
+    if not isinstance(segment.program, ExportedProgram):
+        found: Tensor = attrgetter(node.target)(segment.program)
+        return found
+    signature = segment.program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    held: dict[str, Tensor] = {**segment.program.state_dict, **segment.program.constants}
+    return held[names[node.name]]
 
 
 def _needed(recorded: Recorded, region: Region) -> list[fx.Node]:
@@ -70,9 +100,11 @@ def _needed(recorded: Recorded, region: Region) -> list[fx.Node]:
     return sorted(needed, key=recorded.position.__getitem__)
 
 
-def _run(region: Region, nodes: list[fx.Node], leaves: dict[fx.Node, Tensor], x: Tensor) -> Tensor:
+def _run(recorded: Recorded, region: Region, nodes: list[fx.Node], leaves: dict[fx.Node, Tensor], x: Tensor) -> Tensor:
     env: dict[fx.Node, Any] = dict(leaves)
-    with torch.no_grad():
+    cuda = [x.device.index or 0] if x.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(SEED)  # dropout, in train mode, drops the same each time
         for node in nodes:
             if node in leaves:
                 continue
@@ -81,7 +113,9 @@ def _run(region: Region, nodes: list[fx.Node], leaves: dict[fx.Node, Tensor], x:
             if node in env:
                 continue
             for source in node.all_input_nodes:
-                if source not in env:  # the region's input, in one of its layouts
+                if source not in env and recorded.root(source) is not region.x:  # what helps to choose: any number will do
+                    env[source] = torch.ones(shape_of(source), dtype=source.meta["val"].dtype, device=x.device)
+                elif source not in env:  # the region's input, in one of its layouts
                     env[source] = x.reshape([int(n) for n in source.meta["val"].shape])
             target: Any = node.target
             if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:  # a weight is not ours to write to

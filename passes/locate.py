@@ -82,9 +82,7 @@ def locate(capture: Capture, *, fragment: bool = False) -> Locations:
 def _outcomes(recorded: Recorded) -> Iterator[tuple[fx.Node, tuple[Region, Match] | Refusal]]:
     """What ends at which node, in the order of the graph: mixtures of experts first, then MLPs outside of them."""
     flow, outcomes, inside = recorded.flow, dict[fx.Node, tuple[Region, Match] | Refusal](), set[fx.Node]()
-    for ends in mixtures(flow):
-        if mixes(recorded, ends[0]):
-            continue  # an attention that chooses what it looks at
+    for ends in mixtures(flow, lambda mixture: not mixes(recorded, mixture)):  # and no attention that chooses what it sees
         mixture = _widest_module(recorded, ends)
         outcomes[mixture.down] = _match(flow, mixture)
         inside.update(mixture.inside)
@@ -100,9 +98,15 @@ def _outcomes(recorded: Recorded) -> Iterator[tuple[fx.Node, tuple[Region, Match
 
 
 def _widest_module(recorded: Recorded, ends: tuple[Mixture, ...]) -> Mixture:
-    """Of the ends a mixture may have, the last that a module returns; the first when none does, which leaves most alone."""
+    """Of the ends a mixture may have, the last that a module returns, or that is the sum of what two modules do.
+
+    The first when there is none, which leaves most alone.
+    """
     for mixture in reversed(ends):
-        if bind(recorded, mixture).binding.kind == "module" and (mixture is ends[0] or not mixes(recorded, mixture)):
+        binding = bind(recorded, mixture).binding
+        if (binding.kind == "module" or (binding.kind == "span" and binding.widths)) and (
+            mixture is ends[0] or not mixes(recorded, mixture)
+        ):
             return mixture
     return ends[0]
 
@@ -133,8 +137,13 @@ def _weights(found: Found) -> list[str]:
 
 
 def _identity(found: Found) -> frozenset[str]:
-    """What tells a site from others: its weights and, of a weight that is a stack of matrices, which of them it takes."""
+    """What tells a site from others: its weights and, of a weight that is a stack of matrices, which of them it takes.
+
+    A mixture takes what its tokens choose.
+    """
     flow, picked = found.recorded.flow, set[str]()
+    if isinstance(found.region, Mixture):
+        return frozenset(_weights(found))
     for at in {s for node in found.region.inside for s in node.all_input_nodes if s in flow.constant}:
         picks: list[str] = []
         while at.op == "call_function" and at.all_input_nodes:

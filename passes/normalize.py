@@ -1,8 +1,9 @@
 """One canonical view of a captured graph, so that no later pass asks how a model spelled its arithmetic.
 
 Flow: a copy whose weights are marked placeholders → in-place ops made functional → casts, asserts, aliases and dropout
-dropped → every multiplication by a weight written as `aten.linear`. Each is a `torch.fx.passes.infra` pass, so a user may
-put their own between. Every canonical node names the recorded node it stands for in `meta["origin"]`.
+dropped → every multiplication by a weight written as `aten.linear`, one for each of its pieces that part for good. Each is
+a `torch.fx.passes.infra` pass, so a user may put their own between. Every canonical node names the recorded node it stands
+for in `meta["origin"]`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,20 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from memrewrite.passes.capture import Segment
-from memrewrite.passes.dataflow import IDENTITY, LAYOUT, LITERAL, ORIGIN, WEIGHT, Dataflow, is_assertion, op_name
-from memrewrite.passes.spellings import spell
+from memrewrite.passes.dataflow import (
+    ALONG,
+    IDENTITY,
+    LAYOUT,
+    LITERAL,
+    ORIGIN,
+    SPELLED,
+    WEIGHT,
+    Dataflow,
+    is_assertion,
+    is_pointwise,
+    op_name,
+)
+from memrewrite.passes.spellings import cut_of, spell, take_part
 
 __all__ = ["ORIGIN", "PASSES", "DropNoise", "Functionalize", "SpellLinear", "normalize"]
 ALL = torch.iinfo(torch.int64).max  # how torch writes the end of a slice that is left open
@@ -149,4 +162,36 @@ class SpellLinear(_Pass):
         return changed
 
 
-PASSES: tuple[type[_Pass], ...] = (Functionalize, DropNoise, SpellLinear)
+class PartLinear(_Pass):
+    """A product whose pieces part for good becomes one product for each: an MLP's first matrix, kept with an attention's."""
+
+    def walk(self, graph: fx.Graph) -> bool:
+        """Part every product of which some pieces go to other products, and some to neither these nor any."""
+        flow, changed = Dataflow(graph), False
+        for product in list(graph.nodes):
+            if not flow.is_linear(product):
+                continue
+            pieces = [piece for user in product.users for piece in (user, *user.users) if cut_of(piece)[0] is product]
+            leads = {piece: _leads_to(flow, piece) for piece in pieces}
+            for piece, ends in leads.items():
+                parted = any(not ends & others for others in leads.values())
+                if parted and ends and all(flow.is_linear(end) for end in ends):
+                    take_part(graph, flow, piece)
+                    changed = True
+        return changed
+
+
+def _leads_to(flow: Dataflow, piece: fx.Node) -> set[fx.Node]:
+    """What first reads a value otherwise than feature by feature or along its features."""
+    found, pending, seen = set[fx.Node](), [piece], {piece}
+    while pending and len(seen) < SPELLED:
+        for user in pending.pop().users:
+            if not (is_pointwise(user) or op_name(user) in LAYOUT | ALONG) or flow.is_linear(user):
+                found.add(user)
+            elif user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return set() if pending else found
+
+
+PASSES: tuple[type[_Pass], ...] = (Functionalize, DropNoise, SpellLinear, PartLinear)

@@ -12,6 +12,8 @@ from memrewrite.passes.dataflow import Dataflow, shape_of
 from memrewrite.passes.experts import Mixture
 from memrewrite.passes.region import Region
 
+NARROW = 2  # times narrower inside than at both ends: adapters and squeezes, which stand beside an MLP
+
 
 class Match(NamedTuple):
     """Yes: the pattern's name, and the width of the value the last matrix reads."""
@@ -45,6 +47,9 @@ class Plain:
         if len(region.ups) != 1:
             return f"it has {len(region.ups)} first matrices, not one"
         up, width = int(shape_of(region.ups[0])[-1]), _width(region)
+        ends = [int(shape_of(matrix.args[1])[axis]) for matrix, axis in ((region.ups[0], 1), (region.down, 0))]  # type: ignore[arg-type]
+        if NARROW * width <= min(ends):
+            return f"its {width} inner features are a bottleneck between {ends[0]} and {ends[1]}: an adapter"
         return Match(self.name, width) if up == width else f"the first matrix gives {up} features, the last reads {width}"
 
 

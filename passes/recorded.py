@@ -57,12 +57,12 @@ class Recorded:
 
     def closure(self, region: Region) -> set[fx.Node]:
         """The recorded nodes of a region: back from the last matrix to the input, the weights' own arithmetic included."""
-        start = region.down.meta[ORIGIN]
+        start, ends = region.down.meta[ORIGIN], {region.x, *map(self.flow.root, region.given)}
         inside, pending = {start}, [start]
         while pending:
             for source in pending.pop().all_input_nodes:
                 weight = source.op != "call_function" or op_name(source) in FILLS
-                if source not in inside and not weight and self.root(source) is not region.x:
+                if source not in inside and not weight and self.root(source) not in ends:
                     inside.add(source)
                     pending.append(source)
         return inside

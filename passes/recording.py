@@ -25,8 +25,9 @@ SEED = 0
 class Call:
     """How a module was called once.
 
-    `takes` is the position or the keyword of its only tensor (None when it has none or several), `alone` says that it was
-    given nothing else. `gives` are the shapes of what it returned; `returns` counts the items of a tuple, None for a tensor.
+    `takes` is the position or the keyword of its only tensor, or of the only one beside numbers of tokens (None when it has
+    none or several), `alone` says that it was given nothing else. `gives` are the shapes of what it returned; `returns`
+    counts the items of a tuple, None for a tensor.
     """
 
     takes: int | str | None
@@ -127,7 +128,9 @@ def _kept(leaf: Any) -> Any:
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Call:
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    takes = next((key for key, value in given if isinstance(value, torch.Tensor)), None) if len(tensors) == 1 else None
+    features = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    only = tensors if len(tensors) == 1 else features  # beside numbers of tokens
+    takes = next((key for key, value in given if value is only[0]), None) if len(only) == 1 else None
     items = out if isinstance(out, (tuple, list)) else (out,)
     gives = tuple(tuple(t.shape) if isinstance(t, torch.Tensor) else None for t in items)
     return Call(takes, len(given) == 1, gives, None if isinstance(out, torch.Tensor) else len(items))

@@ -6,7 +6,7 @@ reads the inside → no token mixing → the output returns to the residual stre
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import fx
@@ -17,6 +17,7 @@ from memrewrite.passes.dataflow import (
     LAYOUT,
     OTHER_NORMS,
     REORDERS,
+    SPELLED,
     Dataflow,
     fixed_batch_norm,
     is_pointwise,
@@ -25,7 +26,6 @@ from memrewrite.passes.dataflow import (
 from memrewrite.passes.stream import REACH, passes, returns_to_stream
 from memrewrite.passes.tokens import Refusal, mixes_tokens
 
-SPELLED = 32  # ops that one activation, written out, is made of at most
 PICKS = frozenset(  # the ops over an axis that gate, choose or weigh: activations, and no norms
     [
         "glu",
@@ -52,6 +52,7 @@ class Region:
     down: fx.Node
     inside: tuple[fx.Node, ...]  # in order, without `x`, with `down`
     ups: tuple[fx.Node, ...]  # the linears inside but `down`
+    given: frozenset[fx.Node] = field(default=frozenset(), kw_only=True)  # beside `x`: what only helps to choose experts
 
 
 class Never(NamedTuple):

@@ -393,7 +393,7 @@ def _from_slices(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
     terms = [term for term in _terms(node) if not _is_zeros(term, node)]
     if len(terms) < 2 or not all(_own_linear(flow, term) and _parts(term)[2] is None for term in terms):
         return False
-    cuts = [_cut_of(_parts(term)[0]) for term in terms]
+    cuts = [cut_of(_parts(term)[0]) for term in terms]
     order = sorted(range(len(terms)), key=lambda i: cuts[i][1:])
     whole, ends = cuts[0][0], [0, *(cuts[i][2] for i in order)]
     if any(cut[0] is not whole for cut in cuts) or any(cuts[i][1] != end for i, end in zip(order, ends, strict=False)):
@@ -414,7 +414,7 @@ def _is_zeros(term: fx.Node, total: fx.Node) -> bool:
     return (filled or name in ("zeros", "zeros_like", "new_zeros")) and shape_of(term) == shape_of(total)
 
 
-def _cut_of(value: Any) -> tuple[fx.Node | None, int, int]:
+def cut_of(value: Any) -> tuple[fx.Node | None, int, int]:
     """What a slice of the features is taken of, and from where to where; (None, 0, 0) for others."""
     nothing = (None, 0, 0)
     if not isinstance(value, fx.Node) or not value.all_input_nodes:
@@ -429,6 +429,18 @@ def _cut_of(value: Any) -> tuple[fx.Node | None, int, int]:
         start = sum(size[-1] for size in sizes[:at])
         return (whole, start, start + sizes[at][-1]) if {size[:-1] for size in sizes} == {shape_of(whole)[:-1]} else nothing
     return nothing
+
+
+def take_part(graph: fx.Graph, flow: Dataflow, piece: fx.Node) -> None:
+    """A piece of a linear's features becomes the product with these rows of its weight."""
+    product, start, end = cut_of(piece)
+    if product is not None:
+        x, weight, bias = _parts(product)
+        rows, shift = (
+            part if part is None else _turned(graph, flow, piece, part, aten.slice.Tensor, 0, start, end)
+            for part in (weight, bias)
+        )
+        _become_linear(piece, x, rows, shift)
 
 
 def _same_input(graph: fx.Graph, flow: Dataflow, node: fx.Node, first: fx.Node, second: fx.Node) -> bool:

@@ -52,7 +52,8 @@ MOVES = frozenset(
         "tile",
     ]
 )
-MIXES = frozenset(["matmul", "mm", "bmm", "mv", "einsum", "tensordot", "addmm", "baddbmm"])  # of several streams, by weights
+# Of several streams, by weights; an attention too, over what a token kept of earlier layers.
+MIXES = frozenset(["matmul", "mm", "bmm", "mv", "einsum", "tensordot", "addmm", "baddbmm", "scaled_dot_product_attention"])
 # Sums by the places of their terms among the arguments; the places of one term in a tuple are factors of it.
 TERMS: dict[str, tuple[tuple[int, ...], ...]] = {
     "add": ((0,), (1,)),

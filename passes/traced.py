@@ -7,7 +7,6 @@ by name at every call, so that state dicts, `.to()`, optimisers and copies see t
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +55,7 @@ class Host:
     constants: Mapping[str, Tensor]
     skewed: frozenset[str]  # sites whose input and output differ in layout
     placed: dict[str, tuple[str, Placement]] = field(default_factory=dict)
+    kind: type[nn.Module] = nn.Module  # the module's class, as it was
 
 
 def trace_hosts(model: nn.Module, plan: Plan, before: Capture) -> dict[str, Host]:
@@ -190,8 +190,10 @@ def layer_in(model: nn.Module, path: str, number: int) -> nn.Module:
 def _become(module: nn.Module, host: Host, done: Done) -> None:
     if hasattr(module, CHILD):
         raise SelectError(f"the module {host.path!r} has an attribute {CHILD!r} of its own, where layers were to hang")
-    own = vars(module).get("forward")
-    done(lambda: vars(module).pop("forward", None) if own is None else vars(module).update(forward=own))
+    host.kind = type(module)
+    own = vars(module).pop("forward", None)  # a wrapper's, say: what it did is in the graph
+    done(lambda: setattr(module, "__class__", host.kind))
+    done(lambda: own is None or vars(module).update(forward=own))
     module.add_module(CHILD, nn.ModuleDict())
     done(lambda: delattr(module, CHILD))
     for name, value in host.constants.items():
@@ -213,7 +215,9 @@ def _compile(module: nn.Module, host: Host) -> set[str]:
         _check(host.path, trace, leaves, spec)
         return tree_unflatten(list(run(self, *leaves)), trace.out_spec)
 
-    module.forward = types.MethodType(forward, module)
+    # a class of its own, as torch's parametrizations do: tracers and copies then see the module itself called
+    names = {name: getattr(host.kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    module.__class__ = type(host.kind.__name__, (host.kind,), {**names, "forward": forward})
     return read
 
 

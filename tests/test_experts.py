@@ -333,3 +333,30 @@ def test_heads_with_matrices_of_their_own_are_no_experts() -> None:
             return torch.einsum("bthf,hfd->bthd", heads, self.down).flatten(-2)
 
     assert all(site.pattern != "moe" for site in memrewrite.inspect(stack(lambda: Block(Heads())), ids()).sites)
+
+
+class SharedBeside(Block):
+    """Routed experts and a shared one are two modules; the block adds up what they give."""
+
+    def __init__(self) -> None:
+        super().__init__(AllExperts())
+        self.shared = nn.Sequential(nn.Linear(D, WIDTH), nn.GELU(), nn.Linear(WIDTH, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        h = self.norm2(x)
+        return x + (self.mlp(h) + self.shared(h))
+
+
+@pytest.mark.parametrize("placement", ["parallel", "replace"])
+def test_a_shared_expert_that_the_block_adds_belongs_to_the_mixture(placement: str) -> None:
+    model = stack(SharedBeside)
+    before, names = model(*ids()), {name for name, _ in model.named_parameters() if "shared" in name or "mlp" in name}
+    (first, _) = memrewrite.inspect(model, ids()).sites
+    assert (first.path, first.pattern, first.bindings[0].kind) == ("blocks.0", "moe", "span")
+    assert set(first.modules) == {"blocks.0.mlp", "blocks.0.shared"}
+    assert memrewrite.apply(model, wishes(placement), ids()).ok
+    if placement == "parallel":
+        assert torch.equal(model(*ids()), before)
+    else:
+        assert not names & set(model.state_dict())

@@ -26,22 +26,15 @@ from families import (
     Gated,
     Mlp,
     Packed,
-    Parallel,
-    PostNorm,
-    Sandwich,
-    Scaled,
     Stack,
     Tied,
     Up,
     halves,
     ids,
-    interleaved,
     plain,
     stack,
     states,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -417,74 +410,6 @@ def test_a_pooler_after_the_blocks_is_none() -> None:
     located = look(Pooled().eval(), ids())
     assert [site.path for site in located.sites] == ["blocks.0.mlp"]
     assert [miss.path for miss in located.near_misses] == ["head"]
-
-
-# ---------------------------------------------------------------------------------------------------- random transformers
-
-KINDS: dict[str, tuple[str, Callable[[bool], nn.Module]]] = {
-    "plain": ("plain", lambda bias: Up(F.silu, bias)),
-    "gated": ("gated", lambda bias: Gated(F.silu, bias)),
-    "packed": ("gated_packed", lambda _: Packed(halves)),
-    "interleaved": ("gated_packed", lambda _: Packed(interleaved)),
-}
-STYLES = (Block, Parallel, PostNorm, Sandwich, Scaled)
-
-
-class Wrapped(nn.Module):
-    """An MLP with dropout after it, and a branch beside it that leads nowhere."""
-
-    def __init__(self, mlp: nn.Module, rate: float, dead: bool) -> None:
-        super().__init__()
-        self.mlp, self.dropout, self.dead = mlp, nn.Dropout(rate), nn.Linear(D, D) if dead else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.dead is not None:
-            _ = F.gelu(self.dead(x))
-        return self.dropout(self.mlp(x))
-
-
-BLOCK = st.fixed_dictionaries(
-    {
-        "kind": st.sampled_from(sorted(KINDS)),
-        "style": st.sampled_from(STYLES),
-        "bias": st.booleans(),
-        "dropout": st.sampled_from([0.0, 0.3]),
-        "dead": st.booleans(),
-        "rms": st.booleans(),
-        "shared": st.booleans(),  # the MLP is the one of the block before
-    }
-)
-
-
-def random_transformer(blocks: list[dict[str, Any]]) -> tuple[nn.Module, Counter[Any]]:
-    """A model, and the (path, pattern, calls) of what was planted in it."""
-    made: list[nn.Module] = []
-    owners: list[tuple[str, str]] = []  # path and pattern of each block's MLP
-    for number, block in enumerate(blocks):
-        pattern, make = KINDS[block["kind"]]
-        if block["shared"] and made:
-            wrapped = made[-1].mlp
-            owners.append(owners[-1])
-        else:
-            wrapped = Wrapped(make(block["bias"]), block["dropout"], block["dead"])
-            owners.append((f"blocks.{number}.mlp.mlp", pattern))
-        made.append(block["style"](wrapped))
-        if block["rms"]:
-            made[-1].norm1, made[-1].norm2 = nn.RMSNorm(D), nn.RMSNorm(D)
-    queue = iter(made)
-    return Stack(lambda: next(queue), depth=len(made)).eval(), Counter(owners)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(BLOCK, min_size=1, max_size=3))
-def test_in_a_random_transformer_found_is_planted(blocks: list[dict[str, Any]]) -> None:
-    model, wanted = random_transformer(blocks)
-    located = look(model, ids())
-    assert Counter({(s.path, s.pattern): s.calls for s in located.sites}) == wanted
-    assert all((s.d_model, s.d_hidden, s.activation) == (D, HIDDEN, "silu") for s in located.sites)
-    for site in located.sites:
-        inside = {id(p) for name, p in model.get_submodule(site.path).named_parameters() if "dead" not in name}
-        assert {id(model.get_parameter(name)) for name in site.parameters} == inside
 
 
 # ---------------------------------------------------------------------------------------------- sharing, names, and cost
