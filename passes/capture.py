@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -154,11 +155,20 @@ def export_program(
             with torch.no_grad(), _hushed(), seen, nullcontext() if strict else _known_outputs(model, dropped):
                 dynamic_shapes = None if dims is None else _by_argument(model, args, kwargs, dims)
                 program = torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
+            _refuse_bodies(program)
             return program, how + (f", outputs of kind {', '.join(sorted(dropped))} left aside" if dropped else "")
         except Exception as error:
             log.debug("torch.export %s refused %s", how, type(model).__name__, exc_info=True)
             reasons.append(f"{how}: {type(error).__name__}: {_first_lines(error)}")
     raise Refused("; ".join(reasons[-2:]))
+
+
+def _refuse_bodies(program: ExportedProgram) -> None:
+    """Raise `Refused` where weights are multiplied in graphs of their own, as under `torch.autocast`: MLPs would be cut apart."""
+    held = {**program.graph_signature.inputs_to_parameters}
+    for node in program.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator) and any(n.name in held for n in node.all_input_nodes):
+            raise Refused(f"`{node.target.name()}` keeps a part of it in a graph of its own")
 
 
 def _as_module(model: nn.Module) -> nn.Module:

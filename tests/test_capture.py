@@ -13,6 +13,7 @@ from families import BATCH, BY_HAND, HIDDEN, TOKENS, VOCAB, Block, D, Stack, Up,
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import memrewrite
 from memrewrite.errors import CaptureError, ModelError
 from memrewrite.passes import capture as capturing
 from memrewrite.passes.capture import Capture, capture, is_traced, recapture
@@ -133,6 +134,24 @@ def test_an_mlp_outside_of_the_blocks_is_not_lost_when_the_whole_is_refused() ->
     model.first = Block(Up())
     model.head.register_forward_pre_hook(lambda _, args: (model.first(*args),))
     assert paths(capture(model, ids())) == ["embed.1.mlp", "blocks.0.mlp", "first.mlp"]
+
+
+def test_an_mlp_under_autocast_is_found_and_proved() -> None:
+    class Cast(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                out = self.mlp.down(F.gelu(self.mlp.up(self.norm2(x))))
+            return x + out.float()
+
+    model = Stack(lambda: Cast(Up())).eval()
+    before = model(*ids())
+    made = capture(model, ids())
+    assert "wrap_with_autocast" in made.how
+    assert paths(made) == ["blocks.0.mlp", "blocks.1.mlp"]
+    rule = {"where": {"all": True}, "with": "memory_plus", "pool": "w", "placement": "parallel"}
+    rule["options"] = {"heads": 2, "topk": 4}
+    assert memrewrite.apply(model, {"memrewrite": 1, "pools": {"w": {"keys": 8}}, "replace": [rule]}, ids()).ok
+    assert torch.equal(model(*ids()), before)
 
 
 def test_on_meta_a_block_that_cannot_be_captured_is_named(caplog: pytest.LogCaptureFixture) -> None:
