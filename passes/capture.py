@@ -164,11 +164,11 @@ def export_program(
 
 
 def _refuse_bodies(program: ExportedProgram) -> None:
-    """Raise `Refused` where weights are multiplied in graphs of their own, as under `torch.autocast`: MLPs would be cut apart."""
-    held = {**program.graph_signature.inputs_to_parameters}
+    """Raise `Refused` where weights are multiplied in graphs of their own, as under `torch.autocast`: it would hide MLPs."""
+    held = program.graph_signature.inputs_to_parameters
     for node in program.graph.nodes:
         if isinstance(node.target, HigherOrderOperator) and any(n.name in held for n in node.all_input_nodes):
-            raise Refused(f"`{node.target.name()}` keeps a part of it in a graph of its own")
+            raise Refused(f"`{node.target}` keeps a part of it in a graph of its own")
 
 
 def _as_module(model: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ from memrewrite.passes.dataflow import (
     ALONG,
     LAYOUT,
     OTHER_NORMS,
+    SPELLED,
     Dataflow,
     is_assertion,
     is_pointwise,
@@ -29,7 +30,7 @@ from memrewrite.passes.dataflow import (
     shape_of,
 )
 from memrewrite.passes.region import Region
-from memrewrite.passes.stream import returns_to_stream
+from memrewrite.passes.stream import MIXES, returns_to_stream
 
 CHOOSES = frozenset(["topk", "argmax", "sort", "argsort", "one_hot", "nonzero", "multinomial", "kthvalue"])
 LOOKS_UP = frozenset(["index", "index_select", "embedding", "gather", "take_along_dim"])
@@ -144,11 +145,31 @@ def _stacks(flow: Dataflow, node: fx.Node) -> list[fx.Node]:
 
 
 def _draws(flow: Dataflow, node: fx.Node) -> bool:
-    """Whether a node looks matrices up by numbers that depend on the input."""
+    """Whether a node looks matrices up by numbers that depend on the input; or rows, each a small expert, by chosen ones."""
     table = node.all_input_nodes[0] if node.all_input_nodes else None
-    if op_name(node) not in LOOKS_UP or table not in flow.constant:
+    if op_name(node) not in LOOKS_UP or table not in flow.constant or not flow.weights(table):
         return False
-    return len(shape_of(table)) > 2 and bool(flow.weights(table))
+    rows = len(shape_of(table)) == 2 and _is_chosen(flow, node.all_input_nodes[-1]) and _is_multiplied(node)
+    return len(shape_of(table)) > 2 or rows
+
+
+def _is_multiplied(node: fx.Node) -> bool:
+    """Whether a value is a factor of products, and not only a term of sums: biases are looked up as well."""
+    users = [user for user in node.users if op_name(user) in LAYOUT]
+    return any(op_name(user) in MIXES | {"mul"} for user in node.users) or any(map(_is_multiplied, users))
+
+
+def _is_chosen(flow: Dataflow, numbers: fx.Node) -> bool:
+    """Whether numbers come from an op that chooses."""
+    pending, seen = [numbers], {numbers}
+    while pending and len(seen) < SPELLED:
+        node = pending.pop()
+        if op_name(node) in CHOOSES:
+            return True
+        fresh = [source for source in flow.activations(node) if source not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False
 
 
 def _around(flow: Dataflow, trigger: fx.Node, given: Collection[fx.Node]) -> Iterator[Mixture]:
@@ -229,6 +250,7 @@ def _fits(flow: Dataflow, x: fx.Node, y: fx.Node, inside: set[fx.Node]) -> bool:
 def _chooses(flow: Dataflow, nodes: Collection[fx.Node]) -> bool:
     """Whether a number of `nodes` says which expert: an op that chooses, or a weight for each expert of a stack."""
     stacks = {shape_of(source)[0] for node in nodes if is_stacked(flow, node) for source in _stacks(flow, node)}
+    stacks |= {shape_of(node.all_input_nodes[0])[0] for node in nodes if _draws(flow, node)}
     weighs = [node for node in nodes if op_name(node) in ("softmax", "_softmax", "sigmoid")]
     return any(op_name(n) in CHOOSES for n in nodes) or any(shape_of(n)[-1:] == (stack,) for n in weighs for stack in stacks)
 

@@ -89,7 +89,8 @@ def held_by(model: nn.Module, segment: Segment, node: fx.Node) -> Tensor:
     if node.name in segment.literals:
         return segment.literals[node.name]
     if node.name not in segment.weights:
-        return segment.example(node)
+        given: Tensor = segment.example(node)
+        return given
     holder: Any = model
     for part in segment.weights[node.name].split("."):
         holder = getattr(holder, part)

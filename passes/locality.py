@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map
 
 from memrewrite.passes.capture import Segment
-from memrewrite.passes.dataflow import shape_of
+from memrewrite.passes.dataflow import op_name, shape_of
 from memrewrite.passes.recorded import Recorded, of_sizes_alone
 from memrewrite.passes.recording import SEED
 from memrewrite.passes.region import Region
 from memrewrite.passes.tape import captured_apart
 
 MOVED = 1e-4  # relative to the outputs' size: above it a token changed; rows multiplied in other groups differ by less
-NEAR = 1e-2  # how far towards a random one a token is moved, where another choice of experts could not be followed
 
 
 def mixes(recorded: Recorded, region: Region) -> str:
@@ -33,24 +33,26 @@ def mixes(recorded: Recorded, region: Region) -> str:
     origin, generator = region.x.meta["origin"], torch.Generator().manual_seed(0)
     shape = [int(n) for n in origin.meta["val"].shape]
     like = {"dtype": origin.meta["val"].dtype, "device": origin.meta["val"].device}
-    x, reach = torch.randn(shape, generator=generator).to(**like), 1.0
+    x = torch.randn(shape, generator=generator).to(**like)
     outside = {origin, *recorded.reads(nodes)}
     if recorded.segment.apart is not None and (seen := _seen(recorded, outside)):  # its loops hold for the values that it saw
-        x, reach = seen[origin], NEAR
+        x = seen[origin]
         leaves |= {node: seen[node] for node in outside if recorded.root(node) is not region.x}
-    before = _run(recorded, region, nodes, leaves, x)
+    chosen: dict[fx.Node, Any] = {}
+    before = _run(recorded, region, nodes, leaves, x, chosen)
     if not before.isfinite().all():
         return "it gives no finite numbers on random inputs, so that it cannot be tried token by token"
-    rows = x.numel() // shape[-1]
+    rows, alive = x.numel() // shape[-1], False
     for row in sorted({0, rows // 2, rows - 1}):
         changed = x.clone().reshape(-1, shape[-1])
-        changed[row] += reach * (torch.randn(shape[-1], generator=generator).to(**like) - changed[row])
-        after = _run(recorded, region, nodes, leaves, changed.reshape(shape))
+        changed[row] = torch.randn(shape[-1], generator=generator).to(**like)
+        after = _run(recorded, region, nodes, leaves, changed.reshape(shape), chosen)
         moved = (after - before).float().abs().reshape(rows, -1).amax(1) > MOVED * before.float().abs().max()
+        alive |= bool(moved[row])
         moved[row] = False
         if moved.any():
             return "the output of one token depends on other tokens"
-    return ""
+    return "" if alive or not before.any() else "its output depends on nothing but what is chosen"
 
 
 def _seen(recorded: Recorded, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
@@ -64,10 +66,10 @@ def _seen(recorded: Recorded, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]
             if node.target is captured_apart:
                 return {}
             if node not in env and node.op == "call_function":
-                for source in node.all_input_nodes:
-                    if source not in env:
-                        env[source] = value_of(segment, source).clone()  # type: ignore[union-attr]
-                env[node] = node.target(*fx.map_arg(node.args, env.__getitem__), **fx.map_arg(node.kwargs, env.__getitem__))  # type: ignore[operator]
+                weights = {source: value_of(segment, source) for source in node.all_input_nodes if source not in env}
+                env |= {source: value.clone() for source, value in weights.items() if value is not None}
+                target: Any = node.target
+                env[node] = target(*fx.map_arg(node.args, env.__getitem__), **fx.map_arg(node.kwargs, env.__getitem__))
             if recorded.position[node] == last:
                 break
     return env
@@ -80,7 +82,7 @@ def value_of(segment: Segment, node: fx.Node) -> Tensor | None:
     if node.name not in segment.weights:
         return None
     if not isinstance(segment.program, ExportedProgram):
-        found: Tensor = attrgetter(node.target)(segment.program)
+        found: Tensor = attrgetter(str(node.target))(segment.program)
         return found
     signature = segment.program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -100,7 +102,24 @@ def _needed(recorded: Recorded, region: Region) -> list[fx.Node]:
     return sorted(needed, key=recorded.position.__getitem__)
 
 
-def _run(recorded: Recorded, region: Region, nodes: list[fx.Node], leaves: dict[fx.Node, Tensor], x: Tensor) -> Tensor:
+def _chooses_experts(node: fx.Node, tokens: int) -> bool:
+    """Whether a node chooses, and not among tokens."""
+    place = {"topk": 2, "kthvalue": 2, "argmax": 1, "multinomial": 3}.get(op_name(node))
+    if place is None:
+        return False
+    axis = node.args[place] if len(node.args) > place else -1
+    return isinstance(axis, int) and shape_of(node.all_input_nodes[0])[axis] != tokens
+
+
+def _run(
+    recorded: Recorded,
+    region: Region,
+    nodes: list[fx.Node],
+    leaves: dict[fx.Node, Tensor],
+    x: Tensor,
+    chosen: dict[fx.Node, Any],
+) -> Tensor:
+    """The region's output. What was `chosen` before is chosen again, for routers may look at several tokens; experts do not."""
     env: dict[fx.Node, Any] = dict(leaves)
     cuda = [x.device.index or 0] if x.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=cuda):
@@ -120,6 +139,10 @@ def _run(recorded: Recorded, region: Region, nodes: list[fx.Node], leaves: dict[
             target: Any = node.target
             if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:  # a weight is not ours to write to
                 env |= {source: env[source].clone() for source in node.all_input_nodes if source in leaves}
-            env[node] = target(*fx.map_arg(node.args, env.__getitem__), **fx.map_arg(node.kwargs, env.__getitem__))
+            if node not in chosen:
+                env[node] = target(*fx.map_arg(node.args, env.__getitem__), **fx.map_arg(node.kwargs, env.__getitem__))
+                if _chooses_experts(node, x.shape[:-1].numel()):
+                    chosen[node] = tree_map(torch.clone, env[node])
+            env[node] = tree_map(torch.clone, chosen[node]) if node in chosen else env[node]
     out: Tensor = env[region.down.meta["origin"]]
     return out

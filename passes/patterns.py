@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from torch import fx
+
 from memrewrite.passes.dataflow import Dataflow, shape_of
 from memrewrite.passes.experts import Mixture
 from memrewrite.passes.region import Region
@@ -37,6 +39,18 @@ def _width(region: Region) -> int:
     return int(shape_of(hidden)[-1])  # type: ignore[arg-type]
 
 
+def _reads(flow: Dataflow, up: fx.Node, region: Region) -> bool:
+    """Whether a first matrix reads what another of them made."""
+    inside, pending, seen = set(region.inside), [up], {up}
+    while pending:
+        fresh = [source for source in flow.activations(pending.pop()) if source in inside and source not in seen]
+        if any(source in region.ups for source in fresh):
+            return True
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False
+
+
 class Plain:
     """`down(act(up(x)))`."""
 
@@ -59,11 +73,11 @@ class Gated:
     name = "gated"
 
     def match(self, flow: Dataflow, region: Region) -> Match | str:
-        """Two first matrices of equal width that both read the input."""
+        """Two first matrices of equal width that both read the input, each through a norm of its own maybe."""
         if len(region.ups) != 2:
             return f"it has {len(region.ups)} first matrices, not two"
         widths = {int(shape_of(up)[-1]) for up in region.ups}
-        reads = all(flow.root(up.args[0]) is region.x for up in region.ups)  # type: ignore[arg-type]
+        reads = not any(_reads(flow, up, region) for up in region.ups)
         width = _width(region)
         if widths != {width} or not reads:
             return f"its first matrices give {sorted(widths)} features, the last reads {width}"

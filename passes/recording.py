@@ -132,5 +132,5 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Call:
     only = tensors if len(tensors) == 1 else features  # beside numbers of tokens
     takes = next((key for key, value in given if value is only[0]), None) if len(only) == 1 else None
     items = out if isinstance(out, (tuple, list)) else (out,)
-    gives = tuple(tuple(t.shape) if isinstance(t, torch.Tensor) else None for t in items)
+    gives = tuple(tuple(t.shape) if isinstance(t, torch.Tensor) and not t.is_nested else None for t in items)
     return Call(takes, len(given) == 1, gives, None if isinstance(out, torch.Tensor) else len(items))

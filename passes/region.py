@@ -127,7 +127,7 @@ def unlike(flow: Dataflow, down: fx.Node) -> Never | None:
             continue
         sources = flow.activations(node)
         known = passes(node) or op_name(node) in REORDERS
-        if len(sources) > 1 and (not known or (op_name(node) == "add" and not _of_one_linear(flow, node))):
+        if len(sources) > 1 and (not known or (op_name(node) == "add" and not _of_one_value(flow, node))):
             stops.append(Never(_several(node), node))
             continue
         if not sources:
@@ -144,20 +144,18 @@ def _several(node: fx.Node) -> str:
     return f"it reads `{node.name}`, in which `{op_name(node)}` mixes several values, and no nonlinear function of one linear"
 
 
-def _of_one_linear(flow: Dataflow, total: fx.Node) -> bool:
-    """Whether the terms of a sum are elementwise functions of one linear: part of an activation, and no residual."""
-    sources: set[fx.Node] = set()
-    pending, seen = flow.activations(total), set[fx.Node]()
-    while pending and len(seen) < SPELLED:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if (is_pointwise(node) or op_name(node) in LAYOUT | ALONG) and not flow.is_linear(node):
-            pending.extend(flow.activations(node))
-        else:
-            sources.add(node)
-    return not pending and len(sources) == 1 and flow.is_linear(sources.pop())
+def _of_one_value(flow: Dataflow, total: fx.Node) -> bool:
+    """Whether the terms of a sum are functions, feature by feature, of one value: part of an activation, and no residual."""
+    pending = dict.fromkeys(flow.activations(total))
+    for _ in range(SPELLED):
+        if len(pending) == 1:
+            return True
+        node = max(pending, key=flow.order.__getitem__)
+        if flow.is_linear(node) or not (passes(node) or op_name(node) in LAYOUT):
+            return False
+        del pending[node]
+        pending |= dict.fromkeys(flow.activations(node))
+    return False
 
 
 def _fx(value: object) -> fx.Node:

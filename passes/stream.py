@@ -68,6 +68,7 @@ TERMS: dict[str, tuple[tuple[int, ...], ...]] = {
     "scatter_add": ((0,), (3,)),
     "scatter_reduce": ((0,), (3,)),
     "index_put": ((0,), (2,)),
+    "gru_cell": ((0,), (1,)),  # a sum weighed by gates: what comes in, and what was
 }
 
 
@@ -150,7 +151,7 @@ class _Ring:
             return not self.widths & {shape_of(node)[-1:], *given}
         if name in MIXES:
             return shape_of(node)[-1:] in self.widths
-        return passes(node) or name in MOVES or _one_channel_each(self.flow, node)
+        return passes(node) or name in MOVES or name == "gru_cell" or _one_channel_each(self.flow, node)
 
     def smaller(self, node: fx.Node) -> bool:
         """Whether a value has fewer numbers than the output: a mask, a gate, a mean. Not told where sizes depend on data."""

@@ -807,6 +807,76 @@ class LargerHalf(nn.Module):
         return self.down(self.both(x).unflatten(-1, (-1, 2)).amax(-1))
 
 
+class Fused(nn.Module):
+    """One matrix makes queries, keys, values and the MLP's inner features; the rest of attention and MLP stand apart."""
+
+    def __init__(self, gated: bool = False) -> None:
+        super().__init__()
+        self.norm, self.fused = nn.LayerNorm(D), nn.Linear(D, 3 * D + HIDDEN * (1 + gated))
+        self.out, self.down, self.gated = nn.Linear(D, D), nn.Linear(HIDDEN, D), gated
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, hidden = self.fused(self.norm(x)).split((D, D, D, HIDDEN * (1 + self.gated)), -1)
+        mixed = F.scaled_dot_product_attention(*(part.unsqueeze(1) for part in (q, k, v)), is_causal=True).squeeze(1)
+        return x + self.out(mixed) + self.down(F.glu(hidden) if self.gated else F.gelu(hidden))
+
+
+class Adapted(Block):
+    """An adapter, a bottleneck with a sum around it, follows the MLP."""
+
+    def __init__(self) -> None:
+        super().__init__(Up())
+        self.narrow, self.widen = nn.Linear(D, 4), nn.Linear(4, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return x + self.widen(F.gelu(self.narrow(x)))
+
+
+class DepthAttention(Block):
+    """The MLP reads an attention over the embedding and the present state of each token, and is added to the latter."""
+
+    def __init__(self) -> None:
+        super().__init__(Up())
+        self.query = nn.Parameter(torch.randn(1, 1, 1, D) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.stack([x, x + self.attention(self.norm1(x))], -2)
+        mixed = F.scaled_dot_product_attention(self.query.expand(*x.shape[:2], -1, -1), both, both)
+        return both[..., 1, :] + self.mlp(self.norm2(mixed.squeeze(-2)))
+
+
+class Rounded(nn.Linear):
+    """Norms and rounds what it reads, and rounds its weight, with gradients as if it did not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.rms_norm(x, x.shape[-1:])
+        scale, size = 127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5), self.weight.abs().mean()
+        weight = self.weight + ((self.weight / size).round().clamp(-1, 1) * size - self.weight).detach()
+        return F.linear(x + ((x * scale).round() / scale - x).detach(), weight)
+
+
+class RoundedGated(Gated):
+    """Every matrix rounds for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = Rounded(D, HIDDEN, bias=False), Rounded(D, HIDDEN, bias=False)
+        self.down = Rounded(HIDDEN, D, bias=False)
+
+
+class Recurrent(Block):
+    """A recurrent cell takes the MLP's output in, with the stream as its state."""
+
+    def __init__(self) -> None:
+        super().__init__(Up())
+        self.cell = nn.GRUCell(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return self.cell(self.mlp(self.norm2(x)).reshape(-1, D), x.reshape(-1, D)).view_as(x)
+
+
 def by_numbers(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., torch.arange(0, 2 * HIDDEN, 2)], x.index_select(-1, torch.arange(1, 2 * HIDDEN, 2))
 
@@ -917,6 +987,18 @@ BY_HAND: dict[str, Family] = {
     "packed by numbers": Family(stack(Block, lambda: Packed(by_numbers)), ids, packed(AT)),
     "packed, two axes first": Family(stack(Block, lambda: Packed(two_first)), ids, packed(AT)),
     "packed, beside each other": Family(stack(Block, lambda: Packed(lambda x: x.tensor_split(2, -1))), ids, packed(AT)),
+    "fused with attention": Family(stack(lambda mlp: mlp, Fused), ids, plain("blocks.{}", "gelu", "fused", "down")),
+    "fused with attention, gated": Family(
+        stack(lambda mlp: mlp, lambda: Fused(gated=True)),
+        ids,
+        each(range(2), Mlp("blocks.{}", "gated_packed", D, HIDDEN, "sigmoid", leaves=("fused", "down"))),
+    ),
+    "adapter": Family(
+        stack(lambda mlp: mlp, Adapted), ids, plain(AT), misses={"blocks.0.widen": "bottleneck", "blocks.1.widen": "bottleneck"}
+    ),
+    "rounded": Family(stack(Block, RoundedGated), ids, gated(AT, "?")),
+    "recurrent cell": Family(stack(lambda mlp: mlp, Recurrent), ids, plain(AT)),
+    "attention over depth": Family(stack(lambda mlp: mlp, DepthAttention), ids, plain(AT)),
     "larger half": Family(stack(Block, LargerHalf), ids, packed(AT, "?")),
     "few features": Family(stack(Block, lambda: Up(few)), ids, plain(AT, "?")),
     "torch's encoder": Family(torch_encoder(), lambda: (states(),), plain("layers.{}", "relu", *LINEARS)),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import Block, Stack, ids
+from families import VOCAB, Block, Stack, ids
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -360,3 +360,105 @@ def test_a_shared_expert_that_the_block_adds_belongs_to_the_mixture(placement: s
         assert torch.equal(model(*ids()), before)
     else:
         assert not names & set(model.state_dict())
+
+
+# --------------------------------------------------------------------------- what helps to choose, beside the input itself
+
+
+class ByNumber(Block):
+    """Which experts a token goes to is looked up by its number; the router only weighs them."""
+
+    class Mlp(Drawn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randint(0, EXPERTS, (VOCAB, CHOSEN)))
+
+        def forward(self, x: Tensor, numbers: Tensor) -> Tensor:  # type: ignore[override]
+            flat, chosen = x.reshape(-1, D), self.table[numbers.reshape(-1)]
+            return self.routed(flat, self.router(flat).softmax(-1).gather(1, chosen), chosen).view(x.shape)
+
+    def __init__(self) -> None:
+        super().__init__(self.Mlp())
+
+    def forward(self, x: Tensor, numbers: Tensor, memory: Any = None) -> tuple[Tensor, Any]:  # type: ignore[override]
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x), numbers), None
+
+
+class HandsOn(Block):
+    """A router adds what the router before it made."""
+
+    class Mlp(Drawn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.router = nn.Linear(D, 12), nn.Linear(12, EXPERTS)
+
+        def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            flat = x.reshape(-1, D)
+            state = self.narrow(flat) if before is None else self.narrow(flat) + 0.5 * before
+            weights, chosen = self.router(F.gelu(state)).softmax(-1).topk(CHOSEN, -1)
+            return self.routed(flat, weights, chosen).view(x.shape), state
+
+    def __init__(self) -> None:
+        super().__init__(self.Mlp())
+
+    def forward(self, x: Tensor, numbers: Tensor, memory: Any = None) -> tuple[Tensor, Any]:  # type: ignore[override]
+        x = x + self.attention(self.norm1(x))
+        out, memory = self.mlp(self.norm2(x), memory)
+        return x + out, memory
+
+
+class Told(nn.Module):
+    """A model that tells its blocks the tokens' numbers, and each what the one before it made."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, D), nn.Linear(D, VOCAB)
+        self.blocks = nn.ModuleList(make() for _ in range(2))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        x, memory = self.embed(numbers), None
+        for block in self.blocks:
+            x, memory = block(x, numbers, memory)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("block", [ByNumber, HandsOn])
+def test_what_else_a_router_is_told_is_no_input_of_the_mixture(block: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    sites = memrewrite.inspect(Told(block).eval(), ids()).sites
+    assert [(site.path, site.pattern) for site in sites] == [("blocks.0.mlp", "moe"), ("blocks.1.mlp", "moe")]
+
+
+def test_a_layer_beside_a_mixture_that_is_told_the_tokens_numbers() -> None:
+    torch.manual_seed(0)
+    model = Told(ByNumber).eval()
+    before = model(*ids())
+    assert memrewrite.apply(model, wishes("parallel"), ids()).ok
+    assert torch.equal(model(*ids()), before)
+
+
+class Rows(nn.Module):
+    """Every expert is one row of each of two tables; the router's numbers are laid out so that tokens share them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(D, 2 * 5)
+        self.ins, self.outs = nn.Embedding(25, D), nn.Embedding(25, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        (first, second), (i, j) = self.router(flat).view(2, len(flat), 5).topk(2, -1)
+        weights, best = (first.unsqueeze(-1) + second.unsqueeze(-2)).flatten(-2).topk(3, -1)
+        chosen = (i.unsqueeze(-1) * 5 + j.unsqueeze(-2)).flatten(-2).gather(-1, best)
+        hidden = F.gelu(torch.einsum("td,tkd->tk", flat, self.ins(chosen))) * weights.softmax(-1)
+        return torch.einsum("tk,tkd->td", hidden, self.outs(chosen)).view(x.shape)
+
+
+def test_experts_of_one_row_each() -> None:
+    model = stack(lambda: Block(Rows()))
+    sites = memrewrite.inspect(model, ids()).sites
+    assert [(site.path, site.pattern) for site in sites] == [("blocks.0.mlp", "moe"), ("blocks.1.mlp", "moe")]
+    before = model(*ids())
+    assert memrewrite.apply(model, wishes("parallel"), ids()).ok
+    assert torch.equal(model(*ids()), before)

@@ -88,7 +88,10 @@ def test_the_table_fits_the_parameters(name: str) -> None:
         matrices = [weights[n] for n in mlp.parameters(model) if weights[n].squeeze().ndim == 2]
         widths = {mlp.d_model, mlp.d_hidden, 2 * mlp.d_hidden if mlp.pattern == "gated_packed" else mlp.d_hidden}
         assert len(matrices) == (3 if mlp.pattern == "gated" else 1 if name in LONE else 2), mlp.path
-        assert all(set(matrix.squeeze().shape) <= widths for matrix in matrices), mlp.path
+        whole = [
+            matrix for matrix in matrices if not (name.startswith("fused") and matrix is weights[f"{mlp.path}.fused.weight"])
+        ]
+        assert all(set(matrix.squeeze().shape) <= widths for matrix in whole), mlp.path
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.misses])
