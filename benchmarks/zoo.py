@@ -1,6 +1,6 @@
 """Every architecture of the zoo: which of its MLPs are found, how they can be substituted, and what is proved about it.
 
-    python benchmarks/zoo.py [NAMES] [--every N] [--zoo FOLDER] [--jobs 2] [--json OUT] [--table docs/zoo.md]
+    python benchmarks/zoo.py [NAMES] [--every N] [--keep JSON] [--zoo FOLDER] [--jobs 2] [--json OUT] [--table docs/zoo.md]
 
 The zoo (`zoo.py`, and `score.py`, which holds findings against the truth) is a folder beside the repository, or where
 MEMREWRITE_ZOO says. Each architecture is located, and a memory that starts at zero is put beside every MLP, with all checks.
@@ -207,6 +207,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one architecture")
     parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--keep", type=Path, metavar="JSON", help="an earlier run: its rows stand for what is not named now")
     parser.add_argument("--table", type=Path, metavar="PAGE", help="write the docs page")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -224,6 +225,9 @@ def main() -> int:
         print(f"{row['name']}: {flaws(row) or 'as it should be'}"[:200], file=sys.stderr, flush=True)
 
     rows = measure_all(names, args.zoo, args.jobs, args.timeout, tell)
+    if args.keep:
+        measured = {row["name"]: row for row in (*json.loads(args.keep.read_text(encoding="utf-8"))["rows"], *rows)}
+        rows, names = [measured[name] for name in zoo.CASES if name in measured], [n for n in zoo.CASES if n in measured]
     show(rows)
     if args.json:
         args.json.write_text(json.dumps({"total": totals(rows), "rows": rows}, indent=1), encoding="utf-8")

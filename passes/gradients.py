@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from memrewrite.passes.evidence import Evidence, checked, new_modules, skipped
 from memrewrite.passes.extract import Original
 from memrewrite.passes.recording import run
+from memrewrite.passes.substitute import pools_of
 from memrewrite.report import Check
 
 
@@ -29,20 +30,31 @@ def gradient(evidence: Evidence) -> Check:
         for p in frozen:
             p.requires_grad_(p in fresh)
         with opened(evidence):
-            unreached, grads, empty = _gradients(evidence, list(fresh))
+            unreached, grads, idle = _gradients(evidence, list(fresh))
     finally:
         for p, wanted in frozen.items():
             p.requires_grad_(wanted)
-    idle = {id(p) for path, layer in evidence.layers.items() if path in empty for p in layer.parameters()}
-    pairs = [(p, g) for p, g in zip(fresh, grads, strict=True) if id(p) not in idle]
+    spared = _parameters_of(evidence, idle)
+    pairs = [(p, g) for p, g in zip(fresh, grads, strict=True) if id(p) not in spared]
     bad = [fresh[p] for p, g in pairs if g is None or not g.isfinite().all() or not g.any()]
     if unreached:
         sentence = f"no output depends on {len(unreached)} layers, and some did on their MLPs: {', '.join(unreached[:3])}"
         return checked("gradient", False, len(unreached), sentence)
     if bad:
         return checked("gradient", False, len(bad), f"{len(bad)} new parameters get none: {', '.join(bad[:3])}")
-    none = f"; {len(empty)} layers had no token in these inputs" if empty else ""
+    none = f"; {len(idle)} layers have no token in these inputs, or run where the model keeps no gradients" if idle else ""
+    if not pairs:
+        return skipped("gradient", f"there is none to look at{none}")
     return checked("gradient", True, len(pairs), f"all {len(pairs)} new parameters get a finite gradient{none}")
+
+
+def _parameters_of(evidence: Evidence, sites: Collection[str]) -> set[int]:
+    """The new parameters that serve these sites alone: those of the layers, and of pools that no other layer reads."""
+    read = {s.pool for s in evidence.plan.substitutions if s.site.path not in sites}
+    pools = pools_of(evidence.model)
+    modules = [layer for path, layer in evidence.layers.items() if path in sites]
+    modules += [pools[name] for name in evidence.plan.pools if name not in read]
+    return {id(p) for module in modules for p in module.parameters()} if sites else set()
 
 
 @contextmanager
@@ -64,7 +76,7 @@ def _gradients(
 ) -> tuple[list[str], tuple[Tensor | None, ...], frozenset[str]]:
     """Sites whose layers no output depends on any more; the gradient of the layers' outputs, in a random direction.
 
-    And sites that no token came to.
+    And sites whose layers can get none: no token came to them, or the model itself runs them without gradients.
     """
     made: dict[str, list[Tensor]] = {path: [] for path in evidence.layers}
     hooks = [
@@ -82,8 +94,9 @@ def _gradients(
     live = [out for _, out in flat if out.requires_grad]
     none = (None,) * len(parameters)
     grads = torch.autograd.grad(_in_a_direction(live), parameters, allow_unused=True) if live else none
-    empty = frozenset(path for path, outs in made.items() if outs and not any(out.numel() for out in outs))
-    return sorted(evidence.reached - now), grads, empty
+    silent = {path for path, outs in made.items() if outs and not any(out.requires_grad for out in outs)} - evidence.reached
+    empty = {path for path, outs in made.items() if outs and not any(out.numel() for out in outs)}
+    return sorted(evidence.reached - now), grads, frozenset(silent | empty)
 
 
 def _reach(outputs: Any, inner: list[Tensor]) -> tuple[Tensor | None, ...]:
