@@ -233,6 +233,7 @@ def main() -> int:
         args.json.write_text(json.dumps({"total": totals(rows), "rows": rows}, indent=1), encoding="utf-8")
     if args.table:
         subset = "" if len(names) == len(zoo.CASES) else f" --every {args.every}" if args.every > 1 else " " + " ".join(names)
+        subset += " --keep JSON" if args.keep else ""  # some rows are of an earlier run
         args.table.write_text(page(rows, f"python benchmarks/zoo.py{subset} --table docs/zoo.md"), encoding="utf-8")
     return 1 if totals(rows)["wrong"] else 0
 

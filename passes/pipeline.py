@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from memrewrite.errors import MemrewriteError, ModelError, SelectError, VerificationError
+from memrewrite.errors import ModelError, SelectError, VerificationError
 from memrewrite.explanation import Explanation
 from memrewrite.outline import Part
 from memrewrite.passes.anchor import all_hidden, anchored
@@ -174,15 +174,6 @@ def _apply_to_module(
     try:
         evidence.layers = dict(edit.layers)
         checks = (*first, *verify(evidence))
-    except Exception as error:
-        edit.revert()
-        if isinstance(error, MemrewriteError):
-            raise
-        raise VerificationError(
-            f"the rewritten model does not run: {type(error).__name__}: {error}",
-            hint="nothing was changed; where the model's own code asks a replaced module for its weights, put the layer"
-            " beside it (`placement: parallel`)",
-        ) from error
     except BaseException:
         edit.revert()
         raise

@@ -7,6 +7,7 @@ every layer stands beside its MLP.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 from memrewrite.errors import CaptureError
@@ -20,6 +21,8 @@ from memrewrite.passes.recording import run
 from memrewrite.passes.substitute import pools_of
 from memrewrite.plans import Substitution
 from memrewrite.report import Check
+
+log = logging.getLogger("memrewrite")
 
 
 def coverage(evidence: Evidence) -> Check:
@@ -115,5 +118,19 @@ CHECKS: tuple[Callable[[Evidence], Check], ...] = (coverage, untouched, frame, s
 
 
 def verify(evidence: Evidence) -> tuple[Check, ...]:
-    """Every check after the edit, in order."""
-    return tuple(check(evidence) for check in CHECKS)
+    """Every check after the edit, in order; a model that does not run any more has failed the first."""
+    broken = _broken(evidence)
+    return (broken,) if broken else tuple(check(evidence) for check in CHECKS)
+
+
+def _broken(evidence: Evidence) -> Check | None:
+    """The model's own code may ask a module that is gone for its weights."""
+    if evidence.on_meta:
+        return None
+    try:
+        run(evidence.model, evidence.before.inputs)
+    except Exception as error:  # whatever the model raises is the finding
+        log.debug("the rewritten model does not run", exc_info=True)
+        hint = "where its code uses the replaced module, put the layer beside it (`placement: parallel`)"
+        return checked("coverage", False, 0, f"the rewritten model does not run: {type(error).__name__}: {error}; {hint}")
+    return None

@@ -91,8 +91,8 @@ def drawn(located: Located, root: Part, plan: Plan | None = None, name: str = "m
 def site(path: str, tower: str = "", block: int | None = None, blocks: int = 0, **changes: Any) -> Site:
     fields: dict[str, Any] = {
         "path": path, "pattern": "plain", "d_model": 8, "d_in": 8, "d_hidden": 32, "activation": "gelu", "calls": 1,
-        "parameters": (f"{path}.up.weight",), "modules": (path,), "weights": 512, "biases": 0, "dtype": "float32",
-        "device": "cpu", "tower": tower, "block": block, "tower_blocks": blocks,
+        "parameters": (f"{path}.up.weight",), "modules": (path,), "weights": 512, "active": 512, "biases": 0,
+        "dtype": "float32", "device": "cpu", "tower": tower, "block": block, "tower_blocks": blocks,
         "bindings": (Binding(kind="module", entries=(path,), exit=path),),
     }  # fmt: skip
     return Site(**{**fields, **changes})

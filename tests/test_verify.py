@@ -461,3 +461,20 @@ def test_a_model_that_runs_its_mlps_without_gradients_is_no_failure() -> None:
     report = memrewrite.apply(model, tiny.recipe("parallel"), (tiny.tokens(),))
     (check,) = [check for check in report.checks if check.name == "gradient"]
     assert (check.outcome, "keeps no gradients" in check.sentence) == ("skipped", True)
+
+
+def test_a_model_that_asks_a_replaced_module_for_its_weights_fails_with_that_reason() -> None:
+    class Asks(tiny.Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert self.mlp.down.weight.isfinite().all()
+            return super().forward(x)
+
+    model = tiny.modular()
+    model.blocks[0].__class__ = Asks
+    before = model(tiny.tokens())
+    assert memrewrite.apply(model, tiny.recipe("parallel"), (tiny.tokens(),)).ok
+    model = tiny.modular()
+    model.blocks[0].__class__ = Asks
+    with pytest.raises(VerificationError, match="does not run: AttributeError"):
+        memrewrite.apply(model, tiny.recipe("replace"), (tiny.tokens(),))
+    assert torch.equal(model(tiny.tokens()), before)
