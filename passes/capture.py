@@ -44,6 +44,7 @@ class Segment:
     literals: Mapping[str, torch.Tensor]  # graph node name -> constant tensor
     program: ExportedProgram | fx.GraphModule
     inputs: Inputs  # what it was captured with
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)  # graph node name -> the parameter or buffer itself
     values: Mapping[str, str] = field(default_factory=dict)  # of a lowered graph: given graph's node name -> its value's
     written: tuple[str, ...] = ()  # of a lowered graph: parameters and buffers that it writes into
     apart: tuple[str, ...] | None = None  # of a graph of what ran: the blocks in it that are segments of their own
@@ -300,7 +301,10 @@ def segment_of(path: str, program: ExportedProgram, inputs: Inputs) -> Segment:
     prefix = f"{path}." if path else ""
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = {node: program.constants[name] for node, name in signature.inputs_to_lifted_tensor_constants.items()}
-    return Segment(path, program.graph, {node: prefix + name for node, name in held.items()}, constants, program, inputs)
+    state = {**program.state_dict, **program.constants}  # buffers that are no part of the state are among the constants
+    tensors = {node: state[name] for node, name in held.items()}
+    weights = {node: prefix + name for node, name in held.items()}
+    return Segment(path, program.graph, weights, constants, program, inputs, tensors)
 
 
 def _recorded_segment(model: nn.Module, path: str, inputs: Inputs, apart: tuple[str, ...]) -> Segment:
@@ -329,14 +333,16 @@ def _graph_segment(module: nn.Module, inputs: Inputs) -> Segment:
     named = {n.name: str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
     weights = {node: name for node, name in named.items() if name in held}
     literals = {node: attrgetter(name)(module) for node, name in named.items() if name not in held}
-    tensors = {node: value for node, value in literals.items() if isinstance(value, torch.Tensor)}
-    return Segment("", module.graph, weights, tensors, module, inputs)
+    constants = {node: value for node, value in literals.items() if isinstance(value, torch.Tensor)}
+    tensors = {node: held[name] for node, name in weights.items()}
+    return Segment("", module.graph, weights, constants, module, inputs, tensors)
 
 
 def lowered_segment(module: Any, inputs: Inputs) -> Segment:
     """The ATen graph of a module whose graph is written in torch's own functions, methods and modules."""
     made = lower(module, inputs)
-    return Segment("", made.graph, made.weights, made.literals, module, inputs, values=made.values, written=made.written)
+    tensors = {node: attrgetter(name)(module) for node, name in made.weights.items()}
+    return Segment("", made.graph, made.weights, made.literals, module, inputs, tensors, made.values, made.written)
 
 
 def _of_program(program: ExportedProgram) -> Inputs:

@@ -6,12 +6,10 @@ For regions in which rows are reordered by what they hold, where following the a
 from __future__ import annotations
 
 from collections.abc import Collection
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from memrewrite.passes.capture import Segment
@@ -77,17 +75,7 @@ def _seen(recorded: Recorded, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]
 
 def value_of(segment: Segment, node: fx.Node) -> Tensor | None:
     """The tensor that a weight or literal of a segment holds; None for other nodes."""
-    if node.name in segment.literals:
-        return segment.literals[node.name]
-    if node.name not in segment.weights:
-        return None
-    if not isinstance(segment.program, ExportedProgram):
-        found: Tensor = attrgetter(str(node.target))(segment.program)
-        return found
-    signature = segment.program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    held: dict[str, Tensor] = {**segment.program.state_dict, **segment.program.constants}
-    return held[names[node.name]]
+    return segment.literals[node.name] if node.name in segment.literals else segment.tensors.get(node.name)
 
 
 def _needed(recorded: Recorded, region: Region) -> list[fx.Node]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import VOCAB, Block, Stack, ids
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import memrewrite
@@ -333,6 +333,19 @@ def test_heads_with_matrices_of_their_own_are_no_experts() -> None:
             return torch.einsum("bthf,hfd->bthd", heads, self.down).flatten(-2)
 
     assert all(site.pattern != "moe" for site in memrewrite.inspect(stack(lambda: Block(Heads())), ids()).sites)
+
+
+def test_a_mixture_is_found_in_graphs_that_torch_compile_and_fx_give() -> None:
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+            return isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)) or name.endswith("attention")
+
+    model = stack(MIXTURES["modules"])
+    traced = fx.GraphModule(model, Tracer().trace(model))
+    assert [site.pattern for site in memrewrite.inspect(traced, ids()).sites] == ["moe", "moe"]
+    backend = memrewrite.backend(then="eager")
+    torch.compile(stack(MIXTURES["drawn"]), backend=backend)(*ids())
+    assert [site.pattern for site in backend.located.sites] == ["moe", "moe"]
 
 
 class SharedBeside(Block):
