@@ -18,3 +18,41 @@ def product_key_topk(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, 
     """The k best sums `scores1[i] + scores2[j]` and their slots `i * n2 + j`: [..., n1], [..., n2] -> two [..., k]."""
     sums = scores1.unsqueeze(-1) + scores2.unsqueeze(-2)  # [..., n1, n2]
     return sums.flatten(-2).topk(k, dim=-1)
+
+
+def table_gradient(grads: list[Tensor], indices: list[Tensor], weights: list[Tensor], slots: int) -> Tensor:
+    """`g_n = sum of w[t, j] * grad[t]` over every read of row n, of all lookups: the table's gradient [slots, D], dense."""
+    total = grads[0].new_zeros(slots, grads[0].shape[1])
+    for grad, index, weight in zip(grads, indices, weights, strict=True):
+        for j in range(index.shape[1]):
+            total.index_add_(0, index[:, j], weight[:, j, None] * grad)
+    return total
+
+
+def rowwise_adagrad(
+    values: Tensor, total: Tensor, gradient: Tensor, touched: Tensor, lr: float, eps: float, weight_decay: float
+) -> tuple[Tensor, Tensor]:
+    """New values [N, D] and accumulators [N] from a dense gradient; rows outside `touched` (bool [N]) stay as they are."""
+    sums = total + gradient.square().mean(-1)
+    new = values * (1 - lr * weight_decay) - lr * gradient / (sums.sqrt() + eps).unsqueeze(-1)
+    return torch.where(touched.unsqueeze(-1), new, values), torch.where(touched, sums, total)
+
+
+def rowwise_adam(
+    state: tuple[Tensor, Tensor, Tensor],
+    gradient: Tensor,
+    touched: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New values [N, D], exp_avg [N, D] and exp_avg_sq [N] from the old ones and a dense gradient."""
+    values, exp_avg, exp_avg_sq = state
+    mean = betas[0] * exp_avg + (1 - betas[0]) * gradient
+    square = betas[1] * exp_avg_sq + (1 - betas[1]) * gradient.square().mean(-1)
+    root = (square / (1 - betas[1] ** step)).sqrt() + eps
+    new = values * (1 - lr * weight_decay) - lr * (mean / (1 - betas[0] ** step)) / root.unsqueeze(-1)
+    rows = touched.unsqueeze(-1)
+    return torch.where(rows, new, values), torch.where(rows, mean, exp_avg), torch.where(touched, square, exp_avg_sq)

@@ -1,66 +1,100 @@
-"""The operator `sparse_lookup` and its backward: checks, shapes, gradients, and the choice of a backend.
+"""The operator `sparse_lookup` and its backwards: checks, shapes and gradients.
 
-A call is checked, then handed to the first backend that supports it. `ops` registers these functions.
+A call is checked, then handed to a backend. How the table learns is the call's `gradient`: a dense gradient, a row-sparse
+one, or none at all, its factors kept in `pending` for a fused update. `ops` registers these functions.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memrewrite.kernels import cpu
+from memrewrite.kernels.backends import choose
 from memrewrite.kernels.checks import require
+from memrewrite.kernels.pending import queue_of
 
-if TYPE_CHECKING:
-    from types import ModuleType
-
-BACKENDS: tuple[ModuleType, ...] = (cpu,)  # read top to bottom; `cpu` takes every call and stays last
+GRADIENTS = ("dense", "sparse", "fused")
 
 
-def forward(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def forward(
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    scale: Tensor | None = None,
+    gradient: str = "dense",
+    backend: str = "auto",
+    pending: Tensor | None = None,
+    handle: int = 0,
+) -> Tensor:
     """`memrewrite::sparse_lookup`: [N, D], [T, K], [T, K] -> [T, D]; `ops.sparse_lookup` is its public face."""
-    _check(values, indices, weights)
+    _check(values, indices, weights, scale)
+    _check_gradient(values, gradient, pending)
+    chosen = choose("sparse_lookup", backend, lambda b: b.supports(values, indices, weights, scale))
     if indices.numel() == 0 or values.shape[1] == 0:
-        return values.new_zeros(indices.shape[0], values.shape[1])
-    out: Tensor = _backend(values, indices, weights).forward(values, indices, weights)
+        return weights.new_zeros(indices.shape[0], values.shape[1])
+    out: Tensor = chosen.forward(values, indices, weights, scale)
     return out
 
 
-def forward_fake(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def forward_fake(
+    values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None, gradient: str = "dense", *_: Any
+) -> Tensor:
     """Shape and dtype of `forward`."""
-    _check(values, indices, weights)
-    return values.new_empty(indices.shape[0], values.shape[1])
+    _check(values, indices, weights, scale)
+    return weights.new_empty(indices.shape[0], values.shape[1])
 
 
-def context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+def context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Keep the inputs themselves: nothing of size [T, K, D] is saved."""
-    ctx.save_for_backward(*inputs)
+    values, indices, weights, scale, ctx.gradient, ctx.backend, pending, ctx.handle = inputs
+    ctx.save_for_backward(values, indices, weights, scale)
+    ctx.pending = pending  # not saved: every lookup of a table counts in it, and torch takes that for a change of an input
 
 
-def grad_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-    """Gradient of `forward`, by the operator `sparse_lookup_backward`."""
-    need_values, _, need_weights = ctx.needs_input_grad
-    grad_values, grad_weights = torch.ops.memrewrite.sparse_lookup_backward(grad, *ctx.saved_tensors, need_values, need_weights)
-    return grad_values if need_values else None, None, grad_weights if need_weights else None
+def grad_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradient of `forward`, by the operators of the backward."""
+    values, indices, weights, scale = ctx.saved_tensors
+    need_values, _, need_weights = ctx.needs_input_grad[:3]
+    grad_values = None
+    if need_values and ctx.gradient == "fused":
+        torch.ops.memrewrite.sparse_lookup_keep(grad, indices, weights, ctx.pending, ctx.handle)
+    elif need_values and ctx.gradient == "sparse":
+        grad_values = torch.ops.memrewrite.sparse_lookup_rows(grad, indices, weights, values.shape[0], ctx.backend)
+    need_dense = need_values and ctx.gradient == "dense"
+    lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
+    dense, grad_weights = lookup_backward(grad, values, indices, weights, need_dense, need_weights, scale, ctx.backend)
+    grad_values = dense if need_dense else grad_values
+    return grad_values, None, grad_weights if need_weights else None, None, None, None, None, None
+
+
+# ----------------------------------------------------------------------------------------------------------- the backward
 
 
 def backward(
-    grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor, need_values: bool, need_weights: bool
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    need_values: bool,
+    need_weights: bool,
+    scale: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`memrewrite::sparse_lookup_backward`: dense gradient of values [N, D], gradient of weights [T, K].
 
     An unneeded gradient comes back as an empty [0] tensor, since an operator cannot return None for a tensor.
     """
-    _check(values, indices, weights, grad)
+    _check(values, indices, weights, scale, grad)
     grad_values: Tensor | None = None
     grad_weights: Tensor | None = None
     if indices.numel() == 0 or values.shape[1] == 0:
         grad_values, grad_weights = values.new_zeros(values.shape), weights.new_zeros(weights.shape)
-    else:
-        backend = _backend(values, indices, weights)
-        grad_values, grad_weights = backend.backward(grad, values, indices, weights, need_values, need_weights)
+    elif need_values or need_weights:
+        chosen = choose("sparse_lookup_backward", backend, lambda b: b.supports(values, indices, weights, scale))
+        grad_values, grad_weights = chosen.backward(grad, values, indices, weights, scale, need_values, need_weights)
     return (
         grad_values if need_values and grad_values is not None else values.new_empty(0),
         grad_weights if need_weights and grad_weights is not None else weights.new_empty(0),
@@ -68,10 +102,17 @@ def backward(
 
 
 def backward_fake(
-    grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor, need_values: bool, need_weights: bool
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    need_values: bool,
+    need_weights: bool,
+    scale: Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `backward`."""
-    _check(values, indices, weights, grad)
+    _check(values, indices, weights, scale, grad)
     return (
         values.new_empty(values.shape if need_values else (0,)),
         weights.new_empty(weights.shape if need_weights else (0,)),
@@ -81,12 +122,15 @@ def backward_fake(
 def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep the inputs, and which of the two gradients were computed."""
     ctx.save_for_backward(*inputs[:4])
-    ctx.wanted = inputs[4:]
+    ctx.wanted, ctx.scaled, ctx.backend = inputs[4:6], inputs[6] is not None, inputs[7]
 
 
 def backward_grad(ctx: Any, grad_gv: Tensor, grad_gw: Tensor) -> tuple[Tensor | None, ...]:
     """Second order: gV and gw are bilinear in (grad, values, weights), so their gradients are lookups again."""
-    lookup, lookup_backward = torch.ops.memrewrite.sparse_lookup, torch.ops.memrewrite.sparse_lookup_backward
+    if ctx.scaled:
+        raise RuntimeError("sparse_lookup: a table with a scale has no second derivatives; use a table without")
+    lookup = partial(torch.ops.memrewrite.sparse_lookup, backend=ctx.backend)
+    lookup_backward = partial(torch.ops.memrewrite.sparse_lookup_backward, backend=ctx.backend)
     grad, values, indices, weights = ctx.saved_tensors
     need_grad, need_values, _, need_weights = ctx.needs_input_grad[:4]
     has_gv, has_gw = ctx.wanted
@@ -100,14 +144,47 @@ def backward_grad(ctx: Any, grad_gv: Tensor, grad_gw: Tensor) -> tuple[Tensor | 
         d_values = lookup_backward(grad, values, indices, grad_gw, True, False)[0]
     if need_weights and has_gv:
         d_weights = lookup_backward(grad, grad_gv, indices, weights, False, True)[1]
-    return d_grad, d_values, None, d_weights, None, None
+    return d_grad, d_values, None, d_weights, None, None, None, None
 
 
-def _backend(values: Tensor, indices: Tensor, weights: Tensor) -> ModuleType:
-    return next(backend for backend in BACKENDS if backend.supports(values, indices, weights) is None)
+# ---------------------------------------------------------------------------------------------- what a table learns without
 
 
-def _check(values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor | None = None) -> None:
+def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int, backend: str = "auto") -> Tensor:
+    """`memrewrite::sparse_lookup_rows`: the gradient of values as a COO tensor [N, D] of the rows that were read.
+
+    It has min(T·K, N) rows, whatever was read: they go upward, and what is left over repeats the last with gradients of
+    zero, so that nobody has to ask the device how many there are, and the sum over equal rows is the gradient.
+    """
+    count, width = min(indices.numel(), slots), grad.shape[1]
+    if count == 0 or width == 0:
+        return _coo(indices.new_zeros(count, dtype=torch.int64), grad.new_zeros(count, width), slots)
+    chosen = choose("sparse_lookup_rows", backend, lambda b: b.supports(grad, indices, weights))
+    found, sums = chosen.rows(grad, indices, weights, slots)
+    return _coo(found, sums, slots)
+
+
+def rows_fake(grad: Tensor, indices: Tensor, weights: Tensor, slots: int, backend: str = "auto") -> Tensor:
+    """Shape of `rows`."""
+    count = torch.sym_min(indices.numel(), slots)  # type: ignore[no-untyped-call]
+    return _coo(indices.new_empty(count, dtype=torch.int64), grad.new_empty(count, grad.shape[1]), slots)
+
+
+def _coo(found: Tensor, sums: Tensor, slots: int) -> Tensor:
+    shape = (slots, sums.shape[1])
+    return torch.sparse_coo_tensor(found.unsqueeze(0), sums, shape, is_coalesced=False, check_invariants=False)
+
+
+def keep(grad: Tensor, indices: Tensor, weights: Tensor, pending: Tensor, handle: int) -> None:
+    """`memrewrite::sparse_lookup_keep`: the factors of a table's gradient to the queue `handle`, counted in `pending`."""
+    queue_of(handle).keep(grad, indices, weights)
+    pending.add_(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None, grad: Tensor | None = None) -> None:
     """Refuse what the schema cannot; sizes go through `require`, since they may be symbols."""
     if values.dim() != 2 or indices.dim() != 2 or weights.dim() != 2:
         raise ValueError(
@@ -116,17 +193,34 @@ def _check(values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor | None
         )
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"sparse_lookup: indices must be int32 or int64, not {indices.dtype}")
-    if not values.is_floating_point() or weights.dtype != values.dtype:
-        raise TypeError(
-            f"sparse_lookup: values and weights must share a floating dtype, not {values.dtype} and {weights.dtype}"
-        )
+    if scale is None:
+        if not values.is_floating_point() or weights.dtype != values.dtype or values.itemsize == 1:
+            raise TypeError(
+                "sparse_lookup: values and weights must share a floating dtype (one of 8 bits takes a `scale`), "
+                f"not {values.dtype} and {weights.dtype}"
+            )
+    elif scale.dtype != torch.float32 or not values.is_floating_point() or not weights.is_floating_point():
+        raise TypeError(f"sparse_lookup: scale must be float32, not {scale.dtype}, and values and weights floating")
     _check_sizes("weights", tuple(weights.shape), tuple(indices.shape))
+    if scale is not None:
+        _check_sizes("scale", tuple(scale.shape), (values.shape[0],))
     if grad is not None:
-        if grad.dim() != 2 or grad.dtype != values.dtype:
-            raise TypeError(f"sparse_lookup_backward: grad must be [T, D] of {values.dtype}, not {grad.dtype}")
+        if grad.dim() != 2 or grad.dtype != weights.dtype:
+            raise TypeError(f"sparse_lookup_backward: grad must be [T, D] of {weights.dtype}, not {grad.dtype}")
         _check_sizes("grad", tuple(grad.shape), (indices.shape[0], values.shape[1]))
 
 
+def _check_gradient(values: Tensor, gradient: str, pending: Tensor | None) -> None:
+    if gradient not in GRADIENTS:
+        raise ValueError(f"sparse_lookup: there is no gradient {gradient!r}; try one of {', '.join(GRADIENTS)}")
+    if gradient == "fused" and pending is None and values.requires_grad:
+        raise ValueError("sparse_lookup: a fused gradient needs the queue of its table: call the `Pool`, not the operator")
+    if gradient != "fused" and values.itemsize == 1 and values.requires_grad:
+        raise ValueError(f'sparse_lookup: values of {values.dtype} have no gradient of their own; use gradient="fused"')
+
+
 def _check_sizes(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if len(found) != len(wanted):
+        raise ValueError(f"sparse_lookup: {name} is {found}, not {wanted}")
     for one, other in zip(found, wanted, strict=True):
         require(one == other, lambda: f"sparse_lookup: {name} is {found}, not {wanted}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from memrewrite.errors import MemrewriteError
+    from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
     from memrewrite.passes.backend import backend
     from memrewrite.passes.checkpoint import load, save
     from memrewrite.passes.pipeline import apply, explain, inspect, plan
@@ -24,9 +25,12 @@ _HOMES = {
     "MemrewriteError": "memrewrite.errors",
     "Recipe": "memrewrite.recipes.schema",
     "Report": "memrewrite.report",
+    "RowwiseAdagrad": "memrewrite.fused",
+    "RowwiseAdam": "memrewrite.fused",
     "apply": "memrewrite.passes.pipeline",
     "backend": "memrewrite.passes.backend",
     "explain": "memrewrite.passes.pipeline",
+    "fuse": "memrewrite.fused",
     "inspect": "memrewrite.passes.pipeline",
     "load": "memrewrite.passes.checkpoint",
     "param_groups": "memrewrite.training",
@@ -37,9 +41,12 @@ __all__ = [
     "MemrewriteError",
     "Recipe",
     "Report",
+    "RowwiseAdagrad",
+    "RowwiseAdam",
     "apply",
     "backend",
     "explain",
+    "fuse",
     "inspect",
     "load",
     "param_groups",

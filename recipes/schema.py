@@ -18,7 +18,7 @@ from pydantic_core import InitErrorDetails
 from memrewrite.errors import UserError
 from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
-from memrewrite.layers.pool import Pools, PoolSpec
+from memrewrite.layers.pool import Backend, Gradient, Pools, PoolSpec, ValueType, needs_fused
 from memrewrite.plans import Placement
 from memrewrite.recipes.problems import did_you_mean, one_of, refused
 from memrewrite.site import Frozen
@@ -42,9 +42,15 @@ class PoolWish(Frozen):
     value_dim: Count | None = Field(default=None, description="Width of one value; left out: the d_model of the sites.")
     init: Literal["paper"] = Field(default="paper", description="How values start: 'paper' is N(0, value_dim^-1/2).")
     seed: Whole = Field(default=0, ge=0, lt=2**63, description="Seed of the pool's initial values.")
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
-        default=None, description="Type of the stored values; left out: the dtype of the sites."
-    )
+    dtype: ValueType | None = Field(default=None, description="Type of the stored values; left out: the dtype of the sites.")
+    gradient: Gradient = "dense"
+    backend: Backend = "auto"
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> PoolWish:
+        if needs_fused(self.dtype, self.gradient):
+            raise refused(f"a table of {self.dtype} learns by fused updates alone", "gradient: fused")
+        return self
 
 
 class Centred(Frozen):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memrewrite.kernels import ops, reference
-from memrewrite.kernels.product_key_topk import candidate_ranks
+from memrewrite.kernels.torch_topk import candidate_ranks
 
 OPS = torch.ops.memrewrite
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -7,16 +7,38 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from memrewrite.cost import Cost
 from memrewrite.errors import UserError
-from memrewrite.kernels import ops
+from memrewrite.kernels import ops, rounding
+from memrewrite.kernels.pending import Pending
+from memrewrite.kernels.torch_reads import in_pieces
 from memrewrite.site import Frozen, itemsize_of
+
+FP8 = "float8_e4m3fn"
+
+ValueType = Literal["float32", "float16", "bfloat16", "float64", "float8_e4m3fn"]
+Gradient = Annotated[
+    Literal["dense", "sparse", "fused"],
+    Field(
+        description="How the table learns: 'dense' is a gradient like any parameter's; 'sparse' holds only the rows that "
+        "were read, for optimizers that take it; 'fused' makes none: `memrewrite.fuse` updates the rows in the step."
+    ),
+]
+Backend = Annotated[
+    Literal["auto", "triton", "torch"],
+    Field(description="Which kernels read the table: 'auto' takes the fastest that can, and logs which and why."),
+]
+
+
+def needs_fused(dtype: str | None, gradient: str) -> bool:
+    """Whether a table of this type cannot learn in this way: 8 bits are too few for gradients."""
+    return dtype == FP8 and gradient != "fused"
 
 
 class PoolSpec(Frozen):
@@ -26,9 +48,17 @@ class PoolSpec(Frozen):
     value_dim: int = Field(gt=0, description="Width of one value.")
     init: Literal["paper"] = Field(default="paper", description="How values start: 'paper' is N(0, value_dim^-1/2).")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the initial values.")
-    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = Field(
+    dtype: ValueType | None = Field(
         default=None, description="Type of the stored values; left out: the type the pool is built with."
     )
+    gradient: Gradient = "dense"
+    backend: Backend = "auto"
+
+    @model_validator(mode="after")
+    def _can_learn(self) -> PoolSpec:
+        if needs_fused(self.dtype, self.gradient):
+            raise ValueError(f"a table of {self.dtype} learns by fused updates alone: gradient='fused'")
+        return self
 
     @property
     def slots(self) -> int:
@@ -38,7 +68,8 @@ class PoolSpec(Frozen):
     def cost(self) -> Cost:
         """What the table stores, at float32 where the spec names no dtype. What layers read of it, the layers count."""
         parameters = self.slots * self.value_dim
-        return Cost(parameters=parameters, parameter_bytes=parameters * itemsize_of(self.dtype or "float32"))
+        scales = 4 * self.slots if self.dtype == FP8 else 0
+        return Cost(parameters=parameters, parameter_bytes=parameters * itemsize_of(self.dtype or "float32") + scales)
 
 
 class Pool(nn.Module):
@@ -46,14 +77,20 @@ class Pool(nn.Module):
 
     Its one parameter is `values` [keys², value_dim]. Layers call the pool and never touch `values`, so that hooks on
     this module (FSDP2's unshard, offloading, quantisation) always fire. Built uninitialised, directly on `device` in
-    the spec's dtype (else `dtype`): call `reset_parameters` or load a checkpoint.
+    the spec's dtype (else `dtype`): call `reset_parameters` or load a checkpoint. A table of 8 bits has a buffer `scale`
+    [keys²], one fp32 number a row. With gradient "fused" `pending` holds what the next optimizer step has to do.
     """
+
+    scale: Tensor | None
 
     def __init__(self, spec: PoolSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.spec = spec
         stored = dtype if spec.dtype is None else getattr(torch, spec.dtype)
         self.values = nn.Parameter(torch.empty(spec.slots, spec.value_dim, device=device, dtype=stored))  # [N, d_v]
+        scale = torch.empty(spec.slots, device=device, dtype=torch.float32) if spec.dtype == FP8 else None
+        self.register_buffer("scale", scale)
+        self.pending = Pending() if spec.gradient == "fused" else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw N(0, d_v^-1/2) in place, as the paper does; a no-op on meta.
@@ -64,16 +101,31 @@ class Pool(nn.Module):
             return
         if generator is None:
             generator = torch.Generator(self.values.device).manual_seed(self.spec.seed)
+        spread = self.spec.value_dim**-0.5
         with torch.no_grad():
-            self.values.normal_(0.0, self.spec.value_dim**-0.5, generator=generator)
+            if self.scale is None:
+                self.values.normal_(0.0, spread, generator=generator)
+                return
+            for values, scale in in_pieces(self.spec.value_dim, self.values, self.scale):
+                drawn = torch.empty(values.shape, device=values.device).normal_(0.0, spread, generator=generator)
+                scale.copy_(rounding.row_scale(drawn))
+                values.copy_(drawn / scale.unsqueeze(-1))
 
     def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
-        """`y_t = sum_j weights[t, j] * values[indices[t, j]]`: [T, K], [T, K] -> [T, d_v] in the values' dtype."""
-        return ops.sparse_lookup(self.values, indices, weights.to(self.values.dtype))
+        """`y_t = sum_j weights[t, j] * values[indices[t, j]]`: [T, K], [T, K] -> [T, d_v].
+
+        In the dtype of the values, which the weights are rounded to; of a table of 8 bits, in the dtype of the weights.
+        """
+        weights = weights if self.scale is not None else weights.to(self.values.dtype)
+        spec = self.spec
+        return ops.sparse_lookup(
+            self.values, indices, weights, self.scale, gradient=spec.gradient, backend=spec.backend, pending=self.pending
+        )
 
     def extra_repr(self) -> str:
         """Slots and width, for `print(model)`."""
-        return f"slots={self.spec.keys}², value_dim={self.spec.value_dim}, dtype={self.values.dtype}"
+        how = "" if self.spec.gradient == "dense" else f", gradient={self.spec.gradient!r}"
+        return f"slots={self.spec.keys}², value_dim={self.spec.value_dim}, dtype={self.values.dtype}{how}"
 
 
 class Pools(nn.Module):

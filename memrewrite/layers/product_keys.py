@@ -78,7 +78,7 @@ class ProductKeys(nn.Module):
             nn.init.ones_(self.query_norm.weight)
             nn.init.constant_(self.key_norm.weight, self.half_dim**-0.5)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
         """[T, d_model] -> slots (int64) and weights (at least fp32; 1 in sum per head), both [T, heads·k]."""
         q = F.dropout(self.query(x), self.query_dropout, self.training)
         q = q.view(-1, 2 * self.heads, self.half_dim)  # [T, 2h, n/2]
@@ -87,8 +87,7 @@ class ProductKeys(nn.Module):
             q, keys = self.query_norm(q), self.key_norm(keys)
         scores = torch.bmm(q.transpose(0, 1), keys.transpose(1, 2))  # [2h, T, √N]
         scores1, scores2 = scores[::2], scores[1::2]  # [h, T, √N] each: heads are the slower dimension
-        best, slots = ops.product_key_topk(scores1, scores2, self.topk)  # [h, T, k], at least fp32
-        s = best.softmax(-1)
+        s, slots = ops.product_key_topk(scores1, scores2, self.topk, softmax=True, backend=backend)  # [h, T, k]
         return slots.transpose(0, 1).flatten(1), s.transpose(0, 1).flatten(1)
 
 
@@ -114,8 +113,9 @@ class ProductKeyLayer(MemoryLayer):
 
     def read(self, tokens: Tensor) -> Tensor:
         """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; the rows of all heads are summed by one lookup."""
-        slots, s = self.product_keys(tokens)
-        y = self._pool[0](slots, s).to(tokens.dtype)
+        pool = self._pool[0]
+        slots, s = self.product_keys(tokens, pool.spec.backend)
+        y = pool(slots, s).to(tokens.dtype)
         return F.dropout(y, self.dropout, self.training)
 
 

@@ -1,0 +1,82 @@
+"""What a fused update has still to do: the factors of a table's gradient, from the backward to the optimizer's step.
+
+The gradient of a table is `sum over lookups of w[t, j] * grad[t]` at row `indices[t, j]`. Its factors grad [T, D], indices and
+weights [T, K] are kept, and it is never made. Several lookups may read one table (layers that share it, micro-batches,
+a backward that runs again for checkpointed activations reads the same rows): nothing changes the table before the step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+_handles = itertools.count(1)
+_queues: WeakValueDictionary[int, Pending] = WeakValueDictionary()
+
+
+class Factors(NamedTuple):
+    """One lookup's share of a table's gradient."""
+
+    grad: Tensor  # [T, D]
+    indices: Tensor  # [T, K]
+    weights: Tensor  # [T, K]
+
+
+class Pending:
+    """The queue of one table. An operator finds it by `handle`, a number that a compiled graph can hold.
+
+    `count` is on the CPU and counts the lookups ever kept: an operator that changes a tensor is neither dropped nor
+    moved by a compiler. A copy of the table gets a queue of its own.
+    """
+
+    def __init__(self) -> None:
+        self.handle = next(_handles)
+        self.count = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self.waiting: list[Factors] = []
+        self.taken_by: str | None = None  # who empties the queue: an optimizer's name
+        _queues[self.handle] = self
+
+    def keep(self, grad: Tensor, indices: Tensor, weights: Tensor) -> None:
+        """Add one lookup's factors. Raises RuntimeError when nobody would ever take them: the table would not learn."""
+        if self.taken_by is None:
+            raise RuntimeError(
+                'a table with gradient "fused" got a gradient, and no optimizer takes it; '
+                "call memrewrite.fuse(optimizer, model) before training"
+            )
+        if grad.numel() and indices.numel():  # copies: a compiled graph reuses its tensors' memory when the call returns
+            self.waiting.append(Factors(grad.clone(memory_format=torch.contiguous_format), indices.clone(), weights.clone()))
+
+    def take(self) -> list[Factors]:
+        """All factors, and the queue is empty."""
+        taken, self.waiting = self.waiting, []
+        return taken
+
+    @contextmanager
+    def tried(self) -> Iterator[None]:
+        """Within: gradients are kept, whoever takes them; what has come is dropped at the end."""
+        before, self.taken_by, waiting, self.waiting = self.taken_by, "a trial", self.waiting, []
+        try:
+            yield
+        finally:
+            self.taken_by, self.waiting = before, waiting
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pending:
+        memo[id(self)] = fresh = Pending()
+        return fresh
+
+    def __reduce__(self) -> tuple[type[Pending], tuple[()]]:
+        return Pending, ()
+
+
+def queue_of(handle: int) -> Pending:
+    """The queue with this handle. Raises RuntimeError when its table is gone."""
+    queue = _queues.get(handle)
+    if queue is None:
+        raise RuntimeError(f"the table of queue {handle} is gone: its model was deleted between forward and backward")
+    return queue

@@ -1,0 +1,103 @@
+"""The backend "torch": every operator in plain torch, for the CPU, and for any device where no faster one will do.
+
+The forward is one bag a token (`F.embedding_bag`). The gradient of a lookup is a lookup the other way round: slot n's
+gradient is the weighted sum of the output gradients of the tokens that read it, so the table's gradient is one bag a slot.
+Neither makes the [T, K, D] gather, no sum depends on the order of threads, and half types add up in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memrewrite.kernels.torch_reads import in_pieces, sorted_reads, wide_rows
+from memrewrite.kernels.torch_topk import topk, topk_backward
+from memrewrite.kernels.torch_update import adagrad_, adam_
+
+__all__ = ["adagrad_", "adam_", "backward", "forward", "rows", "supports", "supports_topk", "topk", "topk_backward"]
+
+NAME = "torch"
+SUM = 0  # aten's number of mode="sum"
+
+
+def supports(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None) -> str | None:
+    """Why this backend cannot take the call, or None: it takes every one."""
+    return None
+
+
+def supports_topk(scores1: Tensor, scores2: Tensor, k: int) -> str | None:
+    """Why this backend cannot take the call, or None: it takes every one."""
+    return None
+
+
+def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None) -> Tensor:
+    """`sparse_lookup` of checked, non-empty inputs. Raises IndexError for an index outside the table (CPU only)."""
+    check_range(values, indices)
+    if scale is None:
+        return F.embedding_bag(indices.contiguous(), values, per_sample_weights=weights.contiguous(), mode="sum")
+    pieces = in_pieces(indices.shape[1] * values.shape[1], indices, weights.float() * scale[indices])
+    sums = [torch.einsum("tk,tkd->td", w, wide_rows(values, index)) for index, w in pieces]
+    return torch.cat(sums).to(weights.dtype)
+
+
+def backward(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    scale: Tensor | None,
+    need_values: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only where it is needed."""
+    check_range(values, indices)
+    grad = grad.contiguous()  # [T, D]; a sum's gradient arrives expanded
+    grad_values = _scatter(grad, indices, weights, values.shape[0]) if need_values else None
+    grad_weights = _dots(grad, values, indices, scale) if need_weights else None
+    return grad_values, grad_weights
+
+
+def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The rows that are read and their gradients: int64 [R] and [R, D] with R = min(T·K, slots), without asking how many."""
+    reads = sorted_reads([grad], [indices], [weights])
+    count = min(indices.numel(), slots)
+    place = torch.where(reads.first, reads.first.cumsum(0) - 1, count)  # [M]: each first read's row, others past the end
+    starts = torch.full((count + 1,), indices.numel(), device=grad.device)
+    starts.scatter_(0, place, torch.arange(indices.numel(), device=grad.device))
+    found = reads.slots[-1:].long().repeat(count + 1).scatter_(0, place, reads.slots.long())
+    sums = F.embedding_bag(reads.tokens, reads.grad, starts[:count], per_sample_weights=reads.weights, mode="sum")
+    return found[:count], sums
+
+
+def check_range(values: Tensor, indices: Tensor) -> None:
+    """Refuse an index outside the table. Elsewhere than on the CPU the check would stall, and the device asserts."""
+    if indices.device.type != "cpu":
+        return
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < 0 or high >= values.shape[0]:
+        raise IndexError(
+            f"sparse_lookup: index {low if low < 0 else high} is out of range for a table of {values.shape[0]} slots"
+        )
+
+
+def _scatter(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> Tensor:
+    """`out[n] = sum over (t, j) with indices[t, j] == n of weights[t, j] * grad[t]`, as one bag per slot."""
+    read, order = indices.reshape(-1).sort(stable=True)  # [T·K]; equal slots become neighbours
+    first = torch.searchsorted(read, torch.arange(slots, device=read.device, dtype=read.dtype))  # [N]
+    token = order // indices.shape[1]
+    return F.embedding_bag(token, grad, first, per_sample_weights=weights.reshape(-1)[order], mode="sum")
+
+
+def _dots(grad: Tensor, values: Tensor, indices: Tensor, scale: Tensor | None) -> Tensor:
+    """`out[t, j] = grad[t] . values[indices[t, j]]`, without gathering the rows (of fp8: with a few at a time)."""
+    tokens, width = indices.shape
+    if scale is not None:
+        pieces = in_pieces(width * values.shape[1], grad, indices)
+        parts = [torch.einsum("td,tkd->tk", g.float(), wide_rows(values, index)) for g, index in pieces]
+        return (torch.cat(parts) * scale[indices]).to(grad.dtype)
+    bag = torch.arange(tokens, device=indices.device, dtype=indices.dtype)
+    dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad, values, indices.reshape(-1), bag * width, bag.repeat_interleave(width), SUM
+    )
+    return dots.view(tokens, width)

@@ -1,0 +1,101 @@
+"""Fused updates in plain torch: the rows that were read, a few at a time; no gradient of the whole table is ever made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memrewrite.kernels import rounding
+from memrewrite.kernels.torch_reads import CHUNK, sorted_reads, wide_rows
+
+
+class _Chunk(NamedTuple):
+    """Some of the rows that were read, and their gradients."""
+
+    rows: Tensor  # int64 [R]
+    gradient: Tensor  # fp32 [R, D]
+
+
+def _chunks(grads: list[Tensor], indices: list[Tensor], weights: list[Tensor]) -> Iterator[_Chunk]:
+    """The rows that were read with their gradients in fp32, a few at a time: there is no gradient of the whole table."""
+    reads = sorted_reads([g.float() for g in grads], indices, [w.float() for w in weights])
+    starts = reads.first.nonzero().squeeze(1)  # [U]
+    ends = torch.cat([starts[1:], starts.new_tensor([reads.slots.numel()])])
+    per_call = max(1, CHUNK // reads.grad.shape[1])
+    for begin in range(0, starts.numel(), per_call):
+        chosen = slice(begin, begin + per_call)
+        low, high = int(starts[begin]), int(ends[chosen][-1])
+        bags, psw = reads.tokens[low:high], reads.weights[low:high]
+        sums = F.embedding_bag(bags, reads.grad, starts[chosen] - low, per_sample_weights=psw, mode="sum")
+        yield _Chunk(reads.slots[starts[chosen]], sums)
+
+
+def adagrad_(
+    values: Tensor,
+    scale: Tensor | None,
+    total: Tensor,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    *,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    seed: int,
+) -> None:
+    """`ops.rowwise_adagrad_` of checked inputs with at least one read."""
+    generator = torch.Generator(values.device).manual_seed(seed)
+    for rows, gradient in _chunks(grads, indices, weights):
+        sums = total[rows] + gradient.square().mean(-1)
+        total[rows] = sums
+        step = lr * gradient / (sums.sqrt() + eps).unsqueeze(-1)
+        _store(values, scale, rows, _load(values, scale, rows) * (1 - lr * weight_decay) - step, generator)
+
+
+def adam_(
+    values: Tensor,
+    scale: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+) -> None:
+    """`ops.rowwise_adam_` of checked inputs with at least one read."""
+    generator = torch.Generator(values.device).manual_seed(seed)
+    for rows, gradient in _chunks(grads, indices, weights):
+        mean = beta1 * exp_avg[rows].float() + (1 - beta1) * gradient
+        square = beta2 * exp_avg_sq[rows] + (1 - beta2) * gradient.square().mean(-1)
+        exp_avg[rows], exp_avg_sq[rows] = rounding.stored(mean, exp_avg.dtype, generator), square
+        root = (square / (1 - beta2**step)).sqrt() + eps
+        change = lr * (mean / (1 - beta1**step)) / root.unsqueeze(-1)
+        _store(values, scale, rows, _load(values, scale, rows) * (1 - lr * weight_decay) - change, generator)
+
+
+def _load(values: Tensor, scale: Tensor | None, rows: Tensor) -> Tensor:
+    """Rows of the table in fp32."""
+    wide = wide_rows(values, rows)
+    return wide if scale is None else wide * scale[rows].unsqueeze(-1)
+
+
+def _store(values: Tensor, scale: Tensor | None, rows: Tensor, new: Tensor, generator: torch.Generator) -> None:
+    """Put fp32 rows into the table, rounded by chance where it has fewer bits."""
+    if scale is not None:
+        scale[rows] = row_scale = rounding.row_scale(new)
+        new = new / row_scale.unsqueeze(-1)
+    narrow = rounding.stored(new, values.dtype, generator)
+    if values.itemsize == 1:  # torch indexes no fp8, but the bytes it is
+        values, narrow = values.view(torch.uint8), narrow.view(torch.uint8)
+    values[rows] = narrow
