@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from memrewrite.kernels.pending import Pending
+from memrewrite.layers.pool import Pool
 from memrewrite.passes.evidence import Evidence, checked, new_modules, skipped
 from memrewrite.passes.extract import Original
 from memrewrite.passes.recording import run
@@ -29,8 +31,9 @@ def gradient(evidence: Evidence) -> Check:
     try:
         for p in frozen:
             p.requires_grad_(p in fresh)
-        with opened(evidence):
-            unreached, grads, idle = _gradients(evidence, list(fresh))
+        with opened(evidence), _trial(evidence) as queues:
+            unreached, found, idle = _gradients(evidence, list(fresh))
+            grads = [_entries(g, queues.get(p)) for p, g in zip(fresh, found, strict=True)]
     finally:
         for p, wanted in frozen.items():
             p.requires_grad_(wanted)
@@ -55,6 +58,25 @@ def _parameters_of(evidence: Evidence, sites: Collection[str]) -> set[int]:
     modules = [layer for path, layer in evidence.layers.items() if path in sites]
     modules += [pools[name] for name in evidence.plan.pools if name not in read]
     return {id(p) for module in modules for p in module.parameters()} if sites else set()
+
+
+@contextmanager
+def _trial(evidence: Evidence) -> Iterator[dict[nn.Parameter, Pending]]:
+    """The queues of tables that learn by fused updates, by their values: nothing is updated, and no optimizer is needed."""
+    pools = [m for module in new_modules(evidence) for m in module.modules() if isinstance(m, Pool)]
+    queues = {pool.values: pool.pending for pool in pools if pool.pending is not None}
+    with ExitStack() as stack:
+        for queue in queues.values():
+            stack.enter_context(queue.tried())
+        yield queues
+
+
+def _entries(grad: Tensor | None, queue: Pending | None) -> Tensor | None:
+    """What is finite, and not all zeros, where a gradient is: itself, a sparse one's rows, or a fused one's sizes."""
+    if queue is None:
+        return grad._values() if grad is not None and grad.is_sparse else grad
+    shares = [(f.weights * f.grad.norm(dim=-1, keepdim=True)).flatten() for f in queue.take()]
+    return torch.cat(shares) if shares else None
 
 
 @contextmanager

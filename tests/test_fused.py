@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import llama, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -579,3 +580,62 @@ def test_pool_of_8_bits_starts_as_the_paper_says():
     again = Pool(pool.spec)
     again.reset_parameters()
     assert torch.equal(again.values.view(torch.uint8), pool.values.view(torch.uint8))
+
+
+# -------------------------------------------------------------------------------------------------------- rewritten models
+
+
+@pytest.mark.parametrize("placement", ["replace", "parallel"])
+@pytest.mark.parametrize(
+    "wish",
+    [{"gradient": "sparse"}, {"gradient": "fused"}, {"gradient": "fused", "dtype": "float8_e4m3fn"}],
+    ids=lambda wish: "-".join(wish.values()),
+)
+def test_rewritten_model_is_proved_trained_saved_and_loaded(wish, placement, tmp_path):
+    model, inputs = llama(), {"input_ids": tokens(), "use_cache": False}
+    rule = {"where": {"layers": [0, 2]}, "with": "memory_plus", "pool": "shared", "placement": placement}
+    recipe = {
+        "memrewrite": 1,
+        "pools": {"shared": {"keys": 16, **wish}},
+        "replace": [{**rule, "options": {"heads": 2, "topk": 4}}],
+    }
+    report = memrewrite.apply(model, recipe, inputs)
+    assert {c.name: c.outcome for c in report.checks}["gradient"] == "passed"
+    if wish["gradient"] == "fused":
+        assert model.memory.shared.pending.taken_by is None
+        optimizer = torch.optim.AdamW(memrewrite.param_groups(model, lr=1e-3))
+        fuse(optimizer, model)
+        before = model.memory.shared.values.detach().view(torch.uint8).clone()
+        for _ in range(2):  # a layer beside its MLP starts at zero: its table learns from the second step on
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not torch.equal(model.memory.shared.values.detach().view(torch.uint8), before)
+    memrewrite.save(model, tmp_path / "saved")
+    loaded = memrewrite.load(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert loaded.memory.shared.spec == model.memory.shared.spec
+
+
+def test_gradient_check_notices_a_table_cut_off(monkeypatch):
+    monkeypatch.setattr("memrewrite.kernels.pending.Pending.keep", lambda *_: None)
+    model, inputs = llama(), {"input_ids": tokens(), "use_cache": False}
+    recipe = {
+        "memrewrite": 1,
+        "pools": {"shared": {"keys": 16, "gradient": "fused"}},
+        "replace": [{"where": {"layers": [0]}, "with": "pkm", "pool": "shared", "options": {"topk": 4}}],
+    }
+    with pytest.raises(memrewrite.MemrewriteError, match=r"1 new parameters get none: .*values"):
+        memrewrite.apply(model, recipe, inputs)
+
+
+def test_recipe_refuses_8_bits_without_fused_updates():
+    recipe = {
+        "memrewrite": 1,
+        "pools": {"shared": {"keys": 16, "dtype": "float8_e4m3fn"}},
+        "replace": [{"where": {"all": True}, "with": "pkm", "pool": "shared"}],
+    }
+    with pytest.raises(memrewrite.MemrewriteError, match="learns by fused updates alone") as refused:
+        memrewrite.plan(llama(), recipe, {"input_ids": tokens()})
+    assert "gradient: fused" in str(refused.value)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memrewrite.kernels import ops, reference
+from memrewrite.kernels.pending import Pending
 from memrewrite.kernels.torch_topk import candidate_ranks
 
 OPS = torch.ops.memrewrite
@@ -324,3 +325,84 @@ def test_a_stray_import_of_the_folder_registers_nothing():
     root = Path(__file__).parents[1]
     code = "import sys, kernels; assert 'torch' not in sys.modules and 'memrewrite' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_compiled_ahead_of_time_with_dynamic_tokens(tmp_path):
+    t = torch.export.Dim("t", min=2, max=4096)
+    program = torch.export.export(Both(), tuple(both_inputs(63)), dynamic_shapes=({}, {0: t}, {0: t}))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "both.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for tokens in (63, 5):
+        inputs = [x.detach() for x in both_inputs(tokens)]
+        torch.testing.assert_close(compiled(*inputs), Both()(*inputs))
+
+
+def test_the_backend_is_told_once_and_why(caplog, monkeypatch):
+    monkeypatch.setattr("memrewrite.kernels.backends._told", set())
+    inputs = lookup_inputs(6, 3, 4, 5)
+    with caplog.at_level("INFO", "memrewrite.kernels"):
+        for _ in range(3):
+            ops.sparse_lookup(*inputs)
+        ops.sparse_lookup(*inputs, backend="torch")
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "sparse_lookup runs on the backend 'torch' (triton cannot: the tensors are not on a CUDA device)",
+        "sparse_lookup runs on the backend 'torch' (asked for)",
+    ]
+
+
+def test_backends_are_refused_by_name():
+    inputs = lookup_inputs(6, 3, 4, 5)
+    with pytest.raises(ValueError, match="no backend 'cuda'; try one of auto, triton, torch"):
+        ops.sparse_lookup(*inputs, backend="cuda")
+    with pytest.raises(ValueError, match='triton cannot: the tensors are not on a CUDA device; try backend="auto"'):
+        ops.sparse_lookup(*inputs, backend="triton")
+    with pytest.raises(ValueError, match="triton cannot"):
+        ops.product_key_topk(torch.randn(3, 9), torch.randn(3, 9), 2, backend="triton")
+    with pytest.raises(ValueError, match="no gradient 'none'; try one of dense, sparse, fused"):
+        ops.sparse_lookup(*inputs, gradient="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lookup_keeps_its_bits_across_batch_splits(dtype):
+    """A token's output, and the gradient of its weights, do not depend on who else is in the batch."""
+    values, indices, weights = lookup_inputs(1000, 576, 63, 128, dtype)
+    grad = torch.randn(63, 576).to(dtype)
+    whole = ops.sparse_lookup(values, indices, weights)
+    _, gw = OPS.sparse_lookup_backward(grad, values, indices, weights, False, True)
+    for begin, end in ((0, 1), (1, 8), (8, 63)):
+        part = slice(begin, end)
+        assert torch.equal(ops.sparse_lookup(values, indices[part], weights[part]), whole[part])
+        _, part_gw = OPS.sparse_lookup_backward(grad[part], values, indices[part], weights[part], False, True)
+        assert torch.equal(part_gw, gw[part])
+
+
+def test_topk_with_softmax():
+    halves = [torch.randn(5, 60, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    grad = torch.randn(5, 7, dtype=torch.float64)
+    s, slots = ops.product_key_topk(*halves, 7, softmax=True)
+    best, others = ops.product_key_topk(*halves, 7)
+    assert torch.equal(slots, others)
+    torch.testing.assert_close(s, best.softmax(-1))
+    got, want = (torch.autograd.grad(out, halves, grad) for out in (s, best.softmax(-1)))
+    torch.testing.assert_close(got, want)
+    assert torch.autograd.gradcheck(lambda a, b: ops.product_key_topk(a, b, 7, softmax=True)[0], halves)
+    assert torch.autograd.gradgradcheck(lambda a, b: ops.product_key_topk(a, b, 7, softmax=True)[0], halves)
+
+
+def test_opcheck_of_every_option():
+    values, indices, weights = lookup_inputs(60, 20, 63, 7, torch.float32)
+    leaves = (values.requires_grad_(), indices, weights.requires_grad_())
+    torch.library.opcheck(OPS.sparse_lookup, leaves, {"backend": "torch"})
+    narrow, scale = values.detach().bfloat16(), torch.rand(60)  # opcheck itself multiplies its inputs, which 8 bits cannot
+    torch.library.opcheck(OPS.sparse_lookup, (narrow, indices, weights.detach().half().requires_grad_(), scale))
+    grad = torch.randn(63, 20)
+    torch.library.opcheck(OPS.sparse_lookup_backward, (grad, narrow, indices, weights.detach(), False, True, scale))
+    halves = [torch.randn(3, 60, requires_grad=True) for _ in range(2)]
+    torch.library.opcheck(OPS.product_key_topk, (*halves, 7, True))
+    queue = Pending()
+    with queue.tried():
+        torch.library.opcheck(OPS.sparse_lookup_keep, (grad, indices, weights.detach(), queue.count, queue.handle))
+    # opcheck compares outputs with torch.testing.assert_close, which knows COO, and traces, which needs fakes of it
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(OPS.sparse_lookup_rows, (grad, indices, weights.detach(), 60), test_utils=tests)
