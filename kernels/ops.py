@@ -44,7 +44,7 @@ def sparse_lookup(
     reads, and in the backward writes, memory that is not the table's; product keys make none.
     """
     waiting = (None, 0) if pending is None else (pending.count, pending.handle)
-    out: Tensor = torch.ops.memrewrite.sparse_lookup(values, indices, weights, scale, gradient, backend, *waiting)
+    out: Tensor = torch.ops.memrewrite.sparse_lookup.default(values, indices, weights, scale, gradient, backend, *waiting)
     return out
 
 
@@ -59,7 +59,7 @@ def product_key_topk(
     counts as largest, as in `torch.topk` (sums of opposite infinities aside). With `softmax` the softmax of the k scores is
     returned in their place. Raises ValueError for k < 1, k > n1, k > n2, or unequal leading shapes.
     """
-    scores, indices = torch.ops.memrewrite.product_key_topk(scores1, scores2, k, softmax, backend)
+    scores, indices = torch.ops.memrewrite.product_key_topk.default(scores1, scores2, k, softmax, backend)
     return scores, indices
 
 

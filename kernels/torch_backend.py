@@ -35,7 +35,7 @@ def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | No
     """`sparse_lookup` of checked, non-empty inputs. Raises IndexError for an index outside the table (CPU only)."""
     check_range(values, indices)
     if scale is None:
-        return F.embedding_bag(indices.contiguous(), values, per_sample_weights=weights.contiguous(), mode="sum")
+        return _bags(values, indices, weights)
     pieces = in_pieces(indices.shape[1] * values.shape[1], indices, weights.float() * scale[indices])
     sums = [torch.einsum("tk,tkd->td", w, wide_rows(values, index)) for index, w in pieces]
     return torch.cat(sums).to(weights.dtype)
@@ -79,6 +79,14 @@ def check_range(values: Tensor, indices: Tensor) -> None:
         raise IndexError(
             f"sparse_lookup: index {low if low < 0 else high} is out of range for a table of {values.shape[0]} slots"
         )
+
+
+def _bags(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """One bag a token; aten's operator itself, for `F.embedding_bag` takes a third of a one-token call to check its input."""
+    tokens, width = indices.shape
+    begins = torch.arange(0, tokens * width, width, device=indices.device, dtype=indices.dtype)
+    flat, psw = indices.reshape(-1), weights.reshape(-1)
+    return torch.embedding_bag(values, flat, begins, False, SUM, False, psw)[0]
 
 
 def _scatter(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> Tensor:

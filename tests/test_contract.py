@@ -1,0 +1,331 @@
+"""One contract for every backend: each is held against the operators' meaning in float64, forward and gradients.
+
+Backends run through the operators' own functions. Triton's run in its interpreter where there is no GPU, in a process
+that is started for it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from memrewrite.kernels import (
+    lookup_update,
+    product_key_topk,
+    reference,
+    rounding,
+    sparse_lookup,
+    torch_backend,
+    triton_backend,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+RUNS_TRITON = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+BACKENDS = [
+    pytest.param(torch_backend, id="torch"),
+    pytest.param(triton_backend, id="triton", marks=() if DEVICE == "cuda" else pytest.mark.interpreter),
+]
+FP8 = torch.float8_e4m3fn
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+SIZES = (1, 63, 60, 1000)
+KEYS = (1, 7, 128)
+WIDTHS = (1, 20, 576, 1024)
+
+
+@pytest.fixture(autouse=True)
+def everything_new_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `torch.empty` gives is NaN, so that a kernel that leaves a number unwritten is found out."""
+    empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
+
+    def poisoned(make):  # type: ignore[no-untyped-def]
+        def wrapped(*args, **kwargs):  # type: ignore[no-untyped-def]
+            made = make(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() and made.itemsize > 1 else made
+
+        return wrapped
+
+    monkeypatch.setattr(torch, "empty", poisoned(empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(new_empty))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module: ModuleType = request.param
+    if module is triton_backend:
+        if not RUNS_TRITON:
+            pytest.skip("no GPU, and no TRITON_INTERPRET=1 as `make test` sets it for these")
+        if DEVICE == "cpu":
+            monkeypatch.setattr(triton_backend, "supports", lambda *_: None)
+            monkeypatch.setattr(triton_backend, "supports_topk", lambda *_: None)
+    return module
+
+
+def dtypes_of(backend: ModuleType) -> list[torch.dtype]:
+    return [torch.float32, torch.float16, torch.bfloat16] + ([torch.float64] if backend is torch_backend else [])
+
+
+def is_interpreted(backend: ModuleType) -> bool:
+    return backend is triton_backend and DEVICE == "cpu"
+
+
+def lookup(n, d, t, k, dtype=torch.float32, index=torch.int64, seed=0):  # type: ignore[no-untyped-def]
+    g = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(n, d, generator=g, dtype=torch.float64).to(dtype).to(DEVICE),
+        torch.randint(0, n, (t, k), generator=g).to(index).to(DEVICE),
+        torch.randn(t, k, generator=g, dtype=torch.float64).to(dtype).to(DEVICE),
+    )
+
+
+def both(values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor, backend: ModuleType, scale: Tensor | None = None):  # type: ignore[no-untyped-def]
+    """Output and gradients by this backend, through the operators' functions."""
+    name = backend.NAME
+    out = sparse_lookup.forward(values, indices, weights, scale, "fused" if scale is not None else "dense", name)
+    gv, gw = sparse_lookup.backward(grad, values, indices, weights, scale is None, True, scale, name)
+    return out, gv, gw
+
+
+def meaning(values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    exact = [x.detach().double().requires_grad_() for x in (values, weights)]
+    out = reference.sparse_lookup(exact[0], indices, exact[1])
+    gv, gw = torch.autograd.grad(out, exact, grad.double())
+    return out.detach(), gv, gw
+
+
+def close(got: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == right.shape
+    if right.numel():
+        scale = max(1.0, right.abs().max().item())
+        assert (got.double() - right).abs().max().item() <= TOLERANCE[dtype] * scale
+
+
+def random_grad(t: int, d: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(t, d, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("k", KEYS)
+@pytest.mark.parametrize("n", SIZES)
+def test_lookup(backend, n, k, d):
+    interpreted = is_interpreted(backend)
+    for number, dtype in enumerate(dtypes_of(backend)):
+        if interpreted and number != (n + k // 7 + d) % 3:
+            continue  # the interpreter is slow: every size meets one type, and every type a third of the sizes
+        t = SIZES[number % len(SIZES)] if not interpreted else 1 if k == 128 else 3
+        index = torch.int32 if number % 2 else torch.int64
+        inputs, grad = lookup(n, d, t, k, dtype, index), random_grad(t, d, dtype)
+        for got, right in zip(both(*inputs, grad, backend), meaning(*inputs, grad), strict=True):
+            assert got.dtype == dtype
+            close(got, right, dtype)
+
+
+@pytest.mark.parametrize("t", SIZES)
+def test_lookup_of_many_tokens(backend, t):
+    inputs, grad = lookup(60, 4, t, 3), random_grad(t, 4, torch.float32)
+    for got, right in zip(both(*inputs, grad, backend), meaning(*inputs, grad), strict=True):
+        close(got, right, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "hot", [lambda i: i.fill_(3), lambda i: i[:, 1:].fill_(3), lambda i: i.copy_(i // 8)], ids=["one", "nearly", "few"]
+)
+def test_hot_rows(backend, hot):
+    values, indices, weights = lookup(60, 20, 63, 7)
+    hot(indices)
+    grad = random_grad(63, 20, torch.float32)
+    for got, right in zip(both(values, indices, weights, grad, backend), meaning(values, indices, weights, grad), strict=True):
+        close(got, right, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("n", "t", "k", "d"), [(60, 0, 7, 20), (60, 63, 0, 20), (60, 5, 3, 0), (0, 0, 7, 20), (0, 63, 0, 20), (0, 0, 0, 0)]
+)
+def test_nothing(backend, n, t, k, d):
+    values, weights = torch.zeros(n, d, device=DEVICE), torch.zeros(t, k, device=DEVICE)
+    indices, grad = torch.zeros(t, k, dtype=torch.int64, device=DEVICE), torch.ones(t, d, device=DEVICE)
+    out, gv, gw = both(values, indices, weights, grad, backend)
+    assert (out.shape, gv.shape, gw.shape) == ((t, d), (n, d), (t, k))
+    assert not out.any()
+    assert not gv.any()
+    assert not gw.any()
+    assert sparse_lookup.rows(grad, indices, weights, n, backend.NAME).shape == (n, d)
+
+
+def test_not_contiguous(backend):
+    values, indices, weights = lookup(60, 20, 9, 7)
+    views = (
+        (values.T.contiguous().T, indices.T.contiguous().T, weights.T.contiguous().T),
+        (torch.randn(60, 41, device=DEVICE)[:, 1::2], indices, weights[:1].expand(9, 7)),
+        (torch.randn(120, 20, device=DEVICE)[::2], indices[:, :1].expand(9, 7), weights),
+    )
+    for view in views:
+        for grad in (torch.ones(1, 1, device=DEVICE).expand(9, 20), random_grad(20, 9, torch.float32).T):
+            for got, right in zip(both(*view, grad, backend), meaning(*view, grad), strict=True):
+                close(got, right, torch.float32)
+
+
+def test_one_gradient_alone(backend):
+    inputs, grad = lookup(60, 20, 9, 7), random_grad(9, 20, torch.float32)
+    _, gv, gw = meaning(*inputs, grad)
+    only_values = sparse_lookup.backward(grad, *inputs, True, False, None, backend.NAME)
+    only_weights = sparse_lookup.backward(grad, *inputs, False, True, None, backend.NAME)
+    close(only_values[0], gv, torch.float32)
+    close(only_weights[1], gw, torch.float32)
+    assert only_values[1].shape == only_weights[0].shape == (0,)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA kernel does not check its indices, as `ops.sparse_lookup` says")
+def test_index_out_of_range():
+    values, indices, weights = lookup(60, 20, 9, 7)
+    for bad in (60, -1, 2**31 - 1):
+        indices[4, 3] = bad
+        with pytest.raises(IndexError, match=f"index {bad} is out of range for a table of 60 slots"):
+            sparse_lookup.forward(values, indices, weights, backend="torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_twice_and_split(backend, dtype):
+    """The same bits twice; and a token's output and weights' gradient whatever else is in the batch, few tokens or many."""
+    t = 70  # beyond what counts as few
+    inputs, grad = lookup(60, 48, t, 24, dtype), random_grad(t, 48, dtype)
+    first, second = both(*inputs, grad, backend), both(*inputs, grad, backend)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    values, indices, weights = inputs
+    for begin, end in ((0, 1), (1, 9), (9, t)):
+        part = slice(begin, end)
+        out, _, gw = both(values, indices[part], weights[part], grad[part], backend)
+        assert torch.equal(out, first[0][part])
+        assert torch.equal(gw, first[2][part])
+    _, alone = sparse_lookup.backward(grad, *inputs, False, True, None, backend.NAME)
+    close(alone, first[2].double(), dtype)
+
+
+@pytest.mark.parametrize("size", [(60, 20, 9, 7), (1000, 576, 3, 128), (5, 1, 63, 7), (1, 20, 3, 7)], ids=str)
+def test_rows(backend, size):
+    n, d, t, k = size
+    inputs, grad = lookup(*size), random_grad(t, d, torch.float32)
+    coo = sparse_lookup.rows(grad, *inputs[1:], n, backend.NAME)
+    found, sums = coo._indices()[0], coo._values()
+    assert found.numel() == min(t * k, n)
+    assert (found.diff() >= 0).all()
+    assert set(found.tolist()) == set(inputs[1].flatten().tolist())
+    assert not sums[inputs[1].unique().numel() :].any()
+    close(coo.to_dense(), meaning(*inputs, grad)[1], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(60, 20, 9, 7), (63, 576, 3, 128), (1, 1, 1, 1)], ids=str)
+def test_eight_bits(backend, size, dtype):
+    n, d, t, k = size
+    wide, indices, weights = lookup(n, d, t, k)
+    weights, grad, scale = weights.to(dtype), random_grad(t, d, dtype), rounding.row_scale(wide)
+    values = (wide / scale[:, None]).to(FP8)
+    out, _, gw = both(values, indices, weights, grad, backend, scale)
+    right, _, right_gw = meaning(values.double() * scale[:, None].double(), indices, weights, grad)
+    assert out.dtype == gw.dtype == dtype
+    close(out, right, dtype)
+    close(gw, right_gw, dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ the updates
+
+NUMBERS = {"lr": 0.125, "eps": 2.0**-20, "weight_decay": 0.0}
+
+
+def update_inputs(n, d, t, k, lookups, *, exact):  # type: ignore[no-untyped-def]
+    """Reads; with `exact` small whole numbers and powers of two, whose sums are the same in any order."""
+    g = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        drawn = torch.randint(-4, 5, shape, generator=g).float() if exact else torch.randn(*shape, generator=g)
+        return drawn.to(DEVICE)
+
+    indices = [torch.randint(0, n, (t, k), generator=g).to(DEVICE) for _ in range(lookups)]
+    return draw(n, d), ([draw(t, d) for _ in range(lookups)], indices, [draw(t, k) for _ in range(lookups)])
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "random"])
+@pytest.mark.parametrize("size", [(60, 16, 9, 7, 1), (60, 16, 9, 7, 3), (3, 64, 63, 4, 2), (1000, 20, 5, 7, 1)], ids=str)
+def test_updates(backend, size, exact):
+    """Bit for bit where sums are exact; rounding apart elsewhere. Rows that were not read keep their bits."""
+    n, d, t, k, lookups = size
+    values, reads = update_inputs(n, d, t, k, lookups, exact=exact and d & (d - 1) == 0)
+    bitwise = exact and d & (d - 1) == 0
+    gradient = reference.table_gradient(*reads, n)
+    touched = torch.zeros(n, dtype=torch.bool, device=DEVICE)
+    touched[torch.cat([i.flatten() for i in reads[1]])] = True
+    total = torch.ones(n, device=DEVICE)
+    want = reference.rowwise_adagrad(values, total, gradient, touched, **NUMBERS)
+    got = (values.clone(), total.clone())
+    lookup_update.adagrad(got[0], None, got[1], *reads, *NUMBERS.values(), 0, backend.NAME)
+    mean, square = torch.ones(n, d, device=DEVICE), torch.ones(n, device=DEVICE)
+    wanted = reference.rowwise_adam((values, mean, square), gradient, touched, **NUMBERS, betas=(0.5, 0.75), step=2)
+    state = (values.clone(), mean.clone(), square.clone())
+    lr, eps, decay = NUMBERS.values()
+    lookup_update.adam(state[0], None, state[1], state[2], *reads, lr, 0.5, 0.75, eps, decay, 2, 0, backend.NAME)
+    for one, right in zip((*got, *state), (*want, *wanted), strict=True):
+        assert torch.equal(one[~touched], right[~touched])
+        if bitwise:
+            assert torch.equal(one, right)
+        else:
+            torch.testing.assert_close(one, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP8], ids=str)
+def test_updates_in_few_bits(backend, dtype):
+    """Each entry lands on a neighbour of what fp32 gives; a seed repeats; seeds differ; nothing else moves."""
+    exact, reads = update_inputs(24, 16, 5, 3, 2, exact=False)
+    scale = rounding.row_scale(exact) if dtype == FP8 else None
+    start = (exact if scale is None else exact / scale[:, None]).to(dtype)
+    known = start.float() if scale is None else start.float() * scale[:, None]
+    touched = torch.zeros(24, dtype=torch.bool, device=DEVICE)
+    touched[torch.cat([i.flatten() for i in reads[1]])] = True
+    numbers = {**NUMBERS, "weight_decay": 0.01}
+    gradient = reference.table_gradient(*reads, 24)
+    want, _ = reference.rowwise_adagrad(known, torch.ones(24, device=DEVICE), gradient, touched, **numbers)
+
+    def run(seed: int) -> tuple[Tensor, Tensor]:
+        values, scales = start.clone(), None if scale is None else scale.clone()
+        lookup_update.adagrad(values, scales, torch.ones(24, device=DEVICE), *reads, *numbers.values(), seed, backend.NAME)
+        return values.view(torch.uint8), values.float() if scales is None else values.float() * scales[:, None]
+
+    (bits, got), (again, _), (other, _) = run(5), run(5), run(6)
+    assert torch.equal(bits, again)
+    assert not torch.equal(bits, other)
+    assert torch.equal(bits[~touched], start.view(torch.uint8)[~touched])
+    spacing = want.abs().amax(-1, keepdim=True) * 2.0 ** (-3 if dtype == FP8 else -7 if dtype == torch.bfloat16 else -10)
+    assert ((got - want).abs() <= spacing * 1.01).all()
+
+
+# --------------------------------------------------------------------------------------------------------------- the top-k
+
+
+@pytest.mark.parametrize(("n1", "n2", "k"), [(1, 1, 1), (60, 60, 7), (63, 1000, 7), (128, 128, 32), (1000, 1000, 60)])
+def test_topk(backend, n1, n2, k):
+    for number, dtype in enumerate(dtypes_of(backend)):
+        if is_interpreted(backend) and number != (n1 + k) % 3:
+            continue
+        wide = torch.promote_types(dtype, torch.float32)
+        shape = (2, 3) if number % 2 else (5,)
+        scores1, scores2 = (torch.randn(*shape, n).to(dtype).to(DEVICE) for n in (n1, n2))
+        scores, indices = product_key_topk.forward(scores1, scores2, k, False, backend.NAME)
+        want, _ = reference.product_key_topk(scores1.to(wide), scores2.to(wide), k)
+        assert torch.equal(scores, want)
+        named = scores1.to(wide).gather(-1, indices // n2) + scores2.to(wide).gather(-1, indices % n2)
+        assert torch.equal(scores, named)
+        assert indices.sort(-1).values.diff(dim=-1).all()  # no slot twice
+        s, again = product_key_topk.forward(scores1, scores2, k, True, backend.NAME)
+        assert torch.equal(again, indices)
+        torch.testing.assert_close(s, want.softmax(-1))
+        grad = torch.randn(*shape, k).to(wide).to(DEVICE)
+        gots = product_key_topk.backward(grad, indices, n1, n2, backend.NAME)
+        rights = torch_backend.topk_backward(grad.double(), indices, n1, n2)
+        for got, right in zip(gots, rights, strict=True):
+            torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
