@@ -1,5 +1,7 @@
 """Times a Memory+ layer on the CPU against the SwiGLU MLP it replaces, and against gather-and-einsum in plain torch.
 
+A training step (forward, backward, AdamW) is timed for the dense gradient of the table, and for the fused update.
+
 Every round runs each contestant once, in turn and in one process, so that a busy machine slows all of them alike;
 medians and minima over the rounds are printed, and written as JSON (`--json FILE`). Trust ratios, not milliseconds.
 """
@@ -21,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import memrewrite
 from memrewrite.layers.memory_plus import MemoryPlus, MemoryPlusOptions
-from memrewrite.layers.pool import Pool, PoolSpec
+from memrewrite.layers.pool import Gradient, Pool, PoolSpec
 
 
 class SwiGLU(nn.Module):
@@ -62,18 +65,31 @@ class PlainMemoryPlus(nn.Module):
         return out
 
 
+class WithPool(nn.Module):
+    """A Memory+ layer and the pool it reads, as a model would hold them."""
+
+    def __init__(self, args: argparse.Namespace, gradient: Gradient) -> None:
+        super().__init__()
+        dtype = getattr(torch, args.dtype)
+        self.pool = Pool(PoolSpec(keys=args.keys, value_dim=args.d_model, gradient=gradient), dtype=dtype)
+        self.pool.reset_parameters()
+        options = MemoryPlusOptions(heads=args.heads, topk=args.topk)
+        self.layer = MemoryPlus(args.d_model, args.d_model, options, self.pool, dtype=dtype)
+        self.layer.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, d_model] -> [T, d_out]."""
+        out: Tensor = self.layer(x)
+        return out
+
+
 def contestants(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """The three modules, `dense` first: it is the yardstick."""
-    dtype = getattr(torch, args.dtype)
-    pool = Pool(PoolSpec(keys=args.keys, value_dim=args.d_model), dtype=dtype)
-    pool.reset_parameters()
-    options = MemoryPlusOptions(heads=args.heads, topk=args.topk)
-    layer = MemoryPlus(args.d_model, args.d_model, options, pool, dtype=dtype)
-    layer.reset_parameters()
+    """The modules, `dense` first: it is the yardstick."""
+    memory = WithPool(args, "dense")
     return {
-        "dense": SwiGLU(args.d_model, args.d_hidden, dtype),
-        "memory_plus": nn.ModuleDict({"layer": layer, "pool": pool}),
-        "plain": PlainMemoryPlus(layer),
+        "dense": SwiGLU(args.d_model, args.d_hidden, getattr(torch, args.dtype)),
+        "memory_plus": memory,
+        "plain": PlainMemoryPlus(memory.layer),
     }
 
 
@@ -97,6 +113,20 @@ def forward_backward(module: nn.Module, parameters: list[Tensor], x: Tensor) -> 
     return run
 
 
+def training_step(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    """A forward, a backward, and a step of AdamW, which updates a fused table with `memrewrite.fuse`."""
+    optimizer = torch.optim.AdamW(memrewrite.param_groups(module, lr=1e-4))
+    if any(isinstance(m, Pool) and m.pending is not None for m in module.modules()):
+        memrewrite.fuse(optimizer, module)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        module(x).sum().backward()
+        optimizer.step()
+
+    return run
+
+
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of every contestant in every round, after one warm-up each."""
     for run in runs.values():
@@ -114,17 +144,16 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per number of tokens, pass and contestant."""
     rows = []
     modules = contestants(args)
-    calls = {name: m["layer"] if isinstance(m, nn.ModuleDict) else m for name, m in modules.items()}
+    trained = {"dense": modules["dense"], "memory_plus": modules["memory_plus"], "memory_fused": WithPool(args, "fused")}
     for tokens in args.tokens:
         x = torch.randn(tokens, args.d_model).to(getattr(torch, args.dtype))
-        torch.testing.assert_close(calls["memory_plus"](x), calls["plain"](x), rtol=2e-2, atol=2e-2)
-        for what in ("forward", "forward+backward"):
-            runs = {
-                name: forward_only(calls[name], x)
-                if what == "forward"
-                else forward_backward(calls[name], list(module.parameters()), x)
-                for name, module in modules.items()
-            }
+        torch.testing.assert_close(modules["memory_plus"](x), modules["plain"](x), rtol=2e-2, atol=2e-2)
+        passes = {
+            "forward": {name: forward_only(m, x) for name, m in modules.items()},
+            "forward+backward": {name: forward_backward(m, list(m.parameters()), x) for name, m in modules.items()},
+            "training step": {name: training_step(m, x) for name, m in trained.items()},
+        }
+        for what, runs in passes.items():
             times = measure(runs, args.rounds)
             dense = median(times["dense"])
             rows += [
@@ -138,7 +167,16 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
                 }
                 for name, taken in times.items()
             ]
+        for m in trained.values():  # another optimizer may take the fused table's gradients
+            release(m)
     return rows
+
+
+def release(module: nn.Module) -> None:
+    """Take the module's pools from the optimizer that updates them."""
+    for m in module.modules():
+        if isinstance(m, Pool) and m.pending is not None:
+            m.pending.taken_by = None
 
 
 def machine() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 2**22  # elements of a table's rows that are widened or computed at once
+CHUNK = 2**18  # elements of a table's rows that are widened or computed at once: they stay in the cache
 
 
 class Reads(NamedTuple):
@@ -38,8 +38,10 @@ def sorted_reads(grads: list[Tensor], indices: list[Tensor], weights: list[Tenso
 
 
 def wide_rows(values: Tensor, indices: Tensor) -> Tensor:
-    """`values[indices]` in fp32; torch gathers fp8 as the bytes it is."""
-    return values.view(torch.uint8)[indices].view(values.dtype).float() if values.itemsize == 1 else values[indices].float()
+    """`values[indices]` in fp32, a copy; torch gathers 8-bit numbers as the bytes they are."""
+    bits = values.view(torch.uint8) if values.itemsize == 1 else values
+    rows = bits.index_select(0, indices.reshape(-1)).view(*indices.shape, -1)
+    return rows.view(values.dtype).float()
 
 
 def in_pieces(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

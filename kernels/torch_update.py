@@ -52,8 +52,8 @@ def adagrad_(
     for rows, gradient in _chunks(grads, indices, weights):
         sums = total[rows] + gradient.square().mean(-1)
         total[rows] = sums
-        step = lr * gradient / (sums.sqrt() + eps).unsqueeze(-1)
-        _store(values, scale, rows, _load(values, scale, rows) * (1 - lr * weight_decay) - step, generator)
+        change = gradient.mul_(lr).div_((sums.sqrt() + eps).unsqueeze(-1))
+        _store(values, scale, rows, _load(values, scale, rows).mul_(1 - lr * weight_decay).sub_(change), generator)
 
 
 def adam_(
@@ -80,14 +80,14 @@ def adam_(
         square = beta2 * exp_avg_sq[rows] + (1 - beta2) * gradient.square().mean(-1)
         exp_avg[rows], exp_avg_sq[rows] = rounding.stored(mean, exp_avg.dtype, generator), square
         root = (square / (1 - beta2**step)).sqrt() + eps
-        change = lr * (mean / (1 - beta1**step)) / root.unsqueeze(-1)
-        _store(values, scale, rows, _load(values, scale, rows) * (1 - lr * weight_decay) - change, generator)
+        change = mean.div_(1 - beta1**step).mul_(lr).div_(root.unsqueeze(-1))
+        _store(values, scale, rows, _load(values, scale, rows).mul_(1 - lr * weight_decay).sub_(change), generator)
 
 
 def _load(values: Tensor, scale: Tensor | None, rows: Tensor) -> Tensor:
     """Rows of the table in fp32."""
     wide = wide_rows(values, rows)
-    return wide if scale is None else wide * scale[rows].unsqueeze(-1)
+    return wide if scale is None else wide.mul_(scale[rows].unsqueeze(-1))
 
 
 def _store(values: Tensor, scale: Tensor | None, rows: Tensor, new: Tensor, generator: torch.Generator) -> None:
@@ -98,4 +98,4 @@ def _store(values: Tensor, scale: Tensor | None, rows: Tensor, new: Tensor, gene
     narrow = rounding.stored(new, values.dtype, generator)
     if values.itemsize == 1:  # torch indexes no fp8, but the bytes it is
         values, narrow = values.view(torch.uint8), narrow.view(torch.uint8)
-    values[rows] = narrow
+    values.index_copy_(0, rows, narrow)
