@@ -1,4 +1,7 @@
-"""The backend "triton": kernels for CUDA devices. Triton is imported by the first call that it takes."""
+"""The backend "triton": kernels for CUDA devices. Triton is imported by the first call that it takes.
+
+Triton launches on the current device; each call makes it the one that the tensors are on.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,8 @@ def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | No
     """`sparse_lookup` of checked, non-empty inputs."""
     from memrewrite.kernels import triton_lookup
 
-    return triton_lookup.forward(values, indices, weights, scale)
+    with torch.cuda.device_of(values):
+        return triton_lookup.forward(values, indices, weights, scale)
 
 
 def backward(
@@ -68,39 +72,45 @@ def backward(
     """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only where it is needed."""
     from memrewrite.kernels import triton_backward
 
-    return triton_backward.backward(grad, values, indices, weights, scale, need_values, need_weights)
+    with torch.cuda.device_of(values):
+        return triton_backward.backward(grad, values, indices, weights, scale, need_values, need_weights)
 
 
 def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """The rows that are read and their gradients; `ops.sparse_lookup_rows` says how they are padded."""
     from memrewrite.kernels import triton_backward
 
-    return triton_backward.rows(grad, indices, weights, slots)
+    with torch.cuda.device_of(grad):
+        return triton_backward.rows(grad, indices, weights, slots)
 
 
 def adagrad_(*tensors: Any, **numbers: Any) -> None:
     """`ops.rowwise_adagrad_` of checked inputs with at least one read: `torch_backend.adagrad_` has the signature."""
     from memrewrite.kernels import triton_update
 
-    triton_update.adagrad_(*tensors, **numbers)
+    with torch.cuda.device_of(tensors[0]):
+        triton_update.adagrad_(*tensors, **numbers)
 
 
 def adam_(*tensors: Any, **numbers: Any) -> None:
     """`ops.rowwise_adam_` of checked inputs with at least one read: `torch_backend.adam_` has the signature."""
     from memrewrite.kernels import triton_update
 
-    triton_update.adam_(*tensors, **numbers)
+    with torch.cuda.device_of(tensors[0]):
+        triton_update.adam_(*tensors, **numbers)
 
 
 def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tensor, Tensor]:
     """`product_key_topk` of checked inputs with at least one row."""
     from memrewrite.kernels import triton_topk
 
-    return triton_topk.forward(scores1, scores2, k, softmax)
+    with torch.cuda.device_of(scores1):
+        return triton_topk.forward(scores1, scores2, k, softmax)
 
 
 def topk_backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tensor, Tensor]:
     """Each score's gradient handed to both halves, without atomics."""
     from memrewrite.kernels import triton_topk
 
-    return triton_topk.backward(grad, indices, n1, n2)
+    with torch.cuda.device_of(grad):
+        return triton_topk.backward(grad, indices, n1, n2)

@@ -1,0 +1,7 @@
+"""`python benchmarks/gpu` is `run.main`."""
+
+import sys
+
+import run
+
+sys.exit(run.main(sys.argv[1:]))

@@ -1,0 +1,237 @@
+"""What the sections of `benchmarks/gpu` share: the sizes, the kernels under test, the clock, and the shape of a result.
+
+A case makes contestants → `Bench.race` times them in interleaved rounds → `Bench.result` holds them against floor and targets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from memrewrite.kernels import torch_backend, triton_backend
+
+Run = Callable[[], Any]
+ROUNDS = 25  # at most; slow contestants take fewer
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is; the defaults are the device's, `rehearsal` the CPU's."""
+
+    tokens: int = 16384
+    heads: int = 4
+    topk: int = 32
+    dims: tuple[int, ...] = (1024, 2048, 4096)
+    keys: int = 2048  # per half: 4 M slots, so that half the rows of a lookup are read once, and far more than any L2
+    train_keys: int = 1024
+    decode: tuple[int, ...] = (1, 8, 64)
+    sets: int = 16  # of indices, that decoding goes through, so that no row is in a cache when it is read
+    topk_rows: int = 65536
+    topk_keys: tuple[int, ...] = (1024, 4096)
+    hidden: int = 7  # halves of d_model in the dense MLP: 3.5 × d_model, as in Llama 3 8B
+    huge: tuple[tuple[int, int, str], ...] = ((4096, 4096, "float8_e4m3fn"), (3872, 4096, "bfloat16"))  # keys, dim, dtype
+    copy_bytes: int = 8 << 30
+    matmul: int = 8192
+
+    @classmethod
+    def rehearsal(cls) -> Sizes:
+        """Small enough for Triton's interpreter."""
+        return cls(
+            tokens=3, heads=2, topk=2, dims=(32,), keys=8, train_keys=8, decode=(1, 3), sets=2, topk_rows=3, topk_keys=(32,),
+            huge=((8, 32, "float8_e4m3fn"), (8, 32, "bfloat16")), copy_bytes=1 << 16, matmul=32,
+        )  # fmt: skip
+
+    @property
+    def reads(self) -> int:
+        """K: slots that a token reads."""
+        return self.heads * self.topk
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds over the rounds."""
+
+    ms: float
+    min_ms: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """At least `least` times as fast as `of`, or as near to the floor."""
+
+    of: str
+    least: float
+
+    def __str__(self) -> str:
+        return f"≥ {self.least:.0%} of floor" if self.of == "floor" else f"≥ {self.least:g}× {self.of}"
+
+
+@dataclass
+class Result:
+    """One line of the table. `ms` is ours; a rival that could not run has its reason in place of its time."""
+
+    section: str
+    case: str
+    status: str = "ok"
+    ms: float | None = None
+    min_ms: float | None = None
+    gbps: float | None = None
+    of_floor: float | None = None
+    rivals: dict[str, float | str] = field(default_factory=dict)  # milliseconds, or why not
+    ratios: dict[str, float] = field(default_factory=dict)  # the rival's time over ours
+    targets: list[tuple[str, bool | None]] = field(default_factory=list)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure; it may yield several lines."""
+
+    name: str
+    run: Callable[[Bench], Iterable[Result]]
+
+
+class Stop(Exception):  # noqa: N818 - the end of a run, not a fault of this program
+    """A kernel is wrong: nothing that follows would mean anything."""
+
+
+class Bench:
+    """A device (or the CPU, in a rehearsal), its measured ceilings, and the clock."""
+
+    def __init__(self, *, rehearse: bool, triton: bool) -> None:
+        self.rehearse = rehearse
+        self.device = torch.device("cpu" if rehearse else "cuda")
+        self.sizes = Sizes.rehearsal() if rehearse else Sizes()
+        self.kernels: Any = triton_backend if triton else torch_backend  # the same functions by the same names
+        self.copy = math.nan  # bytes per second, read and written
+        self.matmul = math.nan  # bf16 operations per second
+        l2 = 0 if rehearse else torch.cuda.get_device_properties(0).L2_cache_size
+        self._flush = torch.empty(0 if rehearse else max(4 * l2, 256 << 20), dtype=torch.uint8, device=self.device)
+
+    def free(self) -> int:
+        """Bytes that can still be allocated; a rehearsal has a fixed few."""
+        if self.rehearse:
+            return 1 << 30
+        torch.cuda.empty_cache()
+        free: int = torch.cuda.mem_get_info()[0]
+        return free
+
+    def keys_within(self, keys: int, dim: int, itemsize: int, share: float) -> int:
+        """The largest `keys`, halved as often as needed, whose table takes at most `share` of the free memory."""
+        room = self.free() * share
+        while keys > 1 and keys * keys * dim * itemsize > room:
+            keys //= 2
+        return keys
+
+    def sync(self) -> None:
+        """Wait for the device."""
+        if not self.rehearse:
+            torch.cuda.synchronize()
+
+    def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """`torch.compile`; a rehearsal captures in the same way but leaves out the code generator."""
+        if self.rehearse:
+            options.pop("mode", None)
+            options["backend"] = "aot_eager"
+        compiled: Callable[..., Any] = torch.compile(function, **options)
+        return compiled
+
+    def graphed(self, run: Run) -> Run:
+        """`run` captured once as a CUDA graph, so that its launches cost the host nothing."""
+        if self.rehearse:
+            return run
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kept = run()
+
+        def replay(_: Any = kept) -> None:  # the outputs live as long as the graph that writes them
+            graph.replay()
+
+        return replay
+
+    def race(self, runs: dict[str, Run], *, seconds: float = 0.5, per: int = 1) -> dict[str, Timing | str]:
+        """Times of all contestants in interleaved rounds, caches flushed before each; `per` calls count as one run.
+
+        `seconds` is what each may take in all. A rival that cannot run gets its reason; "ours" must run.
+        """
+        plan: dict[str, int] = {}
+        times: dict[str, list[float]] = {}
+        out: dict[str, Timing | str] = {}
+        for name, run in runs.items():
+            try:
+                run()
+                estimate = 0.0 if self.rehearse else self._once(run)
+            except Exception as error:  # a rival may fail in any way, and the line says how
+                if name == "ours":
+                    raise
+                out[name] = reason(error)
+                self.free()
+                continue
+            fewest = 3 if estimate < 1e3 else 1
+            plan[name] = 0 if self.rehearse else max(fewest, min(ROUNDS, int(seconds * 1e3 / max(estimate, 1e-3))))
+            times[name] = [0.0] if self.rehearse else []
+        for turn in range(max(plan.values(), default=0)):
+            for name, rounds in plan.items():
+                if turn < rounds:
+                    times[name].append(self._once(runs[name]) / per)
+        out |= {name: Timing(median(taken), min(taken), len(taken)) for name, taken in times.items()}
+        return {name: out[name] for name in runs}
+
+    def _once(self, run: Run) -> float:
+        """Milliseconds of one run with cold caches. The flush keeps the device busy while the host prepares the launch."""
+        self._flush.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        elapsed: float = begin.elapsed_time(end)
+        return elapsed
+
+    def result(
+        self,
+        section: str,
+        case: str,
+        times: dict[str, Timing | str],
+        *,
+        moved: int = 0,
+        targets: Iterable[Target] = (),
+        note: str = "",
+    ) -> Result:
+        """The line of a race: `moved` is the bytes that must move; the floor is their time at the copy's bandwidth."""
+        ours = times["ours"]
+        assert isinstance(ours, Timing)
+        if self.rehearse:  # times of a rehearsal mean nothing, and are not kept
+            why = {name: t if isinstance(t, str) else "rehearsed" for name, t in times.items() if name != "ours"}
+            return Result(section, case, "rehearsed", rivals=dict(why), targets=[(str(t), None) for t in targets], note=note)
+        rivals = {name: t.ms if isinstance(t, Timing) else t for name, t in times.items() if name != "ours"}
+        ratios = {name: ms / ours.ms for name, ms in rivals.items() if isinstance(ms, float)}
+        line = Result(section, case, "ok", ours.ms, ours.min_ms, rivals=rivals, ratios=ratios, note=note)
+        if moved:
+            line.gbps = moved / ours.ms / 1e6
+            line.of_floor = moved / self.copy * 1e3 / ours.ms
+        reached = ratios if line.of_floor is None else {**ratios, "floor": line.of_floor}
+        line.targets = [(str(t), reached[t.of] >= t.least if t.of in reached else None) for t in targets]
+        return line
+
+
+def reason(error: BaseException) -> str:
+    """An error in a few words."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:120]}"

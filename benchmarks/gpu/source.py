@@ -1,0 +1,34 @@
+"""Makes this checkout importable where memrewrite is not installed, as on a GPU machine with torch and nothing else.
+
+The five folders are linked into one package in a temporary folder, as an installation lays them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+ROOMS = ("passes", "kernels", "recipes", "cli")
+
+
+def ensure() -> None:
+    """Do nothing where memrewrite can be imported."""
+    if importlib.util.find_spec("memrewrite") is not None:
+        return
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    package = Path(folder.name) / "memrewrite"
+    package.mkdir()
+    for source in [*(ROOT / "memrewrite").iterdir(), *(ROOT / room for room in ROOMS)]:
+        (package / source.name).symlink_to(source)
+    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    number = found.group(1) if found else "0"
+    data = Path(folder.name) / f"memrewrite-{number}.dist-info"
+    data.mkdir()
+    (data / "METADATA").write_text(f"Metadata-Version: 2.1\nName: memrewrite\nVersion: {number}\n", encoding="utf-8")
+    sys.path.insert(0, folder.name)

@@ -1,0 +1,178 @@
+"""Selecting slots, updating tables in place, and the training step that uses both: 1M × 1024, optimizer included.
+
+Each case makes its inputs, races its contestants, and says what the step replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import data as data
+import torch
+from harness import Bench, Case, Result, Run, Target
+from lookup import DTYPE, rivals, unless_missing
+from models import memory_layer, optimizer_step
+from torch import Tensor
+
+from memrewrite.kernels import ops, torch_backend
+
+RATES = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- topk
+
+
+def topk_cases(bench: Bench) -> Iterator[Case]:
+    """Both numbers of keys, in bf16 and in fp32."""
+    for n in bench.sizes.topk_keys:
+        for dtype in (DTYPE, torch.float32):
+            yield Case(f"n={n} {str(dtype)[6:]}", partial(topk, n=n, dtype=dtype))
+    yield Case("backward", partial(topk_backward, n=bench.sizes.topk_keys[0]))
+
+
+def _scores(bench: Bench, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    rows = bench.sizes.topk_rows
+    return data.normal(rows, n, dtype=dtype, device=bench.device), data.normal(
+        rows, n, dtype=dtype, device=bench.device, seed=4
+    )
+
+
+def topk(bench: Bench, n: int, dtype: torch.dtype) -> list[Result]:
+    """Ours with the softmax fused, against the chain of torch.topk with all k² sums and with the few that can win."""
+    one, two = _scores(bench, n, dtype)
+    k = bench.sizes.topk
+
+    def chain() -> Any:
+        scores, slots = rivals().torch_topk(one, two, k)
+        return scores.softmax(-1), slots
+
+    runs: dict[str, Run] = {
+        "ours": lambda: bench.kernels.topk(one, two, k, True),
+        "torch": chain,
+        "torch, candidates": lambda: torch_backend.topk(one, two, k, True),
+    }
+    moved = data.size_of(one, two) + one.shape[0] * k * (4 + 8)
+    case = f"rows={one.shape[0]} n={n} k={k} {str(dtype)[6:]}"
+    return [bench.result("topk", case, bench.race(runs), moved=moved, targets=[Target("torch", 5)])]
+
+
+def topk_backward(bench: Bench, n: int) -> list[Result]:
+    """Gradients of both halves' scores, against scatter_add."""
+    slots = torch_backend.topk(*_scores(bench, n, DTYPE), bench.sizes.topk, False)[1]
+    grad = data.normal(*slots.shape, dtype=torch.float32, device=bench.device)
+    runs: dict[str, Run] = {
+        "ours": lambda: bench.kernels.topk_backward(grad, slots, n, n),
+        "torch": lambda: torch_backend.topk_backward(grad, slots, n, n),
+    }
+    moved = data.size_of(slots, grad) + 2 * slots.shape[0] * n * 4
+    case = f"backward rows={slots.shape[0]} n={n} k={slots.shape[1]}"
+    return [bench.result("topk", case, bench.race(runs), moved=moved, targets=[Target("torch", 1)])]
+
+
+# -------------------------------------------------------------------------------------------------------------- update
+
+
+def update_cases(bench: Bench) -> Iterator[Case]:
+    """Both rules at the narrowest and the widest table, uniform reads; one hot row; fp8."""
+    first, last = bench.sizes.dims[0], bench.sizes.dims[-1]
+    for dim in dict.fromkeys((first, last)):
+        for rule in ("adagrad", "adam"):
+            yield Case(f"{rule} D={dim}", partial(update, rule=rule, dim=dim, pattern="uniform"))
+    yield Case(f"adagrad D={first} hot", partial(update, rule="adagrad", dim=first, pattern="hot"))
+    yield Case(f"adagrad D={last} fp8", partial(update, rule="adagrad", dim=last, pattern="uniform", fp8=True))
+
+
+def update(bench: Bench, rule: str, dim: int, pattern: str, fp8: bool = False) -> list[Result]:
+    """The fused update alone: the gradient of the table is summed and applied, and never stored."""
+    device, sizes = bench.device, bench.sizes
+    keys = bench.keys_within(sizes.train_keys, dim, 8, 0.5)
+    scale: Tensor | None = None
+    if fp8:
+        values, scale = data.fp8_table(keys * keys, dim, device)
+    else:
+        values = data.table(keys * keys, dim, DTYPE, device)
+    indices = data.slots_read(pattern, sizes.tokens, sizes.reads, keys * keys, device)
+    weights = data.weights_like(indices, DTYPE)
+    grad = data.normal(sizes.tokens, dim, dtype=DTYPE, device=device)
+    rowwise = torch.zeros(keys * keys, device=device)
+    reads = ([grad], [indices], [weights])
+    state: tuple[Tensor, ...] = (rowwise,)
+    numbers: dict[str, Any] = dict(RATES)
+    if rule == "adam":
+        state = (data.table(keys * keys, dim, DTYPE, device, seed=9), rowwise)
+        numbers = {**RATES, "beta1": 0.9, "beta2": 0.99, "step": 10}
+
+    def step(module: Any) -> Run:
+        return lambda: getattr(module, f"{rule}_")(values, scale, *state, *reads, **numbers, seed=1)
+
+    runs = {"ours": step(bench.kernels), "torch": step(torch_backend)}
+    moved = data.update_bytes(values, indices, weights, *state, *([] if scale is None else [scale]))
+    case = f"{rule} T={sizes.tokens} K={sizes.reads} D={dim} N={keys}² {'fp8' if fp8 else 'bfloat16'} {pattern}"
+    return [bench.result("update", case, bench.race(runs), moved=moved)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- step
+
+
+def step_cases(bench: Bench) -> Iterator[Case]:
+    """The whole step of a Memory+ layer on a 1M × 1024 table, and of the lookup alone."""
+    dim = bench.sizes.dims[0]
+    yield Case(f"layer D={dim}", partial(layer_step, dim=dim))
+    yield Case(f"lookup D={dim}", partial(lookup_step, dim=dim))
+
+
+def layer_step(bench: Bench, dim: int) -> list[Result]:
+    """Forward, backward and optimizer of a layer: fused updates against dense gradients and AdamW(fused=True)."""
+    keys = bench.keys_within(bench.sizes.train_keys, dim, 16, 0.6)
+    x = data.normal(bench.sizes.tokens, dim, dtype=DTYPE, device=bench.device)
+    runs: dict[str, Run] = {}
+    for name, rule in (("ours", "adagrad"), ("fused adam", "adam"), ("dense + AdamW", None)):
+        runs[name] = unless_missing(partial(_layer_run, bench, keys, x, rule))
+    times = bench.race(runs)
+    case = f"layer, row-wise Adagrad T={x.shape[0]} D={dim} N={keys}²"
+    return [bench.result("training step", case, times, targets=[Target("dense + AdamW", 3)])]
+
+
+def _layer_run(bench: Bench, keys: int, x: Tensor, rule: str | None) -> Run:
+    model = memory_layer(bench, x.shape[1], keys, gradient="dense" if rule is None else "fused")
+    return optimizer_step(bench, model, x, rule)
+
+
+def lookup_step(bench: Bench, dim: int) -> list[Result]:
+    """The memory alone: forward, gradient of weights, and the table's update, against dense gradients and AdamW, and FBGEMM."""
+    device, sizes = bench.device, bench.sizes
+    keys = bench.keys_within(sizes.train_keys, dim, 32, 0.5)
+    values = data.table(keys * keys, dim, DTYPE, device)
+    indices = data.slots_read("uniform", sizes.tokens, sizes.reads, keys * keys, device)
+    weights = data.weights_like(indices, DTYPE)
+    grad = data.normal(sizes.tokens, dim, dtype=DTYPE, device=device)
+    total = torch.zeros(keys * keys, device=device)
+
+    def ours() -> None:
+        bench.kernels.forward(values, indices, weights, None)
+        bench.kernels.backward(grad, values, indices, weights, None, False, True)
+        bench.kernels.adagrad_(values, None, total, [grad], [indices], [weights], **RATES, seed=1)
+
+    runs: dict[str, Run] = {"ours": ours}
+    forwards = {"dense": ops.sparse_lookup, "embedding_bag": rivals().bag_forward, "torch": rivals().torch_forward}
+    for name, forward in forwards.items():
+        runs[f"{name} + AdamW"] = unless_missing(partial(_dense_step, forward, values, indices, weights, grad))
+    runs["fbgemm"] = unless_missing(lambda: partial(rivals().Fbgemm(values, 1e-3).step, grad, indices, weights))
+    case = f"memory alone, row-wise Adagrad T={sizes.tokens} K={sizes.reads} D={dim} N={keys}²"
+    return [bench.result("training step", case, bench.race(runs), targets=[Target("dense + AdamW", 3)])]
+
+
+def _dense_step(forward: Any, values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor) -> Run:
+    """Forward, both gradients, and AdamW over the whole table."""
+    table, leaf = values.clone().requires_grad_(), weights.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([table], lr=1e-3, weight_decay=0.0, fused=True)
+
+    def run() -> None:
+        forward(table, indices, leaf).backward(grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        leaf.grad = None
+
+    return run

@@ -1,0 +1,192 @@
+"""Times the lookup and the top-k on the CPU against every plain torch formulation of them, forward and with gradients.
+
+Every round runs each contestant once, in turn and in one process, so that a busy machine slows all of them alike; medians and
+minima over the rounds are printed, with ours over the best of the others, and written as JSON. Trust ratios, not milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from layer_cpu import machine, measure
+from torch import Tensor
+from torch.nn import functional as F
+
+from memrewrite.kernels import ops
+
+Formulation = Callable[[Tensor, Tensor, Tensor], Tensor]
+Runs = dict[str, Callable[[], Any]]  # "ours" first
+
+
+def bag(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """One bag a token."""
+    return F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum")
+
+
+def sparse_bag(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The same with a row-sparse gradient, uncoalesced."""
+    return F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum", sparse=True)
+
+
+def gather_bmm(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The [T, K, D] gather, a product of matrices."""
+    return torch.bmm(weights.unsqueeze(1), values[indices]).squeeze(1)
+
+
+def gather_einsum(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The formula."""
+    return torch.einsum("tk,tkd->td", weights, values[indices])
+
+
+def gather_sum(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """What a compiler can fuse into one loop."""
+    out: Tensor = (values[indices] * weights.unsqueeze(-1)).sum(1)
+    return out
+
+
+def ours_sparse(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Ours with a row-sparse gradient."""
+    return ops.sparse_lookup(values, indices, weights, gradient="sparse")
+
+
+def topk_chain(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Top-k of both halves, all k² sums, top-k of those, and two gathers."""
+    (best1, slots1), (best2, slots2) = scores1.topk(k, dim=-1), scores2.topk(k, dim=-1)
+    sums = (best1.float().unsqueeze(-1) + best2.float().unsqueeze(-2)).flatten(-2)  # [..., k²]
+    scores, chosen = sums.topk(k, dim=-1)
+    return scores, slots1.gather(-1, chosen // k) * scores2.shape[-1] + slots2.gather(-1, chosen % k)
+
+
+def forward(formulation: Formulation, values: Tensor, indices: Tensor, weights: Tensor) -> Callable[[], Any]:
+    """A forward without autograd."""
+
+    def run() -> None:
+        with torch.no_grad():
+            formulation(values, indices, weights)
+
+    return run
+
+
+def with_gradients(
+    formulation: Formulation, values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor
+) -> Callable[[], Any]:
+    """A forward, and the gradients of values and weights."""
+    leaves = values.detach().requires_grad_(), weights.detach().requires_grad_()
+
+    def run() -> None:
+        torch.autograd.grad(formulation(leaves[0], indices, leaves[1]), leaves, grad)
+
+    return run
+
+
+def contests(args: argparse.Namespace, values: Tensor, tokens: int) -> dict[str, Runs]:
+    """What is measured at one number of tokens and one dtype."""
+    reads, dtype = args.heads * args.topk, values.dtype
+    indices = torch.randint(0, values.shape[0], (tokens, reads))
+    weights = torch.randn(tokens, reads).softmax(-1).to(dtype)
+    grad = torch.randn(tokens, values.shape[1]).to(dtype)
+    compiled: Formulation = torch.compile(gather_sum, dynamic=False)
+    formulations: dict[str, Formulation] = {
+        "ours": ops.sparse_lookup,
+        "embedding_bag": bag,
+        "gather + bmm": gather_bmm,
+        "gather + einsum": gather_einsum,
+        "gather · w, compiled": compiled,
+    }
+    wanted = ops.sparse_lookup(values, indices, weights).float()
+    for formulation in formulations.values():
+        torch.testing.assert_close(formulation(values, indices, weights).float(), wanted, rtol=3e-2, atol=3e-2)
+    sparse: dict[str, Formulation] = {"ours": ours_sparse, "embedding_bag": sparse_bag}
+    one, two = (torch.randn(args.heads, tokens, args.keys).to(dtype) for _ in range(2))
+    inputs = (values, indices, weights)
+    return {
+        "lookup, forward": {name: forward(f, *inputs) for name, f in formulations.items()},
+        "lookup, both gradients": {name: with_gradients(f, *inputs, grad) for name, f in formulations.items()},
+        "lookup, row-sparse gradient": {name: with_gradients(f, *inputs, grad) for name, f in sparse.items()},
+        "topk": {
+            "ours": lambda: ops.product_key_topk(one, two, args.topk),
+            "chain, k² sums": lambda: topk_chain(one, two, args.topk),
+        },
+    }
+
+
+def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per dtype, number of tokens, contest and contestant; `of_best`: ours over the best of the others."""
+    rows = []
+    for name in args.dtype:
+        values = torch.randn(args.keys**2, args.dim).to(getattr(torch, name)) * args.dim**-0.5
+        for tokens in args.tokens:
+            for contest, runs in contests(args, values, tokens).items():
+                repeat = 1 if tokens > 8 or "gradient" in contest else args.repeat
+                times = measure({who: repeated(run, repeat) for who, run in runs.items()}, args.rounds)
+                rows += lines({"dtype": name, "tokens": tokens, "contest": contest}, times, repeat)
+    return rows
+
+
+def repeated(run: Callable[[], Any], times: int) -> Callable[[], None]:
+    """A run so short that the clock would be most of it, several times over."""
+
+    def all_of_them() -> None:
+        for _ in range(times):
+            run()
+
+    return all_of_them
+
+
+def lines(what: dict[str, Any], times: dict[str, list[float]], repeat: int) -> list[dict[str, Any]]:
+    """The rows of one contest."""
+    others = [taken for who, taken in times.items() if who != "ours"]
+    best = {"median": min(median(t) for t in others), "min": min(min(t) for t in others)}
+    rows = []
+    for who, taken in times.items():
+        row = {**what, "who": who, "median_ms": round(median(taken) / repeat, 4), "min_ms": round(min(taken) / repeat, 4)}
+        if who == "ours":
+            row["of_best"] = round(median(taken) / best["median"], 3)
+            row["of_best_by_min"] = round(min(taken) / best["min"], 3)
+        rows.append(row)
+    return rows
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The sizes, the paper's heads and k by default."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keys", type=int, default=512, help="keys per half: the table has keys² slots")
+    parser.add_argument("--dim", type=int, default=1024, help="width of a value")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--topk", type=int, default=32)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512])
+    parser.add_argument("--dtype", nargs="+", default=["float32"], help="float32 bfloat16 measures both")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--repeat", type=int, default=50, help="calls that count as one, at few tokens")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than 1 needs a quiet machine")
+    parser.add_argument("--json", type=Path, default=Path("lookup_cpu.json"), help="where the figures go")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Measure, print, write."""
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = benchmark(args)
+    sizes = {name: value for name, value in vars(args).items() if name != "json"}
+    print(", ".join(f"{name} {value}" for name, value in sizes.items()))
+    head = f"{'dtype':<9} {'tokens':>6}  {'contest':<28} {'who':<21} {'median ms':>10} {'min ms':>10}"
+    print(f"{head} {'ours / best':>12} {'by minima':>10}")
+    for row in rows:
+        line = f"{row['dtype']:<9} {row['tokens']:>6}  {row['contest']:<28} {row['who']:<21}"
+        ratios = f" {row['of_best']:>12.2f} {row['of_best_by_min']:>10.2f}" if "of_best" in row else ""
+        print(f"{line} {row['median_ms']:>10.3f} {row['min_ms']:>10.3f}{ratios}")
+    result = {"benchmark": "lookup_cpu", "sizes": sizes, "machine": machine(), "rows": rows}
+    args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
