@@ -29,12 +29,17 @@ def table_gradient(grads: list[Tensor], indices: list[Tensor], weights: list[Ten
     return total
 
 
+def root(x: Tensor) -> Tensor:
+    """The square root, rounded correctly: torch's own is, in fp32, off by a bit in a fifth of all cases on some CPUs."""
+    return x.double().sqrt().to(x.dtype)
+
+
 def rowwise_adagrad(
     values: Tensor, total: Tensor, gradient: Tensor, touched: Tensor, lr: float, eps: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
     """New values [N, D] and accumulators [N] from a dense gradient; rows outside `touched` (bool [N]) stay as they are."""
     sums = total + gradient.square().mean(-1)
-    new = values * (1 - lr * weight_decay) - lr * gradient / (sums.sqrt() + eps).unsqueeze(-1)
+    new = values * (1 - lr * weight_decay) - lr * gradient / (root(sums) + eps).unsqueeze(-1)
     return torch.where(touched.unsqueeze(-1), new, values), torch.where(touched, sums, total)
 
 
@@ -52,7 +57,7 @@ def rowwise_adam(
     values, exp_avg, exp_avg_sq = state
     mean = betas[0] * exp_avg + (1 - betas[0]) * gradient
     square = betas[1] * exp_avg_sq + (1 - betas[1]) * gradient.square().mean(-1)
-    root = (square / (1 - betas[1] ** step)).sqrt() + eps
-    new = values * (1 - lr * weight_decay) - lr * (mean / (1 - betas[0] ** step)) / root.unsqueeze(-1)
+    below = root(square / (1 - betas[1] ** step)) + eps
+    new = values * (1 - lr * weight_decay) - lr * (mean / (1 - betas[0] ** step)) / below.unsqueeze(-1)
     rows = touched.unsqueeze(-1)
     return torch.where(rows, new, values), torch.where(rows, mean, exp_avg), torch.where(touched, square, exp_avg_sq)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memrewrite.kernels import rounding
+from memrewrite.kernels.reference import root
 from memrewrite.kernels.torch_reads import CHUNK, sorted_reads, wide_rows
 
 
@@ -52,7 +53,7 @@ def adagrad_(
     for rows, gradient in _chunks(grads, indices, weights):
         sums = total[rows] + gradient.square().mean(-1)
         total[rows] = sums
-        change = gradient.mul_(lr).div_((sums.sqrt() + eps).unsqueeze(-1))
+        change = gradient.mul_(lr).div_((root(sums) + eps).unsqueeze(-1))
         _store(values, scale, rows, _load(values, scale, rows).mul_(1 - lr * weight_decay).sub_(change), generator)
 
 
@@ -79,8 +80,8 @@ def adam_(
         mean = beta1 * exp_avg[rows].float() + (1 - beta1) * gradient
         square = beta2 * exp_avg_sq[rows] + (1 - beta2) * gradient.square().mean(-1)
         exp_avg[rows], exp_avg_sq[rows] = rounding.stored(mean, exp_avg.dtype, generator), square
-        root = (square / (1 - beta2**step)).sqrt() + eps
-        change = mean.div_(1 - beta1**step).mul_(lr).div_(root.unsqueeze(-1))
+        below = root(square / (1 - beta2**step)) + eps
+        change = mean.div_(1 - beta1**step).mul_(lr).div_(below.unsqueeze(-1))
         _store(values, scale, rows, _load(values, scale, rows).mul_(1 - lr * weight_decay).sub_(change), generator)
 
 

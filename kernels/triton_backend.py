@@ -5,6 +5,7 @@ Triton launches on the current device; each call makes it the one that the tenso
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -52,11 +53,16 @@ def _unusable(device: int | None) -> str | None:
     return None if major >= 8 else f"the kernels are for compute capability 8.0 and newer, not {major}.{minor}"
 
 
+def _at(tensor: Tensor) -> AbstractContextManager[None]:
+    """The device of `tensor` is the current one; nothing for tensors of the CPU, which the interpreter takes."""
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+
+
 def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None) -> Tensor:
     """`sparse_lookup` of checked, non-empty inputs."""
     from memrewrite.kernels import triton_lookup
 
-    with torch.cuda.device_of(values):
+    with _at(values):
         return triton_lookup.forward(values, indices, weights, scale)
 
 
@@ -72,7 +78,7 @@ def backward(
     """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only where it is needed."""
     from memrewrite.kernels import triton_backward
 
-    with torch.cuda.device_of(values):
+    with _at(values):
         return triton_backward.backward(grad, values, indices, weights, scale, need_values, need_weights)
 
 
@@ -80,7 +86,7 @@ def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Te
     """The rows that are read and their gradients; `ops.sparse_lookup_rows` says how they are padded."""
     from memrewrite.kernels import triton_backward
 
-    with torch.cuda.device_of(grad):
+    with _at(grad):
         return triton_backward.rows(grad, indices, weights, slots)
 
 
@@ -88,7 +94,7 @@ def adagrad_(*tensors: Any, **numbers: Any) -> None:
     """`ops.rowwise_adagrad_` of checked inputs with at least one read: `torch_backend.adagrad_` has the signature."""
     from memrewrite.kernels import triton_update
 
-    with torch.cuda.device_of(tensors[0]):
+    with _at(tensors[0]):
         triton_update.adagrad_(*tensors, **numbers)
 
 
@@ -96,7 +102,7 @@ def adam_(*tensors: Any, **numbers: Any) -> None:
     """`ops.rowwise_adam_` of checked inputs with at least one read: `torch_backend.adam_` has the signature."""
     from memrewrite.kernels import triton_update
 
-    with torch.cuda.device_of(tensors[0]):
+    with _at(tensors[0]):
         triton_update.adam_(*tensors, **numbers)
 
 
@@ -104,7 +110,7 @@ def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tenso
     """`product_key_topk` of checked inputs with at least one row."""
     from memrewrite.kernels import triton_topk
 
-    with torch.cuda.device_of(scores1):
+    with _at(scores1):
         return triton_topk.forward(scores1, scores2, k, softmax)
 
 
@@ -112,5 +118,5 @@ def topk_backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tens
     """Each score's gradient handed to both halves, without atomics."""
     from memrewrite.kernels import triton_topk
 
-    with torch.cuda.device_of(grad):
+    with _at(grad):
         return triton_topk.backward(grad, indices, n1, n2)

@@ -79,8 +79,8 @@ def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> No
     Rate and weight decay are those of the optimizer's group that holds a pool's `values`, read at every step (decay is
     decoupled, and reaches the rows that were read). What is remembered lies in `optimizer.state`, so `state_dict` and
     `load_state_dict` carry it; load after this call. Gradients add up over micro-batches until the step, exactly;
-    `optimizer.zero_grad()` drops them, `model.zero_grad()` does not reach them. Clipping sees the other parameters alone. A loss scaled by a
-    `GradScaler` is not unscaled here: use bf16.
+    `optimizer.zero_grad()` drops them, `model.zero_grad()` does not reach them. Clipping sees the other parameters alone.
+    A loss scaled by a `GradScaler` is not unscaled here: use bf16.
 
     Raises `UserError` when no pool is fused, one is not in the optimizer or has an optimizer already, the optimizer
     maximises, or several processes train (each would update its own copy).

@@ -393,7 +393,7 @@ def test_state_of_another_rule_is_refused():
     late = torch.optim.AdamW(memrewrite.param_groups(other, lr=1e-3))
     late.load_state_dict(saved)  # before `fuse`: torch rounds the state to bf16
     fuse(late, other)
-    with pytest.raises(UserError, match="total torch.bfloat16"):
+    with pytest.raises(UserError, match=r"total torch\.bfloat16"):
         train(other, late, range(1))
     adam = Shared(dtype="bfloat16")
     wrong = optimizer_of(adam, rule=RowwiseAdam())
@@ -419,10 +419,10 @@ def test_compiled_training_is_the_eager_one_and_never_recompiles(dtype):
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     first, second = optimizer_of(eager), optimizer_of(model)
     compiled_graphs = []
-    for seed, tokens in enumerate((24, 5, 63)):
+    for seed, length in enumerate((24, 5, 63)):
         for run, optimizer in ((eager, first), (compiled, second)):
             optimizer.zero_grad()
-            loss_of(run, seed, tokens).backward()
+            loss_of(run, seed, length).backward()
             optimizer.step()
         compiled_graphs.append(counter.frame_count)
     assert compiled_graphs[0] == compiled_graphs[-1]

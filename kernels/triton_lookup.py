@@ -1,0 +1,180 @@
+"""The sparse lookup as a Triton kernel: `out[t] = sum_j weights[t, j] * values[indices[t, j]]`, added up in fp32.
+
+One program makes one slice of one token's output. It reads ROWS table rows at once, adds them up, goes to the next ROWS;
+for few tokens each ROWS go to a program of their own and a second kernel adds the sums, in the same order, to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.triton_math import load_rows, unscaled
+
+FEW_TOKENS = 64  # with fewer, one program a slice leaves most of the device idle
+SPLIT_LIMIT = 16384  # tokens x chunks: the most sums that the split path may write
+
+ELEMENT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "i32"}
+ELEMENT.update({torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a table is read: by its width and dtype alone, so that no result depends on the number of tokens."""
+
+    rows: int  # read at once, all in one thread: the loads in flight
+    block: int  # columns of a slice: 16 bytes a thread
+    warps: int
+    slices: int
+
+
+def plan(width: int, dtype: torch.dtype, rows: int = 8, most_warps: int = 2) -> Plan:
+    """Slices of 16 bytes a thread: the largest that leave no more threads without a column than the smallest do."""
+    warp = 512 // dtype.itemsize  # columns that one warp reads at once
+    if width <= warp:
+        return Plan(rows, max(16, triton.next_power_of_2(width)), 1, 1)
+    covered = {warps: triton.cdiv(width, warp * warps) * warps for warps in (1, 2, 4, 8) if warps <= most_warps}
+    warps = max(warps for warps in covered if covered[warps] == covered[1])
+    return Plan(rows, warp * warps, warps, triton.cdiv(width, warp * warps))
+
+
+def whole(number: int, most: int = 8) -> int:
+    """The largest power of two, up to `most`, that divides a number: what a kernel may know of it without a recompilation."""
+    return min(most, number & -number)
+
+
+def options(dtype: torch.dtype) -> dict[str, bool]:
+    """The compiler may melt multiplications into additions only where that changes no bit.
+
+    It melts others in the split kernel than in the whole one (seen on sm_100). Products of two halves are exact in fp32.
+    """
+    return {"enable_fp_fusion": dtype.itemsize == 2}
+
+
+def as_bits(values: Tensor) -> Tensor:
+    """A table the kernels can read: 8-bit floats as words of four, or as bytes where a row is no whole number of words."""
+    values = values.contiguous()
+    if values.dtype != torch.float8_e4m3fn:
+        return values
+    return values.view(torch.uint8 if values.shape[1] % 4 else torch.int32)
+
+
+@triton.jit
+def chunk_sum(
+    values, scale, indices, weights, token, chunk, keys, first,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The weighted sum of ROWS of a token's rows, in fp32: loaded together, added in one thread in order."""
+    place = chunk * ROWS + tl.arange(0, ROWS)
+    at = token.to(tl.int64) * keys + place
+    live = place >= 0
+    if not FULL:
+        live = place < keys
+    row = tl.load(indices + at, live, 0).to(tl.int64)
+    weight = tl.load(weights + at, live, 0).to(tl.float32)
+    if scale is not None:
+        weight *= tl.load(scale + row, live, 0)  # a row that is not read may hold NaN
+    tile = load_rows(values, row, first, live, D, BLOCK_D)
+    return tl.sum(tile * unscaled(values, weight)[:, None], axis=0)
+
+
+@triton.jit(do_not_specialize=["tokens", "key_units"])
+def lookup_forward(
+    values, scale, indices, weights, out, tokens, key_units,
+    D: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Grid (tokens, slices), or (tokens, slices, chunks) to write each chunk's sum to out [chunks, tokens, D]."""
+    token = tl.program_id(0)
+    keys = key_units * UNIT
+    first = tl.program_id(1) * BLOCK_D
+    cols = first + tl.arange(0, BLOCK_D)
+    full: tl.constexpr = UNIT % ROWS == 0
+    if SPLIT:
+        chunk = tl.program_id(2)
+        total = chunk_sum(values, scale, indices, weights, token, chunk, keys, first, D, ROWS, BLOCK_D, full)
+        place = (chunk.to(tl.int64) * tokens + token) * D
+    else:
+        total = tl.zeros([BLOCK_D], tl.float32)
+        for chunk in range(tl.cdiv(keys, ROWS)):
+            total += chunk_sum(values, scale, indices, weights, token, chunk, keys, first, D, ROWS, BLOCK_D, full)
+        place = token.to(tl.int64) * D
+    tl.store(out + place + cols, total.to(out.dtype.element_ty), mask=cols < D)
+
+
+@triton.jit(do_not_specialize=["tokens", "chunks"])
+def add_chunks(sums, out, tokens, chunks, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out[t] = the sums [chunks, tokens, D] of token t, added in order; grid (tokens, slices)."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    stride = tokens.to(tl.int64)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, chunks, ROWS):
+        for j in tl.static_range(ROWS):  # unrolled: the loads do not wait for the additions
+            place = ((first + j) * stride + token) * D
+            total += tl.load(sums + place + cols, mask=(cols < D) & (first + j < chunks), other=0)
+    tl.store(out + token * D + cols, total.to(out.dtype.element_ty), mask=cols < D)
+
+
+def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None) -> Tensor:
+    """`sparse_lookup` of checked, non-empty inputs; `scale` [N] goes with 8-bit values. [T, D] in the dtype of weights."""
+    tokens, keys = indices.shape
+    width = values.shape[1]
+    how = plan(width, values.dtype)
+    out = weights.new_empty(tokens, width)
+    chunks = triton.cdiv(keys, how.rows)
+    split = tokens <= FEW_TOKENS and chunks > 1 and tokens * chunks <= SPLIT_LIMIT
+    target = torch.empty(chunks, tokens, width, dtype=torch.float32, device=values.device) if split else out
+    grid = (tokens, how.slices, chunks) if split else (tokens, how.slices)
+    unit = whole(keys)
+    lookup_forward[grid](
+        as_bits(values), scale, indices.contiguous(), weights.contiguous(), target, tokens, keys // unit,
+        D=width, UNIT=unit, ROWS=how.rows, BLOCK_D=how.block, SPLIT=split, num_warps=how.warps, **options(values.dtype),
+    )  # fmt: skip
+    if split:
+        add_chunks[(tokens, how.slices)](
+            target, out, tokens, chunks, D=width, ROWS=how.rows, BLOCK_D=how.block, num_warps=how.warps
+        )
+    return out
+
+
+def specimens() -> Iterator[Specimen]:
+    """The forward's variants, for the compile gate."""
+    bf16, fp32, fp8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+    for width, dtype, index, keys, split in (
+        (576, bf16, "i64", 128, False), (1024, bf16, "i64", 128, False), (2048, bf16, "i64", 128, False),
+        (4096, bf16, "i64", 128, False), (1024, bf16, "i32", 128, False), (1024, bf16, "i64", 127, False),
+        (1024, fp32, "i64", 128, False), (1024, fp8, "i64", 128, False), (4096, fp8, "i64", 128, False),
+        (1024, bf16, "i64", 128, True), (1024, fp8, "i64", 128, True),
+    ):  # fmt: skip
+        how = plan(width, dtype)
+        kind, weight = ELEMENT[dtype], "bf16" if dtype == fp8 else ELEMENT[dtype]
+        unit = whole(keys)
+        yield Specimen(
+            name=f"lookup_forward {'fp8' if dtype == fp8 else kind} D={width} K={keys} {index}{' split' if split else ''}",
+            kernel=lookup_forward,
+            signature={
+                "values": f"*{kind}", "scale": "*fp32" if dtype == fp8 else "constexpr", "indices": f"*{index}",
+                "weights": f"*{weight}", "out": "*fp32" if split else f"*{weight}", "tokens": "i32", "key_units": "i32",
+            },
+            constants={"D": width, "UNIT": unit, "ROWS": how.rows, "BLOCK_D": how.block, "SPLIT": split}
+            | ({} if dtype == fp8 else {"scale": None}),
+            aligned=("values", "indices", "weights", "out", *(["scale"] if dtype == fp8 else [])),
+            num_warps=how.warps,
+            options=options(dtype),
+            scalar_loads=how.rows * (2 if unit < how.rows else 0) + (how.rows if dtype == fp8 else 0),
+        )  # fmt: skip
+    how = plan(1024, bf16)
+    yield Specimen(
+        name="add_chunks bf16 D=1024",
+        kernel=add_chunks,
+        signature={"sums": "*fp32", "out": "*bf16", "tokens": "i32", "chunks": "i32"},
+        constants={"D": 1024, "ROWS": how.rows, "BLOCK_D": how.block},
+        aligned=("sums", "out"),
+        num_warps=how.warps,
+    )

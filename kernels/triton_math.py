@@ -1,0 +1,129 @@
+"""Small functions that the Triton kernels share: 8-bit floats as bits, random bits, stochastic rounding.
+
+Plain integer and fp32 arithmetic only, so that every architecture and the interpreter run the same code.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LARGEST_E4M3: tl.constexpr = tl.constexpr(448.0)
+SMALLEST_NORMAL: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # fp32's
+ROUNDS: tl.constexpr = tl.constexpr(7)  # of philox: the fewest that pass BigCrush
+
+
+@triton.jit
+def load_rows(values, row, first, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Columns `first + 0..BLOCK_D-1` of table rows, as fp32 [ROWS, BLOCK_D]; 8-bit ones come 256 times too small.
+
+    8-bit tables arrive as int32 words of four values, or as bytes where a row is no whole number of words.
+    """
+    if values.dtype.element_ty == tl.int32:
+        word = first // 4 + tl.arange(0, BLOCK_D // 4)
+        mask = live[:, None] & (word < D // 4)[None, :]
+        at = row[:, None] * (D // 4) + word[None, :]
+        out = decode_words(tl.load(values + at, mask, 0, eviction_policy="evict_last"))
+    else:
+        cols = first + tl.arange(0, BLOCK_D)
+        mask = live[:, None] & (cols < D)[None, :]
+        tile = tl.load(values + row[:, None] * D + cols[None, :], mask, 0, eviction_policy="evict_last")
+        out = decode_e4m3(tile) if tile.dtype == tl.uint8 else tile.to(tl.float32)
+    return out
+
+
+@triton.jit
+def unscaled(values, factor):
+    """A factor of what `load_rows` returns, with the 256 that 8-bit values lack."""
+    eight: tl.constexpr = (values.dtype.element_ty == tl.int32) or (values.dtype.element_ty == tl.uint8)
+    return factor * 256.0 if eight else factor
+
+
+@triton.jit
+def decode_e4m3(code):
+    """e4m3 bytes as fp32, over 256: an fp16 with their exponent's bits is that much smaller, subnormals included."""
+    bits = code.to(tl.int8, bitcast=True).to(tl.int16)  # sign-extended: one shift places the sign and the rest
+    half = ((bits << 7) & -16512) | ((((bits & 0x7F) + 1) & 0x80) << 7)  # 0xBF80; the one NaN gets fp16's
+    return half.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def decode_words(words):
+    """`decode_e4m3` of four bytes a word, two at a time: int32 [ROWS, n] -> fp32 [ROWS, 4n]."""
+    bits = words.to(tl.uint32, bitcast=True)
+    nan = (bits & 0x7F7F7F7F) + 0x01010101  # reaches a byte's top bit for 0x7F only
+    even = ((bits << 7) & 0x3F803F80) | ((bits << 8) & 0x80008000) | ((nan << 7) & 0x40004000)  # bytes 0 and 2
+    odd = ((bits >> 1) & 0x3F803F80) | (bits & 0x80008000) | ((nan >> 1) & 0x40004000)  # bytes 1 and 3
+    low, high = tl.join(even & 0xFFFF, odd & 0xFFFF), tl.join(even >> 16, odd >> 16)  # bytes 0 1, bytes 2 3
+    halves = tl.join(low, high).permute(0, 1, 3, 2)  # [ROWS, n, pair, byte of the pair]
+    small = halves.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return tl.reshape(small, [words.shape[0], words.shape[1] * 4])
+
+
+@triton.jit
+def encode_e4m3(x, uniform):
+    """e4m3 bytes of fp32 values, rounded up with the probability of their distance; `uniform` in [0, 1)."""
+    size = tl.abs(x)
+    exponent = tl.maximum(((size.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127, -6)
+    steps = tl.floor(size * power_of_two(3 - exponent) + uniform)  # 8..16 of them, or fewer below the normal numbers
+    code = tl.minimum((exponent + 6) * 8 + steps.to(tl.int32), 0x7E)  # 16 steps carry into the exponent
+    code = tl.where(size == size, code, 0x7F)
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (code | sign).to(tl.uint8)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent as fp32, for exponents of normal numbers: -126..127."""
+    return ((tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def random_bits(seed, stream, row, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """16 random bits for each of the columns `first + 0..BLOCK_D-1` of a row, as int32.
+
+    One philox call serves 8 columns. The counter is made of the row, the column and the stream alone.
+    """
+    group = row.to(tl.int64) * ((D + 7) // 8) + first // 8 + tl.arange(0, BLOCK_D // 8)
+    low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
+    extra = tl.zeros_like(low)
+    a, b, c, d = tl.philox(seed, low, high, extra + stream, extra, ROUNDS)
+    words = tl.join(tl.join(a, b), tl.join(c, d))  # [BLOCK_D/8, 2, 2]
+    halves = tl.join(words & 0xFFFF, words >> 16)  # [BLOCK_D/8, 2, 2, 2]
+    return tl.reshape(halves, [BLOCK_D]).to(tl.int32)
+
+
+@triton.jit
+def round_to(x, bits, dtype: tl.constexpr):
+    """fp32 in fp32, bf16 or fp16; the last two are rounded up with the probability of their distance."""
+    if dtype == tl.bfloat16:
+        out = round_bf16(x, bits)
+    elif dtype == tl.float16:
+        out = round_fp16(x, bits)
+    else:
+        out = x
+    return out
+
+
+@triton.jit
+def round_bf16(x, bits):
+    """Add random bits below bf16's last one, then cut; inf and NaN stay what they are."""
+    raw = x.to(tl.int32, bitcast=True)
+    cut = ((raw + bits) & -65536).to(tl.float32, bitcast=True)
+    finite = (raw & 0x7F800000) != 0x7F800000
+    return tl.where(finite, cut, x).to(tl.bfloat16)
+
+
+@triton.jit
+def round_fp16(x, bits):
+    """Count in steps of fp16's spacing at x: 2^(exponent - 10), and 2^-24 below the normal numbers."""
+    exponent = tl.maximum(((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127, -14)
+    steps = tl.floor(tl.abs(x) * power_of_two(10 - exponent) + uniform(bits))
+    size = steps * power_of_two(exponent - 10)
+    return tl.where(x < 0, -size, size).to(tl.float16)
+
+
+@triton.jit
+def uniform(bits):
+    """16 random bits as a number in (0, 1), at the middle of its 1/65536."""
+    return (bits.to(tl.float32) + 0.5) * 1.52587890625e-05

@@ -1,0 +1,222 @@
+"""Which tokens read which row: the reads of one or several lookups, sorted by row and cut into segments.
+
+A stable sort brings the reads of a row together in the order (lookup, token, key); a row's reads are one segment, those
+of a hot row several of at most LENGTH. Counts stay on the device: sizes are upper bounds, what lies beyond is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from memrewrite.kernels.specimens import Specimen
+
+LENGTH = 128  # reads of a segment: a hot row's are added up side by side, 128 at a time
+BLOCK = 512
+HOT_BLOCK, HOT_ROWS = 512, 4  # columns, and reads at once, of a program that adds up a hot row's segment
+LONG = 1 << 32  # counts rows above, their segments below
+
+
+@dataclass(frozen=True)
+class Segments:
+    """M reads of at most R = min(M, N) rows, sorted by row."""
+
+    slots: Tensor  # [M] int32 (int64 for tables of 2^31 slots and more): the row of each read, ascending
+    order: Tensor  # [M] int64: which read of the concatenated lookups it is
+    tokens: Tensor  # [M] int32: its row of the concatenated output gradients
+    weights: Tensor  # [M]
+    starts: Tensor  # [R + 1] int32: the first read of each row that is read; M beyond the last row
+    sums: Tensor  # [R + 1] int64: rows of several segments before each row (high word), and their segments (low word)
+    table: Tensor  # [S, 4] int32: first read, end, row's rank, place among the segments of long rows or -1
+    long_segments: Tensor  # [P, 2] int32: first read and end, by place
+    long_rows: Tensor  # [C, 4] int32: first read, rank, first place, end of the places
+    last: Tensor  # [1] int32: the last row's rank
+    length: int  # the most reads of a segment
+
+
+def segment(indices: Sequence[Tensor], weights: Sequence[Tensor], slots: int) -> Segments:
+    """Sort the reads of lookups [T_l, K_l] of one table of `slots` rows. Nothing waits for the device."""
+    kind = torch.int32 if slots < 2**31 else torch.int64
+    found, order = torch.sort(_joined([i.reshape(-1).to(kind) for i in indices]), stable=True)
+    reads = found.numel()
+    rows, longs = min(reads, slots), reads // (LENGTH + 1)
+    rank = torch.zeros(reads, dtype=torch.int32, device=found.device)
+    torch.cumsum(found[1:] != found[:-1], 0, dtype=torch.int32, out=rank[1:])
+    starts = torch.full((rows + 1,), reads, dtype=torch.int32, device=found.device)
+    sums = torch.empty(rows + 1, dtype=torch.int64, device=found.device)
+    table = torch.zeros(min(reads, rows + reads // LENGTH), 4, dtype=torch.int32, device=found.device)
+    long_segments = torch.zeros(reads // LENGTH + longs, 2, dtype=torch.int32, device=found.device)
+    long_rows = torch.zeros(longs, 4, dtype=torch.int32, device=found.device)
+    flat = _joined([w.reshape(-1) for w in weights])
+    tokens, sorted_weights = torch.empty_like(rank), torch.empty_like(flat)
+    owners = None if len(indices) == 1 else _owners(indices)
+    grid = (triton.cdiv(reads, BLOCK),)
+    mark_starts[grid](rank, order, owners, flat, starts, tokens, sorted_weights, reads, indices[0].shape[1], BLOCK=BLOCK)
+    count_long[(triton.cdiv(rows + 1, BLOCK),)](starts, sums, rows, LENGTH=LENGTH, LONG=LONG, BLOCK=BLOCK)
+    torch.cumsum(sums, 0, out=sums)
+    cut[grid](rank, starts, sums, table, long_segments, long_rows, reads, LENGTH=LENGTH, BLOCK=BLOCK)
+    return Segments(found, order, tokens, sorted_weights, starts, sums, table, long_segments, long_rows, rank[-1:], LENGTH)
+
+
+def touched(segments: Segments) -> Tensor:
+    """The rows that were read, ascending, int64 [R]; the last one is repeated to fill up."""
+    last = segments.slots.numel() - 1
+    return segments.slots[segments.starts[:-1].clamp(max=last).long()].long()
+
+
+def sum_hot(grad: Tensor, segments: Segments, **options: Any) -> Tensor:
+    """The gradients of the hot rows' segments, by place: fp32 [P, D]."""
+    places, width = segments.long_segments.shape[0], grad.shape[1]
+    sums = torch.empty(places, width, dtype=torch.float32, device=grad.device)
+    if places:
+        sum_long[(places, triton.cdiv(width, HOT_BLOCK))](
+            grad, segments.tokens, segments.weights, segments.long_segments, sums,
+            D=width, BLOCK_D=HOT_BLOCK, ROWS=HOT_ROWS, num_warps=1, **options,
+        )  # fmt: skip
+    return sums
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+def _owners(indices: Sequence[Tensor]) -> Tensor:
+    """The token of each read of several lookups, counted through all of them; int32 [M]."""
+    first, owners = 0, []
+    for part in indices:
+        tokens, keys = part.shape
+        owner = torch.arange(first, first + tokens, dtype=torch.int32, device=part.device)
+        owners.append(owner[:, None].expand(tokens, keys).reshape(-1))
+        first += tokens
+    return torch.cat(owners)
+
+
+@triton.jit(do_not_specialize=["reads", "keys"])
+def mark_starts(rank, order, owners, weights, starts, tokens, sorted_weights, reads, keys, BLOCK: tl.constexpr):
+    """Note where each row's reads begin; carry tokens and weights into sorted order."""
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = m < reads
+    mine = tl.load(rank + m, live, 0)
+    before = tl.load(rank + m - 1, live & (m > 0), -1)
+    tl.store(starts + mine, m, live & (mine != before))
+    read = tl.load(order + m, live, 0)
+    token = read.to(tl.int32) // keys if owners is None else tl.load(owners + read, live, 0)
+    tl.store(tokens + m, token, live)
+    tl.store(sorted_weights + m, tl.load(weights + read, live, 0), live)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def count_long(starts, sums, rows, LENGTH: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr):
+    """sums[r + 1] = row r's segments and one long row, if it has several segments; sums[0] = 0."""
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) - 1
+    live = (r >= 0) & (r < rows)
+    count = tl.load(starts + r + 1, live, 0) - tl.load(starts + r, live, 0)
+    pieces = (count + LENGTH - 1) // LENGTH
+    tl.store(sums + r + 1, tl.where(pieces > 1, pieces.to(tl.int64) + LONG, 0), r < rows)
+
+
+@triton.jit(do_not_specialize=["reads"])
+def cut(rank, starts, sums, table, long_segments, long_rows, reads, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Every LENGTH-th read of a row begins a segment: fill in its entry, and a long row's with its first."""
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = m < reads
+    row = tl.load(rank + m, live, 0)
+    begin, end = tl.load(starts + row, live, 0), tl.load(starts + row + 1, live, 0)
+    live = live & ((m - begin) % LENGTH == 0)
+    before, after = tl.load(sums + row, live, 0), tl.load(sums + row + 1, live, 0)
+    longs, places = (before >> 32).to(tl.int32), before.to(tl.int32)
+    piece = (m - begin) // LENGTH
+    long = after != before
+    entry = table + (row + places - longs + piece).to(tl.int64) * 4
+    tl.store(entry, m, live)
+    tl.store(entry + 1, tl.minimum(m + LENGTH, end), live)
+    tl.store(entry + 2, row, live)
+    tl.store(entry + 3, tl.where(long, places + piece, -1), live)
+    live = live & long
+    entry = long_segments + (places + piece) * 2
+    tl.store(entry, m, live)
+    tl.store(entry + 1, tl.minimum(m + LENGTH, end), live)
+    live = live & (piece == 0)
+    entry = long_rows + longs * 4
+    tl.store(entry, m, live)
+    tl.store(entry + 1, row, live)
+    tl.store(entry + 2, places, live)
+    tl.store(entry + 3, after.to(tl.int32), live)
+
+
+@triton.jit
+def load_reads(tokens, weights, first, end, ROWS: tl.constexpr):
+    """The tokens and weights of a row's next ROWS reads."""
+    read = first + tl.arange(0, ROWS)
+    return tl.load(tokens + read, read < end, 0), tl.load(weights + read, read < end, 0)
+
+
+@triton.jit
+def add_reads(grad, token, weight, row, dots, part, first, end, total, cols, D: tl.constexpr, ROWS: tl.constexpr):
+    """Add ROWS weighted output gradients to a row's, and note their dot products with the row."""
+    read = first + tl.arange(0, ROWS)
+    live = read < end
+    tile = tl.load(grad + token.to(tl.int64)[:, None] * D + cols[None, :], live[:, None] & (cols < D)[None, :], 0).to(
+        tl.float32
+    )
+    if dots is not None:
+        tl.store(dots + part + read, tl.sum(tile * row[None, :], 1), live)
+    return total + tl.sum(tile * weight.to(tl.float32)[:, None], 0)
+
+
+@triton.jit
+def sum_long(grads, tokens, weights, long_segments, sums, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    """The sum of each segment of the hot rows; grid (places, slices)."""
+    place = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first, end = tl.load(long_segments + place * 2), tl.load(long_segments + place * 2 + 1)
+    if first < end:
+        total = tl.zeros([BLOCK_D], tl.float32)
+        for m in range(first, end, ROWS):
+            token, weight = load_reads(tokens, weights, m, end, ROWS)
+            total = add_reads(grads, token, weight, total, None, 0, m, end, total, cols, D, ROWS)
+        tl.store(sums + place.to(tl.int64) * D + cols, total, cols < D)
+
+
+def specimens() -> Iterator[Specimen]:
+    """The kernels that build segments, for the compile gate. They move numbers, not rows."""
+    words = dict.fromkeys(("rank", "starts", "tokens", "owners", "table", "long_segments", "long_rows"), "*i32")
+    words |= {"order": "*i64", "sums": "*i64", "weights": "*bf16", "sorted_weights": "*bf16"}
+    words |= {"reads": "i32", "keys": "i32", "rows": "i32"}
+    sizes = {"LENGTH": LENGTH, "LONG": LONG, "BLOCK": BLOCK}
+    ones: dict[str, Any] = {"owners": None}
+    variants: tuple[tuple[Any, str, dict[str, Any]], ...] = (
+        (mark_starts, " one lookup", ones),
+        (mark_starts, " several lookups", {}),
+        (count_long, "", {}),
+        (cut, "", {}),
+    )
+    for kernel, note, constants in variants:
+        names = [name for name in kernel.arg_names if name in words and name not in constants]
+        yield Specimen(
+            name=f"{kernel.__name__}{note}",
+            kernel=kernel,
+            signature={name: words[name] for name in names} | dict.fromkeys(constants, "constexpr"),
+            constants={name: size for name, size in sizes.items() if name in kernel.arg_names} | constants,
+            aligned=tuple(name for name in names if words[name].startswith("*")),
+            num_warps=4,
+            row_bytes=4,
+            scalar_loads=40,
+        )
+    for kind in ("bf16", "fp32"):
+        pointers = {"tokens": "*i32", "weights": f"*{kind}", "long_segments": "*i32", "grads": f"*{kind}", "sums": "*fp32"}
+        yield Specimen(
+            name=f"sum_long {kind} D=4096",
+            kernel=sum_long,
+            signature=pointers,
+            constants={"D": 4096, "BLOCK_D": HOT_BLOCK, "ROWS": HOT_ROWS},
+            aligned=tuple(pointers),
+            num_warps=1,
+            scalar_loads=2 + 2 * HOT_ROWS,
+        )

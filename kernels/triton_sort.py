@@ -1,0 +1,138 @@
+"""Sorting inside of registers, for Triton kernels: the largest of every column of a tile, and keys that order scores.
+
+A bitonic network along dim 0 of [C, R]. Where the threads lie along R and a column in one thread, which is how the
+kernels lay their tiles, each comparison is a minimum and a maximum of registers and no thread talks to another.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def _log2(n):
+    return n.bit_length() - 1
+
+
+@triton.constexpr_function
+def least(dtype):
+    """The integer that no score's key has."""
+    return -(2 ** (dtype.primitive_bitwidth - 1))
+
+
+@triton.jit
+def _exchange(x, C: tl.constexpr, R: tl.constexpr, BIT: tl.constexpr, BLOCK: tl.constexpr, DOWN: tl.constexpr):
+    """One step of the network: partners differ in bit BIT of their place; blocks of 2^BLOCK go up and down in turn."""
+    x = tl.reshape(x, [C >> (BIT + 1), 2, 1 << BIT, R])
+    y = tl.sum(x, axis=1, keep_dims=True) - x  # the partner: folds away where it sits in the same thread
+    right = tl.arange(0, 2)[None, :, None, None] == 1
+    first = tl.where(right, y, x)  # both partners make the same comparison: it is done once
+    second = tl.where(right, x, y)
+    swap = first < second if DOWN else first > second
+    if (C >> BLOCK) > 1:
+        block = tl.arange(0, C >> (BIT + 1))[:, None, None, None] >> (BLOCK - BIT - 1)
+        swap = swap ^ ((block & 1) == 1)
+    if x.dtype == tl.int64:  # in halves: two selects and one comparison; as a whole LLVM makes a minimum and a maximum
+        top = tl.where(swap, (y >> 32).to(tl.int32), (x >> 32).to(tl.int32))
+        low = tl.where(swap, y.to(tl.int32), x.to(tl.int32))
+        x = (top.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+    else:
+        x = tl.where(swap, y, x)
+    return tl.reshape(x, [C, R])
+
+
+@triton.jit
+def _best(x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
+    """The K largest of every column of [C, R], upward: [K, R]; before them, if C < K, what is less than any key."""
+    for stage in tl.static_range(1, _log2(min(C, K)) + 1):
+        for step in tl.static_range(stage):
+            x = _exchange(x, C, R, stage - 1 - step, stage, False)
+    if C < K:
+        last = tl.arange(0, K // C)[:, None, None] == K // C - 1
+        x = tl.reshape(tl.where(last, tl.reshape(x, [1, C, R]), least(x.dtype)), [K, R])
+    for halving in tl.static_range(_log2(max(C // K, 1))):
+        x = tl.max(tl.reshape(x, [C // K >> (1 + halving), 2, K, R]), axis=1)  # of a run upward and one downward
+        x = tl.reshape(x, [C >> (1 + halving), R])
+        for step in tl.static_range(_log2(K)):
+            x = _exchange(x, C >> (1 + halving), R, _log2(K) - 1 - step, _log2(K), False)
+    return x
+
+
+@triton.jit
+def merge(best, x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
+    """The K largest of `best` [K, R], sorted downward, and of x [C, R]; sorted downward. C and K are powers of two."""
+    best = tl.maximum(best, _best(x, C, K, R))
+    for step in tl.static_range(_log2(K)):
+        best = _exchange(best, K, R, _log2(K) - 1 - step, _log2(K), True)
+    return best
+
+
+@triton.jit
+def maxima(x, C: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr):
+    """The largest of every group of scores, NaN above all: [C, R, GROUP] -> [C, R]."""
+    dtype: tl.constexpr = x.dtype
+    for halving in tl.static_range(1, _log2(GROUP) + 1):
+        one, other = tl.split(tl.reshape(x, [C, R, GROUP >> halving, 2]))
+        x = tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
+    return tl.reshape(x, [C, R]).to(dtype)
+
+
+@triton.jit
+def ordered(x):
+    """fp32 -> int32 in the same order; NaN is largest, both zeros are one, the least integer is free."""
+    bits = x.to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    sign = bits >> 31
+    return tl.where(size > 0x7F800000, 0x7FFFFFFF, (size ^ sign) - sign)
+
+
+@triton.jit
+def unordered(order):
+    """The inverse of `ordered`: int32 -> fp32."""
+    sign = order >> 31
+    return (((order ^ sign) - sign) | (sign << 31)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keys_of(x, place):
+    """Integers that order by score, then by smaller place (< 65536): int64 for fp32, int32 for the half types."""
+    if x.dtype == tl.float32:
+        keys = (ordered(x).to(tl.int64) << 32) | (0xFFFF - place).to(tl.int64)
+    else:
+        infinity: tl.constexpr = 0x7F80 if x.dtype == tl.bfloat16 else 0x7C00
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+        size = bits & 0x7FFF
+        sign = bits >> 31
+        order = tl.where(size > infinity, 0x7FFF, (size ^ sign) - sign)
+        keys = (order << 16) | (0xFFFF - place)
+    return keys
+
+
+@triton.jit
+def places(keys):
+    """The places that `keys_of` was given, as int32."""
+    return 0xFFFF - (keys & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def scores_of(keys, DTYPE: tl.constexpr):
+    """The scores of dtype DTYPE that `keys_of` was given, as fp32; NaN as one NaN, zeros as +0."""
+    if keys.dtype == tl.int64:
+        scores = unordered((keys >> 32).to(tl.int32))
+    else:
+        order = keys >> 16
+        sign = order >> 31
+        bits = ((order ^ sign) - sign) | (sign & 0x8000)
+        scores = bits.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return scores
+
+
+@triton.jit
+def softmax(x, live, K: tl.constexpr, R: tl.constexpr):
+    """Softmax along dim 0 of [K, R] over the live places, added up in pairs: the same bits in every layout."""
+    x = tl.where(live, tl.exp(x - tl.max(tl.where(live, x, float("-inf")), axis=0)[None, :]), 0.0)
+    total = x
+    for halving in tl.static_range(1, _log2(K) + 1):
+        total = tl.sum(tl.reshape(total, [2, K >> halving, R]), axis=0)
+    return x / tl.reshape(total, [1, R])

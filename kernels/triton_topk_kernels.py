@@ -1,0 +1,151 @@
+"""The kernels of the operator `product_key_topk`; `triton_topk` launches them.
+
+A lane has a row, or a row has several warps: the layouts follow from the shapes of the tiles that are loaded. Scores
+become integer keys that hold their place as well, and everything after that is sorting of distinct integers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from memrewrite.kernels.triton_sort import keys_of, least, maxima, merge, ordered, places, scores_of, softmax, unordered
+
+
+@triton.jit
+def _scan(best, scores, base, columns, N: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+          VEC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Read the scores in the columns [C/VEC, R*VEC] and merge them into the best."""
+    if MASKED:
+        x = tl.load(scores + base[None, :] + columns, mask=columns < N, other=0.0)
+        keys = tl.where(columns < N, keys_of(x, columns), least(best.dtype))
+    else:
+        keys = keys_of(tl.load(scores + base[None, :] + columns), columns)
+    keys = tl.permute(tl.reshape(keys, [C // VEC, R, VEC]), (0, 2, 1))
+    return merge(best, tl.reshape(keys, [C, R]), C, K, R)
+
+
+@triton.jit
+def _best_groups(best, scores, base, N: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+                 VEC: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Keys of the K groups with the largest maxima; of equal maxima the earlier group, so none that counts is left out."""
+    PARTS: tl.constexpr = GROUP // VEC
+    for c in range((N + C * GROUP - 1) // (C * GROUP)):
+        pieces = (c * C * PARTS + tl.arange(0, C * PARTS)) * VEC
+        columns = pieces[:, None] + (tl.arange(0, R * VEC) % VEC)[None, :]
+        if MASKED:
+            x = tl.load(scores + base[None, :] + columns, mask=columns < N, other=float("-inf"))
+        else:
+            x = tl.load(scores + base[None, :] + columns)
+        x = tl.permute(tl.reshape(x, [C, PARTS, R, VEC]), (0, 2, 1, 3))
+        groups = (c * C + tl.arange(0, C))[:, None]
+        keys = keys_of(maxima(tl.reshape(x, [C, R, GROUP]), C, R, GROUP), groups)
+        if MASKED:
+            keys = tl.where(groups * GROUP < N, keys, least(best.dtype))
+        best = merge(best, keys, C, K, R)
+    return best
+
+
+@triton.jit(
+    do_not_specialize=["rows", "inner", "apart", "outer1", "inner1", "outer2", "inner2"],
+    do_not_specialize_on_alignment=["found"],
+)
+def half_kernel(
+    scores, found, rows, inner,
+    apart: tl.int64, outer1: tl.int64, inner1: tl.int64, outer2: tl.int64, inner2: tl.int64,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The keys of the K best scores of each row of each half, downward -> found [halves, K, rows].
+
+    All strides, and the way `apart` from the first half's scores to the second's, count in pieces of VEC scores.
+    """
+    MASKED: tl.constexpr = N % (C * GROUP) != 0
+    half = tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, R * VEC)  # VEC scores of one row side by side: one load; the rows beside each other: the lanes
+    row = tl.minimum(tl.program_id(0) * R + lane // VEC, rows - 1)
+    outer = tl.where(half == 0, outer1, outer2)
+    stride = tl.where(half == 0, inner1, inner2)
+    base = (half * apart + (row // inner) * outer + (row % inner) * stride) * VEC
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    ranks = half * K + tl.arange(0, K)
+    best = tl.full([K, R], least(found.dtype.element_ty), found.dtype.element_ty)
+    if GROUP == 1:
+        for c in range((N + C - 1) // C):
+            pieces = (c * (C // VEC) + tl.arange(0, C // VEC)) * VEC
+            best = _scan(best, scores, base, pieces[:, None] + (lane % VEC)[None, :], N, C, K, R, VEC, MASKED)
+    else:
+        groups = _best_groups(best, scores, base, N, C, K, R, VEC, GROUP, MASKED)
+        # Through memory, since no register can be chosen by a running number: the loop below wants a few at a time.
+        tl.store(found + ranks[:, None] * rows + row[None, :], groups, mask=(row < rows)[None, :])
+        tl.debug_barrier()
+        within = tl.arange(0, GROUP // VEC)[None, :, None, None] * VEC + tl.arange(0, VEC)[None, None, None, :]
+        for c in range(K * GROUP // C):
+            some = half * K + c * (C // GROUP) + tl.arange(0, C // GROUP)
+            # Masked and not clamped, here and below: Triton then knows that rows are neighbours, and keeps them in lanes.
+            group = places(tl.load(found + some[:, None] * rows + row[None, :], mask=(row < rows)[None, :], other=0xFFFF))
+            columns = tl.reshape(group[:, None, :, None] * GROUP + within, [C // VEC, R * VEC])
+            columns = tl.max_contiguous(tl.multiple_of(columns, [1, VEC]), [1, VEC])
+            best = _scan(best, scores, base, columns, N, C, K, R, VEC, MASKED)
+        tl.debug_barrier()
+    tl.store(found + ranks[:, None] * rows + row[None, :], best, mask=(row < rows)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows", "n2"])
+def pair_kernel(
+    found, scores, indices, rows, n2, k: tl.constexpr, DTYPE: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
+    R: tl.constexpr, BLOCKS: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """The k best sums of the halves' keys found [2, K, rows] -> scores and slots [rows, k].
+
+    Of the ranks from 1, a pair (i, j) can be among the k best if i * j <= k. Block b holds those with i in [2^b, 2^(b+1)),
+    j <= K / 2^b: K pairs, each b. The last block would hold (K, 1) alone, which takes a place that is free before it.
+    """
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    valid = (row < rows)[None, :]
+    best = tl.full([K, R], least(tl.int64), tl.int64)
+    for c in range(BLOCKS * (K // C)):
+        b = c // (K // C)
+        place = c % (K // C) * C + tl.arange(0, C)[:, None]
+        i = (1 << b) + (place & ((1 << b) - 1))
+        j = 1 + (place >> b)
+        if K >= 4:
+            last = (b == BLOCKS - 1) & (place == K - 1)
+            i = tl.where(last, K, i)
+            j = tl.where(last, 1, j)
+        one = tl.load(found + (i - 1).to(tl.int64) * rows + row[None, :], mask=valid, other=0)
+        other = tl.load(found + (K + j - 1).to(tl.int64) * rows + row[None, :], mask=valid, other=0)
+        total = ordered(scores_of(one, DTYPE) + scores_of(other, DTYPE))
+        slot = places(one).to(tl.int64) * n2 + places(other)
+        keys = (total.to(tl.int64) << 32) | (0xFFFFFFFF - slot)
+        best = merge(best, tl.where(i * j <= k, keys, least(tl.int64)), C, K, R)
+    place = tl.arange(0, K)[:, None]
+    sums = unordered((best >> 32).to(tl.int32))
+    live = (place < k) & valid
+    if SOFTMAX:
+        sums = softmax(sums, place < k, K, R)
+    to = row[None, :].to(tl.int64) * k + place
+    tl.store(scores + to, sums, mask=live)
+    tl.store(indices + to, 0xFFFFFFFF - (best & 0xFFFFFFFF), mask=live)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def scatter_kernel(
+    grad, indices, grad1, grad2, rows, N1: tl.constexpr, N2: tl.constexpr, k: tl.constexpr, C: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """The gradient of each of C chosen scores to both halves' keys, with that of all others of the same key, in order."""
+    row = tl.program_id(0) * R + tl.arange(0, R)[None, :]
+    place = tl.program_id(1) * C + tl.arange(0, C)[:, None]
+    start = tl.minimum(row, rows - 1).to(tl.int64) * k
+    slot = tl.load(indices + start + tl.minimum(place, k - 1)).to(tl.uint32)
+    key1 = (slot // N2).to(tl.int32)
+    key2 = (slot % N2).to(tl.int32)
+    total1 = tl.zeros([C, R], tl.float32)
+    total2 = tl.zeros([C, R], tl.float32)
+    for m in range(k):
+        other = tl.load(indices + start + m).to(tl.uint32)
+        more = tl.load(grad + start + m).to(tl.float32)
+        total1 = tl.where(key1 == (other // N2).to(tl.int32), total1 + more, total1)
+        total2 = tl.where(key2 == (other % N2).to(tl.int32), total2 + more, total2)
+    live = (place < k) & (row < rows)
+    tl.store(grad1 + row.to(tl.int64) * N1 + key1, total1, mask=live)
+    tl.store(grad2 + row.to(tl.int64) * N2 + key2, total2, mask=live)

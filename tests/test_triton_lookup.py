@@ -1,0 +1,227 @@
+"""The Triton lookup and its gradients in Triton's interpreter, against float64: values, shapes, bits, poisoned outputs."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from memrewrite.kernels import reference
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run with TRITON_INTERPRET=1, as `make test` does"),
+    pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"),  # numpy's, of the interpreter's NaN and inf
+]
+
+FP8 = torch.float8_e4m3fn
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+def kernels(name: str):
+    pytest.importorskip("triton")
+    return importlib.import_module(f"memrewrite.kernels.triton_{name}")
+
+
+def inputs(n: int, d: int, t: int, k: int, dtype=torch.float32, index=torch.int64, seed=0):
+    """values, indices, weights, scale (None but for fp8)."""
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, d, generator=g)
+    indices = torch.randint(0, n, (t, k), generator=g).to(index)
+    weights = torch.randn(t, k, generator=g)
+    if dtype == FP8:
+        return values.to(FP8), indices, weights.bfloat16(), torch.rand(n, generator=g) + 0.5
+    return values.to(dtype), indices, weights.to(dtype), None
+
+
+def exact(values: Tensor, scale: Tensor | None) -> Tensor:
+    wide = values.float().double()
+    return wide if scale is None else wide * scale.double()[:, None]
+
+
+def near(got: Tensor, want: Tensor) -> None:
+    assert got.shape == want.shape
+    size = max(1.0, want.abs().max().item())
+    assert (got.double() - want).abs().max().item() <= TOLERANCE[got.dtype] * size  # NaN fails
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What no kernel writes is NaN, or a number that no table has."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, _plain=plain, **kwargs: poison(_plain(*args, **kwargs)))
+    plain_new = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *args, **kwargs: poison(plain_new(self, *args, **kwargs)))
+
+
+def poison(tensor: Tensor) -> Tensor:
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1:
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(77) if tensor.dtype in (torch.int32, torch.int64) else tensor
+
+
+SHAPES = [(1, 1, 1, 1), (63, 20, 6, 7), (60, 576, 3, 7), (1000, 20, 1, 128), (1000, 1024, 2, 7), (60, 1, 63, 1)]
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, FP8], ids=str)
+@pytest.mark.parametrize(("n", "d", "t", "k"), SHAPES)
+def test_forward(n, d, t, k, dtype):
+    for index in (torch.int64, torch.int32) if d == 20 else (torch.int64,):
+        values, indices, weights, scale = inputs(n, d, t, k, dtype, index)
+        out = kernels("lookup").forward(values, indices, weights, scale)
+        assert out.dtype == weights.dtype
+        near(out, reference.sparse_lookup(exact(values, scale), indices, weights.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
+def test_forward_has_the_same_bits_however_it_is_split(dtype, monkeypatch):
+    lookup = kernels("lookup")
+    monkeypatch.setattr(lookup, "FEW_TOKENS", 4)
+    values, indices, weights, scale = inputs(60, 40, 10, 65, dtype)
+    out = lookup.forward(values, indices, weights, scale)  # one program a token
+    for cut in (1, 4):  # a program a chunk
+        parts = [lookup.forward(values, i, w, scale) for i, w in zip(indices.split(cut), weights.split(cut), strict=True)]
+        assert torch.equal(out, torch.cat(parts))
+
+
+def test_forward_of_strided_inputs_and_poisoned_weights():
+    values, indices, weights, _ = inputs(60, 20, 6, 7)
+    weights[2, 3] = float("nan")
+    out = kernels("lookup").forward(values.T.contiguous().T, indices.T.contiguous().T, weights.T.contiguous().T)
+    assert out.isnan().any(1).tolist() == [t == 2 for t in range(6)]
+    near(out[:2], reference.sparse_lookup(values.double(), indices[:2], weights[:2].double()))
+
+
+def test_forward_does_not_read_the_scale_of_rows_it_does_not_read():
+    values, indices, weights, scale = inputs(60, 20, 3, 7, FP8)
+    scale[0] = float("nan")
+    indices.clamp_(min=1)
+    assert kernels("lookup").forward(values, indices, weights, scale).isfinite().all()
+
+
+@pytest.mark.parametrize("d", [256, 255])  # words, bytes
+def test_every_e4m3_code_is_read(d):
+    codes = torch.arange(256, dtype=torch.uint8)[:d].view(1, d)
+    out = kernels("lookup").forward(codes.view(FP8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), torch.ones(1))
+    torch.testing.assert_close(out, codes.view(FP8).float(), rtol=0, atol=0, equal_nan=True)
+
+
+def gradients(values: Tensor, scale: Tensor | None, indices: Tensor, weights: Tensor, grad: Tensor):
+    leaves = [exact(values, scale).requires_grad_(), weights.double().requires_grad_()]
+    return torch.autograd.grad(reference.sparse_lookup(leaves[0], indices, leaves[1]), leaves, grad.double())
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, FP8], ids=str)
+@pytest.mark.parametrize(("n", "d", "t", "k"), SHAPES)
+def test_backward(n, d, t, k, dtype):
+    backward = kernels("backward").backward
+    values, indices, weights, scale = inputs(n, d, t, k, dtype, torch.int32 if d == 20 else torch.int64)
+    grad = torch.randn(t, d).to(weights.dtype)
+    gv, gw = gradients(values, scale, indices, weights, grad)
+    none, alone = backward(grad, values, indices, weights, scale, False, True)
+    assert none is None
+    near(alone, gw)
+    assert alone.dtype == weights.dtype
+    if dtype != FP8:
+        got_gv, got_gw = backward(grad, values, indices, weights, scale, True, True)
+        near(got_gv, gv)
+        assert got_gv.dtype == dtype
+        assert torch.equal(got_gw, alone)
+        lone, none = backward(grad, values, indices, weights, scale, True, False)
+        assert none is None
+        assert torch.equal(got_gv, lone)
+
+
+def hot(n: int, d: int, t: int, k: int, dtype=torch.float32):
+    values, indices, weights, _ = inputs(n, d, t, k, dtype)
+    indices[:, 0] = n // 2
+    indices[: t // 2] = n // 2
+    return values, indices, weights, torch.randn(t, d).to(dtype)
+
+
+@pytest.mark.parametrize("length", [1, 3, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_of_a_hot_row(length, dtype, monkeypatch):
+    monkeypatch.setattr(kernels("segments"), "LENGTH", length)
+    values, indices, weights, grad = hot(60, 20, 40, 3, dtype)
+    backward = kernels("backward").backward
+    gv, gw = gradients(values, None, indices, weights, grad)
+    got_gv, got_gw = backward(grad, values, indices, weights, None, True, True)
+    near(got_gv, gv)
+    near(got_gw, gw)
+    again = backward(grad, values, indices, weights, None, True, True)
+    assert torch.equal(got_gv, again[0])
+    assert torch.equal(got_gw, again[1])
+
+
+@pytest.mark.parametrize("need_values", [True, False])
+def test_gradient_of_weights_has_the_same_bits_however_it_is_split(need_values):
+    values, indices, weights, grad = hot(20, 40, 12, 9)
+    backward = kernels("backward").backward
+    whole = backward(grad, values, indices, weights, None, need_values, True)[1]
+    cuts = zip(grad.split(5), indices.split(5), weights.split(5), strict=True)
+    assert torch.equal(whole, torch.cat([backward(g, values, i, w, None, need_values, True)[1] for g, i, w in cuts]))
+
+
+@pytest.mark.parametrize("length", [2, 128])
+@pytest.mark.parametrize(("n", "t", "k"), [(60, 40, 3), (1000, 6, 7), (1, 3, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows(n, t, k, dtype, length, monkeypatch):
+    monkeypatch.setattr(kernels("segments"), "LENGTH", length)
+    values, indices, weights, grad = hot(n, 20, t, k, dtype)
+    rows, grads = kernels("backward").rows(grad, indices, weights, n)
+    read = indices.unique()
+    assert rows.dtype == torch.int64
+    assert grads.dtype == dtype
+    assert rows.tolist() == (read.tolist() + [read[-1].item()] * (min(n, t * k) - len(read)))
+    assert not grads[len(read) :].any()
+    near(
+        torch.zeros(n, 20, dtype=dtype).index_copy(0, read, grads[: len(read)]),
+        gradients(values, None, indices, weights, grad)[0],
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_segments_cover_every_read_once(data):
+    segments = kernels("segments")
+    n, length = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    sizes = data.draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=3))
+    indices = [
+        torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=t * k, max_size=t * k))).view(t, k) for t, k in sizes
+    ]
+    weights = [torch.rand(size) for size in sizes]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "LENGTH", length)
+        found = segments.segment(indices, weights, n)
+    flat = torch.cat([i.flatten() for i in indices])
+    order = flat.argsort(stable=True)
+    assert torch.equal(found.order, order)
+    assert torch.equal(found.slots.long(), flat[order])
+    owners = [torch.arange(t).repeat_interleave(k) + sum(s for s, _ in sizes[:at]) for at, (t, k) in enumerate(sizes)]
+    assert torch.equal(found.tokens.long(), torch.cat(owners)[order])
+    assert torch.equal(found.weights, torch.cat([w.flatten() for w in weights])[order])
+    reads = len(flat)
+    entries, places, pieces, longs = [], 0, [], []
+    first = 0
+    for rank, count in enumerate(flat.unique(return_counts=True)[1].tolist()):
+        assert found.starts[rank] == first
+        cuts = [(first + at, min(first + at + length, first + count)) for at in range(0, count, length)]
+        many = len(cuts) > 1
+        entries += [(*cut, rank, places + at if many else -1) for at, cut in enumerate(cuts)]
+        if many:
+            longs.append((first, rank, places, places + len(cuts)))
+            pieces += cuts
+            places += len(cuts)
+        first += count
+    assert (found.starts[rank + 1 :] == reads).all()
+    assert found.last.item() == rank
+    for got, want, width in ((found.table, entries, 4), (found.long_segments, pieces, 2), (found.long_rows, longs, 4)):
+        assert len(want) <= len(got)
+        assert got.tolist() == [list(entry) for entry in want] + [[0] * width] * (len(got) - len(want))
