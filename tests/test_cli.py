@@ -123,7 +123,7 @@ def test_recipes(run: Callable[..., Any]) -> None:
 def test_the_shell_completes_recipe_names() -> None:
     from memrewrite.cli.recipes import complete
 
-    assert complete("memory") == ["memory-plus", "memory-plus-parallel"]
+    assert complete("memory") == ["memory-plus", "memory-plus-fused", "memory-plus-parallel"]
 
 
 # ----------------------------------------------------------------------------------------------------- what they show

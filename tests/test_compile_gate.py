@@ -1,0 +1,158 @@
+"""The compile gate passes with each Triton that is supported, and can fail: spills, narrow loads, grown registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from memrewrite.kernels.specimens import Specimen
+
+SCRIPT = Path(__file__).with_name("compile_gate.py")
+OLDEST = Path(sys.prefix) / "triton-3.6.0"  # beside the installed one; `make test` puts it there
+INSTALL = f"{sys.executable} -m pip install --no-deps --target {OLDEST} triton==3.6.0"
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing")
+
+KERNELS = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def total(table, out, stride, BLOCK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr):
+    rows = tl.arange(0, ROWS)[:, None].to(tl.int64) * stride * 8
+    x = tl.load(table + rows + tl.arange(0, BLOCK)[None, :] * STEP).to(tl.float32)
+    y = x / tl.sum(x, axis=0)[None, :]
+    y = tl.exp(y) / tl.sum(y * y, axis=0)[None, :]
+    tl.store(out + tl.arange(0, ROWS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], x / y)
+"""
+
+
+def gate(*options: str, triton: Path | None = None) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    if triton is not None:
+        env["PYTHONPATH"] = str(triton)
+    return subprocess.run([sys.executable, SCRIPT, *options], env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def judge() -> ModuleType:
+    spec = spec_from_file_location("compile_gate", SCRIPT)
+    sys.modules["compile_gate"] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def specimen(tmp_path, monkeypatch) -> Specimen:
+    """A small kernel that is in order: 16-byte loads of rows, all in registers."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    file = tmp_path / "gate_kernels.py"
+    file.write_text(KERNELS)
+    spec = spec_from_file_location("gate_kernels", file)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    signature = {"table": "*bf16", "out": "*fp32", "stride": "i32"}
+    constants = {"BLOCK": 256, "ROWS": 8, "STEP": 1}
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    return Specimen("total", module.total, signature, constants, ("table", "out"), 1)
+
+
+@pytest.mark.parametrize("which", ["installed", "3.6.0"])
+def test_every_kernel_passes(which, tmp_path):
+    if which == "installed" and find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install triton")
+    if which == "3.6.0" and not OLDEST.exists():
+        pytest.skip(f"the oldest Triton is not there: {INSTALL}")
+    file = tmp_path / "codes.json"
+    done = gate("--json", str(file), triton=OLDEST if which == "3.6.0" else None)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    codes = json.loads(file.read_text())
+    assert which in ("installed", codes["triton"])
+    assert {code["arch"] for code in codes["kernels"]} == {80, 90, 100}
+    assert {code["name"].split()[0] for code in codes["kernels"]} >= {"half_topk", "pair_topk", "scatter_topk"}
+    assert not any(code["spills"] or code["stack"] for code in codes["kernels"])
+
+
+def test_a_kernel_in_order_has_no_findings(judge, specimen):
+    code = judge.compiled(specimen, 90)
+    assert set(code.loads) == {16}
+    assert list(judge.findings(specimen, code, code.registers)) == []
+
+
+def test_spills_are_found(judge, specimen):
+    spilling = replace(specimen, constants={"BLOCK": 256, "ROWS": 32, "STEP": 1}, options={"maxnreg": 64})
+    code = judge.compiled(spilling, 80)
+    (finding,) = judge.findings(spilling, code, code.registers)
+    assert code.spills > 0
+    assert finding.startswith(f"{code.spills} spill instructions")
+    assert "try" in finding
+
+
+def test_narrow_loads_are_found(judge, specimen):
+    scalar = replace(specimen, constants={"BLOCK": 256, "ROWS": 8, "STEP": 3})
+    code = judge.compiled(scalar, 90)
+    none_wide, narrow = judge.findings(scalar, code, code.registers)
+    assert "no load of 16 bytes" in none_wide
+    assert f"{code.loads[2]} loads below 16 bytes" in narrow
+    unaligned = replace(specimen, aligned=("out",))
+    assert len(list(judge.findings(unaligned, judge.compiled(unaligned, 100), 255))) == 2
+    assert list(judge.findings(replace(scalar, row_bytes=2), code, code.registers)) == []
+
+
+def test_grown_registers_are_found(judge, specimen):
+    code = judge.Code(registers=100, stack=0, spills=0, loads={16: 4, 4: 2})
+    allowed = replace(specimen, scalar_loads=2)
+    assert list(judge.findings(allowed, code, 88)) == []
+    assert list(judge.findings(allowed, replace(code, registers=30), 23)) == []
+    (grown,) = judge.findings(allowed, code, 86)
+    assert "100 registers, 86 on record" in grown
+    (unknown,) = judge.findings(allowed, code, None)
+    assert "--write" in unknown
+    (narrow,) = judge.findings(replace(specimen, scalar_loads=1), code, 100)
+    assert "2 loads below 16 bytes" in narrow
+
+
+def test_a_finding_fails_the_run(judge, specimen, monkeypatch, tmp_path, capsys):
+    """From the specimen to the exit status: recorded, then without a record, then with a lower one."""
+    record = tmp_path / "record.json"
+    record.write_text(json.dumps({"0.0": {"other": {"90": 1}}}))
+    monkeypatch.setattr(judge, "BASELINE", record)
+    monkeypatch.setattr(judge, "specimens", lambda: iter([specimen]))
+    options = judge.argparse.Namespace(write=False, json=None, arch=[90])
+    assert judge.run(options, "1.0") == 1
+    assert "FAILED total · sm_90 · Triton 1.0: no registers on record" in capsys.readouterr().out
+    options.write = True
+    assert judge.run(options, "1.0") == 0
+    known = json.loads(record.read_text())
+    assert set(known) == {"0.0", "1.0"}
+    options.write = False
+    assert judge.run(options, "1.0") == 0
+    known["1.0"]["total"]["90"] = 10
+    record.write_text(json.dumps(known))
+    assert judge.run(options, "1.0") == 1
+    out = capsys.readouterr().out
+    assert "10 on record" in out
+    assert out.rstrip().endswith("1 compiled, 1 findings")
+    monkeypatch.setattr(judge, "specimens", lambda: iter(()))
+    assert judge.run(options, "1.0") == 1  # nothing compiled is nothing proven
+
+
+def test_it_refuses_the_interpreter():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, SCRIPT], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stdout
+
+
+def test_widths_are_read(judge):
+    names = {"LDG.E.128": 16, "LDG.E.EL.128.CONSTANT": 16, "LDG.E.64": 8, "LDG.E": 4, "LDG.E.U16": 2, "LDGSTS.E.BYPASS.128": 16}
+    assert {name: judge.width(name) for name in names} == names
+    assert judge.width("LDG.E.U8") == 1
