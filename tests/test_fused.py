@@ -620,6 +620,33 @@ def test_rewritten_model_is_proved_trained_saved_and_loaded(wish, placement, tmp
     assert loaded.memory.shared.spec == model.memory.shared.spec
 
 
+def test_the_trainer_trains_saves_and_resumes(tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    def trainer(steps: int) -> Trainer:
+        model, inputs = llama(), {"input_ids": tokens(), "use_cache": False}
+        rule = {"where": {"layers": [0, 2]}, "with": "memory_plus", "pool": "shared", "options": {"heads": 2, "topk": 4}}
+        pools = {"shared": {"keys": 16, "gradient": "fused", "dtype": "bfloat16"}}
+        memrewrite.apply(model, {"memrewrite": 1, "pools": pools, "replace": [rule]}, inputs)
+        optimizer = torch.optim.AdamW(memrewrite.param_groups(model, lr=1e-3))
+        fuse(optimizer, model)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "report_to": [], "use_cpu": True}
+        arguments = TrainingArguments(str(tmp_path), max_steps=steps, save_steps=2, disable_tqdm=True, **options)
+        data = [{"input_ids": row, "labels": row} for row in tokens(16)]
+        return Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, schedule))
+
+    straight = trainer(4)
+    start = straight.model.memory.shared.values.detach().clone()
+    straight.train()
+    table = straight.model.memory.shared.values
+    assert not torch.equal(table, start)
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(resumed.model.memory.shared.values, table)
+
+
 def test_gradient_check_notices_a_table_cut_off(monkeypatch):
     monkeypatch.setattr("memrewrite.kernels.pending.Pending.keep", lambda *_: None)
     model, inputs = llama(), {"input_ids": tokens(), "use_cache": False}
