@@ -31,7 +31,8 @@ def forward(
 ) -> Tensor:
     """`memrewrite::sparse_lookup`: [N, D], [T, K], [T, K] -> [T, D]; `ops.sparse_lookup` is its public face."""
     _check(values, indices, weights, scale)
-    _check_gradient(values, gradient, pending)
+    if gradient not in GRADIENTS:
+        raise ValueError(f"sparse_lookup: there is no gradient {gradient!r}; try one of {', '.join(GRADIENTS)}")
     chosen = choose("sparse_lookup", backend, lambda b: b.supports(values, indices, weights, scale))
     if indices.numel() == 0 or values.shape[1] == 0:
         return weights.new_zeros(indices.shape[0], values.shape[1])
@@ -48,8 +49,10 @@ def forward_fake(
 
 
 def context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the inputs themselves: nothing of size [T, K, D] is saved."""
+    """Keep the inputs themselves: nothing of size [T, K, D] is saved. Called only where something has a gradient."""
     values, indices, weights, scale, ctx.gradient, ctx.backend, pending, ctx.handle = inputs
+    if ctx.needs_input_grad[0]:
+        _check_gradient(values, ctx.gradient, pending)
     ctx.save_for_backward(values, indices, weights, scale)
     ctx.pending = pending  # not saved: every lookup of a table counts in it, and torch takes that for a change of an input
 
@@ -211,11 +214,9 @@ def _check(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | Non
 
 
 def _check_gradient(values: Tensor, gradient: str, pending: Tensor | None) -> None:
-    if gradient not in GRADIENTS:
-        raise ValueError(f"sparse_lookup: there is no gradient {gradient!r}; try one of {', '.join(GRADIENTS)}")
-    if gradient == "fused" and pending is None and values.requires_grad:
+    if gradient == "fused" and pending is None:
         raise ValueError("sparse_lookup: a fused gradient needs the queue of its table: call the `Pool`, not the operator")
-    if gradient != "fused" and values.itemsize == 1 and values.requires_grad:
+    if gradient != "fused" and values.itemsize == 1:
         raise ValueError(f'sparse_lookup: values of {values.dtype} have no gradient of their own; use gradient="fused"')
 
 

@@ -486,6 +486,22 @@ def test_copies_have_queues_of_their_own():
         assert not torch.equal(other.pool.values, model.pool.values)
 
 
+@pytest.mark.parametrize("dtype", [None, "float8_e4m3fn"])
+def test_an_exported_model_knows_nothing_of_the_queue(dtype, tmp_path):
+    model = Shared(dtype=dtype)
+    x, _ = batch()
+    t = torch.export.Dim("t", min=2, max=256)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), dynamic_shapes=({0: t},))
+        lookups = [node for node in program.graph.nodes if "sparse_lookup" in str(node.target)]
+        assert len(lookups) == 3
+        assert all({"fused", model.pool.pending.handle}.isdisjoint({*node.args, *node.kwargs.values()}) for node in lookups)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        compiled = torch._inductor.aoti_load_package(package)
+        for length in (24, 5):
+            torch.testing.assert_close(compiled(x[:length]), model(x[:length]))
+
+
 def test_table_of_8_bits_needs_fused_updates():
     with pytest.raises(ValueError, match="learns by fused updates alone"):
         PoolSpec(keys=4, value_dim=4, dtype="float8_e4m3fn")

@@ -117,9 +117,15 @@ class Pool(nn.Module):
         In the dtype of the values, which the weights are rounded to; of a table of 8 bits, in the dtype of the weights.
         """
         weights = weights if self.scale is not None else weights.to(self.values.dtype)
-        spec = self.spec
+        learns = torch.is_grad_enabled()  # else: how, is nobody's business, and no exported graph's
         return ops.sparse_lookup(
-            self.values, indices, weights, self.scale, gradient=spec.gradient, backend=spec.backend, pending=self.pending
+            self.values,
+            indices,
+            weights,
+            self.scale,
+            gradient=self.spec.gradient if learns else "dense",
+            backend=self.spec.backend,
+            pending=self.pending if learns else None,
         )
 
     def extra_repr(self) -> str:
