@@ -176,7 +176,7 @@ def release(module: nn.Module) -> None:
     """Take the module's pools from the optimizer that updates them."""
     for m in module.modules():
         if isinstance(m, Pool) and m.pending is not None:
-            m.pending.taken_by = None
+            m.pending.taker = None
 
 
 def machine() -> dict[str, Any]:

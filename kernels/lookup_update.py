@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from memrewrite.kernels.backends import choose
+from memrewrite.kernels.checks import one_device
 from memrewrite.kernels.torch_backend import check_range
+
+MOST_READS = 2**30  # of one update: kernels count them in 32 bits
 
 
 def adagrad(
@@ -55,6 +58,7 @@ def adam(
 ) -> None:
     """`memrewrite::rowwise_adam_`; `ops.rowwise_adam_` is its public face."""
     _check("rowwise_adam_", values, scale, {"exp_avg_sq": exp_avg_sq}, (grads, indices, weights))
+    one_device("rowwise_adam_", values, exp_avg)
     if exp_avg.shape != values.shape or exp_avg.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
             f"rowwise_adam_: exp_avg must be {tuple(values.shape)} in float32 or bfloat16, "
@@ -98,6 +102,9 @@ def _check(op: str, values: Tensor, scale: Tensor | None, states: dict[str, Tens
     for name, state in {**states, **({} if scale is None else {"scale": scale})}.items():
         if state.shape != values.shape[:1] or state.dtype != torch.float32:
             raise ValueError(f"{op}: {name} must be float32 [{values.shape[0]}], not {state.dtype} {tuple(state.shape)}")
+    one_device(op, values, scale, *states.values(), *(tensor for part in reads for tensor in part))
+    if sum(index.numel() for index in reads[1]) >= MOST_READS:
+        raise ValueError(f"{op}: {MOST_READS} reads or more of one table wait for one update; step more often")
     if len({len(part) for part in reads}) != 1:
         raise ValueError(f"{op}: {', '.join(str(len(part)) for part in reads)} gradients, indices and weights do not pair up")
     for grad, index, weight in zip(*reads, strict=True):

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -39,16 +39,26 @@ class Pending:
         self.handle = next(_handles)
         self.count = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.waiting: list[Factors] = []
-        self.taken_by: str | None = None  # who empties the queue: an optimizer's name
+        self._taker: ReferenceType[Any] | None = None
         _queues[self.handle] = self
+
+    @property
+    def taker(self) -> Any | None:
+        """Who empties the queue: an optimizer, for as long as there is one."""
+        return None if self._taker is None else self._taker()
+
+    @taker.setter
+    def taker(self, taker: Any | None) -> None:
+        self._taker = None if taker is None else ref(taker)
 
     def keep(self, grad: Tensor, indices: Tensor, weights: Tensor) -> None:
         """Add one lookup's factors. Raises RuntimeError when nobody would ever take them: the table would not learn."""
-        if self.taken_by is None:
+        if self.taker is None:
             raise RuntimeError(
                 'a table with gradient "fused" got a gradient, and no optimizer takes it; '
                 "call memrewrite.fuse(optimizer, model) before training"
             )
+        refuse_capture(grad)
         if grad.numel() and indices.numel():  # copies: a compiled graph reuses its tensors' memory when the call returns
             self.waiting.append(Factors(grad.clone(memory_format=torch.contiguous_format), indices.clone(), weights.clone()))
 
@@ -60,11 +70,12 @@ class Pending:
     @contextmanager
     def tried(self) -> Iterator[None]:
         """Within: gradients are kept, whoever takes them; what has come is dropped at the end."""
-        before, self.taken_by, waiting, self.waiting = self.taken_by, "a trial", self.waiting, []
+        before, waiting = self.taker, self.waiting
+        self.taker, self.waiting = self, []
         try:
             yield
         finally:
-            self.taken_by, self.waiting = before, waiting
+            self.taker, self.waiting = before, waiting
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pending:
         memo[id(self)] = fresh = Pending()
@@ -72,6 +83,12 @@ class Pending:
 
     def __reduce__(self) -> tuple[type[Pending], tuple[()]]:
         return Pending, ()
+
+
+def refuse_capture(tensor: Tensor) -> None:
+    """Raise RuntimeError while a CUDA graph is captured: replayed, it would neither tell the queue nor count steps."""
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError('a fused update cannot be in a CUDA graph; capture the forward alone, or use gradient "dense"')
 
 
 def queue_of(handle: int) -> Pending:

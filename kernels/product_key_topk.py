@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memrewrite.kernels.backends import choose
-from memrewrite.kernels.checks import require
+from memrewrite.kernels.checks import one_device, require
 
 
 def forward(scores1: Tensor, scores2: Tensor, k: int, softmax: bool = False, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -52,7 +52,8 @@ def backward(grad: Tensor, indices: Tensor, n1: int, n2: int, backend: str = "au
     leading = indices.shape[:-1]
     if indices.numel() == 0:
         return grad.new_zeros(*leading, n1), grad.new_zeros(*leading, n2)
-    chosen = choose("product_key_topk_backward", backend, lambda b: b.supports_topk(grad, grad, indices.shape[-1]))
+    scores1, scores2 = grad.new_empty(0, n1), grad.new_empty(0, n2)  # what the forward's were like
+    chosen = choose("product_key_topk_backward", backend, lambda b: b.supports_topk(scores1, scores2, indices.shape[-1]))
     halves: tuple[Tensor, Tensor] = chosen.topk_backward(grad, indices, n1, n2)
     return halves
 
@@ -86,6 +87,7 @@ def _check(scores1: Tensor, scores2: Tensor, k: int) -> None:
             "product_key_topk takes scores [..., n1] and [..., n2] with equal leading shapes, "
             f"not {tuple(scores1.shape)} and {tuple(scores2.shape)}"
         )
+    one_device("product_key_topk", scores1, scores2)
     if not scores1.is_floating_point() or scores1.dtype != scores2.dtype:
         raise TypeError(f"product_key_topk: both scores must share a floating dtype, not {scores1.dtype} and {scores2.dtype}")
     shape1, shape2 = tuple(scores1.shape), tuple(scores2.shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memrewrite.kernels.backends import choose
-from memrewrite.kernels.checks import require
+from memrewrite.kernels.checks import one_device, require
 from memrewrite.kernels.pending import queue_of
 
 GRADIENTS = ("dense", "sparse", "fused")
@@ -63,7 +63,10 @@ def grad_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_values, _, need_weights = ctx.needs_input_grad[:3]
     grad_values = None
     if need_values and ctx.gradient == "fused":
-        torch.ops.memrewrite.sparse_lookup_keep(grad, indices, weights, ctx.pending, ctx.handle)
+        if torch.is_grad_enabled():
+            raise RuntimeError('sparse_lookup: a table with gradient "fused" has no second derivatives; use "dense"')
+        if _is_wanted(ctx.next_functions[0][0]):
+            torch.ops.memrewrite.sparse_lookup_keep(grad, indices, weights, ctx.pending, ctx.handle)
     elif need_values and ctx.gradient == "sparse":
         grad_values = torch.ops.memrewrite.sparse_lookup_rows(grad, indices, weights, values.shape[0], ctx.backend)
     need_dense = need_values and ctx.gradient == "dense"
@@ -71,6 +74,14 @@ def grad_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dense, grad_weights = lookup_backward(grad, values, indices, weights, need_dense, need_weights, scale, ctx.backend)
     grad_values = dense if need_dense else grad_values
     return grad_values, None, grad_weights if need_weights else None, None, None, None, None, None
+
+
+def _is_wanted(table: Any) -> bool:
+    """Whether this backward pass is to reach the table's node: `autograd.grad(loss, x)` is not, and must not teach it."""
+    try:
+        return bool(torch._C._will_engine_execute_node(table))
+    except RuntimeError:  # torch's answer where the table itself is what a gradient was asked of
+        return True
 
 
 # ----------------------------------------------------------------------------------------------------------- the backward
@@ -194,6 +205,7 @@ def _check(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | Non
             "sparse_lookup takes values [N, D], indices [T, K] and weights [T, K], "
             f"not {tuple(values.shape)}, {tuple(indices.shape)} and {tuple(weights.shape)}"
         )
+    one_device("sparse_lookup", values, indices, weights, scale, grad)
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"sparse_lookup: indices must be int32 or int64, not {indices.dtype}")
     if scale is None:

@@ -23,3 +23,4 @@ class Specimen:
     options: dict[str, Any] = field(default_factory=dict)  # e.g. enable_fp_fusion=False
     row_bytes: int = 16  # widest global load that the row path must use, in bytes
     scalar_loads: int = 0  # how many narrower LDG instructions are legitimate (indices, weights, offsets)
+    architectures: tuple[int, ...] = (80, 90, 100)  # on which a launcher can choose it; the gate skips the others

@@ -26,8 +26,8 @@ def supports(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | N
         return f"there are no kernels for {values.dtype}"
     if (scale is None) != (values.dtype != FP8) or weights.dtype not in FLOATS:
         return f"there are no kernels for values of {values.dtype} {'without' if scale is None else 'with'} a scale"
-    if indices.numel() >= 2**31:
-        return "there are 2**31 reads or more in one call"
+    if indices.numel() >= 2**30:
+        return "there are 2**30 reads or more in one call"
     return _unusable(values.device.index)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memrewrite.kernels.specimens import Specimen
-from memrewrite.kernels.triton_lookup import ELEMENT, Plan, as_bits, whole
+from memrewrite.kernels.triton_lookup import ELEMENT, Plan, elements, readable, whole
 from memrewrite.kernels.triton_math import load_rows, unscaled
 from memrewrite.kernels.triton_segments import Segments, add_reads, load_reads, segment, touched
 
@@ -47,7 +47,7 @@ def backward(
     elif dots is not None:
         unit = whole(indices.shape[1])
         token_dots[(indices.shape[0], how.slices)](
-            grad, as_bits(values), scale, indices, dots, indices.shape[0], indices.shape[1] // unit,
+            grad, readable(values), scale, indices, dots, indices.shape[0], indices.shape[1] // unit,
             D=values.shape[1], UNIT=unit, ROWS=how.rows, BLOCK_D=how.block, num_warps=how.warps,
         )  # fmt: skip
     grad_weights = None
@@ -229,19 +229,21 @@ def specimens() -> Iterator[Specimen]:
         )  # fmt: skip
     for width, dtype, index in ((1024, bf16, "i64"), (4096, bf16, "i32"), (1024, fp32, "i64"), (1024, fp8, "i64")):
         how, eight = plan(width, dtype, DOT_ROWS), dtype == fp8
-        kind = "bf16" if eight else ELEMENT[dtype]
-        pointers = {"grad": f"*{kind}", "values": f"*{ELEMENT[dtype]}", "indices": f"*{index}", "dots": "*fp32"}
-        pointers |= {"scale": "*fp32"} if eight else {}
-        yield Specimen(
-            name=f"token_dots {'fp8' if eight else kind} D={width} {index}",
-            kernel=token_dots,
-            signature={"scale": "constexpr"} | pointers | {"tokens": "i32", "key_units": "i32"},
-            constants={"D": width, "UNIT": whole(128), "ROWS": how.rows, "BLOCK_D": how.block}
-            | ({} if eight else {"scale": None}),
-            aligned=tuple(pointers),
-            num_warps=how.warps,
-            scalar_loads=how.rows if eight else 0,
-        )
+        kind = "fp32" if eight else ELEMENT[dtype]
+        for element, architectures in elements(dtype).items():
+            pointers = {"grad": f"*{kind}", "values": f"*{element}", "indices": f"*{index}", "dots": "*fp32"}
+            pointers |= {"scale": "*fp32"} if eight else {}
+            yield Specimen(
+                name=f"token_dots {'fp8' if eight else kind} D={width} {index}",
+                kernel=token_dots,
+                signature={"scale": "constexpr"} | pointers | {"tokens": "i32", "key_units": "i32"},
+                constants={"D": width, "UNIT": whole(128), "ROWS": how.rows, "BLOCK_D": how.block}
+                | ({} if eight else {"scale": None}),
+                aligned=tuple(pointers),
+                num_warps=how.warps,
+                scalar_loads=how.rows if eight else 0,
+                architectures=architectures,
+            )
     yield Specimen(
         name="add_long bf16 D=4096",
         kernel=add_long,
@@ -252,9 +254,7 @@ def specimens() -> Iterator[Specimen]:
         scalar_loads=5,
     )
     signature = {"out": "*bf16", "last": "*i32", "rows": "i32"}
-    yield Specimen(
-        "zero_rest D=1024", zero_rest, signature, {"D": 1024, "BLOCK_D": 1024}, ("out",), num_warps=4, scalar_loads=1
-    )
+    yield Specimen("zero_rest D=1024", zero_rest, signature, {"D": 1024, "BLOCK_D": 1024}, ("out",), num_warps=4, row_bytes=4)
     signature = {"dots": "*fp32", "order": "*i64", "out": "*bf16", "reads": "i32"}
     aligned, sizes = ("dots", "order", "out"), {"SLICES": 2, "BLOCK": DOTS}
     yield Specimen("finish_dots D=1024", finish_dots, signature, sizes, aligned, num_warps=4, row_bytes=4, scalar_loads=24)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +22,7 @@ from memrewrite.kernels.triton_math import load_rows, unscaled
 FEW_TOKENS = 64  # with fewer, one program a slice leaves most of the device idle
 SPLIT_LIMIT = 16384  # tokens x chunks: the most sums that the split path may write
 
-ELEMENT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "i32"}
+ELEMENT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 ELEMENT.update({torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"})
 
 
@@ -49,20 +51,35 @@ def whole(number: int, most: int = 8) -> int:
     return min(most, number & -number)
 
 
-def options(dtype: torch.dtype) -> dict[str, bool]:
+def options(dtype: torch.dtype) -> dict[str, Any]:
     """The compiler may melt multiplications into additions only where that changes no bit.
 
     It melts others in the split kernel than in the whole one (seen on sm_100). Products of two halves are exact in fp32.
+    With 8-bit tables the assembler, left alone, saves registers until it spills.
     """
-    return {"enable_fp_fusion": dtype.itemsize == 2}
+    return {"enable_fp_fusion": dtype.itemsize == 2} | ({"maxnreg": 72} if dtype.itemsize == 1 else {})
 
 
-def as_bits(values: Tensor) -> Tensor:
-    """A table the kernels can read: 8-bit floats as words of four, or as bytes where a row is no whole number of words."""
+@lru_cache
+def converts_e4m3(device: torch.device) -> bool:
+    """Whether the device has an instruction for it: sm_89 and newer. Not the interpreter, which takes e4m3's NaN for 480."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def readable(values: Tensor) -> Tensor:
+    """A table the kernels can read: 8-bit floats that the device does not convert as words of four, or as bytes.
+
+    Bytes are for rows that are no whole number of words.
+    """
     values = values.contiguous()
-    if values.dtype != torch.float8_e4m3fn:
+    if values.dtype != torch.float8_e4m3fn or converts_e4m3(values.device):
         return values
     return values.view(torch.uint8 if values.shape[1] % 4 else torch.int32)
+
+
+def elements(dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
+    """What `readable` makes of tables as wide as the specimens', and on which of their architectures."""
+    return {"i32": (80,), "fp8e4nv": (90, 100)} if dtype == torch.float8_e4m3fn else {ELEMENT[dtype]: (80, 90, 100)}
 
 
 @triton.jit
@@ -133,7 +150,7 @@ def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | No
     grid = (tokens, how.slices, chunks) if split else (tokens, how.slices)
     unit = whole(keys)
     lookup_forward[grid](
-        as_bits(values), scale, indices.contiguous(), weights.contiguous(), target, tokens, keys // unit,
+        readable(values), scale, indices.contiguous(), weights.contiguous(), target, tokens, keys // unit,
         D=width, UNIT=unit, ROWS=how.rows, BLOCK_D=how.block, SPLIT=split, num_warps=how.warps, **options(values.dtype),
     )  # fmt: skip
     if split:
@@ -152,23 +169,24 @@ def specimens() -> Iterator[Specimen]:
         (1024, fp32, "i64", 128, False), (1024, fp8, "i64", 128, False), (4096, fp8, "i64", 128, False),
         (1024, bf16, "i64", 128, True), (1024, fp8, "i64", 128, True),
     ):  # fmt: skip
-        how = plan(width, dtype)
-        kind, weight = ELEMENT[dtype], "bf16" if dtype == fp8 else ELEMENT[dtype]
-        unit = whole(keys)
-        yield Specimen(
-            name=f"lookup_forward {'fp8' if dtype == fp8 else kind} D={width} K={keys} {index}{' split' if split else ''}",
-            kernel=lookup_forward,
-            signature={
-                "values": f"*{kind}", "scale": "*fp32" if dtype == fp8 else "constexpr", "indices": f"*{index}",
-                "weights": f"*{weight}", "out": "*fp32" if split else f"*{weight}", "tokens": "i32", "key_units": "i32",
-            },
-            constants={"D": width, "UNIT": unit, "ROWS": how.rows, "BLOCK_D": how.block, "SPLIT": split}
-            | ({} if dtype == fp8 else {"scale": None}),
-            aligned=("values", "indices", "weights", "out", *(["scale"] if dtype == fp8 else [])),
-            num_warps=how.warps,
-            options=options(dtype),
-            scalar_loads=how.rows * (2 if unit < how.rows else 0) + (how.rows if dtype == fp8 else 0),
-        )  # fmt: skip
+        how, eight, unit = plan(width, dtype), dtype == fp8, whole(keys)
+        weight = "fp32" if eight else ELEMENT[dtype]  # product keys give fp32 weights
+        for element, architectures in elements(dtype).items():
+            yield Specimen(
+                name=f"lookup_forward {'fp8' if eight else weight} D={width} K={keys} {index}{' split' if split else ''}",
+                kernel=lookup_forward,
+                signature={
+                    "values": f"*{element}", "scale": "*fp32" if eight else "constexpr", "indices": f"*{index}",
+                    "weights": f"*{weight}", "out": "*fp32" if split else f"*{weight}", "tokens": "i32", "key_units": "i32",
+                },
+                constants={"D": width, "UNIT": unit, "ROWS": how.rows, "BLOCK_D": how.block, "SPLIT": split}
+                | ({} if eight else {"scale": None}),
+                aligned=("values", "indices", "weights", "out", *(["scale"] if eight else [])),
+                num_warps=how.warps,
+                options=options(dtype),
+                scalar_loads=how.rows * (2 if unit < how.rows else 0) + (how.rows if eight else 0),
+                architectures=architectures,
+            )  # fmt: skip
     how = plan(1024, bf16)
     yield Specimen(
         name="add_chunks bf16 D=1024",

@@ -1,6 +1,7 @@
 """Small functions that the Triton kernels share: 8-bit floats as bits, random bits, stochastic rounding.
 
-Plain integer and fp32 arithmetic only, so that every architecture and the interpreter run the same code.
+Plain integer and fp32 arithmetic, which every architecture and the interpreter have; only tables of `tl.float8e4nv`,
+which sm_89 and newer convert by an instruction, are left to it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ ROUNDS: tl.constexpr = tl.constexpr(7)  # of philox: the fewest that pass BigCru
 
 @triton.jit
 def load_rows(values, row, first, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Columns `first + 0..BLOCK_D-1` of table rows, as fp32 [ROWS, BLOCK_D]; 8-bit ones come 256 times too small.
+    """Columns `first + 0..BLOCK_D-1` of table rows, as fp32 [ROWS, BLOCK_D]; those decoded here come 256 times too small.
 
-    8-bit tables arrive as int32 words of four values, or as bytes where a row is no whole number of words.
+    8-bit tables arrive as they are where the device converts them, which makes fp32 of the right size by half the
+    instructions; else as int32 words of four values, or as bytes where a row is no whole number of words.
     """
     if values.dtype.element_ty == tl.int32:
         word = first // 4 + tl.arange(0, BLOCK_D // 4)
@@ -27,16 +29,16 @@ def load_rows(values, row, first, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
     else:
         cols = first + tl.arange(0, BLOCK_D)
         mask = live[:, None] & (cols < D)[None, :]
-        tile = tl.load(values + row[:, None] * D + cols[None, :], mask, 0, eviction_policy="evict_last")
+        tile = tl.load(values + row[:, None] * D + cols[None, :], mask, 0.0, eviction_policy="evict_last")
         out = decode_e4m3(tile) if tile.dtype == tl.uint8 else tile.to(tl.float32)
     return out
 
 
 @triton.jit
 def unscaled(values, factor):
-    """A factor of what `load_rows` returns, with the 256 that 8-bit values lack."""
-    eight: tl.constexpr = (values.dtype.element_ty == tl.int32) or (values.dtype.element_ty == tl.uint8)
-    return factor * 256.0 if eight else factor
+    """A factor of what `load_rows` returns, with the 256 that values decoded here lack."""
+    small: tl.constexpr = (values.dtype.element_ty == tl.int32) or (values.dtype.element_ty == tl.uint8)
+    return factor * 256.0 if small else factor
 
 
 @triton.jit

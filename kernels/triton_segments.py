@@ -18,6 +18,7 @@ from torch import Tensor
 from memrewrite.kernels.specimens import Specimen
 
 LENGTH = 128  # reads of a segment: a hot row's are added up side by side, 128 at a time
+MOST_PIECES = 2**15  # hot rows' segments have a sum [D] each: beyond four million reads segments grow, and these do not
 BLOCK = 512
 HOT_BLOCK, HOT_ROWS = 512, 4  # columns, and reads at once, of a program that adds up a hot row's segment
 LONG = 1 << 32  # counts rows above, their segments below
@@ -45,23 +46,24 @@ def segment(indices: Sequence[Tensor], weights: Sequence[Tensor], slots: int) ->
     kind = torch.int32 if slots < 2**31 else torch.int64
     found, order = torch.sort(_joined([i.reshape(-1).to(kind) for i in indices]), stable=True)
     reads = found.numel()
-    rows, longs = min(reads, slots), reads // (LENGTH + 1)
+    length = max(LENGTH, triton.next_power_of_2(triton.cdiv(reads, MOST_PIECES)))
+    rows, longs = min(reads, slots), reads // (length + 1)
     rank = torch.zeros(reads, dtype=torch.int32, device=found.device)
     torch.cumsum(found[1:] != found[:-1], 0, dtype=torch.int32, out=rank[1:])
     starts = torch.full((rows + 1,), reads, dtype=torch.int32, device=found.device)
     sums = torch.empty(rows + 1, dtype=torch.int64, device=found.device)
-    table = torch.zeros(min(reads, rows + reads // LENGTH), 4, dtype=torch.int32, device=found.device)
-    long_segments = torch.zeros(reads // LENGTH + longs, 2, dtype=torch.int32, device=found.device)
+    table = torch.zeros(min(reads, rows + reads // length), 4, dtype=torch.int32, device=found.device)
+    long_segments = torch.zeros(reads // length + longs, 2, dtype=torch.int32, device=found.device)
     long_rows = torch.zeros(longs, 4, dtype=torch.int32, device=found.device)
     flat = _joined([w.reshape(-1) for w in weights])
     tokens, sorted_weights = torch.empty_like(rank), torch.empty_like(flat)
     owners = None if len(indices) == 1 else _owners(indices)
     grid = (triton.cdiv(reads, BLOCK),)
     mark_starts[grid](rank, order, owners, flat, starts, tokens, sorted_weights, reads, indices[0].shape[1], BLOCK=BLOCK)
-    count_long[(triton.cdiv(rows + 1, BLOCK),)](starts, sums, rows, LENGTH=LENGTH, LONG=LONG, BLOCK=BLOCK)
+    count_long[(triton.cdiv(rows + 1, BLOCK),)](starts, sums, rows, LENGTH=length, LONG=LONG, BLOCK=BLOCK)
     torch.cumsum(sums, 0, out=sums)
-    cut[grid](rank, starts, sums, table, long_segments, long_rows, reads, LENGTH=LENGTH, BLOCK=BLOCK)
-    return Segments(found, order, tokens, sorted_weights, starts, sums, table, long_segments, long_rows, rank[-1:], LENGTH)
+    cut[grid](rank, starts, sums, table, long_segments, long_rows, reads, LENGTH=length, BLOCK=BLOCK)
+    return Segments(found, order, tokens, sorted_weights, starts, sums, table, long_segments, long_rows, rank[-1:], length)
 
 
 def touched(segments: Segments) -> Tensor:

@@ -248,7 +248,7 @@ def specimens() -> Iterator[Specimen]:
         (1024, bf16, bf16), (4096, bf16, bf16), (1024, fp32, fp32), (1024, fp8, bf16),
     ):  # fmt: skip
         how, eight = plan(width), dtype == fp8
-        kind = "bf16" if eight else ELEMENT[dtype]
+        kind = "fp32" if eight else ELEMENT[dtype]  # what a lookup of 8 bits has gradients in
         pointers = {"values": "*u8" if eight else f"*{kind}", "square": "*fp32", "grads": f"*{kind}", "tokens": "*i32"}
         pointers |= {"weights": f"*{kind}", "slots": "*i32", "starts": "*i32", "counts": "*i64", "sums": "*fp32"}
         pointers |= ({"scale": "*fp32"} if eight else {}) | ({"average": f"*{ELEMENT[average]}"} if average else {})

@@ -135,7 +135,7 @@ def run(options: argparse.Namespace, version: str) -> int:
     known = {} if options.write else baseline.get(version, {})
     rows, wrong, measured = [], 0, {}
     for specimen in specimens():
-        for arch in options.arch:
+        for arch in (arch for arch in options.arch if arch in specimen.architectures):
             code = compiled(specimen, arch)
             record = code.registers if options.write else known.get(specimen.name, {}).get(str(arch))
             for finding in findings(specimen, code, record):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import memrewrite
 from memrewrite.errors import UserError
 from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
-from memrewrite.kernels import ops, reference, rounding
+from memrewrite.kernels import lookup_update, ops, reference, rounding
+from memrewrite.kernels.pending import refuse_capture
 from memrewrite.layers.memory_plus import MemoryPlus, MemoryPlusOptions
 from memrewrite.layers.pool import Pool, PoolSpec
 
@@ -309,7 +311,7 @@ def test_small_tables_train_to_the_loss_of_the_dense_way(dtype, tolerance):
 def test_rate_and_decay_are_the_groups(monkeypatch):
     seen = []
     rule = RowwiseAdagrad()
-    monkeypatch.setattr(RowwiseAdagrad, "step", lambda self, pool, state, reads, numbers: seen.append(numbers))
+    monkeypatch.setattr(RowwiseAdagrad, "step", lambda self, pool, state, reads, step, numbers: seen.append(numbers))
     model = Shared()
     optimizer = torch.optim.AdamW(memrewrite.param_groups(model, lr=1e-3, value_lr=0.5, value_decay=0.25))
     fuse(optimizer, model, rule)
@@ -471,9 +473,131 @@ def test_fuse_refuses():
     double = Shared(dtype="float64")
     with pytest.raises(UserError, match="float64"):
         fuse(torch.optim.SGD(double.parameters(), lr=1.0), double)
-    fuse(torch.optim.SGD(model.parameters(), lr=1.0), model)
+    first = torch.optim.SGD(model.parameters(), lr=1.0)
+    fuse(first, model)
     with pytest.raises(UserError, match="an optimizer \\(SGD\\) updates pool already"):
         fuse(torch.optim.SGD(model.parameters(), lr=1.0), model)
+
+
+def test_an_optimizer_that_is_gone_takes_nothing():
+    model = Shared()
+    optimizer = optimizer_of(model)
+    del optimizer
+    with pytest.raises(RuntimeError, match="no optimizer takes it"):
+        loss_of(model).backward()
+    train(model, optimizer_of(model), range(1))
+
+
+def test_wrapped_optimizers():
+    accelerate = pytest.importorskip("accelerate")
+    model = Shared()
+    inner = torch.optim.AdamW(memrewrite.param_groups(model, lr=1e-3))
+    optimizer = accelerate.Accelerator(cpu=True).prepare(inner)
+    fuse(optimizer, model)
+    before = model.pool.values.detach().clone()
+    loss_of(model).backward()
+    optimizer.zero_grad(set_to_none=True)
+    assert not model.pool.pending.waiting
+    loss_of(model).backward()
+    optimizer.step()
+    assert not torch.equal(model.pool.values, before)
+
+
+@pytest.mark.parametrize("ask", ["an input", "a weight", "backward to inputs"])
+def test_gradients_of_something_else_teach_the_table_nothing(ask):
+    model = Shared()
+    owner = optimizer_of(model)
+    x, target = batch()
+    loss = (model(x.requires_grad_()) - target).square().mean()
+    if ask == "an input":
+        assert torch.autograd.grad(loss, x)[0].any()
+    elif ask == "a weight":
+        assert torch.autograd.grad(loss, model.layers[0].gate.weight)[0].any()
+    else:
+        loss.backward(inputs=[x])
+    assert not model.pool.pending.waiting
+    (model(x) - target).square().mean().backward()
+    assert len(model.pool.pending.waiting) == 3
+    owner.zero_grad()
+
+
+def test_second_derivatives_are_refused():
+    model = Shared()
+    owner = optimizer_of(model)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        loss_of(model).backward(create_graph=True)
+    assert not model.pool.pending.waiting
+    assert owner.state[model.pool.values] == {}
+
+
+def test_a_table_that_was_replaced_is_refused():
+    model = Shared()
+    optimizer = optimizer_of(model)
+    model.pool.values = nn.Parameter(model.pool.values.detach().clone())
+    loss_of(model).backward()
+    with pytest.raises(UserError, match=r"pool\.values is another parameter"):
+        optimizer.step()
+    assert model.pool.pending.waiting
+
+
+def test_a_step_that_fails_keeps_what_it_did_not_do(monkeypatch):
+    model = Shared()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(1))
+    loss_of(model, 1).backward()
+    before, waiting = model.pool.values.detach().clone(), len(model.pool.pending.waiting)
+    with monkeypatch.context() as broken:
+        broken.setattr("memrewrite.kernels.torch_backend.adagrad_", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    assert torch.equal(model.pool.values, before)
+    assert len(model.pool.pending.waiting) == waiting
+    assert optimizer.state[model.pool.values]["step"] == 1
+
+
+def test_a_captured_update_is_refused(monkeypatch):
+    on_a_gpu = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    refuse_capture(on_a_gpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be in a CUDA graph"):
+        refuse_capture(on_a_gpu)
+
+
+def test_tensors_of_two_devices_are_refused():
+    values, indices, weights = torch.randn(6, 4), torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="on one device, not on cpu and meta"):
+        ops.sparse_lookup(values, indices, weights.to("meta"))
+    with pytest.raises(ValueError, match="on one device"):
+        lookup_update.adagrad(values, None, torch.zeros(6, device="meta"), *some_reads(6, 4, 2, 3), **NUMBERS, seed=0)
+    with pytest.raises(ValueError, match="on one device"):
+        ops.product_key_topk(values, values.to("meta"), 2)
+
+
+def test_optimizers_that_prepare_a_state_in_their_constructor():
+    model = Shared()
+    optimizer = torch.optim.Adagrad(memrewrite.param_groups(model, lr=1e-3))
+    fuse(optimizer, model)
+    train(model, optimizer, range(2))
+    assert set(optimizer.state[model.pool.values]) == {"step", "total"}
+
+
+def test_states_are_found_by_place_not_by_number():
+    model, other = Shared(dtype="bfloat16"), Shared(dtype="bfloat16")
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    shifted = {
+        "state": {n + 100: state for n, state in saved["state"].items()},
+        "param_groups": copy.deepcopy(saved["param_groups"]),
+    }
+    for group in shifted["param_groups"]:
+        group["params"] = [n + 100 for n in group["params"]]
+    fresh = optimizer_of(other)
+    fresh.load_state_dict(shifted)
+    total = fresh.state[other.pool.values]["total"]
+    assert total.dtype == torch.float32
+    assert torch.equal(total, optimizer.state[model.pool.values]["total"])
 
 
 def test_copies_have_queues_of_their_own():
@@ -620,7 +744,7 @@ def test_rewritten_model_is_proved_trained_saved_and_loaded(wish, placement, tmp
     report = memrewrite.apply(model, recipe, inputs)
     assert {c.name: c.outcome for c in report.checks}["gradient"] == "passed"
     if wish["gradient"] == "fused":
-        assert model.memory.shared.pending.taken_by is None
+        assert model.memory.shared.pending.taker is None
         optimizer = torch.optim.AdamW(memrewrite.param_groups(model, lr=1e-3))
         fuse(optimizer, model)
         before = model.memory.shared.values.detach().view(torch.uint8).clone()

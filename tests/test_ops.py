@@ -406,3 +406,14 @@ def test_opcheck_of_every_option():
     # opcheck compares outputs with torch.testing.assert_close, which knows COO, and traces, which needs fakes of it
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.sparse_lookup_rows, (grad, indices, weights.detach(), 60), test_utils=tests)
+
+
+def test_topk_backward_goes_where_its_forward_went(monkeypatch):
+    """The choice looks at the widths of the scores, which the gradient does not have."""
+    asked = []
+    monkeypatch.setattr(
+        "memrewrite.kernels.triton_backend.supports_topk", lambda a, b, k: asked.append((a.shape[-1], b.shape[-1], k)) or "no"
+    )
+    halves = [torch.randn(2, n, requires_grad=True) for n in (70, 90)]
+    ops.product_key_topk(*halves, 5)[0].sum().backward()
+    assert asked == [(70, 90, 5), (70, 90, 5)]

@@ -105,11 +105,48 @@ def test_forward_does_not_read_the_scale_of_rows_it_does_not_read():
     assert kernels("lookup").forward(values, indices, weights, scale).isfinite().all()
 
 
+@pytest.fixture(params=[False, True], ids=["decoded", "converted"])
+def converts(request, monkeypatch) -> bool:
+    """Whether 8-bit tables are converted by Triton's own cast: what sm_89 and newer do by an instruction."""
+    monkeypatch.setattr(kernels("lookup"), "converts_e4m3", lambda device: request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("d", [256, 255])  # words, bytes
-def test_every_e4m3_code_is_read(d):
+def test_every_e4m3_code_is_read(d, converts):
     codes = torch.arange(256, dtype=torch.uint8)[:d].view(1, d)
+    if converts:  # the interpreter's cast knows no NaN; the instruction does
+        codes = codes.masked_fill((codes & 0x7F) == 0x7F, 0)
     out = kernels("lookup").forward(codes.view(FP8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), torch.ones(1))
     torch.testing.assert_close(out, codes.view(FP8).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("d", [1, 20, 255, 576])
+def test_8_bits_decoded_and_converted_give_the_same_bits(d, monkeypatch):
+    lookup, results = kernels("lookup"), []
+    values, indices, weights, scale = inputs(60, d, 3, 9, FP8)
+    grad = torch.randn(3, d).to(weights.dtype)
+    for way, few in ((False, 64), (False, 0), (True, 64), (True, 0)):  # split and whole
+        monkeypatch.setattr(lookup, "converts_e4m3", lambda device, way=way: way)
+        monkeypatch.setattr(lookup, "FEW_TOKENS", few)
+        out = lookup.forward(values, indices, weights, scale)
+        results.append((out, kernels("backward").backward(grad, values, indices, weights, scale, False, True)[1]))
+    for out, grad_weights in results[1:]:
+        assert torch.equal(out, results[0][0])
+        assert torch.equal(grad_weights, results[0][1])
+
+
+@pytest.mark.parametrize(("capability", "words", "bytes_"), [
+    ((8, 0), torch.int32, torch.uint8), ((8, 6), torch.int32, torch.uint8), ((8, 9), FP8, FP8), ((10, 0), FP8, FP8),
+])  # fmt: skip
+def test_the_device_decides_how_8_bits_are_read(capability, words, bytes_, monkeypatch):
+    lookup = kernels("lookup")
+    assert not lookup.converts_e4m3(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    on_device = lookup.converts_e4m3.__wrapped__(torch.device("cuda", 0))  # past the cache
+    monkeypatch.setattr(lookup, "converts_e4m3", lambda device: on_device)
+    assert [lookup.readable(torch.zeros(3, d).to(FP8)).dtype for d in (20, 21)] == [words, bytes_]
+    assert lookup.readable(torch.zeros(3, 20)).dtype == torch.float32
 
 
 def gradients(values: Tensor, scale: Tensor | None, indices: Tensor, weights: Tensor, grad: Tensor):
