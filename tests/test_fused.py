@@ -308,6 +308,39 @@ def test_small_tables_train_to_the_loss_of_the_dense_way(dtype, tolerance):
     assert last == pytest.approx(right, rel=tolerance)
 
 
+def largest_allocation(run) -> int:
+    """Bytes of the largest tensor that is made on the way."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+@pytest.mark.parametrize(("gradient", "has_table"), [("fused", False), ("sparse", False), ("dense", True)])
+def test_no_gradient_table_is_ever_made(gradient, has_table):
+    """Nothing as large as a tenth of the table is allocated, in forward, backward and step; with "dense" it is."""
+    pool = Pool(PoolSpec(keys=200, value_dim=64, gradient=gradient))  # 10 MB
+    pool.reset_parameters()
+    optimizer = torch.optim.SGD([pool.values], lr=0.1)
+    if gradient == "fused":
+        fuse(optimizer, pool)
+    indices, weights = torch.randint(0, 40000, (8, 16)), torch.rand(8, 16, requires_grad=True)
+
+    def run() -> None:
+        pool(indices, weights).square().sum().backward()
+        optimizer.step()
+
+    assert (largest_allocation(run) >= pool.values.nbytes / 10) == has_table
+
+
+def test_saved_for_the_backward_are_the_inputs():
+    values, indices, weights = torch.randn(50, 8, requires_grad=True), torch.randint(0, 50, (6, 4)), torch.rand(6, 4)
+    known, saved = {t.data_ptr() for t in (values, indices, weights)}, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        ops.sparse_lookup(values, indices, weights.requires_grad_())
+    assert saved
+    assert set(saved) <= known
+
+
 def test_rate_and_decay_are_the_groups(monkeypatch):
     seen = []
     rule = RowwiseAdagrad()
