@@ -446,7 +446,7 @@ def test_checkpointed_activations_update_once(reentrant):
     assert torch.equal(plain.pool.values, recomputed.pool.values)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
 def test_compiled_training_is_the_eager_one_and_never_recompiles(dtype):
     torch._dynamo.reset()
     eager, model = Shared(dtype=dtype), Shared(dtype=dtype)
@@ -464,7 +464,7 @@ def test_compiled_training_is_the_eager_one_and_never_recompiles(dtype):
     got, want = (
         m.pool.values.float() if m.pool.scale is None else m.pool.values.float() * m.pool.scale[:, None] for m in (model, eager)
     )
-    tolerance = {"float32": 1e-5, "bfloat16": 0.02, "float8_e4m3fn": 0.1}[dtype]
+    tolerance = {"float32": 1e-5, "float8_e4m3fn": 0.1}[dtype]
     assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
@@ -643,9 +643,8 @@ def test_copies_have_queues_of_their_own():
         assert not torch.equal(other.pool.values, model.pool.values)
 
 
-@pytest.mark.parametrize("dtype", [None, "float8_e4m3fn"])
-def test_an_exported_model_knows_nothing_of_the_queue(dtype, tmp_path):
-    model = Shared(dtype=dtype)
+def test_an_exported_model_knows_nothing_of_the_queue(tmp_path):
+    model = Shared(dtype="float8_e4m3fn")
     x, _ = batch()
     t = torch.export.Dim("t", min=2, max=256)
     with torch.no_grad():
