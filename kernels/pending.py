@@ -1,8 +1,8 @@
 """What a fused update has still to do: the factors of a table's gradient, from the backward to the optimizer's step.
 
-The gradient of a table is `sum over lookups of w[t, j] * grad[t]` at row `indices[t, j]`. Its factors grad [T, D], indices and
-weights [T, K] are kept, and it is never made. Several lookups may read one table (layers that share it, micro-batches, activations
-that are computed again in the backward): nothing changes the table before the step.
+The gradient of a table is `sum over lookups of w[t, j] * grad[t]` at row `indices[t, j]`. Its factors grad [T, D], indices
+and weights [T, K] are kept, and it is never made. Several lookups may read one table (layers that share it, micro-batches,
+activations that are computed again in the backward): nothing changes the table before the step.
 """
 
 from __future__ import annotations
