@@ -1,4 +1,4 @@
-"""Checks that the operators share: sizes that may be numbers or symbols, and tensors that must be in one place."""
+"""Checks that the operators share: sizes that may be numbers or symbols, one device, indices within the table."""
 
 from __future__ import annotations
 
@@ -19,3 +19,14 @@ def one_device(op: str, first: Tensor, *others: Tensor | None) -> None:
     for other in others:
         if other is not None and other.device != first.device:
             raise ValueError(f"{op}: all tensors must be on one device, not on {first.device} and {other.device}")
+
+
+def check_range(values: Tensor, indices: Tensor) -> None:
+    """Refuse an index outside the table. Elsewhere than on the CPU the check would stall, and the device asserts."""
+    if indices.device.type != "cpu":
+        return
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < 0 or high >= values.shape[0]:
+        raise IndexError(
+            f"sparse_lookup: index {low if low < 0 else high} is out of range for a table of {values.shape[0]} slots"
+        )

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from memrewrite.kernels.backends import choose
-from memrewrite.kernels.checks import one_device
-from memrewrite.kernels.torch_backend import check_range
+from memrewrite.kernels.checks import check_range, one_device
 
 MOST_READS = 2**30  # of one update: kernels count them in 32 bits
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memrewrite.kernels.checks import check_range
 from memrewrite.kernels.torch_reads import in_pieces, sorted_reads, wide_rows
 from memrewrite.kernels.torch_topk import topk, topk_backward
 from memrewrite.kernels.torch_update import adagrad_, adam_
@@ -68,17 +69,6 @@ def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Te
     found = reads.slots[-1:].long().repeat(count + 1).scatter_(0, place, reads.slots.long())
     sums = F.embedding_bag(reads.tokens, reads.grad, starts[:count], per_sample_weights=reads.weights, mode="sum")
     return found[:count], sums
-
-
-def check_range(values: Tensor, indices: Tensor) -> None:
-    """Refuse an index outside the table. Elsewhere than on the CPU the check would stall, and the device asserts."""
-    if indices.device.type != "cpu":
-        return
-    low, high = (int(bound) for bound in indices.aminmax())
-    if low < 0 or high >= values.shape[0]:
-        raise IndexError(
-            f"sparse_lookup: index {low if low < 0 else high} is out of range for a table of {values.shape[0]} slots"
-        )
 
 
 def _bags(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
