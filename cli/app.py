@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memrewrite.cli import recipes
+from memrewrite.cli import onnx, recipes
+from memrewrite.cli.arguments import Json, ModelArgument, RecipeArgument, Trust, load_model, read_recipe
 from memrewrite.cli.session import EXIT_CODES, Session, Settings, session
 
 if TYPE_CHECKING:
@@ -37,24 +38,6 @@ class Emit(str, enum.Enum):
 
     module = "module"
     graph = "graph"
-
-
-MODEL_HELP = (
-    "model.py (defines `build()` or `model`, and `inputs`), file.py:name, package.module:name, a Hugging Face directory,"
-    " a .gguf or .pt2 file, or a directory saved by memrewrite."
-)
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-RecipeArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="A recipe file, or the name of a gallery recipe.",
-        autocompletion=recipes.complete,
-        show_default=False,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and no tables.")]
-Trust = Annotated[bool, typer.Option("--trust-code", help="Run Python and unpickle objects that came with the model.")]
 
 
 def _version(wanted: bool) -> None:
@@ -97,8 +80,8 @@ def apply(
             from memrewrite.cli.output import refuse_output
 
             refuse_output(output, overwrite=overwrite, read=[model, recipe])
-        wanted = _recipe(ours, recipe)
-        source = _load(ours, model, trust_code, with_tokenizer=output is not None and not dry_run)
+        wanted = read_recipe(ours, recipe)
+        source = load_model(ours, model, trust_code, with_tokenizer=output is not None and not dry_run)
         if dry_run:
             _show_plan(ours, source, wanted)
         else:
@@ -153,8 +136,8 @@ def inspect(
         from memrewrite.cli import look
 
         look.refuse(why, html, recipe, overwrite=overwrite, read=[model])
-        wanted = None if recipe is None else _recipe(ours, recipe)
-        source = _load(ours, model, trust_code)
+        wanted = None if recipe is None else read_recipe(ours, recipe)
+        source = load_model(ours, model, trust_code)
         if why is not None:
             look.why(ours, source, why)
         elif html is not None:
@@ -173,8 +156,8 @@ def plan(
 ) -> None:
     """Show what `apply` would do to MODEL, and what it would cost; change nothing."""
     with session(context.obj, as_json) as ours:
-        wanted = _recipe(ours, recipe)
-        _show_plan(ours, _load(ours, model, trust_code), wanted)
+        wanted = read_recipe(ours, recipe)
+        _show_plan(ours, load_model(ours, model, trust_code), wanted)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -200,18 +183,8 @@ def verify(
         ours.show(document, lambda out: render.verified(out, report, directory))
 
 
-def _recipe(ours: Session, recipe: str) -> Recipe:
-    ours.step("reading the recipe")
-    from memrewrite.recipes.reader import read_recipe
-
-    return read_recipe(recipe)
-
-
-def _load(ours: Session, model: str, trust_code: bool, *, with_tokenizer: bool = False) -> Source:
-    ours.step("loading the model")
-    from memrewrite.passes.sources import load_source
-
-    return load_source(model, trust_code=trust_code, with_tokenizer=with_tokenizer)
+for command in (onnx.export, onnx.build_op):
+    app.command(epilog=EXIT_CODES)(command)
 
 
 def _show_plan(ours: Session, source: Source, recipe: Recipe) -> None:

@@ -20,9 +20,9 @@ def refuse(why: str | None, html: Path | None, recipe: str | None, *, overwrite:
     if recipe is not None and html is None:
         raise UserError("--recipe is drawn on a page", hint="give --html FILE, or use `memrewrite plan MODEL RECIPE`")
     if html is not None:
-        from memrewrite.cli.output import refuse_page
+        from memrewrite.cli.output import refuse_file
 
-        refuse_page(html, overwrite=overwrite, read=[*read, *([recipe] if recipe else [])])
+        refuse_file(html, overwrite=overwrite, read=[*read, *([recipe] if recipe else [])])
 
 
 def tables(ours: Session, source: Source) -> None:

@@ -33,16 +33,16 @@ def _existing(spec: str) -> Path:
     return (path if path.exists() else Path(spec.rpartition(":")[0] or spec)).resolve()
 
 
-def refuse_page(page: Path, *, overwrite: bool, read: list[str]) -> None:
-    """Raise `CheckpointError` for a page that would replace something, or cannot be written."""
-    where = str(page)
-    if page.is_dir():
-        raise CheckpointError(f"{where!r} is a directory", where=where, hint="give a file, such as model.html")
-    if any(_existing(spec) == page.resolve() for spec in read):
+def refuse_file(file: Path, *, overwrite: bool, read: list[str]) -> None:
+    """Raise `CheckpointError` for a file that would replace something, or cannot be written."""
+    where = str(file)
+    if file.is_dir():
+        raise CheckpointError(f"{where!r} is a directory", where=where, hint="give a file, such as model.html or model.onnx")
+    if any(_existing(spec) == file.resolve() for spec in read):
         raise CheckpointError(f"{where!r} is what is read", where=where, hint="give another file")
-    if page.exists() and not overwrite:
+    if file.exists() and not overwrite:
         raise CheckpointError(f"the file {where!r} exists", where=where, hint="give a new name, or --overwrite to replace it")
-    if not page.absolute().parent.is_dir() or not os.access(page.absolute().parent, os.W_OK | os.X_OK):
+    if not file.absolute().parent.is_dir() or not os.access(file.absolute().parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{where!r} cannot be written", where=where, hint="give a file in a directory you may write to")
 
 

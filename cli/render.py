@@ -14,6 +14,8 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from memrewrite.cost import Cost
+    from memrewrite.passes.export_onnx import Exported
+    from memrewrite.passes.onnx_file import Port
     from memrewrite.plans import Plan, Substitution
     from memrewrite.report import Report
     from memrewrite.site import Located, Site
@@ -131,6 +133,19 @@ def checks(out: Console, report: Report) -> None:
         return
     rows = [(c.name, c.outcome, _number(c.number), c.sentence) for c in report.checks]
     table(out, ("check", "outcome", "number", ""), rows, right=("number",))
+
+
+def exported(out: Console, made: Exported) -> None:
+    """What a file takes and gives, how its memory operators are written, and where it lies."""
+    rows = [(what, port.name, port.dtype, " × ".join(map(str, port.shape))) for what, ports in _ports(made) for port in ports]
+    table(out, ("", "name", "type", "axes"), rows)
+    nodes = ", ".join(f"{count} {name}" for name, count in made.nodes.items()) or "written out as standard operators"
+    line(out, f"\nmemory operators: {nodes} · {made.dtype} · opset {made.opset} · {size(made.weights)} of weights")
+    line(out, f"saved in {made.path}" + (f", weights in {made.data}" if made.data else ""))
+
+
+def _ports(made: Exported) -> tuple[tuple[str, Sequence[Port]], ...]:
+    return (("input", made.inputs), ("output", made.outputs))
 
 
 def listed(out: Console, described: Mapping[str, str]) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
     from memrewrite.passes.backend import backend
     from memrewrite.passes.checkpoint import load, save
+    from memrewrite.passes.export_onnx import export_onnx
+    from memrewrite.passes.onnx_session import onnx_session
     from memrewrite.passes.pipeline import apply, explain, inspect, plan
     from memrewrite.recipes.schema import Recipe
     from memrewrite.report import Report
@@ -30,9 +32,11 @@ _HOMES = {
     "apply": "memrewrite.passes.pipeline",
     "backend": "memrewrite.passes.backend",
     "explain": "memrewrite.passes.pipeline",
+    "export_onnx": "memrewrite.passes.export_onnx",
     "fuse": "memrewrite.fused",
     "inspect": "memrewrite.passes.pipeline",
     "load": "memrewrite.passes.checkpoint",
+    "onnx_session": "memrewrite.passes.onnx_session",
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",
     "save": "memrewrite.passes.checkpoint",
@@ -46,9 +50,11 @@ __all__ = [
     "apply",
     "backend",
     "explain",
+    "export_onnx",
     "fuse",
     "inspect",
     "load",
+    "onnx_session",
     "param_groups",
     "plan",
     "save",

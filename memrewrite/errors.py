@@ -56,6 +56,10 @@ class CheckpointError(UserError):
     """A saved directory is missing something, was changed, or would be overwritten."""
 
 
+class ExportError(UserError):
+    """A model cannot be written as ONNX, or an ONNX file cannot be run as asked."""
+
+
 class VerificationError(MemrewriteError):
     """A check of `verify` failed; the rewrite was undone. `report` holds every check."""
 

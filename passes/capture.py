@@ -137,15 +137,15 @@ class Refused(Exception):  # noqa: N818 - a verdict, turned into an error that n
 
 
 def export_program(
-    model: nn.Module, inputs: Inputs, dynamic: bool, recorder: Recorder | None = None
+    model: nn.Module, inputs: Inputs, dynamic: bool, recorder: Recorder | None = None, *, axes: int = 2
 ) -> tuple[ExportedProgram, str]:
     """`torch.export` of a module, and how it went: dynamic shapes where asked and possible, non-strict, then strict.
 
-    Raises `Refused` with torch's reasons.
+    Of every input the first `axes` axes may become dynamic. Raises `Refused` with torch's reasons.
     """
     model = _as_module(model)
     args, kwargs = copy.deepcopy(inputs)
-    shapes = _auto_dims((args, kwargs)) if dynamic else None
+    shapes = _auto_dims((args, kwargs), axes) if dynamic else None
     attempts = [(False, shapes), (True, shapes)] if shapes else []
     reasons = []
     for strict, dims in [*attempts, (False, None), (True, None)]:
@@ -153,7 +153,7 @@ def export_program(
         dropped: set[str] = set()
         seen = recorder if recorder and not strict else nullcontext()
         try:
-            with torch.no_grad(), _hushed(), seen, nullcontext() if strict else _known_outputs(model, dropped):
+            with torch.no_grad(), hushed(), seen, nullcontext() if strict else _known_outputs(model, dropped):
                 dynamic_shapes = None if dims is None else _by_argument(model, args, kwargs, dims)
                 program = torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
             _refuse_bodies(program)
@@ -207,7 +207,7 @@ def _known_outputs(model: nn.Module, dropped: set[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """A refused attempt is told in one line, not in torch's thousands: what it warns, logs and prints is dropped."""
     before, nowhere = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.ERROR)
@@ -219,13 +219,13 @@ def _hushed() -> Iterator[None]:
         logging.disable(before)
 
 
-def _auto_dims(inputs: Inputs) -> Inputs:
-    """Batch and sequence (the first two axes) left to torch: it makes them symbolic or says they are fixed."""
+def _auto_dims(inputs: Inputs, axes: int) -> Inputs:
+    """The first axes, batch and sequence, left to torch: it makes them symbolic or says they are fixed."""
 
     def dims(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return None
-        return {axis: Dim.AUTO for axis in range(min(2, leaf.ndim)) if leaf.shape[axis] > 1}
+        return {axis: Dim.AUTO for axis in range(min(axes, leaf.ndim)) if leaf.shape[axis] > 1}
 
     shapes: Inputs = tree_map(dims, inputs)
     return shapes

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from memrewrite.passes.graph_text import GRAPHS, hosts_to_json
 from memrewrite.passes.locate import Locations, locate
 from memrewrite.passes.originals import null, run_with_originals
 from memrewrite.passes.outline import outline
-from memrewrite.passes.recording import run
+from memrewrite.passes.recording import evaluating, run
 from memrewrite.passes.select import select
 from memrewrite.passes.substitute import Edit, pools_of, refuse_rewritten, substitute
 from memrewrite.passes.token_wise import locality
@@ -108,7 +107,7 @@ def apply(
     wanted = read_recipe(recipe)
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
-    with _evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         if emit == "graph" and not is_traced(model):
             say("capturing the model with dynamic shapes")
             traced = capture(model, inputs, dynamic=True)
@@ -239,7 +238,7 @@ def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, Locations]:
     if inputs is None and not isinstance(model, ExportedProgram):
         raise ModelError("no example inputs were given", hint="give a tuple, a dict or (args, kwargs) that the model runs on")
     say("capturing the model")
-    with _evaluating(model):
+    with evaluating(model):
         before = capture(model, inputs)
         say("locating its MLPs")
         locations = locate(before)
@@ -278,20 +277,6 @@ def _free_memory(device: torch.device) -> int | None:
         return None
     sizes = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     return int(sizes["MemAvailable"].split()[0]) * 1024
-
-
-@contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """Eval mode while a model is traced and compared, every module's own mode back afterwards."""
-    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        if isinstance(model, nn.Module):
-            for module in model.modules():
-                module.training = modes.get(module, modes[model])  # a new layer goes with the whole
 
 
 def _as_in(given: nn.Module, result: nn.Module) -> None:

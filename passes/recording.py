@@ -6,12 +6,14 @@ The forward starts from a fixed seed and leaves the caller's inputs and random s
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memrewrite.errors import ModelError
@@ -60,6 +62,20 @@ def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
 def on_meta(model: nn.Module) -> bool:
     """Whether the model has shapes but no values."""
     return any(p.is_meta for p in model.parameters())
+
+
+@contextmanager
+def evaluating(model: nn.Module | ExportedProgram) -> Iterator[None]:
+    """Eval mode while a model is traced and compared, every module's own mode back afterwards."""
+    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        if isinstance(model, nn.Module):
+            for module in model.modules():
+                module.training = modes.get(module, modes[model])  # a new layer goes with the whole
 
 
 def run(model: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Any:

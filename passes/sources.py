@@ -54,7 +54,7 @@ class Source:
     `config_files`: the files of a Hugging Face directory that hold no weights; `tokenizer`: when it lies inside a gguf
     file; `code` and `builder`: the Python file, and the name in it that builds the model. `code` is `None` for a module
     that was imported by its dotted name: `builder` is then `package.module:name`. `neighbours`: files that `code`
-    imports from its own directory, which are not saved with it.
+    imports from its own directory, which are not saved with it. `inputs_made`: by us, from the model's config.
     """
 
     model: nn.Module | ExportedProgram
@@ -65,6 +65,7 @@ class Source:
     builder: str = ""
     tokenizer: Any | None = None
     neighbours: tuple[Path, ...] = ()
+    inputs_made: bool = False
 
     @property
     def base(self) -> Base:
@@ -114,7 +115,7 @@ def _from_directory(path: Path, trust_code: bool, with_tokenizer: bool) -> Sourc
         return _from_saved(path, trust_code)
     loaded = load_pretrained(path, trust_code=trust_code, with_tokenizer=with_tokenizer)
     inputs = example_inputs(loaded.model)
-    return Source(loaded.model, inputs, str(path), loaded.config_files, tokenizer=loaded.tokenizer)
+    return Source(loaded.model, inputs, str(path), loaded.config_files, tokenizer=loaded.tokenizer, inputs_made=True)
 
 
 def _from_file(path: Path, trust_code: bool, with_tokenizer: bool) -> Source:
@@ -124,7 +125,8 @@ def _from_file(path: Path, trust_code: bool, with_tokenizer: bool) -> Source:
         return _from_program(path, trust_code)
     if path.suffix == ".gguf":
         loaded = load_pretrained(path.parent, gguf=path.name, trust_code=trust_code, with_tokenizer=with_tokenizer)
-        return Source(loaded.model, example_inputs(loaded.model), str(path), tokenizer=loaded.tokenizer)
+        inputs = example_inputs(loaded.model)
+        return Source(loaded.model, inputs, str(path), tokenizer=loaded.tokenizer, inputs_made=True)
     raise ModelError(
         f"{str(path)!r} is no model: a .py, .gguf or .pt2 file, or a directory, was expected",
         hint="for weights, give the directory that holds them and their config.json",
@@ -138,7 +140,7 @@ def _from_saved(path: Path, trust_code: bool) -> Source:
         return _from_program(path / GRAPH, trust_code)
     model = load(path, trust_code=trust_code)
     if base.code is None:
-        return Source(model, example_inputs(model), str(path))
+        return Source(model, example_inputs(model), str(path), inputs_made=True)
     code = path / base.code.name
     with importable(code.parent):
         inputs = inputs_of(import_file(code), input_names(base.builder), code, code.parent)

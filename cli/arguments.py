@@ -1,0 +1,47 @@
+"""Arguments and options that commands share, and what they do with them: a model or a recipe, by its spelling."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from memrewrite.cli import recipes
+
+if TYPE_CHECKING:
+    from memrewrite.cli.session import Session
+    from memrewrite.passes.sources import Source
+    from memrewrite.recipes.schema import Recipe
+
+MODEL_HELP = (
+    "model.py (defines `build()` or `model`, and `inputs`), file.py:name, package.module:name, a Hugging Face directory,"
+    " a .gguf or .pt2 file, or a directory saved by memrewrite."
+)
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a gallery recipe.",
+        autocompletion=recipes.complete,
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and no tables.")]
+Trust = Annotated[bool, typer.Option("--trust-code", help="Run Python and unpickle objects that came with the model.")]
+
+
+def read_recipe(ours: Session, recipe: str) -> Recipe:
+    """The recipe of that file or gallery name."""
+    ours.step("reading the recipe")
+    from memrewrite.recipes import reader
+
+    return reader.read_recipe(recipe)
+
+
+def load_model(ours: Session, model: str, trust_code: bool, *, with_tokenizer: bool = False) -> Source:
+    """The model that MODEL spells, and its example inputs."""
+    ours.step("loading the model")
+    from memrewrite.passes.sources import load_source
+
+    return load_source(model, trust_code=trust_code, with_tokenizer=with_tokenizer)

@@ -1,0 +1,89 @@
+"""`export` and `build-op`: a model leaves as ONNX, and its operators get native kernels."""
+
+from __future__ import annotations
+
+import enum
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memrewrite.cli.arguments import Json, ModelArgument, Trust, load_model
+from memrewrite.cli.session import session
+
+
+class Operators(str, enum.Enum):
+    """How memory operators are written."""
+
+    standard = "standard"
+    native = "native"
+    both = "both"
+
+
+class Float(str, enum.Enum):
+    """Types of numbers that runtimes compute with."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+def export(
+    context: typer.Context,
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The ONNX file to write.", show_default=False)],
+    op: Annotated[
+        Operators,
+        typer.Option(help="Memory operators as nodes with a function of standard operators (both), or as one of the two."),
+    ] = Operators.both,
+    dtype: Annotated[
+        Float | None, typer.Option(help="Convert all numbers; left out, what no runtime computes with becomes float32.")
+    ] = None,
+    with_past: Annotated[
+        bool, typer.Option("--with-past", help="A decoder with its KV cache as inputs and outputs, for generation.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+    as_json: Json = False,
+    trust_code: Trust = False,
+) -> None:
+    """Write MODEL as one ONNX file: any runtime runs it, and one that knows our library runs it fast."""
+    with session(context.obj, as_json) as ours:
+        from memrewrite.cli import render
+        from memrewrite.cli.output import refuse_file
+
+        refuse_file(output, overwrite=overwrite, read=[model])
+        source = load_model(ours, model, trust_code)
+        ours.step("preparing")
+        from memrewrite.passes.export_onnx import export_onnx
+
+        exported = export_onnx(
+            source.model,
+            output,
+            None if source.inputs_made else source.inputs,
+            op=op.value,
+            dtype=None if dtype is None else dtype.value,
+            with_past=with_past,
+            overwrite=overwrite,
+            notes={"source": os.path.relpath(model, output.parent)} if Path(model).exists() else {},
+            step=ours.step,
+        )
+        ours.show({"exported": exported.model_dump(mode="json")}, lambda out: render.exported(out, exported))
+
+
+def build_op(
+    context: typer.Context,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The library; left out: where `onnx_session` looks.")
+    ] = None,
+    cuda: Annotated[
+        bool | None, typer.Option("--cuda/--no-cuda", help="Left out: with CUDA kernels where nvcc is found.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build the native kernels of the memory operators, for every onnxruntime from 1.17 on."""
+    with session(context.obj, as_json) as ours:
+        from memrewrite.cli import render
+        from memrewrite.passes.build_op import build_op as build
+
+        library = build(output, cuda=cuda, step=ours.step)
+        ours.show({"library": str(library)}, lambda out: render.line(out, f"built {library}"))

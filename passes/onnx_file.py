@@ -1,0 +1,117 @@
+"""An ONNX file: what it says of itself, and how it is written whole or not at all.
+
+Flow of writing: into a directory beside the target, weights apart when they are large → checked by `onnx.checker` → renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memrewrite.errors import ExportError
+from memrewrite.kernels.onnx_functions import DOMAIN
+from memrewrite.site import Frozen
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+LARGE = 2**30  # bytes of weights; more go to a file of their own: a protobuf ends at 2 GiB, and loading one takes it twice
+PREFIX = "memrewrite."  # of the keys in a file's metadata
+
+
+class Port(Frozen):
+    """An input or output of a file: its name, element type and axes; a name stands for a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+def describe(model: onnx_ir.Model, notes: Mapping[str, str]) -> None:
+    """Write who made the file, with what, and `notes`, into its metadata."""
+    versions = {name: metadata.version(name) for name in ("memrewrite", "torch", "onnx", "onnxscript")}
+    model.producer_name, model.producer_version = "memrewrite", versions["memrewrite"]
+    model.metadata_props.update({PREFIX + key: value for key, value in {"versions": json.dumps(versions), **notes}.items()})
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Raise `ExportError` for a target that exists and may not be replaced, or whose directory is none."""
+    where = str(target)
+    if target.is_dir():
+        raise ExportError(f"{where!r} is a directory", where=where, hint="give a file, such as model.onnx")
+    if not target.absolute().parent.is_dir():
+        raise ExportError(f"the directory of {where!r} does not exist", where=where, hint="make it, or give another file")
+    for file in (target, data_of(target)):
+        if file.exists() and not overwrite:
+            raise ExportError(f"the file {str(file)!r} exists", where=where, hint="give a new name, or allow --overwrite")
+
+
+def data_of(target: Path) -> Path:
+    """The file of weights that lies beside a large model."""
+    return target.with_name(target.name + ".data")
+
+
+def weights_of(model: onnx_ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+def write(model: onnx_ir.Model, target: Path) -> Path | None:
+    """Write `model`, check it, and give it its name; returns the file of weights, if there is one.
+
+    Raises `ExportError` when `onnx.checker` refuses the file; the target is then as it was.
+    """
+    import onnx_ir
+
+    data = data_of(target) if weights_of(model) > LARGE else None
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
+        draft = Path(folder) / target.name
+        onnx_ir.save(model, draft, external_data=data.name if data else None)
+        _check(draft, target)
+        if data:
+            (Path(folder) / data.name).replace(data)
+        draft.replace(target)
+    if data is None:
+        data_of(target).unlink(missing_ok=True)  # of a larger model that was replaced
+    return data
+
+
+def _check(draft: Path, target: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(os.fspath(draft), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())[:300]
+        hint = "please report it, with the model: the exported graph is not valid ONNX"
+        raise ExportError(f"onnx.checker refuses the file: {reason}", where=str(target), hint=hint) from error
+
+
+def inputs_of(model: onnx_ir.Model) -> tuple[Port, ...]:
+    """What a graph takes."""
+    return tuple(_port(value) for value in model.graph.inputs)
+
+
+def outputs_of(model: onnx_ir.Model) -> tuple[Port, ...]:
+    """What a graph gives."""
+    return tuple(_port(value) for value in model.graph.outputs)
+
+
+def _port(value: onnx_ir.Value) -> Port:
+    dims = () if value.shape is None else tuple(dim if isinstance(dim, int) else dim.value or "?" for dim in value.shape)
+    dtype = "?" if value.dtype is None else value.dtype.name.lower()
+    return Port(name=str(value.name), dtype=dtype, shape=dims)
+
+
+def memory_nodes(model: onnx_ir.Model) -> dict[str, int]:
+    """How many nodes of each memory operator a graph holds; written out, they are none."""
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts

@@ -1,0 +1,39 @@
+"""How `torch.onnx` is to write the operators `torch.ops.memrewrite.*`: each as one node of the domain `memrewrite`.
+
+The exporter expands every function it is given, so that one with a body would leave no node for a native kernel. These are
+one-line functions of a domain of their own: what is left after the expansion is the line. Imported by the first export.
+"""
+# No postponed annotations here: onnxscript reads them as types.
+
+from typing import Any, TypeVar, Union
+
+import onnxscript
+import torch
+from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT32, INT64
+
+from memrewrite.kernels import ops  # noqa: F401 - registers the operators
+from memrewrite.kernels.onnx_functions import DOMAIN, VERSION
+
+Number = TypeVar("Number", bound=Union[FLOAT, FLOAT16, BFLOAT16])  # noqa: UP007 - the form that onnxscript reads
+Index = TypeVar("Index", bound=Union[INT64, INT32])  # noqa: UP007
+
+_memory = onnxscript.values.Opset(DOMAIN, VERSION)
+_expanded = onnxscript.script(onnxscript.values.Opset(f"{DOMAIN}.export", 1), default_opset=onnxscript.opset18)
+
+
+@_expanded
+def _sparse_lookup(values: Number, indices: Index, weights: Number) -> Number:
+    return _memory.SparseLookup(values, indices, weights)
+
+
+@_expanded
+def _product_key_topk(scores1: Number, scores2: Number, k: int, softmax: bool = False) -> tuple[FLOAT, INT64]:
+    scores, slots = _memory.ProductKeyTopk(scores1, scores2, k=k, softmax=softmax)
+    return scores, slots
+
+
+TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.memrewrite.sparse_lookup.default: _sparse_lookup,
+    torch.ops.memrewrite.product_key_topk.default: _product_key_topk,
+}
+TAKEN = {target: len(function.op_signature.params) for target, function in TRANSLATIONS.items()}  # arguments that are written

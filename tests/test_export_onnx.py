@@ -1,0 +1,368 @@
+"""Exported files: what they hold, that they compute what PyTorch does on stock runtimes, and what refuses to be exported."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+from onnx_files import arrays, difference, exported, rewritten
+from torch import Tensor, nn
+
+import memrewrite
+from memrewrite.errors import ExportError
+from memrewrite.kernels import reference
+from memrewrite.kernels.onnx_functions import DOMAIN, functions
+from memrewrite.passes import onnx_file
+
+MODELS = ("modular", "llama", "bert", "t5", "vit")
+NEAR = 1e-4  # relative, fp32
+
+
+def run(path: Path, feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """Stock onnxruntime, no library."""
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feed)
+
+
+def resized(inputs: dict[str, Any], batch: int, length: int) -> dict[str, Any]:
+    """Other token ids of another batch and length; whatever else there is, cut or repeated in its batch."""
+    made = {}
+    for seed, (name, value) in enumerate(inputs.items()):
+        if isinstance(value, Tensor) and value.dtype == torch.int64:
+            made[name] = tiny.tokens(batch, length, seed)
+        else:
+            made[name] = value[:1].expand(batch, *value.shape[1:]) if isinstance(value, Tensor) else value
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------- whole models
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_computes_what_the_model_does_at_any_batch_and_length(name: str) -> None:
+    file = exported(name)
+    session = onnxruntime.InferenceSession(str(file.path), providers=["CPUExecutionProvider"])
+    for batch, length in ((2, 5), (1, 1), (3, 17)):
+        inputs = resized(file.inputs, batch, length)
+        found = session.run(None, arrays(inputs))
+        assert difference(found[0], tiny.values_of(file.model, inputs)) < NEAR
+        assert all(np.isfinite(out).all() for out in found)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_is_valid_and_its_shapes_follow(name: str) -> None:
+    file = exported(name)
+    onnx.checker.check_model(str(file.path), full_check=True)
+    model = onnx.shape_inference.infer_shapes(onnx.load(file.path), check_type=True, strict_mode=True, data_prop=True)
+    first = model.graph.output[0].type.tensor_type.shape.dim
+    assert first[0].dim_param == "batch"
+    assert model.ir_version == 9
+    assert {i.domain: i.version for i in model.opset_import} == {"": 20, DOMAIN: 1}
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "vit"])
+def test_the_reference_evaluator_runs_a_file(name: str) -> None:
+    file = exported(name)
+    found = ReferenceEvaluator(str(file.path)).run(None, arrays(file.inputs))
+    assert difference(found[0], tiny.values_of(file.model, file.inputs)) < NEAR
+
+
+def test_the_table_is_stored_once_and_names_are_the_models() -> None:
+    graph = onnx.load(exported("t5").path).graph
+    assert [tuple(i.dims) for i in graph.initializer if i.name.startswith("memory.")] == [(64, tiny.WIDTH)]
+    assert [i.name for i in graph.input] == ["input_ids", "decoder_input_ids"]
+    assert [i.name for i in graph.output] == ["logits", "encoder_last_hidden_state"]
+    assert [d.dim_param for d in graph.input[1].type.tensor_type.shape.dim] == ["batch", "decoder_sequence"]
+    names = {i.name for i in graph.initializer}
+    assert "decoder.block.0.layer.2.DenseReluDense.product_keys.query.weight" in names
+
+
+@pytest.mark.parametrize(("op", "domains"), [("both", {DOMAIN}), ("native", {DOMAIN}), ("standard", set())])
+def test_memory_operators_are_written_as_asked(op: str, domains: set[str]) -> None:
+    file = exported("llama", op=op)
+    model = onnx.load(file.path)
+    assert {node.domain for node in model.graph.node} - {""} == domains
+    assert {f.name for f in model.functions} == ({"SparseLookup", "ProductKeyTopk"} if op == "both" else set())
+    assert sum(file.exported.nodes.values()) == (6 if domains else 0)
+    slots = [value for node in model.graph.node for value in node.output if value.endswith(".slots")]
+    assert slots == ["memory.0.slots", "memory.1.slots", "memory.2.slots"]
+    if op == "native":
+        with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.Fail, match=r"SparseLookup|ProductKeyTopk"):
+            run(file.path, arrays(file.inputs))
+    else:
+        assert difference(run(file.path, arrays(file.inputs))[0], tiny.values_of(file.model, file.inputs)) < NEAR
+
+
+def test_a_file_says_where_it_came_from_and_nothing_of_this_machine() -> None:
+    file = exported("llama", op="standard")
+    model = onnx.load(file.path)
+    told = {p.key.removeprefix(onnx_file.PREFIX): p.value for p in model.metadata_props}
+    assert told["recipe"] == file.model.memory.record["recipe.yaml"]
+    assert told["plan"] == memrewrite.plan(*tiny_again("llama")).digest()
+    assert {"memrewrite", "torch", "onnx"} <= json.loads(told["versions"]).keys()
+    assert (told["op"], told["dtype"], told["with_past"], told["selections"]) == ("standard", "float32", "false", "3")
+    assert b"site-packages" not in file.path.read_bytes()
+    assert str(Path(__file__).parent.parent).encode() not in file.path.read_bytes()
+
+
+def tiny_again(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    model, inputs = tiny.named(name)
+    return model, tiny.recipe(), inputs
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, inputs = rewritten("gpt2")
+    before = tiny.Photograph(model.train())
+    memrewrite.export_onnx(model, Path(exported("gpt2").path).with_name("again.onnx"), inputs, dtype="float16")
+    assert not before.differences(tiny.Photograph(model))
+    model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_half_precision_stays_half() -> None:
+    file = exported("llama", dtype="float16")
+    found = run(file.path, arrays(file.inputs))[0]
+    assert found.dtype == np.float16
+    assert file.exported.dtype == "float16"
+    assert difference(found, tiny.values_of(file.model, file.inputs)) < 1e-2
+
+
+def test_bfloat16_becomes_float32_and_that_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, inputs = tiny.named("modular")
+    memrewrite.apply(model, tiny.recipe(), inputs)
+    model.to(torch.bfloat16)
+    with caplog.at_level(logging.WARNING, "memrewrite"):
+        made = memrewrite.export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert "bfloat16" in caplog.text
+    assert "float32" in caplog.text
+    assert made.dtype == "float32"
+    assert model.embed.weight.dtype == torch.bfloat16
+    assert difference(run(tmp_path / "model.onnx", {"ids": inputs["ids"].numpy()})[0], model.float()(inputs["ids"])) < NEAR
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16"])
+def test_a_table_of_another_type_than_the_model(dtype: str, tmp_path: Path) -> None:
+    """Eight bits are widened; halves stay as they are, in the table alone."""
+    wish = tiny.recipe()
+    wish["pools"]["shared"] |= {"dtype": dtype, "gradient": "fused"}
+    model, inputs = tiny.named("modular")
+    memrewrite.apply(model, wish, inputs)
+    path = tmp_path / "model.onnx"
+    memrewrite.export_onnx(model, path, inputs)
+    table = next(i for i in onnx.load(path).graph.initializer if i.name == "memory.shared.values")
+    kept = {"bfloat16": TensorProto.BFLOAT16, "float16": TensorProto.FLOAT16}
+    assert table.data_type == kept.get(dtype, TensorProto.FLOAT)
+    assert (
+        difference(run(path, arrays(inputs))[0], tiny.values_of(model, inputs)) < 1e-2
+    )  # sums are rounded to the table's type
+    assert model.memory.shared.values.dtype == getattr(torch, dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "LARGE", 1000)
+    model, inputs = rewritten("modular")
+    path = tmp_path / "model.onnx"
+    made = memrewrite.export_onnx(model, path, inputs)
+    assert made.data == str(path) + ".data"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    wanted = tiny.values_of(model, inputs)
+    assert difference(run(path, arrays(inputs))[0], wanted) < NEAR
+    monkeypatch.undo()
+    with pytest.raises(ExportError, match="exists"):
+        memrewrite.export_onnx(model, path, inputs)
+    memrewrite.export_onnx(model, path, inputs, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]  # no weights of another file are left
+    assert difference(run(path, arrays(inputs))[0], wanted) < NEAR
+
+
+@pytest.mark.slow
+def test_a_table_of_more_than_two_gigabytes(tmp_path: Path) -> None:
+    wish = tiny.recipe()
+    wish["pools"]["shared"] |= {"keys": 768, "value_dim": 1024}
+    model, inputs = tiny.named("modular")
+    memrewrite.apply(model, wish | {"verify": "off"}, inputs)
+    made = memrewrite.export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert made.data
+    assert Path(made.data).stat().st_size >= 768**2 * 1024 * 4
+    assert (tmp_path / "model.onnx").stat().st_size < 2**20
+    assert difference(run(tmp_path / "model.onnx", arrays(inputs))[0], tiny.values_of(model, inputs)) < NEAR
+
+
+def test_nothing_is_lost_when_an_export_fails(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.eigvals(x).real  # no ONNX operator
+
+    path = tmp_path / "model.onnx"
+    path.write_text("precious")
+    with pytest.raises(ExportError, match=r"eig"):
+        memrewrite.export_onnx(Odd(), path, (torch.randn(3, 3),), overwrite=True)
+    assert path.read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("here.onnx", "exists"), ("folder", "is a directory"), ("nowhere/model.onnx", "does not exist")],
+)
+def test_targets_that_are_refused_before_any_work(where: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "here.onnx").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ExportError, match=message):
+        memrewrite.export_onnx(nn.Linear(2, 2), tmp_path / where, (torch.randn(1, 2),))
+
+
+def test_a_model_that_returns_what_it_was_given_twice(tmp_path: Path) -> None:
+    class Echo(nn.Module):
+        def forward(self, x: Tensor, more: dict[str, Tensor]) -> dict[str, Any]:
+            y = x + more["b"]
+            return {"x": x, "sums": [y, y], "nothing": None}
+
+    inputs = (torch.randn(2, 3), {"b": torch.randn(2, 3)})
+    made = memrewrite.export_onnx(Echo(), tmp_path / "echo.onnx", ((inputs[0], inputs[1]), {}))
+    assert [port.name for port in made.inputs] == ["x", "more.b"]
+    assert [port.name for port in made.outputs] == ["output_x", "sums.0", "sums.1"]
+    found = run(tmp_path / "echo.onnx", {"x": inputs[0].numpy(), "more.b": inputs[1]["b"].numpy()})
+    assert difference(found[0], inputs[0]) == 0
+    assert difference(found[2], inputs[0] + inputs[1]["b"]) == 0
+
+
+# -------------------------------------------------------------------------------------------------------------- graphs
+
+
+def test_a_model_rewritten_as_a_graph_is_exported_and_kept(tmp_path: Path) -> None:
+    model, inputs = tiny.named("llama")
+    report = memrewrite.apply(model, tiny.recipe(), inputs, emit="graph")
+    memrewrite.save(report.model, tmp_path / "saved")
+    program = torch.export.load(tmp_path / "saved" / "model.pt2")
+    before = str(program.graph)
+    wanted = tiny.values_of(report.model, inputs)
+    for number, given_model in enumerate((program, report.model)):
+        path = tmp_path / f"{number}.onnx"
+        made = memrewrite.export_onnx(given_model, path)
+        assert made.nodes == {"ProductKeyTopk": 3, "SparseLookup": 3}
+        assert made.inputs[0].shape == ("batch", "sequence")
+        assert difference(run(path, arrays(inputs))[0], wanted) < NEAR
+    assert str(program.graph) == before
+
+
+# ------------------------------------------------------------------------------------------------------------ decoders
+
+
+def greedy(session: Any, ids: NDArray[Any], mask: NDArray[Any], count: int) -> NDArray[Any]:
+    """The loop a user writes: one run a token, each given what the one before returned."""
+    heads = [port for port in session.get_inputs() if port.name.startswith("past_key_values")]
+    past = {port.name: np.zeros((len(ids), port.shape[1], 0, port.shape[3]), np.float32) for port in heads}
+    names = [port.name for port in session.get_outputs()]
+    done = new = ids
+    for _ in range(count):
+        places = np.maximum(mask.cumsum(1) - 1, 0)[:, -new.shape[1] :]
+        out = session.run(None, {"input_ids": new, "attention_mask": mask, "position_ids": places, **past})
+        by_name = dict(zip(names, out, strict=True))
+        new = by_name["logits"][:, -1:].argmax(-1)
+        done, mask = np.concatenate([done, new], 1), np.concatenate([mask, np.ones_like(new)], 1)
+        past = {n.replace("present", "past_key_values"): v for n, v in by_name.items() if n.startswith("present")}
+    return done
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_generation_with_the_cache_gives_the_tokens_of_generate(name: str) -> None:
+    file = exported(name, with_past=True)
+    ids = tiny.tokens(2, 7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # a shorter text, padded on the left
+    wanted = file.model.generate(
+        ids, attention_mask=mask, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    session = onnxruntime.InferenceSession(str(file.path), providers=["CPUExecutionProvider"])
+    assert np.array_equal(greedy(session, ids.numpy(), mask.numpy(), 40), wanted.numpy())
+    shapes = {port.name: port.shape for port in (*file.exported.inputs, *file.exported.outputs)}
+    assert shapes["attention_mask"] == ("batch", "past_sequence + sequence")
+    assert shapes["past_key_values.2.key"][2] == "past_sequence"
+    assert shapes["present.2.value"][2] == "past_sequence + sequence"
+    assert "memory.shared.values" in {i.name for i in onnx.load(file.path).graph.initializer}
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "vit"])
+def test_what_keeps_no_cache_is_refused_with_one(name: str, tmp_path: Path) -> None:
+    model, _ = rewritten(name)
+    with pytest.raises(ExportError, match="cannot be exported with its cache"):
+        memrewrite.export_onnx(model, tmp_path / "model.onnx", with_past=True)
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------- functions
+
+
+def alone(op: str, inputs: dict[str, NDArray[Any]], outputs: int, **attributes: int) -> onnx.ModelProto:
+    """A file of one memory operator."""
+    node = helper.make_node(op, list(inputs), [f"out{i}" for i in range(outputs)], domain=DOMAIN, **attributes)
+    types = {name: helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in inputs.items()}
+    ports = [helper.make_tensor_value_info(name, types[name], [None] * inputs[name].ndim) for name in inputs]
+    results = [helper.make_empty_tensor_value_info(f"out{i}") for i in range(outputs)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    wanted = [f for f in functions(20) if f.name == op]
+    return helper.make_model(
+        helper.make_graph([node], "g", ports, results), functions=wanted, opset_imports=opsets, ir_version=9
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 5), st.integers(0, 9), st.sampled_from(["int32", "int64"]))
+def test_the_lookups_function_means_the_lookup(slots: int, width: int, tokens: int, reads: int, dtype: str) -> None:
+    random = np.random.default_rng(slots * width + tokens)
+    feed = {
+        "values": random.standard_normal((slots, width), dtype=np.float32),
+        "indices": random.integers(0, slots, (tokens, reads)).astype(dtype),
+        "weights": random.standard_normal((tokens, reads), dtype=np.float32),
+    }
+    model = alone("SparseLookup", feed, 1)
+    wanted = reference.sparse_lookup(*(torch.from_numpy(feed[n]) for n in ("values", "indices", "weights")))
+    evaluators = [onnxruntime.InferenceSession(model.SerializeToString())]
+    if tokens and reads:  # numpy's matmul of nothing has no shape there
+        evaluators.append(ReferenceEvaluator(model))
+    for evaluator in evaluators:
+        assert np.allclose(evaluator.run(None, feed)[0], wanted, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.booleans(), st.integers(0, 3))
+def test_the_top_ks_function_means_the_top_k(n1: int, n2: int, k: int, softmax: bool, rows: int) -> None:
+    k = min(k, n1, n2)
+    random = np.random.default_rng(n1 * n2)
+    feed = {"scores1": random.permuted(np.arange(rows * n1, dtype=np.float32).reshape(rows, n1), axis=-1)}
+    feed["scores2"] = random.standard_normal((rows, n2), dtype=np.float32)
+    model = alone("ProductKeyTopk", feed, 2, k=k, softmax=int(softmax))
+    scores, slots = reference.product_key_topk(*(torch.from_numpy(v) for v in feed.values()), k)
+    found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)
+    assert np.allclose(found[0], scores.softmax(-1) if softmax else scores, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(found[1], slots)
+
+
+@pytest.mark.parametrize("index", [-1, -7, 7, 2**40])
+def test_the_lookups_function_refuses_an_index_outside_the_table(index: int) -> None:
+    feed = {
+        "values": np.ones((7, 3), np.float32),
+        "indices": np.array([[0, index]]),
+        "weights": np.ones((1, 2), np.float32),
+    }
+    session = onnxruntime.InferenceSession(alone("SparseLookup", feed, 1).SerializeToString())
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="out of"):
+        session.run(None, feed)
