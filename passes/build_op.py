@@ -25,7 +25,7 @@ ARCHITECTURES = (80, 90, 100)  # the last also as PTX, for GPUs to come
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 _CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra")
-_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g", "-O1")
+_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O0")
 _SHOWN_LINES = 12  # of what a compiler says
 
 Step = Callable[[str], None]
@@ -56,7 +56,7 @@ def build_op(output: Path | None = None, *, cuda: bool | None = None, sanitize: 
             commands.append([*head, "-c", str(source), "-o", str(made)])
             objects.append(str(made))
         if step:
-            step(f"compiling {len(objects)} files for {'the CPU and CUDA' if nvcc else 'the CPU'}")
+            step(f"compiling {len(objects)} file{'s'[: len(objects) > 1]} for {'the CPU and CUDA' if nvcc else 'the CPU'}")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, commands))
         made = Path(folder, target.name)

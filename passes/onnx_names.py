@@ -62,10 +62,10 @@ def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
     """Every input that is a tensor, as it was traced, by its name and in order."""
     traced = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     leaves, _ = tree_flatten_with_path(tree_unflatten(program.graph_signature.user_inputs, program.call_spec.in_spec))
-    names = program.module_call_graph[0].signature.forward_arg_names or []  # type: ignore[union-attr]
+    names = program.module_call_graph[0].signature.forward_arg_names or []
     found = {}
     for (kind, first, *rest), leaf in leaves:  # a path begins with 0, positional, or 1, by keyword
-        root = names[first.idx] if kind.idx == 0 else first.key
+        root = names[int(dotted([first]))] if dotted([kind]) == "0" else dotted([first])
         if isinstance(value := traced.get(leaf), Tensor):
             found[".".join(filter(None, [root, dotted(rest)]))] = value
     return found
@@ -86,7 +86,7 @@ def _apart(model: onnx_ir.Model) -> None:
     for place, value in enumerate(model.graph.outputs):
         if id(value) in seen:
             copy = onnx_ir.node("Identity", inputs=[value])
-            copy.outputs[0].shape, copy.outputs[0].dtype = value.shape, value.dtype
+            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
             model.graph.append(copy)
             model.graph.outputs[place] = copy.outputs[0]
         seen.add(id(value))
@@ -112,7 +112,8 @@ def _axes(inputs: Mapping[str, Tensor], lengths: Mapping[int, str]) -> dict[str,
 def _dynamic(inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, int, str, int]]:
     """Input, axis, symbol, and length in the example."""
     for name, value in inputs.items():
-        for axis, size in enumerate(value.shape):
+        sizes: list[Any] = list(value.shape)
+        for axis, size in enumerate(sizes):
             if isinstance(size, torch.SymInt) and SYMBOL.fullmatch(str(size.node.expr)):
                 yield name, axis, str(size.node.expr), size.node.hint
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
@@ -65,7 +65,7 @@ def _arguments(model: nn.Module | ExportedProgram, inputs: Any) -> Inputs:
     if isinstance(model, ExportedProgram):
         args, kwargs = model.example_inputs or ((), {})
         return tuple(args), dict(kwargs)
-    if "inputs" in model.meta if isinstance(model, torch.fx.GraphModule) else False:
+    if isinstance(model, fx.GraphModule) and "inputs" in model.meta:
         return as_inputs(model.meta["inputs"])
     args, kwargs = example_inputs(model)
     if "input_ids" in kwargs and "attention_mask" in inspect.signature(model.forward).parameters:
@@ -84,7 +84,7 @@ def _converted(
     narrow = any(pool.scale is not None for pool in pools)
     if (target is None or own == {target}) and not narrow:
         return model, inputs, _named(own)
-    if is_traced(model):
+    if isinstance(model, ExportedProgram) or is_traced(model):
         types = " and ".join(sorted(str(d).removeprefix("torch.") for d in own))
         raise ExportError(
             f"the graph computes in {types}, and a graph's numbers cannot be converted",
@@ -97,7 +97,7 @@ def _converted(
     if target is not None:
         if dtype is None:
             log.warning("the model computes in %s, which runtimes do not: it is exported as float32", _named(own))
-        copied.to(target)  # type: ignore[union-attr]
+        copied.to(target)
         inputs = tree_map(lambda x: x.to(target) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
         own = {target}
     return copied, inputs, _named(own)

@@ -44,6 +44,7 @@ def onnx_session(
     function; a provider that does not come up.
     """
     try:
+        import onnx  # noqa: F401 - asked for here, with its error, and used below
         import onnxruntime
     except ImportError as error:
         raise ExportError(f"running ONNX needs onnxruntime ({error})", hint="pip install 'memrewrite[onnx]'") from error
@@ -56,9 +57,7 @@ def onnx_session(
     native = _library(library, wanted, op) if used and op != "standard" else None
     if used and native is None and not has_functions:
         hint = "memrewrite build-op, or export with --op both"
-        raise ExportError(
-            "the file's memory operators have no functions: they need the library", where=str(path), hint=hint
-        )
+        raise ExportError("the file's memory operators have no functions: they need the library", where=str(path), hint=hint)
     settings = options or onnxruntime.SessionOptions()
     if native is not None:
         settings.register_custom_ops_library(os.fspath(native))
@@ -95,6 +94,11 @@ def _memory_operators(path: str | Path) -> tuple[dict[str, int], bool]:
         raise ExportError(f"there is no file {str(path)!r}", hint="memrewrite export MODEL -o model.onnx") from error
     except (DecodeError, OSError) as error:
         raise ExportError(f"the file cannot be read as ONNX: {error}", where=str(path), hint="export it again") from error
+    kept = {e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"}
+    for name in sorted(kept):
+        if not Path(path).with_name(name).is_file():
+            hint = "a large model is two files: move and copy them together"
+            raise ExportError(f"the file's weights are missing: {name!r} does not lie beside it", where=str(path), hint=hint)
     names = [node.op_type for node in model.graph.node if node.domain == DOMAIN]
     functions = {function.name for function in model.functions if function.domain == DOMAIN}
     return {name: names.count(name) for name in dict.fromkeys(names)}, set(names) <= functions

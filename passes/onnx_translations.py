@@ -23,7 +23,7 @@ _expanded = onnxscript.script(onnxscript.values.Opset(f"{DOMAIN}.export", 1), de
 
 @_expanded
 def _sparse_lookup(values: Number, indices: Index, weights: Number) -> Number:
-    return _memory.SparseLookup(values, indices, weights)
+    return _memory.SparseLookup(values, indices, weights)  # type: ignore[no-any-return]
 
 
 @_expanded

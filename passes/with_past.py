@@ -40,7 +40,8 @@ class Step(nn.Module):
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": cache, "use_cache": True}
         out = self.model(**given) if position_ids is None else self.model(**given, position_ids=position_ids)
         tensors = {name: value for name, value in out.items() if name != "past_key_values" and isinstance(value, Tensor)}
-        return {**tensors, "present": [{"key": layer.keys, "value": layer.values} for layer in cache.layers]}
+        layers: list[Any] = cache.layers
+        return {**tensors, "present": [{"key": layer.keys, "value": layer.values} for layer in layers]}
 
 
 def step_of(model: Any) -> tuple[Step, Inputs]:
