@@ -90,8 +90,8 @@ void topk(const Kernel& kernel, OrtKernelContext* context) {
   require(rest1 == rest2, [&] { return shapes() + ": all axes but the last must agree"; });
   require(k <= n1 && k <= n2, [&] { return shapes() + ": k is " + std::to_string(k) + ", more than a half has"; });
   require(n1 <= kMostScores && n2 <= kMostScores, [&] { return shapes() + ": a half may have 2^31 - 1"; }, ORT_NOT_IMPLEMENTED);
-  require(k <= most, [&] { return "k is " + std::to_string(k) + ", and at most " + std::to_string(most) + " on " + kProviders[P]; },
-          ORT_NOT_IMPLEMENTED);
+  const auto limit = [&] { return "k is " + std::to_string(k) + ": at most " + std::to_string(most) + " on " + kProviders[P]; };
+  require(k <= most, limit, ORT_NOT_IMPLEMENTED);
   uint64_t rows = 1;  // unsigned: an empty batch may have any lengths beside its 0
   for (int64_t dim : rest1) rows *= uint64_t(dim);
   rest1.push_back(k);

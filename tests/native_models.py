@@ -1,0 +1,156 @@
+"""Models of one operator, sessions, and what numpy says of them: for the tests of the native operators and for their fuzzing.
+
+Imports nothing of memrewrite but the operators' functions, so that it also runs beside other versions of ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DOMAIN = "memrewrite"
+NUMBERS = {"float": 1, "float16": 10, "bfloat16": 16, "int32": 6, "int64": 7, "double": 11}
+OPSET, IR = 20, 9  # old enough for ONNX Runtime 1.17
+
+
+def array(x: Any, kind: str) -> np.ndarray:
+    """`x` as an array of an ONNX type; bfloat16 is ml_dtypes'."""
+    if kind == "bfloat16":
+        import ml_dtypes
+
+        return np.asarray(x).astype(ml_dtypes.bfloat16)
+    return np.asarray(x).astype("float32" if kind == "float" else kind)
+
+
+def model(op: str, inputs: dict[str, str], outputs: dict[str, str], functions: Sequence[Any] = (), **attributes: Any) -> Any:
+    """One node of `op` between inputs and outputs (name → type), of unnamed shapes unless an input's name says `name:A,B`."""
+    from onnx import helper
+
+    def value(name: str, kind: str) -> Any:
+        name, _, dims = name.partition(":")
+        shape = [int(d) if d.isdigit() else d for d in dims.split(",")] if dims else None
+        return helper.make_tensor_value_info(name, NUMBERS[kind], shape)
+
+    node = helper.make_node(op, [n.partition(":")[0] for n in inputs], list(outputs), domain=DOMAIN, **attributes)
+    graph = helper.make_graph([node], "one", [value(*i) for i in inputs.items()], [value(*o) for o in outputs.items()])
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, functions=list(functions), ir_version=IR)
+
+
+def lookup_model(kind: str = "float", index: str = "int64", functions: Sequence[Any] = ()) -> Any:
+    inputs = {"values:N,D": kind, "indices:T,K": index, "weights:T,K": kind}
+    return model("SparseLookup", inputs, {"y": kind}, functions)
+
+
+def topk_model(kind: str = "float", functions: Sequence[Any] = (), **attributes: Any) -> Any:
+    inputs = {"scores1": kind, "scores2": kind}
+    return model("ProductKeyTopk", inputs, {"scores": "float", "indices": "int64"}, functions, **attributes)
+
+
+def session(proto: Any, library: Path | str | None, threads: int = 1) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    data = proto if isinstance(proto, bytes) else proto.SerializeToString()
+    return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+
+def run(made: Any, feeds: dict[str, np.ndarray], *outputs: tuple[str, Sequence[int]]) -> list[np.ndarray]:
+    """Run with every output bound to memory of ours, of these types and shapes, full of NaN (or -1) beforehand."""
+    binding = made.io_binding()
+    for name, x in feeds.items():
+        binding.bind_input(name, "cpu", 0, _element(x.dtype), x.shape, x.ctypes.data)
+    found = []
+    for output, (kind, shape) in zip(made.get_outputs(), outputs, strict=True):
+        y = array(np.full(tuple(shape), -1 if kind.startswith("int") else np.nan), kind)
+        binding.bind_output(output.name, "cpu", 0, _element(y.dtype), y.shape, y.ctypes.data)
+        found.append(y)
+    made.run_with_iobinding(binding)
+    return found
+
+
+def _element(dtype: np.dtype) -> Any:
+    return NUMBERS["bfloat16"] if dtype.name == "bfloat16" else dtype.type
+
+
+def lookup_reference(values: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """In float64: [N, D], [T, K], [T, K] -> [T, D]."""
+    return np.einsum("tk,tkd->td", weights.astype(np.float64), values.astype(np.float64)[indices])
+
+
+def ranked(x: np.ndarray) -> np.ndarray:
+    """The places of a row's numbers from the best on: NaN above all, equal ones as they stand."""
+    return np.lexsort((np.arange(len(x)), np.where(np.isnan(x), 0, -x), ~np.isnan(x)))
+
+
+def topk_reference(scores1: np.ndarray, scores2: np.ndarray, k: int, soft: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Row by row in fp32: only pairs of ranks with i * j <= k (from 1) are looked at, the first of equal sums is the better."""
+    scores1, scores2 = scores1.astype(np.float32), scores2.astype(np.float32)
+    rest, n2 = scores1.shape[:-1], scores2.shape[-1]
+    pairs = np.array([(i, j) for i in range(k) for j in range(k // (i + 1))])
+    best, slots = np.empty((*rest, k), np.float32), np.empty((*rest, k), np.int64)
+    for at in np.ndindex(*rest):
+        one, two = ranked(scores1[at])[:k], ranked(scores2[at])[:k]
+        with np.errstate(invalid="ignore"):  # infinities of two signs
+            sums = scores1[at][one[pairs[:, 0]]] + scores2[at][two[pairs[:, 1]]]
+        chosen = ranked(sums)[:k]
+        best[at] = sums[chosen]
+        slots[at] = one[pairs[chosen, 0]] * n2 + two[pairs[chosen, 1]]
+    if soft:
+        with np.errstate(invalid="ignore"):
+            terms = np.exp(best.astype(np.float64) - best[..., :1])
+            best = (terms / terms.sum(-1, keepdims=True)).astype(np.float32)
+    return best, slots
+
+
+TOLERANCE = {"float": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}  # relative: of fp32 sums, and of one rounding to the type
+
+
+def check_lookup(y: np.ndarray, kind: str, values: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> None:
+    """`y` within rounding of what it should be, in every element."""
+    exact = lookup_reference(values, indices, weights)
+    scale = lookup_reference(np.abs(values.astype(np.float64)), indices, np.abs(weights.astype(np.float64)))
+    near = np.abs(y.astype(np.float64) - exact) <= TOLERANCE[kind] * np.abs(exact) + 2e-6 * scale + 1e-7
+    assert y.shape == exact.shape
+    assert near.all(), f"{(~near).sum()} of {near.size} elements differ"
+
+
+def check_topk(found: Sequence[np.ndarray], scores1: np.ndarray, scores2: np.ndarray, k: int, soft: bool) -> None:
+    """Every slot the same, every score within rounding."""
+    best, slots = topk_reference(scores1, scores2, k, soft)
+    np.testing.assert_array_equal(found[1], slots)
+    np.testing.assert_allclose(found[0], best, rtol=1e-5 if soft else 0, atol=1e-7 if soft else 0)
+
+
+def built(folders: Any, name: str, build: Callable[[Path], object]) -> Path:
+    """What `build` makes at a path, once for all workers of a test run: the first makes it, the others wait for it.
+
+    `folders` is pytest's tmp_path_factory.
+    """
+    base = folders.getbasetemp()
+    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    target, begun, failed = shared / name, shared / f"{name}.begun", shared / f"{name}.failed"
+    try:
+        begun.touch(exist_ok=False)
+    except FileExistsError:
+        while not target.exists():
+            assert not failed.exists(), f"{name} was not built; its error is another worker's"
+            time.sleep(0.1)
+        return target
+    try:
+        build(begun)
+        begun.rename(target)
+    finally:
+        if not target.exists():
+            failed.touch()
+    return target
