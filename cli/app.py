@@ -183,7 +183,7 @@ def verify(
         ours.show(document, lambda out: render.verified(out, report, directory))
 
 
-for command in (onnx.export, onnx.build_op):
+for command in (onnx.export, onnx.check, onnx.build_op):
     app.command(epilog=EXIT_CODES)(command)
 
 

@@ -1,4 +1,4 @@
-"""`export` and `build-op`: a model leaves as ONNX, and its operators get native kernels."""
+"""`export`, `check` and `build-op`: a model leaves as ONNX, the file is held against it, its operators get native kernels."""
 
 from __future__ import annotations
 
@@ -87,3 +87,52 @@ def build_op(
 
         library = build(output, cuda=cuda, step=ours.step)
         ours.show({"library": str(library)}, lambda out: render.line(out, f"built {library}"))
+
+
+class RouteName(str, enum.Enum):
+    """How a file's memory operators can be run."""
+
+    standard = "standard"
+    native = "native"
+
+
+def check(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `export` wrote.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="What it was exported from; left out: what the file says.")
+    ] = None,
+    route: Annotated[
+        list[RouteName] | None, typer.Option(help="Only this route, which must be there; left out: those that are.")
+    ] = None,
+    real: Annotated[
+        list[Path] | None,
+        typer.Option("--inputs", metavar="NPZ", help="More inputs: arrays by the names of the file's inputs."),
+    ] = None,
+    provider: Annotated[str, typer.Option(help="The execution provider of onnxruntime.")] = "CPUExecutionProvider",
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative difference; left out: 1e-4, with float16 1e-2.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    trust_code: Trust = False,
+) -> None:
+    """Run FILE against the PyTorch model that it was exported from, by its standard operators and by the native kernels."""
+    with session(context.obj, as_json) as ours:
+        ours.step("reading the file")
+        from memrewrite.cli import render
+        from memrewrite.errors import VerificationError
+        from memrewrite.passes.onnx_check import check_onnx
+
+        checked = check_onnx(
+            file,
+            model,
+            real=real or (),
+            routes=[name.value for name in route] if route else None,
+            providers=[provider],
+            tolerance=tolerance,
+            trust_code=trust_code,
+            step=ours.step,
+        )
+        ours.show({"checked": checked.model_dump(mode="json"), "ok": checked.ok}, lambda out: render.checked(out, checked))
+        if not checked.ok:
+            raise VerificationError("the file does not compute what the model does", where=str(file), hint="export it again")

@@ -15,7 +15,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from memrewrite.cost import Cost
     from memrewrite.passes.export_onnx import Exported
+    from memrewrite.passes.onnx_check import Checked
     from memrewrite.passes.onnx_file import Port
+    from memrewrite.passes.onnx_routes import Compared
     from memrewrite.plans import Plan, Substitution
     from memrewrite.report import Report
     from memrewrite.site import Located, Site
@@ -146,6 +148,33 @@ def exported(out: Console, made: Exported) -> None:
 
 def _ports(made: Exported) -> tuple[tuple[str, Sequence[Port]], ...]:
     return (("input", made.inputs), ("output", made.outputs))
+
+
+def checked(out: Console, made: Checked) -> None:
+    """Every route's outputs at their worst, what its top-ks chose, and the inputs that were tried."""
+    for route in made.routes:
+        if route.skipped:
+            line(out, f"{route.name}: not run: {route.skipped}\n")
+            continue
+        kernels = ", ".join(f"{name} {how}" for name, how in route.kernels.items()) or "no memory operators"
+        line(out, f"{route.name} on {made.provider}: {kernels}")
+        heads = ("output", "outcome", "largest difference", "relative", "at")
+        table(out, heads, [_compared(output) for output in route.outputs], right=heads[2:4])
+        ties = route.ties
+        if ties.differing:
+            line(out, f"{ties.differing:,} of {ties.rows:,} top-ks took other slots, at most {ties.gap:.1e} below the best")
+        for failure in route.failures:
+            line(out, f"failed: {failure}")
+        line(out)
+    rows = [(d.name, ", ".join(f"{name} {n}" for name, n in d.lengths.items()), d.skipped or "run") for d in made.draws]
+    table(out, ("inputs", "lengths", ""), rows)
+    line(out, f"\ntolerance {made.tolerance:g}, {made.dtype}; in {made.seconds:.1f} s")
+
+
+def _compared(output: Compared) -> Row:
+    outcome = "passed" if output.ok else "failed"
+    misplaced = f", {output.misplaced:,} misplaced" if output.misplaced else ""
+    return (output.name, outcome, f"{output.difference:.1e}", f"{output.relative:.1e}{misplaced}", output.draw)
 
 
 def listed(out: Console, described: Mapping[str, str]) -> None:

@@ -24,6 +24,7 @@ from memrewrite.passes.bases import Base, base_of, build_base
 from memrewrite.passes.capture import export_program
 from memrewrite.passes.graph_text import GRAPHS, hosts_from_json
 from memrewrite.passes.manifest import read_manifest, tampered, write_manifest
+from memrewrite.passes.programs import read_program
 from memrewrite.passes.substitute import pools_of, substitute
 from memrewrite.passes.tensors import fill, fill_transient, named_once, save_tensors, save_transient
 from memrewrite.plans import Plan
@@ -185,4 +186,4 @@ def _load_graph(folder: Path, trust_code: bool) -> nn.Module:
             where=str(folder / GRAPH),
             hint="if you trust the file, allow it: --trust-code, load(..., trust_code=True)",
         )
-    return torch.export.load(folder / GRAPH).module(check_guards=False)
+    return read_program(folder / GRAPH).module(check_guards=False)

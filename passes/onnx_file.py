@@ -1,4 +1,4 @@
-"""An ONNX file: what it says of itself, and how it is written whole or not at all.
+"""An ONNX file: what it says of itself, and how it is written, whole or not at all, and read.
 
 Flow of writing: into a directory beside the target, weights apart when they are large → checked by `onnx.checker` → renamed.
 """
@@ -18,6 +18,7 @@ from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir
 
 LARGE = 2**30  # bytes of weights; more go to a file of their own: a protobuf ends at 2 GiB, and loading one takes it twice
@@ -90,6 +91,27 @@ def _check(draft: Path, target: Path) -> None:
         reason = " ".join(str(error).split())[:300]
         hint = "please report it, with the model: the exported graph is not valid ONNX"
         raise ExportError(f"onnx.checker refuses the file: {reason}", where=str(target), hint=hint) from error
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """A file without the weights beside it. Raises `ExportError` where there is none, it is damaged, or these are missing."""
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise ExportError(f"reading ONNX needs onnx ({error})", hint="pip install 'memrewrite[onnx]'") from error
+    try:
+        model = onnx.load(os.fspath(path), load_external_data=False)
+    except FileNotFoundError as error:
+        raise ExportError(f"there is no file {str(path)!r}", hint="memrewrite export MODEL -o model.onnx") from error
+    except (DecodeError, OSError) as error:
+        raise ExportError(f"the file cannot be read as ONNX: {error}", where=str(path), hint="export it again") from error
+    kept = {entry.value for value in model.graph.initializer for entry in value.external_data if entry.key == "location"}
+    for name in sorted(kept):
+        if not path.with_name(name).is_file():
+            hint = "a large model is two files: move and copy them together"
+            raise ExportError(f"the file's weights are missing: {name!r} does not lie beside it", where=str(path), hint=hint)
+    return model
 
 
 def inputs_of(model: onnx_ir.Model) -> tuple[Port, ...]:

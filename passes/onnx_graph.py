@@ -6,10 +6,11 @@ standard operators for each operator, by which any runtime can run its nodes; or
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from memrewrite.errors import ExportError
@@ -78,7 +79,7 @@ def _translated(program: ExportedProgram) -> onnx_ir.Model:
     return model
 
 
-def _plain(node: torch.fx.Node, taken: int) -> None:
+def _plain(node: fx.Node, taken: int) -> None:
     """Which backend runs an operator, and how its table learns, is no part of what it computes."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
@@ -93,20 +94,43 @@ def _attention_spelled(program: ExportedProgram) -> ExportedProgram:
 
     It has no translation where there is no axis of heads: there attention is written out. And it traces a graph twice, with
     other strides of what attention returns, so that a view of the first is none in the second: a copy settles them, and
-    views reshape.
+    views reshape. A token that may look at none is given zeros, as by torch; the translation would give a mean, or NaN.
     """
-    graph, headless = program.graph, False
+    graph, headless, reached = program.graph, False, dict[fx.Node, fx.Node]()
     for node in list(graph.nodes):
         if node.target in VIEWS:
             node.target = torch.ops.aten.reshape.default
         if node.target is not ATTENTION:
             continue
         headless |= node.args[0].meta["val"].dim() != HEADED
+        users, mask = list(node.users), dict(enumerate(node.args)).get(3, node.kwargs.get("attn_mask"))
         with graph.inserting_after(node):
-            copy = graph.call_function(torch.ops.aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-        copy.meta = dict(node.meta)
-        node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+            out = _call(graph, torch.ops.aten.clone.default, node, memory_format=torch.contiguous_format)
+        if isinstance(mask, fx.Node):
+            if mask not in reached:
+                with graph.inserting_after(mask):
+                    reached[mask] = _reached(graph, mask)
+            with graph.inserting_after(out):
+                out = _call(graph, torch.ops.aten.where.ScalarOther, reached[mask], out, 0.0)
+        for user in users:
+            user.replace_input_with(node, out)
     return program.run_decompositions({ATTENTION: _spelled}) if headless else program
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A node, with the shape and type that it has."""
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args), **kwargs)
+    return node
+
+
+def _reached(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    """Which tokens may look at any other, [..., tokens, 1]."""
+    if mask.meta["val"].dtype == torch.bool:
+        return _call(graph, torch.ops.aten.any.dim, mask, -1, True)
+    seen = _call(graph, torch.ops.aten.gt.Scalar, mask, -math.inf)
+    with graph.inserting_after(seen):
+        return _call(graph, torch.ops.aten.any.dim, seen, -1, True)
 
 
 def _spelled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0, *rest: Any, **named: Any) -> Any:

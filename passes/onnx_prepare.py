@@ -37,7 +37,7 @@ class Prepared:
 
     model: nn.Module | ExportedProgram
     inputs: Inputs
-    dtype: str  # of the model's numbers: "float32", "float16", or both as "mixed"
+    dtype: str  # of the model's numbers: "float32", "float16", or "float16 and float32"
     lengths: Mapping[int, str]
     axes: int
 
@@ -82,7 +82,7 @@ def _converted(
     own = {t.dtype for t in _tensors(model) if t.is_floating_point() and id(t) not in tables}
     target = getattr(torch, dtype) if dtype else torch.float32 if own - set(COMPUTED) else None
     narrow = any(pool.scale is not None for pool in pools)
-    if (target is None or own == {target}) and not narrow:
+    if (target is None or own <= {target}) and not narrow:
         return model, inputs, _named(own)
     if isinstance(model, ExportedProgram) or is_traced(model):
         types = " and ".join(sorted(str(d).removeprefix("torch.") for d in own))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from memrewrite.errors import ExportError
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.build_op import built_library
+from memrewrite.passes.onnx_file import read_graph
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -44,7 +45,6 @@ def onnx_session(
     function; a provider that does not come up.
     """
     try:
-        import onnx  # noqa: F401 - asked for here, with its error, and used below
         import onnxruntime
     except ImportError as error:
         raise ExportError(f"running ONNX needs onnxruntime ({error})", hint="pip install 'memrewrite[onnx]'") from error
@@ -53,7 +53,7 @@ def onnx_session(
     if wanted not in available:
         what = f"this onnxruntime has no {wanted}: it has {', '.join(available)}"
         raise ExportError(what, where=str(path), hint="pip install 'memrewrite[gpu]' for CUDA, or ask for another provider")
-    used, has_functions = _memory_operators(path)
+    used, has_functions = _memory_operators(Path(path))
     native = _library(library, wanted, op) if used and op != "standard" else None
     if used and native is None and not has_functions:
         hint = "memrewrite build-op, or export with --op both"
@@ -83,22 +83,9 @@ def calls_of(library: Path, operator: str, provider: str = CPU) -> int:
     return int(counter(operator.encode(), provider.encode()))
 
 
-def _memory_operators(path: str | Path) -> tuple[dict[str, int], bool]:
-    """The memory operators of a file, counted, and whether it holds functions for them. Raises `ExportError`."""
-    import onnx
-    from google.protobuf.message import DecodeError
-
-    try:
-        model = onnx.load(os.fspath(path), load_external_data=False)
-    except FileNotFoundError as error:
-        raise ExportError(f"there is no file {str(path)!r}", hint="memrewrite export MODEL -o model.onnx") from error
-    except (DecodeError, OSError) as error:
-        raise ExportError(f"the file cannot be read as ONNX: {error}", where=str(path), hint="export it again") from error
-    kept = {e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"}
-    for name in sorted(kept):
-        if not Path(path).with_name(name).is_file():
-            hint = "a large model is two files: move and copy them together"
-            raise ExportError(f"the file's weights are missing: {name!r} does not lie beside it", where=str(path), hint=hint)
+def _memory_operators(path: Path) -> tuple[dict[str, int], bool]:
+    """The memory operators of a file, counted, and whether it holds functions for them."""
+    model = read_graph(path)
     names = [node.op_type for node in model.graph.node if node.domain == DOMAIN]
     functions = {function.name for function in model.functions if function.domain == DOMAIN}
     return {name: names.count(name) for name in dict.fromkeys(names)}, set(names) <= functions

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -32,6 +31,7 @@ from memrewrite.passes.checkpoint import GRAPH, load
 from memrewrite.passes.example_inputs import example_inputs
 from memrewrite.passes.manifest import is_saved, read_manifest
 from memrewrite.passes.pretrained import load_pretrained
+from memrewrite.passes.programs import read_program
 from memrewrite.passes.recording import Inputs
 from memrewrite.passes.user_code import (
     blame,
@@ -156,7 +156,7 @@ def _from_program(path: Path, trust_code: bool) -> Source:
         )
 
     try:
-        program = torch.export.load(path)
+        program = read_program(path)
     except Exception as error:  # torch raises many kinds for a damaged archive
         what, hint = f"the exported program cannot be read: {brief(error)}", "save it again with torch.export.save"
         raise ModelError(what, where=str(path), hint=hint) from error

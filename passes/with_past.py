@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memrewrite.errors import ExportError
+from memrewrite.passes.example_inputs import example_inputs
 from memrewrite.passes.recording import Inputs, first_run
 
 BATCH, PAST, NEW = 2, 5, 3  # of the example; distinct, so that no axis is taken for another
@@ -55,7 +56,7 @@ def step_of(model: Any) -> tuple[Step, Inputs]:
         raise _refused(model, f"its forward takes no {missing[0]!r}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise _refused(model, "it is an encoder and a decoder, which are two files with two caches")
-    ids = torch.arange(PAST, device=model.device).expand(BATCH, PAST)
+    ids = example_inputs(model)[1]["input_ids"][:BATCH, :PAST].to(model.device)
     cache = first_run(model, ((), {"input_ids": ids, "use_cache": True})).get("past_key_values")
     past = [_pair(model, layer) for layer in getattr(cache, "layers", ())]
     if not past:
@@ -64,7 +65,7 @@ def step_of(model: Any) -> tuple[Step, Inputs]:
     inputs: dict[str, Any] = {"input_ids": ids[:, :NEW].contiguous(), "attention_mask": mask, "past_key_values": past}
     if "position_ids" in accepted:
         inputs["position_ids"] = torch.arange(PAST, PAST + NEW, device=ids.device).repeat(BATCH, 1)
-    return Step(model).eval(), ((), inputs)
+    return Step(model).train(model.training), ((), inputs)
 
 
 def _pair(model: Any, layer: Any) -> dict[str, Tensor]:

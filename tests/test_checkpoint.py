@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,15 @@ def test_a_graph_module_comes_back_when_it_is_trusted(out: Path) -> None:
         memrewrite.load(out)
     loaded = memrewrite.load(out, trust_code=True)
     assert torch.equal(tiny.values_of(loaded, inputs), tiny.values_of(model, inputs))
+
+
+def test_a_graph_that_returns_a_librarys_class_loads_in_a_process_that_has_not_imported_it(out: Path) -> None:
+    model, inputs = tiny.named("bert")
+    memrewrite.save(memrewrite.apply(model, tiny.recipe() | {"verify": "off"}, inputs, emit="graph").model, out)
+    load = f"memrewrite.load({str(out)!r}, trust_code=True)"
+    code = f"import memrewrite, torch; print(type({load}(input_ids=torch.ones(2, 5).long())))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "BaseModelOutput" in done.stdout, done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ after loading

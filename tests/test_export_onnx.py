@@ -110,16 +110,11 @@ def test_a_file_says_where_it_came_from_and_nothing_of_this_machine() -> None:
     model = onnx.load(file.path)
     told = {p.key.removeprefix(onnx_file.PREFIX): p.value for p in model.metadata_props}
     assert told["recipe"] == file.model.memory.record["recipe.yaml"]
-    assert told["plan"] == memrewrite.plan(*tiny_again("llama")).digest()
+    assert told["plan"] == tiny.plan_of("llama").digest()
     assert {"memrewrite", "torch", "onnx"} <= json.loads(told["versions"]).keys()
     assert (told["op"], told["dtype"], told["with_past"], told["selections"]) == ("standard", "float32", "false", "3")
     assert b"site-packages" not in file.path.read_bytes()
     assert str(Path(__file__).parent.parent).encode() not in file.path.read_bytes()
-
-
-def tiny_again(name: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    model, inputs = tiny.named(name)
-    return model, tiny.recipe(), inputs
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -128,6 +123,39 @@ def test_the_model_is_left_as_it_was() -> None:
     memrewrite.export_onnx(model, Path(exported("gpt2").path).with_name("again.onnx"), inputs, dtype="float16")
     assert not before.differences(tiny.Photograph(model))
     model.eval()
+
+
+class Masked(nn.Module):
+    """Attention under a mask of truths, or of numbers to be added."""
+
+    def __init__(self, additive: bool) -> None:
+        super().__init__()
+        self.project, self.additive = nn.Linear(8, 8), additive
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q = self.project(x).view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2)
+        seen = mask.bool().unsqueeze(1)
+        if self.additive:
+            seen = torch.zeros_like(seen, dtype=x.dtype).masked_fill(~seen, -torch.inf)
+        return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=seen).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_tokens_that_may_look_at_none_get_zeros_as_from_torch(additive: bool, tmp_path: Path) -> None:
+    model, x = Masked(additive).eval(), torch.randn(2, 5, 8)
+    mask = torch.ones(2, 5, 5, dtype=torch.int64).tril()
+    mask[0, :2] = 0
+    memrewrite.export_onnx(model, tmp_path / "masked.onnx", (x, mask))
+    found = run(tmp_path / "masked.onnx", {"x": x.numpy(), "mask": mask.numpy()})[0]
+    assert difference(found, model(x, mask)) < NEAR
+
+
+def test_a_padded_batch(tmp_path: Path) -> None:
+    model, inputs = rewritten("gpt2")
+    inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+    inputs["attention_mask"][0, :2] = 0
+    memrewrite.export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert difference(run(tmp_path / "model.onnx", arrays(inputs))[0], tiny.values_of(model, inputs)) < NEAR
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
