@@ -7,18 +7,22 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-zoo zoo lint types clean
+.PHONY: demo test test-slow test-gpu test-zoo zoo lint types clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 # Triton's interpreter is switched on for a whole process, so its tests have one of their own.
 test: $(INSTALLED) lint types
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not zoo and not interpreter"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not zoo and not interpreter and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+# On a machine with a CUDA device, whose torch and onnxruntime-gpu are in .venv; skipped with the reason elsewhere.
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu -rs
 
 # Some of the architectures beside the repository, where they are; `zoo` is all of them, and writes docs/zoo.md.
 test-zoo: $(INSTALLED)

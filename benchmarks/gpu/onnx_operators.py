@@ -1,0 +1,127 @@
+"""Files of one memory operator, and calls of them on tensors where these lie: for the benchmarks of the CPU and of the GPU.
+
+Flow: operator and types → a file with the node and its function → inputs and outputs bound to a session by address.
+`Operators` does all this on the device of `onnx_cuda`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession, RunOptions
+
+Op = Literal["SparseLookup", "ProductKeyTopk"]
+OPS: tuple[Op, ...] = get_args(Op)
+Inputs = Mapping[str, Tensor]
+Outputs = tuple[Tensor, ...]
+Call = Callable[[], Outputs]
+OPSET, IR = 20, 9
+# Numbers of ONNX's element types.
+ELEMENTS = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
+
+
+def missing(*packages: str) -> str | None:
+    """Which of onnx, onnxruntime and `packages` is not installed, and what to try; None where all are."""
+    for name in ("onnx", "onnxruntime", *packages):
+        if find_spec(name) is None:
+            return f"{name} is not installed\n  try: pip install 'memrewrite[onnx]' (for CUDA: 'memrewrite[onnx,gpu]')"
+    return None
+
+
+def operator_file(folder: Path, op: Op, inputs: Inputs, **attributes: int) -> Path:
+    """A file with one node of `op`, its function beside it, for inputs of these names, types and numbers of axes."""
+    import onnx
+    from onnx import helper
+
+    from memrewrite.kernels.onnx_functions import DOMAIN, VERSION, functions
+
+    results = outputs_of(op, inputs, attributes.get("k", 0))
+    node = helper.make_node(op, list(inputs), list(results), domain=DOMAIN, **attributes)
+
+    def ports(values: Inputs) -> list[Any]:
+        return [helper.make_tensor_value_info(name, ELEMENTS[x.dtype], [None] * x.ndim) for name, x in values.items()]
+
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
+    wanted = [function for function in functions(OPSET) if function.name == op]
+    graph = helper.make_graph([node], op, ports(inputs), ports(results))
+    model = helper.make_model(graph, functions=wanted, opset_imports=opsets, ir_version=IR)
+    kinds = [str(x.dtype).removeprefix("torch.") for x in inputs.values()]
+    path = folder / f"{'-'.join([op, *kinds, *(f'{name}{value}' for name, value in attributes.items())])}.onnx"
+    onnx.save(model, path)
+    return path
+
+
+def outputs_of(op: Op, inputs: Inputs, k: int = 0) -> dict[str, Tensor]:
+    """Memory for the outputs by name, full of NaN, or of -1: what a kernel leaves unwritten shows."""
+    first = next(iter(inputs.values()))
+    if op == "SparseLookup":
+        return {"y": first.new_full((inputs["indices"].shape[0], first.shape[1]), torch.nan)}
+    shape = (*first.shape[:-1], k)
+    indices = first.new_full(shape, -1, dtype=torch.int64)
+    return {"scores": first.new_full(shape, torch.nan, dtype=torch.float32), "indices": indices}
+
+
+def bound(session: InferenceSession, inputs: Inputs, outputs: Inputs, options: RunOptions | None = None) -> Call:
+    """A call of `session` that reads `inputs` and writes `outputs` (contiguous, on the session's device) without a copy."""
+    binding = session.io_binding()
+    for values, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
+        for name, x in values.items():
+            bind(name, x.device.type, x.device.index or 0, ELEMENTS[x.dtype], list(x.shape), x.data_ptr())
+    kept = dict(inputs)  # the session knows their addresses alone
+
+    def call() -> Outputs:
+        assert kept
+        session.run_with_iobinding(binding, options)
+        return tuple(outputs.values())
+
+    return call
+
+
+class Operators:
+    """Files of one operator, in sessions on the device under test; counts the calls of the native kernels."""
+
+    def __init__(self, rehearse: bool, library: Path, folder: Path) -> None:
+        from memrewrite.passes.onnx_session import CPU, CUDA
+
+        self.library, self.folder, self.provider = library, folder, CPU if rehearse else CUDA
+        self.options = {} if rehearse else {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
+        self.sessions: dict[str, Any] = {}
+        self.calls: dict[str, int] = dict.fromkeys(OPS, 0)
+
+    def call(self, route: str, op: Op, inputs: Inputs, **attributes: int) -> Call:
+        """A call by `route` ("native", "standard") that is queued on torch's stream, as torch's own operators are."""
+        import onnxruntime
+
+        path = operator_file(self.folder, op, inputs, **attributes)
+        key = f"{route} {path.name}"
+        if key not in self.sessions:
+            self.sessions[key] = self._session(path, route)
+        settings = onnxruntime.RunOptions()
+        settings.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        run = bound(self.sessions[key], inputs, outputs_of(op, inputs, attributes.get("k", 0)), settings)
+
+        def counted() -> Outputs:
+            self.calls[op] += 1
+            return run()
+
+        return counted if route == "native" else run
+
+    def _session(self, path: Path, route: Any) -> Any:
+        from memrewrite.passes.onnx_session import onnx_session
+
+        session = onnx_session(path, [(self.provider, self.options)], op=route, library=self.library)
+        assert session.get_providers()[0] == self.provider
+        return session
+
+    def counters(self) -> dict[str, int]:
+        """What the library says of its calls on the provider so far."""
+        from memrewrite.passes.onnx_session import calls_of
+
+        return {op: calls_of(self.library, op, self.provider) for op in OPS}
