@@ -59,13 +59,14 @@ def sessions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     return made
 
 
-def routes(args: argparse.Namespace, op: Op, inputs: Inputs, **attributes: int) -> dict[str, Maker]:
-    """Both routes of a file of one operator."""
+def routes(args: argparse.Namespace, op: Op, inputs: Inputs, held: tuple[str, ...] = (), **attributes: int) -> dict[str, Maker]:
+    """Both routes of a file of one operator, which holds the inputs that `held` names."""
 
     def make(session: Any, given: Inputs) -> Call:
-        return bound(session, given, outputs_of(op, given, attributes.get("k", 0)))
+        fed = {name: x for name, x in given.items() if name not in held}
+        return bound(session, fed, outputs_of(op, given, attributes.get("k", 0)))
 
-    made = sessions(args, operator_file(args.folder, op, inputs, **attributes))
+    made = sessions(args, operator_file(args.folder, op, inputs, held, **attributes))
     return {who: partial(make, session) for who, session in made.items()}
 
 
@@ -82,7 +83,7 @@ def lookup(args: argparse.Namespace, values: Tensor, tokens: int) -> Contest:
         want = torch.cat([torch.einsum("tk,tkd->td", w.double(), values[i].double()) for i, w in parts])
         near(f"SparseLookup by {who}", found[0], want, TOLERANCE[str(values.dtype)[6:]])
 
-    makers = {**routes(args, "SparseLookup", draws[0]), "torch": bags}
+    makers = {**routes(args, "SparseLookup", draws[0], ("values",)), "torch": bags}
     return Contest("SparseLookup", lookup_size(args, tokens, str(values.dtype)[6:]), draws, makers, check)
 
 

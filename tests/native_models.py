@@ -5,7 +5,6 @@ Imports nothing of memrewrite but the operators' functions, so that it also runs
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,14 +131,11 @@ def check_topk(found: Sequence[np.ndarray], scores1: np.ndarray, scores2: np.nda
     np.testing.assert_allclose(found[0], best, rtol=1e-5 if soft else 0, atol=1e-7 if soft else 0)
 
 
-def built(folders: Any, name: str, build: Callable[[Path], object]) -> Path:
-    """What `build` makes at a path, once for all workers of a test run: the first makes it, the others wait for it.
-
-    `folders` is pytest's tmp_path_factory.
-    """
-    base = folders.getbasetemp()
-    shared = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+def built(shared: Path, name: str, build: Callable[[Path], object]) -> Path:
+    """What `build` makes at a path, once for all workers who share a folder: the first makes it, the others wait for it."""
     target, begun, failed = shared / name, shared / f"{name}.begun", shared / f"{name}.failed"
+    if target.exists():
+        return target
     try:
         begun.touch(exist_ok=False)
     except FileExistsError:

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -343,20 +342,6 @@ def test_the_cpu_benchmark(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
 # --------------------------------------------------------------------------------------------------------- ONNX Runtime's
 
 
-@pytest.fixture(scope="session")
-def native_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The one that the tests of the native operators build."""
-    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    pytest.importorskip("onnx", reason="onnx is not installed")
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not there to build the library")
-    from native_models import built
-
-    from memrewrite.passes.build_op import build_op
-
-    return built(tmp_path_factory, "native.so", lambda path: build_op(path, cuda=False))
-
-
 def onnx_cpu(library: Path, folder: Path, *more: str) -> list[str]:
     sizes = {
         "tokens": "1 5",
@@ -373,7 +358,7 @@ def onnx_cpu(library: Path, folder: Path, *more: str) -> list[str]:
 
 
 def test_the_onnx_cpu_benchmark(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, native_library: Path
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, library: Path
 ) -> None:
     command = bench("onnx_cpu")
     half = {name: torch.randn(3, 9) for name in ("scores1", "scores2")}
@@ -382,7 +367,7 @@ def test_the_onnx_cpu_benchmark(
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     monkeypatch.setattr(command, "memory", lambda argv, who: command.main([*argv, "--memory-of", who]))
     for more in (["--dtype", "float32", "float16", "bfloat16"], ["--inputs", str(tmp_path / "given.npz")]):
-        assert command.main([*onnx_cpu(native_library, tmp_path, "--model", model), *more]) == 0
+        assert command.main([*onnx_cpu(library, tmp_path, "--model", model), *more]) == 0
         record = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
         assert set(record) == {"benchmark", "sizes", "machine", "rows", "extra_mb", "targets"}
         types = len(more) - 1 if "--dtype" in more else 1
@@ -394,13 +379,13 @@ def test_the_onnx_cpu_benchmark(
 
 
 def test_inputs_of_a_model_that_cannot_be_drawn_are_asked_for(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any, native_library: Path
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any, library: Path
 ) -> None:
     half = {name: torch.randn(3, 9) for name in ("scores1", "scores2")}
     model = bench("onnx_operators").operator_file(tmp_path, "ProductKeyTopk", half, k=6)
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     command = bench("onnx_cpu")
-    assert command.main([*onnx_cpu(native_library, tmp_path, "--model", str(model)), "--tokens", "5"]) == 2  # 5 scores, k = 6
+    assert command.main([*onnx_cpu(library, tmp_path, "--model", str(model)), "--tokens", "5"]) == 2  # 5 scores, k = 6
     assert "--inputs FILE.npz" in capfd.readouterr().err
     dependent = SimpleNamespace(name="mask", shape=["batch", "past + sequence"], type="tensor(int64)")
     with pytest.raises(MemrewriteError, match="its axes depend on each other"):
@@ -419,23 +404,23 @@ def wrongly(bound: Any, fault: Any) -> Any:
 
 @pytest.mark.parametrize("fault", [lambda x: x * 1.1 if x.is_floating_point() else x, lambda x: x * torch.nan])
 def test_a_wrong_operator_is_not_timed(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, native_library: Path, fault: Any
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, library: Path, fault: Any
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     contests, files = bench("onnx_contests"), bench("onnx_operators")
     wrong = wrongly(files.bound, fault)
     monkeypatch.setattr(contests, "bound", wrong)
-    assert bench("onnx_cpu").main(onnx_cpu(native_library, tmp_path)) == 1
+    assert bench("onnx_cpu").main(onnx_cpu(library, tmp_path)) == 1
     assert "SparseLookup by native: relative error" in capsys.readouterr().err
     monkeypatch.setattr(files, "bound", wrong)
-    line = ["--rehearse", "--library", str(native_library), "--json", str(tmp_path / "cuda.json")]
+    line = ["--rehearse", "--library", str(library), "--json", str(tmp_path / "cuda.json")]
     assert bench("onnx_cuda").main(line) == 1
     rows = json.loads((tmp_path / "cuda.json").read_text(encoding="utf-8"))["rows"]
     assert [row["status"].split(":")[0] for row in rows] == ["WRONG", "not run (a kernel is wrong)"]
 
 
-def test_the_onnx_gpu_benchmark_rehearsed(bench: Any, tmp_path: Path, native_library: Path) -> None:
-    line = ["--rehearse", "--library", str(native_library), "--json", str(tmp_path / "cuda.json")]
+def test_the_onnx_gpu_benchmark_rehearsed(bench: Any, tmp_path: Path, library: Path) -> None:
+    line = ["--rehearse", "--library", str(library), "--json", str(tmp_path / "cuda.json")]
     assert bench("onnx_cuda").main(line) == 0
     record = json.loads((tmp_path / "cuda.json").read_text(encoding="utf-8"))
     assert record["benchmark"] == "onnx_cuda"
@@ -447,11 +432,11 @@ def test_the_onnx_gpu_benchmark_rehearsed(bench: Any, tmp_path: Path, native_lib
 
 
 def test_the_onnx_gpu_benchmark_counts_the_native_calls(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, native_library: Path
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, library: Path
 ) -> None:
     files = bench("onnx_operators")
     monkeypatch.setattr(files.Operators, "counters", lambda _: dict.fromkeys(files.OPS, 0))
-    line = ["--rehearse", "--library", str(native_library), "--json", str(tmp_path / "cuda.json")]
+    line = ["--rehearse", "--library", str(library), "--json", str(tmp_path / "cuda.json")]
     assert bench("onnx_cuda").main(line) == 1
     assert "the native kernels ran {'SparseLookup': 0" in capsys.readouterr().err
 

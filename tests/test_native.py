@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
 pytest.importorskip("onnx", reason="onnx is not installed")
@@ -34,11 +35,6 @@ HERE = Path(__file__).parent
 KINDS = ("float", "float16", "bfloat16")
 INDICES = ("int64", "int32")
 CPU, CUDA = b"CPUExecutionProvider", b"CUDAExecutionProvider"
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return built(tmp_path_factory, "native.so", lambda path: build_op.build_op(path, cuda=False))
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +153,17 @@ def test_the_function_says_the_same(library: Path, calls: Callable[[str], int], 
         np.testing.assert_array_equal(native[1], plain[1])
 
 
+def test_a_large_table_of_the_model_itself(library: Path) -> None:
+    """The kernel knows it before the first run, and asks for large pages."""
+    feeds = lookup_feeds("float", "int64", 6_000, 1_001, 9, 33)
+    table, proto = feeds.pop("values"), lookup_model()
+    proto.graph.initializer.append(numpy_helper.from_array(table, "values"))
+    del proto.graph.input[0]
+    for _ in range(2):
+        (y,) = run(session(proto, library), feeds, ("float", (9, 1_001)))
+        check_lookup(y, "float", values=table, **feeds)
+
+
 def test_threads_change_nothing(library: Path) -> None:
     feeds, scores = lookup_feeds("float", "int64", 3000, 1000, 64, 128), topk_feeds("float", (4, 64), 256, 256)
     lookups = [session(lookup_model(), library, threads=n).run(None, feeds) for n in (1, 2)]
@@ -235,18 +242,18 @@ def test_a_topk_is_refused(library: Path, attributes: dict[str, int], one: np.nd
         session(topk_model(**attributes), library).run(None, {"scores1": one, "scores2": two})
 
 
-def test_fuzzed_under_sanitizers(tmp_path_factory: pytest.TempPathFactory) -> None:
-    fuzzed(tmp_path_factory, cases=450, seed=int(os.environ.get("FUZZ_SEED", "0")))
+def test_fuzzed_under_sanitizers(folder: Path) -> None:
+    fuzzed(folder, cases=450, seed=int(os.environ.get("FUZZ_SEED", "0")))
 
 
 @pytest.mark.slow
-def test_fuzzed_for_long(tmp_path_factory: pytest.TempPathFactory) -> None:
-    fuzzed(tmp_path_factory, cases=30_000, seed=1)
+def test_fuzzed_for_long(folder: Path) -> None:
+    fuzzed(folder, cases=30_000, seed=1)
 
 
-def fuzzed(folders: pytest.TempPathFactory, cases: int, seed: int) -> None:
+def fuzzed(folder: Path, cases: int, seed: int) -> None:
     """In a process of its own. C++'s library is loaded first as well, or the sanitizer would not find how errors are thrown."""
-    sanitized = built(folders, "sanitized.so", lambda path: build_op.build_op(path, sanitize=True))
+    sanitized = built(folder, "sanitized.so", lambda path: build_op.build_op(path, sanitize=True))
     names = [
         subprocess.check_output([str(GXX), f"-print-file-name={n}"], text=True).strip() for n in ("libasan.so", "libstdc++.so")
     ]

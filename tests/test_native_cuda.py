@@ -30,10 +30,10 @@ SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1",
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def emulator(folder: Path) -> Path:
     if GXX is None:
         pytest.skip("g++ is not there to build the kernels for the CPU")
-    return built(tmp_path_factory, "cuda_on_cpu", emulate)
+    return built(folder, "cuda_on_cpu", emulate)
 
 
 def emulate(program: Path) -> None:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import onnxruntime
 import pytest
 import tiny
-from onnx_files import arrays, difference, exported
+from onnx_files import File, arrays, difference
 
 import memrewrite
 from memrewrite.errors import ExportError
 from memrewrite.passes import onnx_session as module
-from memrewrite.passes.build_op import build_op
 from memrewrite.passes.onnx_session import CPU, CUDA, calls_of
 
 NEAR = 1e-4
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CPU kernels alone, which compile in seconds."""
-    return build_op(tmp_path_factory.mktemp("library") / "libmemrewrite.so", cuda=False)
+MakeFile = Callable[..., File]
 
 
 @pytest.fixture
@@ -31,8 +26,10 @@ def unbuilt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "built_library", lambda: None)
 
 
-def test_native_kernels_run_every_memory_operator_and_say_so(library: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = exported("llama")
+def test_native_kernels_run_every_memory_operator_and_say_so(
+    library: Path, caplog: pytest.LogCaptureFixture, exported: MakeFile
+) -> None:
+    file = exported("modular")
     with caplog.at_level(logging.INFO, "memrewrite"):
         session = memrewrite.onnx_session(file.path, op="native", library=library)
     assert session.memory_kernels == {"ProductKeyTopk": "native", "SparseLookup": "native"}
@@ -43,8 +40,8 @@ def test_native_kernels_run_every_memory_operator_and_say_so(library: Path, capl
     assert difference(found, tiny.values_of(file.model, file.inputs)) < NEAR
 
 
-def test_standard_operators_run_where_they_are_asked_for(library: Path) -> None:
-    file = exported("llama")
+def test_standard_operators_run_where_they_are_asked_for(library: Path, exported: MakeFile) -> None:
+    file = exported("modular")
     session = memrewrite.onnx_session(file.path, op="standard", library=library)
     assert set(session.memory_kernels.values()) == {"standard"}
     before = calls_of(library, "SparseLookup")
@@ -53,82 +50,84 @@ def test_standard_operators_run_where_they_are_asked_for(library: Path) -> None:
 
 
 @pytest.mark.usefixtures("unbuilt")
-def test_without_a_library_the_functions_run_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_library_the_functions_run_and_that_is_said(caplog: pytest.LogCaptureFixture, exported: MakeFile) -> None:
     with caplog.at_level(logging.WARNING, "memrewrite"):
-        session = memrewrite.onnx_session(exported("llama").path)
+        session = memrewrite.onnx_session(exported("modular").path)
     assert set(session.memory_kernels.values()) == {"standard"}
     assert "memrewrite build-op" in caplog.text
 
 
 @pytest.mark.usefixtures("unbuilt")
-def test_native_kernels_that_are_not_there_are_an_error() -> None:
+def test_native_kernels_that_are_not_there_are_an_error(exported: MakeFile) -> None:
     with pytest.raises(ExportError, match="not built"):
-        memrewrite.onnx_session(exported("llama").path, op="native")
+        memrewrite.onnx_session(exported("modular").path, op="native")
     with pytest.raises(ExportError, match="they need the library"):
-        memrewrite.onnx_session(exported("llama", op="native").path)
+        memrewrite.onnx_session(exported("modular", op="native").path)
 
 
-def test_a_file_for_native_kernels_alone_runs_with_the_library(library: Path) -> None:
-    file = exported("llama", op="native")
+def test_a_file_for_native_kernels_alone_runs_with_the_library(library: Path, exported: MakeFile) -> None:
+    file = exported("modular", op="native")
     session = memrewrite.onnx_session(file.path, library=library)
     assert difference(session.run(None, arrays(file.inputs))[0], tiny.values_of(file.model, file.inputs)) < NEAR
 
 
-def test_many_sessions_and_settings_of_the_users(library: Path) -> None:
+def test_many_sessions_and_settings_of_the_users(library: Path, exported: MakeFile) -> None:
     for _ in range(2):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        session = memrewrite.onnx_session(exported("llama").path, library=library, options=options)
+        session = memrewrite.onnx_session(exported("modular").path, library=library, options=options)
         assert session.get_session_options().intra_op_num_threads == 1
 
 
-def test_a_file_without_memory_operators_needs_nothing() -> None:
-    assert memrewrite.onnx_session(exported("llama", op="standard").path, op="native").memory_kernels == {}
+def test_a_file_without_memory_operators_needs_nothing(exported: MakeFile) -> None:
+    assert memrewrite.onnx_session(exported("modular", op="standard").path, op="native").memory_kernels == {}
 
 
 # ------------------------------------------------------------------------------------------------------------ providers
 
 
-def test_a_provider_that_is_not_there_is_an_error() -> None:
+def test_a_provider_that_is_not_there_is_an_error(exported: MakeFile) -> None:
     with pytest.raises(ExportError, match="has no NonsenseExecutionProvider"):
-        memrewrite.onnx_session(exported("llama").path, providers=["NonsenseExecutionProvider", CPU])
+        memrewrite.onnx_session(exported("modular").path, providers=["NonsenseExecutionProvider", CPU])
 
 
-def test_a_provider_that_does_not_come_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_that_does_not_come_up_is_an_error(monkeypatch: pytest.MonkeyPatch, exported: MakeFile) -> None:
     """onnxruntime's own way is to warn and to run on the CPU."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     with pytest.raises(ExportError, match="did not come up: onnxruntime fell back to CPUExecutionProvider"):
-        memrewrite.onnx_session(exported("llama").path, providers=[(CUDA, {"device_id": 0})], op="standard")
+        memrewrite.onnx_session(exported("modular").path, providers=[(CUDA, {"device_id": 0})], op="standard")
 
 
-def test_kernels_for_the_cpu_alone_do_not_serve_cuda(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_for_the_cpu_alone_do_not_serve_cuda(
+    library: Path, monkeypatch: pytest.MonkeyPatch, exported: MakeFile
+) -> None:
     """The nodes would run on the CPU, between copies."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     with pytest.raises(ExportError, match="without CUDA kernels"):
-        memrewrite.onnx_session(exported("llama").path, providers=[CUDA], op="native", library=library)
+        memrewrite.onnx_session(exported("modular").path, providers=[CUDA], op="native", library=library)
 
 
 # --------------------------------------------------------------------------------------------------------- damaged files
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])
-def test_a_file_that_was_cut_short(share: float, library: Path, tmp_path: Path) -> None:
-    whole = exported("llama").path.read_bytes()
+def test_a_file_that_was_cut_short(share: float, library: Path, tmp_path: Path, exported: MakeFile) -> None:
+    whole = exported("modular").path.read_bytes()
     (tmp_path / "cut.onnx").write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(ExportError, match="cannot"):
         memrewrite.onnx_session(tmp_path / "cut.onnx", library=library)
 
 
-def test_weights_that_are_missing(library: Path, tmp_path: Path) -> None:
-    model = onnx.load(exported("llama").path)
+def test_weights_that_are_missing(library: Path, tmp_path: Path, exported: MakeFile) -> None:
+    model = onnx.load(exported("modular").path)
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=256)
     (tmp_path / "model.onnx.data").unlink()
     with pytest.raises(ExportError, match=r"'model\.onnx\.data' does not lie beside it"):
         memrewrite.onnx_session(tmp_path / "model.onnx", library=library)
 
 
-def test_no_file_and_no_library(tmp_path: Path) -> None:
+def test_no_file_and_no_library(tmp_path: Path, exported: MakeFile) -> None:
     with pytest.raises(ExportError, match="there is no file"):
         memrewrite.onnx_session(tmp_path / "nothing.onnx")
     with pytest.raises(ExportError, match="there is no library"):
-        memrewrite.onnx_session(exported("llama").path, library=tmp_path / "nothing.so")
+        memrewrite.onnx_session(exported("modular").path, library=tmp_path / "nothing.so")

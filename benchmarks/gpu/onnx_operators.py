@@ -35,8 +35,11 @@ def missing(*packages: str) -> str | None:
     return None
 
 
-def operator_file(folder: Path, op: Op, inputs: Inputs, **attributes: int) -> Path:
-    """A file with one node of `op`, its function beside it, for inputs of these names, types and numbers of axes."""
+def operator_file(folder: Path, op: Op, inputs: Inputs, held: tuple[str, ...] = (), **attributes: int) -> Path:
+    """A file with one node of `op`, its function beside it, for inputs of these names, types and numbers of axes.
+
+    Those named in `held` are no inputs: the file holds them, as an exported model holds its table.
+    """
     import onnx
     from onnx import helper
 
@@ -50,7 +53,13 @@ def operator_file(folder: Path, op: Op, inputs: Inputs, **attributes: int) -> Pa
 
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
     wanted = [function for function in functions(OPSET) if function.name == op]
-    graph = helper.make_graph([node], op, ports(inputs), ports(results))
+    weights = [
+        helper.make_tensor(name, ELEMENTS[x.dtype], x.shape, x.contiguous().view(torch.uint8).numpy().tobytes(), raw=True)
+        for name, x in inputs.items()
+        if name in held
+    ]
+    given = {name: x for name, x in inputs.items() if name not in held}
+    graph = helper.make_graph([node], op, ports(given), ports(results), initializer=weights)
     model = helper.make_model(graph, functions=wanted, opset_imports=opsets, ir_version=IR)
     kinds = [str(x.dtype).removeprefix("torch.") for x in inputs.values()]
     path = folder / f"{'-'.join([op, *kinds, *(f'{name}{value}' for name, value in attributes.items())])}.onnx"

@@ -46,6 +46,9 @@ struct Threads {
 template <class T, class I>
 void lookup_cpu(const Lookup<T, I>& job, const Threads& threads);
 
+// Before the first lookup in a table of `bytes` that stays where it is.
+void prepare_cpu(const void* table, size_t bytes);
+
 template <class T>
 void topk_cpu(const Topk<T>& job, const Threads& threads);  // throws std::bad_alloc
 

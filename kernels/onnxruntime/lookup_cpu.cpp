@@ -1,66 +1,103 @@
-// SparseLookup on the CPU: a tile of columns is summed over a token's rows in registers, while rows further on are fetched.
+// SparseLookup on the CPU: a few rows at a time are added to a token's sums, which stay in the first cache, while the next few
+// are fetched line by line: random rows of a large table are in no cache.
 #include <algorithm>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "kernels.h"
 
 namespace {
 
-constexpr int64_t kTile = 128;            // columns summed at once: fills the registers of AVX2
-constexpr int64_t kAhead = 8;             // rows fetched ahead of the sums: random rows of a large table are in no cache
+constexpr int64_t kTile = 1024;           // columns summed at once, at most: 4 KiB of sums
+constexpr int64_t kLeastTile = 128;       // below this a row's lines are too few to be fetched in a stream
+constexpr int64_t kFewUnits = 16;         // fewer would leave threads idle: then tiles are made smaller
+constexpr int64_t kRows = 4;              // added at once: each sum is loaded and stored once for so many
 constexpr int64_t kLine = 64;             // bytes of a cache line
 constexpr int64_t kPieceBytes = 1 << 15;  // read for one piece of work: less is not worth waking a thread
 constexpr int64_t kMostPieces = 256;
 
-template <int64_t W, class T, class I>
-MEMREWRITE_INLINE void tile(const Lookup<T, I>& job, int64_t token, int64_t column) {
-  const I* indices = job.indices + token * job.reads;
-  const T* weights = job.weights + token * job.reads;
-  const T* values = job.values + column;
-  float sums[W] = {};
-  for (int64_t j = 0; j < job.reads; ++j) {
-    const char* ahead = reinterpret_cast<const char*>(values + int64_t(indices[std::min(j + kAhead, job.reads - 1)]) * job.width);
-    for (int64_t byte = 0; byte < W * int64_t(sizeof(T)); byte += kLine) __builtin_prefetch(ahead + byte);
-    const T* row = values + int64_t(indices[j]) * job.width;
-    const float weight = widen(weights[j]);
-    for (int64_t c = 0; c < W; ++c) sums[c] += weight * widen(row[c]);
+// Add the R rows read at `at` and after to the sums of some columns, in order, and fetch those that come next before `end`.
+template <int R, class T, class I>
+MEMREWRITE_INLINE void add_rows(const Lookup<T, I>& job, int64_t at, int64_t end, int64_t column, int64_t width, float* sums) {
+  constexpr int64_t kStep = kLine / int64_t(sizeof(T));
+  const T* rows[R];
+  const T* next[R];
+  float weights[R];
+  for (int r = 0; r < R; ++r) {
+    rows[r] = job.values + int64_t(job.indices[at + r]) * job.width + column;
+    next[r] = job.values + int64_t(job.indices[std::min(at + R + r, end - 1)]) * job.width + column;
+    weights[r] = widen(job.weights[at + r]);
   }
-  T* y = job.y + token * job.width + column;
-  for (int64_t c = 0; c < W; ++c) narrow(sums[c], y + c);
-}
-
-// Columns begin to end in tiles of W, what is left in smaller ones.
-template <int64_t W, class T, class I>
-MEMREWRITE_INLINE void columns(const Lookup<T, I>& job, int64_t token, int64_t begin, int64_t end) {
-  for (; end - begin >= W; begin += W) tile<W>(job, token, begin);
-  if constexpr (W > 1) columns<W / 2>(job, token, begin, end);
+  int64_t c = 0;
+  for (; c + kStep <= width; c += kStep) {
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c);
+    float line[kStep];
+    for (int64_t i = 0; i < kStep; ++i) line[i] = sums[c + i];
+    for (int r = 0; r < R; ++r) {
+      for (int64_t i = 0; i < kStep; ++i) line[i] += weights[r] * widen(rows[r][c + i]);
+    }
+    for (int64_t i = 0; i < kStep; ++i) sums[c + i] = line[i];
+  }
+  for (; c < width; ++c) {
+    for (int r = 0; r < R; ++r) sums[c] += weights[r] * widen(rows[r][c]);
+  }
 }
 
 // Units are tiles of tokens, numbered token by token.
 template <class T, class I>
-MEMREWRITE_CLONES void units(const Lookup<T, I>& job, int64_t tiles, int64_t begin, int64_t end) {
+MEMREWRITE_CLONES void units(const Lookup<T, I>& job, int64_t tile, int64_t tiles, int64_t begin, int64_t end) {
+  float sums[kTile];
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t column = unit % tiles * kTile;
-    columns<kTile>(job, unit / tiles, column, std::min(column + kTile, job.width));
+    const int64_t token = unit / tiles, column = unit % tiles * tile;
+    const int64_t width = std::min(tile, job.width - column);
+    const int64_t first = token * job.reads, last = first + job.reads;
+    const int64_t known = tiles == 1 ? job.tokens * job.reads : last;  // whose rows may be fetched: the next token's, too
+    std::fill(sums, sums + width, 0.0f);
+    int64_t at = first;
+    for (; at + kRows <= last; at += kRows) add_rows<kRows>(job, at, known, column, width, sums);
+    for (; at < last; ++at) add_rows<1>(job, at, known, column, width, sums);
+    T* y = job.y + token * job.width + column;
+    for (int64_t c = 0; c < width; ++c) narrow(sums[c], y + c);
   }
 }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
 template <class T, class I>
 void lookup_cpu(const Lookup<T, I>& job, const Threads& threads) {
-  const int64_t tiles = (job.width + kTile - 1) / kTile;
-  const int64_t total = job.tokens * tiles;
+  int64_t tile = kTile;
+  while (tile > kLeastTile && job.tokens * ceil_div(job.width, tile) < kFewUnits) tile /= 2;
+  const int64_t tiles = ceil_div(job.width, tile), total = job.tokens * tiles;
   if (total == 0) return;
-  const int64_t bytes = (job.reads + 1) * std::min(kTile, job.width) * int64_t(sizeof(T));  // of one unit
-  const int64_t least = std::max(kPieceBytes / bytes, (total + kMostPieces - 1) / kMostPieces);
-  const int64_t each = std::max<int64_t>(least, 1);
-  threads.run(size_t((total + each - 1) / each), [&](size_t piece) {
+  const int64_t bytes = (job.reads + 1) * std::min(tile, job.width) * int64_t(sizeof(T));  // of one unit
+  const int64_t each = std::max<int64_t>({1, kPieceBytes / bytes, ceil_div(total, kMostPieces)});
+  threads.run(size_t(ceil_div(total, each)), [&](size_t piece) {
     const int64_t begin = int64_t(piece) * each;
-    units(job, tiles, begin, std::min(begin + each, total));
+    units(job, tile, tiles, begin, std::min(begin + each, total));
   });
 }
 
-#define INSTANTIATE(T)                                                    \
+// Every row that is read lies in another page, and a processor remembers where few of them are: large ones are asked for. Where
+// there are none, as of a table that is mapped from its file, nothing changes.
+void prepare_cpu(const void* table, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kLargePage = 1 << 21;
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, now and not some day; of Linux 6.1, newer than many headers
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(table) + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(table) + bytes) / kLargePage * kLargePage;
+  if (begin >= end) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(begin), end - begin, kCollapse);
+#else
+  (void)table, (void)bytes;
+#endif
+}
+
+#define INSTANTIATE(T)                                                 \
   template void lookup_cpu(const Lookup<T, int64_t>&, const Threads&); \
   template void lookup_cpu(const Lookup<T, int32_t>&, const Threads&);
 MEMREWRITE_FOR_TYPES(INSTANTIATE)

@@ -144,6 +144,14 @@ OrtStatus* create(const OrtCustomOp* self, const OrtApi* api, const OrtKernelInf
       OrtStatus* unset = api->KernelInfoGetAttribute_int64(info, "softmax", &made.softmax);
       if (unset != nullptr) api->ReleaseStatus(unset), made.softmax = 0;
     }
+    if (op->number == LOOKUP && op->provider == CPU) {
+      if (const OrtValue* table = constant(api, info, 0)) {
+        const auto values = tensor<char>(api, table);
+        size_t bytes = op->inputs[0] == ORT_FLOAT ? 4 : 2;
+        for (int64_t dim : values.dims) bytes *= size_t(dim);
+        prepare_cpu(values.data, bytes);
+      }
+    }
     *kernel = new Kernel(made);
   });
 }

@@ -55,7 +55,10 @@ struct OrtApi {
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);
   Unused slots_100[193 - 100];
   OrtStatus* (*KernelContext_GetGPUComputeStream)(const OrtKernelContext* context, void** stream);
-  Unused slots_194[267 - 194];
+  Unused slots_194[249 - 194];
+  OrtStatus* (*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo* info, size_t index, int* is_constant,
+                                                  const OrtValue** value);
+  Unused slots_250[267 - 250];
   OrtStatus* (*ShapeInferContext_GetInputCount)(const OrtShapeInferContext* context, size_t* count);
   OrtStatus* (*ShapeInferContext_GetInputTypeShape)(const OrtShapeInferContext* context, size_t index,
                                                     OrtTensorTypeAndShapeInfo** info);  // lent: not to be released
@@ -124,6 +127,7 @@ MEMREWRITE_SLOT(KernelContext_GetOutput, 91);
 MEMREWRITE_SLOT(ReleaseStatus, 93);
 MEMREWRITE_SLOT(ReleaseTensorTypeAndShapeInfo, 99);
 MEMREWRITE_SLOT(KernelContext_GetGPUComputeStream, 193);
+MEMREWRITE_SLOT(KernelInfoGetConstantInput_tensor, 249);
 MEMREWRITE_SLOT(ShapeInferContext_GetInputCount, 267);
 MEMREWRITE_SLOT(ShapeInferContext_GetInputTypeShape, 268);
 MEMREWRITE_SLOT(ShapeInferContext_GetAttribute, 269);

@@ -56,10 +56,7 @@ struct Input {
 };
 
 template <class T>
-Input<T> input(const OrtApi* api, OrtKernelContext* context, size_t index, const char* name) {
-  const OrtValue* value = nullptr;
-  check(api->KernelContext_GetInput(context, index, &value));
-  require(value != nullptr, [&] { return std::string("input ") + name + " is missing"; });
+Input<T> tensor(const OrtApi* api, const OrtValue* value) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   check(api->GetTensorTypeAndShape(value, &info));
   size_t rank = 0;
@@ -71,6 +68,22 @@ Input<T> input(const OrtApi* api, OrtKernelContext* context, size_t index, const
   void* data = nullptr;
   check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // the one without Mutable is younger; only read
   return {static_cast<const T*>(data), dims};
+}
+
+template <class T>
+Input<T> input(const OrtApi* api, OrtKernelContext* context, size_t index, const char* name) {
+  const OrtValue* value = nullptr;
+  check(api->KernelContext_GetInput(context, index, &value));
+  require(value != nullptr, [&] { return std::string("input ") + name + " is missing"; });
+  return tensor<T>(api, value);
+}
+
+// An input that is the same in every run, where it is known before the first: a model's weights.
+inline const OrtValue* constant(const OrtApi* api, const OrtKernelInfo* info, size_t index) {
+  int is_constant = 0;
+  const OrtValue* value = nullptr;
+  check(api->KernelInfoGetConstantInput_tensor(info, index, &is_constant, &value));
+  return is_constant ? value : nullptr;
 }
 
 template <class T>
