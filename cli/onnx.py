@@ -135,4 +135,5 @@ def check(
         )
         ours.show({"checked": checked.model_dump(mode="json"), "ok": checked.ok}, lambda out: render.checked(out, checked))
         if not checked.ok:
-            raise VerificationError("the file does not compute what the model does", where=str(file), hint="export it again")
+            ours.log.error("%s does not compute what the model does", file)
+            raise typer.Exit(VerificationError.exit_code)

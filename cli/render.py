@@ -162,7 +162,8 @@ def checked(out: Console, made: Checked) -> None:
         table(out, heads, [_compared(output) for output in route.outputs], right=heads[2:4])
         ties = route.ties
         if ties.differing:
-            line(out, f"{ties.differing:,} of {ties.rows:,} top-ks took other slots, at most {ties.gap:.1e} below the best")
+            judged = f"{ties.wrong:,} of them wrong" if ties.wrong else f"as good within {ties.gap:.2%} of the tolerance"
+            line(out, f"{ties.differing:,} of {ties.rows:,} top-ks took other slots, {judged}")
         for failure in route.failures:
             line(out, f"failed: {failure}")
         line(out)
