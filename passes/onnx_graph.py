@@ -6,16 +6,16 @@ standard operators for each operator, by which any runtime can run its nodes; or
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.export import ExportedProgram
 
 from memrewrite.errors import ExportError
 from memrewrite.kernels.onnx_functions import DOMAIN, functions
 from memrewrite.passes.capture import hushed
+from memrewrite.passes.onnx_attention import attention_spelled
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 Operators = Literal["both", "standard", "native"]
 OPSET = 20  # of standard operators: ONNX Runtime 1.17 reads it, which is where the native library begins too
 IR_VERSION = 9  # of the file: what that runtime reads; nothing newer is used
-ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-HEADED = 4  # axes of a query with heads: batch, head, token, width
 SELECTION = "memory.{}.{}"  # names of what a top-k chose: its place among them, and "scores" or "slots"
 
 
@@ -64,7 +61,7 @@ def _translated(program: ExportedProgram) -> onnx_ir.Model:
     for node in program.graph.nodes:
         if node.target in TAKEN:
             _plain(node, TAKEN[node.target])
-    program = _attention_spelled(program)
+    program = attention_spelled(program)
     try:
         with hushed():
             made = torch.onnx.export(
@@ -87,56 +84,6 @@ def _plain(node: fx.Node, taken: int) -> None:
         raise ExportError("the graph reads a table of 8 bits", where=node.name, hint="export the module it was traced from")
     node.args = tuple(given[name] for name in names[:taken] if name in given)
     node.kwargs = {}
-
-
-def _attention_spelled(program: ExportedProgram) -> ExportedProgram:
-    """`program` with attention as `torch.onnx` can translate it.
-
-    It has no translation where there is no axis of heads: there attention is written out. And it traces a graph twice, with
-    other strides of what attention returns, so that a view of the first is none in the second: a copy settles them, and
-    views reshape. A token that may look at none is given zeros, as by torch; the translation would give a mean, or NaN.
-    """
-    graph, headless, reached = program.graph, False, dict[fx.Node, fx.Node]()
-    for node in list(graph.nodes):
-        if node.target in VIEWS:
-            node.target = torch.ops.aten.reshape.default
-        if node.target is not ATTENTION:
-            continue
-        headless |= node.args[0].meta["val"].dim() != HEADED
-        users, mask = list(node.users), dict(enumerate(node.args)).get(3, node.kwargs.get("attn_mask"))
-        with graph.inserting_after(node):
-            out = _call(graph, torch.ops.aten.clone.default, node, memory_format=torch.contiguous_format)
-        if isinstance(mask, fx.Node):
-            if mask not in reached:
-                with graph.inserting_after(mask):
-                    reached[mask] = _reached(graph, mask)
-            with graph.inserting_after(out):
-                out = _call(graph, torch.ops.aten.where.ScalarOther, reached[mask], out, 0.0)
-        for user in users:
-            user.replace_input_with(node, out)
-    return program.run_decompositions({ATTENTION: _spelled}) if headless else program
-
-
-def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A node, with the shape and type that it has."""
-    node = graph.call_function(target, args, kwargs)
-    node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args), **kwargs)
-    return node
-
-
-def _reached(graph: fx.Graph, mask: fx.Node) -> fx.Node:
-    """Which tokens may look at any other, [..., tokens, 1]."""
-    if mask.meta["val"].dtype == torch.bool:
-        return _call(graph, torch.ops.aten.any.dim, mask, -1, True)
-    seen = _call(graph, torch.ops.aten.gt.Scalar, mask, -math.inf)
-    with graph.inserting_after(seen):
-        return _call(graph, torch.ops.aten.any.dim, seen, -1, True)
-
-
-def _spelled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0, *rest: Any, **named: Any) -> Any:
-    if q.dim() == HEADED:
-        return NotImplemented
-    return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, p, *rest, **named)[0]
 
 
 def _reason(error: BaseException) -> str:
