@@ -64,10 +64,15 @@ def export(
             dtype=None if dtype is None else dtype.value,
             with_past=with_past,
             overwrite=overwrite,
-            notes={"source": os.path.relpath(model, output.parent)} if Path(model).exists() else {},
+            notes={"source": _from_there(Path(model), output)} if Path(model).exists() else {},
             step=ours.step,
         )
         ours.show({"exported": exported.model_dump(mode="json")}, lambda out: render.exported(out, exported))
+
+
+def _from_there(model: Path, output: Path) -> str:
+    """Where the model lies as seen from the file, links resolved."""
+    return os.path.relpath(model.resolve(), output.resolve().parent)
 
 
 def build_op(
@@ -78,13 +83,17 @@ def build_op(
     cuda: Annotated[
         bool | None, typer.Option("--cuda/--no-cuda", help="Left out: with CUDA kernels where nvcc is found.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     as_json: Json = False,
 ) -> None:
     """Build the native kernels of the memory operators, for every onnxruntime from 1.17 on."""
     with session(context.obj, as_json) as ours:
         from memrewrite.cli import render
+        from memrewrite.cli.output import refuse_file
         from memrewrite.passes.build_op import build_op as build
 
+        if output is not None:
+            refuse_file(output, overwrite=overwrite, read=[])
         library = build(output, cuda=cuda, step=ours.step)
         ours.show({"library": str(library)}, lambda out: render.line(out, f"built {library}"))
 

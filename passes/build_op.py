@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,8 @@ def build_op(output: Path | None = None, *, cuda: bool | None = None, sanitize: 
         for source in sources(cuda=nvcc is not None):
             made = Path(folder, source.name + ".o")
             on_cuda = source.suffix == ".cu"
-            head = [str(nvcc), *_CUDA_FLAGS, *architecture_flags()] if on_cuda else [compiler, *flags]
+            cuda_head = [str(nvcc), "-ccbin", compiler, *_CUDA_FLAGS, *architecture_flags()]
+            head = cuda_head if on_cuda else [compiler, *flags]
             commands.append([*head, "-c", str(source), "-o", str(made)])
             objects.append(str(made))
         if step:
@@ -71,7 +73,7 @@ def default_library(*, cuda: bool | None = None) -> Path:
     `cuda`: with CUDA kernels; None where nvcc is found.
     """
     with_cuda = find_nvcc() is not None if cuda is None else cuda
-    digest = hashlib.sha256(repr((_FLAGS, _CUDA_FLAGS, ARCHITECTURES)).encode())
+    digest = hashlib.sha256(repr((platform.machine(), _FLAGS, _CUDA_FLAGS, ARCHITECTURES)).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

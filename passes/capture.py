@@ -154,7 +154,7 @@ def export_program(
         seen = recorder if recorder and not strict else nullcontext()
         try:
             with torch.no_grad(), hushed(), seen, nullcontext() if strict else _known_outputs(model, dropped):
-                dynamic_shapes = None if dims is None else _by_argument(model, args, kwargs, dims)
+                dynamic_shapes = None if dims is None else _by_argument(model, dims)
                 program = torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
             _refuse_bodies(program)
             return program, how + (f", outputs of kind {', '.join(sorted(dropped))} left aside" if dropped else "")
@@ -231,12 +231,12 @@ def _auto_dims(inputs: Inputs, axes: int) -> Inputs:
     return shapes
 
 
-def _by_argument(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Inputs) -> Any:
+def _by_argument(model: nn.Module, dims: Inputs) -> Any:
+    """`dims` by the names of the forward's arguments."""
     import inspect
 
-    names = list(inspect.signature(model.forward).bind_partial(*args).arguments)
-    positional = dict(zip(names, dims[0], strict=False))
-    return {**positional, **dims[1]} if kwargs or positional else None
+    positional = dict(inspect.signature(model.forward).bind_partial(*dims[0]).arguments)
+    return {**positional, **dims[1]} or None
 
 
 def _first_lines(error: Exception, limit: int = 300) -> str:

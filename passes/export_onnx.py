@@ -68,14 +68,17 @@ def export_onnx(
     axes that torch finds dynamic are so in the file. `op`: "both" writes a memory operator as a node of the domain
     `memrewrite` with a function of standard operators, "standard" the latter alone, "native" the former alone. `dtype`
     converts a copy; left out, bfloat16 and float64 become float32, told in the log. `with_past`: a decoder's cache is an
-    input and an output. `notes` go into the file's metadata. Raises `ExportError`; a file is replaced only with
-    `overwrite`, and when the new one is whole.
+    input and an output, and the example is made. `notes` go into the file's metadata. Raises `ExportError`; a file is
+    replaced only with `overwrite`, and when the new one is whole.
     """
     say, target = step or (lambda _: None), Path(path)
     refuse_existing(target, overwrite=overwrite)
-    ready = prepared(model, inputs, dtype, with_past=with_past)
-    say("tracing the model")
-    program = _traced(ready)
+    with evaluating(model):
+        ready = prepared(model, inputs, dtype, with_past=with_past)
+        say("tracing the model")
+        program = _traced(ready)
+    if written := _written(program):
+        log.warning("the model writes to its buffers %s as it runs: the file keeps them as they are", ", ".join(written))
     say("translating it to ONNX")
     graph = onnx_graph(program, op)
     name_values(graph, program, ready.lengths)
@@ -98,10 +101,23 @@ def export_onnx(
         opset=OPSET,
         weights=weights_of(graph),
     )
-    fixed = [port.name for port in exported.inputs if port.shape and all(isinstance(size, int) for size in port.shape)]
-    if fixed:
-        log.warning("every axis of %s is fixed at its length in the example: torch found none dynamic", ", ".join(fixed))
+    for port in exported.inputs:
+        if 1 in port.shape[:2]:
+            log.warning("an axis of %s is fixed at 1, its length in the example: give a longer one", port.name)
+        elif port.shape and all(isinstance(size, int) for size in port.shape):
+            log.warning("every axis of %s is fixed at its length in the example: torch found none dynamic", port.name)
     return exported
+
+
+def _written(program: ExportedProgram) -> list[str]:
+    """Buffers that an operator of the graph writes to."""
+    buffers, found = program.graph_signature.inputs_to_buffers, set()
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for argument, given in zip(schema.arguments if schema else (), node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                found.add(buffers.get(getattr(given, "name", "")))
+    return sorted(name for name in found if name)
 
 
 def _of_record(record: Mapping[str, str]) -> dict[str, str]:
@@ -118,7 +134,6 @@ def _traced(ready: Prepared) -> ExportedProgram:
         raise ExportError("the model has no example inputs", hint="give `inputs`: a tuple, a dict, or (args, kwargs)")
     model = ready.model.module(check_guards=False) if isinstance(ready.model, ExportedProgram) else ready.model
     try:
-        with evaluating(model):
-            return export_program(model, ready.inputs, dynamic=True, axes=ready.axes)[0]
+        return export_program(model, ready.inputs, dynamic=True, axes=ready.axes)[0]
     except Refused as refusal:
         raise ExportError(f"torch.export refused the model: {refusal}", where=type(model).__name__) from refusal

@@ -82,7 +82,7 @@ def check_onnx(
     begun, say, file = time.perf_counter(), step or (lambda _: None), read_file(Path(path))
     if not isinstance(model, (nn.Module, ExportedProgram)):
         say("loading the model")
-        model = _source(file) if model is None else model
+        model = _source(file, trust_code) if model is None else model
         real = [*real, *text_inputs(model, file.inputs, trust_code=trust_code)]
         model, inputs = _loaded(str(model), inputs, trust_code)
     _of_one_plan(file, model)
@@ -112,12 +112,15 @@ def _loaded(spec: str, inputs: Any, trust_code: bool) -> tuple[nn.Module | Expor
     return source.model, source.inputs if inputs is None and not source.inputs_made else inputs
 
 
-def _source(file: OnnxFile) -> Path:
-    """What the file says that it was exported from. Raises `ExportError` where it does not, or that is gone."""
-    source = file.path.parent / file.notes["source"] if "source" in file.notes else None
+def _source(file: OnnxFile, trust_code: bool) -> Path:
+    """What the file says that it was exported from. Raises `ExportError` where it does not, that is gone, or it is code."""
+    source = file.path.resolve().parent / file.notes["source"] if "source" in file.notes else None
     if source is None or not source.exists():
         what = "the file does not say what it was exported from" if source is None else f"{str(source)!r} is gone"
         raise ExportError(what, where=str(file.path), hint="give the model")
+    if source.is_file() and not trust_code:
+        what = f"the file says that it was exported from {file.notes['source']!r}, which may be code and was not run"
+        raise ExportError(what, where=str(file.path), hint="give the model yourself, or --trust-code")
     return source
 
 

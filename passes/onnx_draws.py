@@ -111,14 +111,19 @@ def _drawn(name: str, ports: Sequence[Port], lengths: Mapping[str, int], element
 
 
 def _like(known: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Whole numbers and truths from the elements of `known`; others of its mean and spread."""
-    if known.is_floating_point():
-        wide = known.float()
-        spread = wide.std(correction=0) if known.numel() else torch.tensor(1.0)
-        mean = wide.mean() if known.numel() else torch.tensor(0.0)
-        return (torch.randn(*shape, generator=generator) * spread + mean).to(known.dtype)
+    """Whole numbers, truths and what is infinite from the elements of `known`; other numbers of its mean and spread."""
     flat = known.flatten()
-    return flat[torch.randint(len(flat), tuple(shape), generator=generator)]
+    if not len(flat):
+        return known.new_zeros(shape)
+    if not known.is_floating_point():
+        return flat[torch.randint(len(flat), tuple(shape), generator=generator)]
+    finite = flat[flat.isfinite()].float()
+    spread, mean = (finite.std(correction=0), finite.mean()) if len(finite) else (torch.tensor(1.0), torch.tensor(0.0))
+    drawn = (torch.randn(tuple(shape), generator=generator) * spread + mean).to(known.dtype)
+    if len(finite) == len(flat):
+        return drawn
+    marks = flat[torch.randint(len(flat), tuple(shape), generator=generator)]  # as an additive mask has
+    return torch.where(marks.isfinite(), drawn, marks)
 
 
 def _padded(draw: Draw, generator: torch.Generator) -> list[Draw]:

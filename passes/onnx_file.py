@@ -74,11 +74,17 @@ def write(model: onnx_ir.Model, target: Path) -> Path | None:
         draft = Path(folder) / target.name
         onnx_ir.save(model, draft, external_data=data.name if data else None)
         _check(draft, target)
-        if data:
-            (Path(folder) / data.name).replace(data)
-        draft.replace(target)
-    if data is None:
-        data_of(target).unlink(missing_ok=True)  # of a larger model that was replaced
+        aside = Path(folder) / "old.data"
+        if data_of(target).exists():
+            data_of(target).rename(aside)  # of a model that is replaced, and gone with the folder
+        try:
+            if data:
+                (Path(folder) / data.name).replace(data)
+            draft.replace(target)
+        except OSError:
+            if aside.exists():
+                aside.replace(data_of(target))
+            raise
     return data
 
 
@@ -108,7 +114,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
         raise ExportError(f"the file cannot be read as ONNX: {error}", where=str(path), hint="export it again") from error
     kept = {entry.value for value in model.graph.initializer for entry in value.external_data if entry.key == "location"}
     for name in sorted(kept):
-        if not path.with_name(name).is_file():
+        if not (path.parent / name).is_file():
             hint = "a large model is two files: move and copy them together"
             raise ExportError(f"the file's weights are missing: {name!r} does not lie beside it", where=str(path), hint=hint)
     return model

@@ -30,15 +30,19 @@ def name_values(model: onnx_ir.Model, program: ExportedProgram, lengths: Mapping
     Raises `ExportError` when the graph's inputs or outputs are not those of `program`.
     """
     inputs = _inputs(program)
-    outputs = [f"output_{name}" if name.isdigit() or name in inputs else name or "output" for name in _outputs(program)]
+    outputs: list[str] = []
+    for name in _outputs(program):
+        free = f"output_{name}" if name.isdigit() or name in inputs else name or "output"
+        outputs.append(free if free not in outputs else f"{free}_{len(outputs)}")
     for what, values, names in (("inputs", model.graph.inputs, [*inputs]), ("outputs", model.graph.outputs, outputs)):
         if len(values) != len(names):
             found = ", ".join(str(value.name) for value in values)
             raise ExportError(f"the graph has the {what} {found}; the model's are {', '.join(names) or 'none'}")
     _apart(model)
-    for value in [value for node in model.graph for value in node.outputs]:
+    inner = [*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)]
+    for value in inner:
         if value.name in {*inputs, *outputs}:
-            value.name += ".inner"
+            value.name = f"{value.name}.inner"
     for values, names in ((model.graph.inputs, [*inputs]), (model.graph.outputs, outputs)):
         for value, name in zip(values, names, strict=True):
             value.name = name

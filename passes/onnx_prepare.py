@@ -16,16 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from memrewrite.errors import ExportError
 from memrewrite.layers.pool import Pool
 from memrewrite.passes.capture import is_traced
 from memrewrite.passes.example_inputs import example_inputs
-from memrewrite.passes.recording import Inputs, as_inputs, on_device_of
+from memrewrite.passes.recording import Inputs, as_inputs, on_device_of, run
 from memrewrite.passes.with_past import LENGTHS, step_of
 
 Float = Literal["float32", "float16"]
+TABLES = (torch.float32, torch.float16, torch.bfloat16)  # types of the memory operators in ONNX
 COMPUTED = (torch.float32, torch.float16)  # ONNX Runtime's CPU provider has no products or sums of bfloat16
 
 log = logging.getLogger("memrewrite")
@@ -76,12 +77,12 @@ def _arguments(model: nn.Module | ExportedProgram, inputs: Any) -> Inputs:
 def _converted(
     model: nn.Module | ExportedProgram, inputs: Inputs, dtype: Float | None
 ) -> tuple[nn.Module | ExportedProgram, Inputs, str]:
-    """A copy in `dtype`, or what is given where that will do. A table of 8 bits is widened to the model's type."""
+    """A copy in `dtype`, or what is given where that will do. A table of 8 or 64 bits becomes one of the model's type."""
     pools = [pool for pool in model.modules() if isinstance(pool, Pool)] if isinstance(model, nn.Module) else []
     tables = {id(pool.values) for pool in pools} | {id(pool.scale) for pool in pools}
     own = {t.dtype for t in _tensors(model) if t.is_floating_point() and id(t) not in tables}
     target = getattr(torch, dtype) if dtype else torch.float32 if own - set(COMPUTED) else None
-    narrow = any(pool.scale is not None for pool in pools)
+    narrow = any(pool.values.dtype not in TABLES for pool in pools)
     if (target is None or own <= {target}) and not narrow:
         return model, inputs, _named(own)
     if isinstance(model, ExportedProgram) or is_traced(model):
@@ -91,31 +92,51 @@ def _converted(
             hint="convert the model before it is traced, or export the live module",
         )
     copied = copy.deepcopy(model)
+    table = target or (min(own, key=str) if len(own) == 1 else torch.float32)
     for pool in copied.modules():
-        if isinstance(pool, Pool) and pool.scale is not None:
-            _widen(pool, target or (own or {torch.float32}).pop())
+        if isinstance(pool, Pool) and pool.values.dtype not in TABLES:
+            _as_numbers(pool, table)
     if target is not None:
         if dtype is None:
             log.warning("the model computes in %s, which runtimes do not: it is exported as float32", _named(own))
-        copied.to(target)
         inputs = tree_map(lambda x: x.to(target) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+        _convert(copied, target, inputs)
         own = {target}
     return copied, inputs, _named(own)
 
 
 def _tensors(model: nn.Module | ExportedProgram) -> list[Tensor]:
-    if isinstance(model, ExportedProgram):
-        return list(model.state_dict.values())
-    return [*model.parameters(), *model.buffers()]
+    """Parameters and buffers; not those that no checkpoint holds, which are computed and may be finer."""
+    return list((model.state_dict if isinstance(model, ExportedProgram) else model.state_dict(keep_vars=True)).values())
 
 
-def _widen(pool: Pool, dtype: torch.dtype) -> None:
-    """A table of 8 bits with a factor a row, as the numbers it stands for."""
-    if pool.scale is None:
+def _convert(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> None:
+    """All numbers of `model` to `dtype`, but what it computed in fp32 and no checkpoint holds: angles of positions, halved in
+    precision, are other positions. Where the model does not run with these, they are converted too.
+    """
+    computed = [(module, name) for module in model.modules() for name in module._non_persistent_buffers_set]
+    held = {place: buffer for place in computed if (buffer := place[0]._buffers[place[1]]) is not None}
+    fine = {place: buffer for place, buffer in held.items() if buffer.dtype == torch.float32 and dtype.itemsize < 4}
+    model.to(dtype)
+    rounded = {place: place[0]._buffers[place[1]] for place in fine}
+    for (module, name), buffer in fine.items():
+        module._buffers[name] = buffer
+    if not fine or not tree_leaves(inputs):
         return
-    log.warning("a table of 8 bits is exported as %s, which takes %d times the room", _named({dtype}), dtype.itemsize)
+    try:
+        run(model, inputs)
+    except RuntimeError as error:
+        log.warning("computed buffers are rounded to %s, for the model does not run on finer ones: %s", _named({dtype}), error)
+        for (module, name), buffer in rounded.items():
+            module._buffers[name] = buffer
+
+
+def _as_numbers(pool: Pool, dtype: torch.dtype) -> None:
+    """A table of a type that no native kernel has, as `dtype`; one of 8 bits times its factor a row."""
+    log.warning("a table of %s is exported as %s", _named({pool.values.dtype}), _named({dtype}))
+    factor = 1.0 if pool.scale is None else pool.scale.unsqueeze(-1)
     with torch.no_grad():
-        pool.values = nn.Parameter((pool.values.float() * pool.scale.unsqueeze(-1)).to(dtype), requires_grad=False)
+        pool.values = nn.Parameter((pool.values.to(torch.promote_types(dtype, torch.float32)) * factor).to(dtype))
     pool.scale = None
 
 

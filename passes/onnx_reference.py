@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflat
 
 from memrewrite.kernels import ops  # noqa: F401 - registers the operators
 from memrewrite.passes.example_inputs import example_inputs
+from memrewrite.passes.kept import Kept
 from memrewrite.passes.onnx_names import dotted
 from memrewrite.passes.onnx_prepare import Float, prepared
 from memrewrite.passes.recording import Inputs, run
@@ -47,6 +48,7 @@ class Reference:
         self._leaves = [leaf for _, leaf in leaves]
         self._names = _names([path for path, _ in leaves], _argument_names(ready.model, args))
         self.model = ready.model.module(check_guards=False) if isinstance(ready.model, ExportedProgram) else ready.model
+        self._kept = Kept(self.model)  # a model may count its calls
         tensors = zip(self._names, self._leaves, strict=True)
         self.example: Mapping[str, Tensor] = {name: leaf for name, leaf in tensors if isinstance(leaf, Tensor)}
         made = example_inputs(model)[1] if with_past else {}  # ids from the whole vocabulary, not the few of the example
@@ -61,7 +63,7 @@ class Reference:
             for name, leaf in zip(self._names, self._leaves, strict=True)
         ]
         inputs: Inputs = tree_unflatten(leaves, self._spec)
-        with Choices(other, tolerance) as choices:
+        with Choices(other, tolerance) as choices, self._kept.forwards():
             outputs = run(self.model, inputs)
         return [leaf.detach().cpu() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)], choices
 

@@ -26,7 +26,7 @@ from memrewrite.passes.onnx_file import PREFIX, Port, read_graph
 from memrewrite.passes.onnx_graph import SELECTION
 from memrewrite.passes.onnx_prepare import Float
 from memrewrite.passes.onnx_reference import Ties, reason
-from memrewrite.passes.onnx_session import Provider, onnx_session
+from memrewrite.passes.onnx_session import Provider, onnx_session, unserved
 from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 RouteName = Literal["standard", "native"]
 Tensors = tuple[list[Tensor], list[Tensor]]  # outputs, and the slots of every top-k
+HUGE = 1e4  # times the median magnitude: no result of sums beside the others, but a mark, such as a mask's
 ROUTES: tuple[RouteName, ...] = ("standard", "native")
 
 
@@ -42,7 +43,8 @@ class Compared(Frozen):
     """One output, at its worst over all draws: `draw` names that.
 
     `difference` is the largest, `relative` to the largest magnitude in PyTorch's output (absolute, where that is all
-    zeros); `misplaced` counts elements that are NaN or infinite in one alone, or whole numbers that differ.
+    zeros), for which elements some ten thousand times the median do not count: each of these is held against itself;
+    `misplaced` counts elements that are NaN or infinite in one alone, or whole numbers that differ.
     """
 
     name: str
@@ -196,7 +198,8 @@ def opened(
     file: OnnxFile, wanted: Sequence[RouteName] | None, providers: Sequence[Provider], library: str | Path | None
 ) -> tuple[list[Route], list[RouteChecked]]:
     """A session for every route that there is, on a copy that also tells its choices; and the routes that there are not."""
-    reasons = {name: _why_not(file, name, library) for name in wanted or ROUTES}
+    provider = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    reasons = {name: _why_not(file, name, library, provider) for name in wanted or ROUTES}
     absent = {name: why for name, why in reasons.items() if why}
     if len(absent) == len(reasons) or (wanted and absent):
         what = "; ".join(f"{name}: {why}" for name, why in absent.items())
@@ -208,14 +211,22 @@ def opened(
     return opened, [RouteChecked(name=name, skipped=why) for name, why in absent.items()]
 
 
-def _why_not(file: OnnxFile, route: RouteName, library: str | Path | None) -> str:
+def _why_not(file: OnnxFile, route: RouteName, library: str | Path | None, provider: str) -> str:
     """Why the file cannot be run by this route, or ""."""
     if route == "standard":
         missing = sorted(file.memory - file.functions)
         return f"the file holds no function for {', '.join(missing)}" if missing else ""
     if not file.memory:
         return "the file holds no memory operators: they are written out"
-    return "" if library or built_library() else "the native library is not built (memrewrite build-op)"
+    return unserved(Path(library) if library else built_library(), provider)
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.max()) if values.numel() else 0.0
+
+
+def _median(values: Tensor) -> float:
+    return float(values.median()) if values.numel() else 0.0
 
 
 def compared(name: str, found: Tensor, expected: Tensor, draw: str, tolerance: float) -> Compared:
@@ -224,8 +235,9 @@ def compared(name: str, found: Tensor, expected: Tensor, draw: str, tolerance: f
     finite = a.isfinite() & b.isfinite()
     exact = not expected.is_floating_point()
     apart = (found != expected) if exact else ~finite & (a != b) & ~(a.isnan() & b.isnan())
-    difference = float((a - b)[finite].abs().max()) if finite.any() else 0.0
-    scale = float(b[finite].abs().max()) if finite.any() else 0.0
-    relative, misplaced = difference / (scale or 1.0), int(apart.sum())
+    errors, sizes = (a - b)[finite].abs(), b[finite].abs()
+    difference, misplaced = _largest(errors), int(apart.sum())
+    ordinary = sizes <= HUGE * _median(sizes[sizes > 0])  # a mask's -1e9 must not hide what is wrong beside it
+    relative = max(_largest(errors[ordinary]) / (_largest(sizes[ordinary]) or 1.0), _largest((errors / sizes)[~ordinary]))
     ok = not misplaced and relative <= tolerance
     return Compared(name=name, difference=difference, relative=relative, misplaced=misplaced, draw=draw, ok=ok)

@@ -48,6 +48,8 @@ def onnx_session(
         import onnxruntime
     except ImportError as error:
         raise ExportError(f"running ONNX needs onnxruntime ({error})", hint="pip install 'memrewrite[onnx]'") from error
+    if not providers:
+        raise ExportError("no execution provider was asked for", where=str(path), hint=f"providers=[{CPU!r}]")
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     available = onnxruntime.get_available_providers()
     if wanted not in available:
@@ -59,9 +61,9 @@ def onnx_session(
         hint = "memrewrite build-op, or export with --op both"
         raise ExportError("the file's memory operators have no functions: they need the library", where=str(path), hint=hint)
     settings = options or onnxruntime.SessionOptions()
-    if native is not None:
-        settings.register_custom_ops_library(os.fspath(native))
     try:
+        if native is not None:
+            settings.register_custom_ops_library(os.fspath(native))
         session = onnxruntime.InferenceSession(os.fspath(path), settings, providers=list(providers))
     except Exception as error:  # onnxruntime has a class of exception for every kind of damage
         reason = " ".join(str(error).split())[:300]
@@ -78,7 +80,7 @@ def onnx_session(
 
 def calls_of(library: Path, operator: str, provider: str = CPU) -> int:
     """How often the native kernel of `operator` has run on `provider` in this process."""
-    counter = ctypes.CDLL(os.fspath(library)).memrewrite_calls
+    counter = _loaded(library).memrewrite_calls
     counter.restype, counter.argtypes = ctypes.c_int64, (ctypes.c_char_p, ctypes.c_char_p)
     return int(counter(operator.encode(), provider.encode()))
 
@@ -91,20 +93,30 @@ def _memory_operators(path: Path) -> tuple[dict[str, int], bool]:
     return {name: names.count(name) for name in dict.fromkeys(names)}, set(names) <= functions
 
 
+def unserved(library: Path | None, provider: str) -> str:
+    """Why native kernels cannot run on `provider`, or "". Raises `ExportError` for a library that is none."""
+    if library is None:
+        return "the native library is not built (memrewrite build-op)"
+    if not library.is_file():
+        raise ExportError(f"there is no library {str(library)!r}", hint="memrewrite build-op")
+    if provider == CUDA and not _loaded(library).memrewrite_has_cuda():
+        return "the native library was built without CUDA kernels"
+    return "" if provider in (CPU, CUDA) else f"the native library has no kernels for {provider}"
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(os.fspath(library.resolve()))
+    except OSError as error:
+        raise ExportError(f"the native library cannot be loaded: {error}", hint="memrewrite build-op") from error
+
+
 def _library(given: str | Path | None, provider: str, op: Route) -> Path | None:
     """The library to register, or None where the functions serve better: they at least run on the provider."""
     library = built_library() if given is None else Path(given)
-    why = None
-    if library is None:
-        why = "the native library is not built (memrewrite build-op)"
-    elif not library.is_file():
-        raise ExportError(f"there is no library {str(library)!r}", hint="memrewrite build-op")
-    elif provider == CUDA and not ctypes.CDLL(os.fspath(library)).memrewrite_has_cuda():
-        why = "the native library was built without CUDA kernels"
-    elif provider not in (CPU, CUDA):
-        why = f"the native library has no kernels for {provider}"
-    if why is None:
-        return library
+    why = unserved(library, provider)
+    if not why and library is not None:
+        return library.resolve()
     if op == "native":
         raise ExportError(why, hint='build it, with nvcc for CUDA; or op="standard"')
     log.warning("memory operators run by their functions of standard operators: %s", why)

@@ -54,7 +54,7 @@ def step_of(model: Any) -> tuple[Step, Inputs]:
     missing = [name for name in ("input_ids", "attention_mask", "past_key_values", "use_cache") if name not in accepted]
     if missing:
         raise _refused(model, f"its forward takes no {missing[0]!r}")
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise _refused(model, "it is an encoder and a decoder, which are two files with two caches")
     ids = example_inputs(model)[1]["input_ids"][:BATCH, :PAST].to(model.device)
     cache = first_run(model, ((), {"input_ids": ids, "use_cache": True})).get("past_key_values")
@@ -65,7 +65,7 @@ def step_of(model: Any) -> tuple[Step, Inputs]:
     inputs: dict[str, Any] = {"input_ids": ids[:, :NEW].contiguous(), "attention_mask": mask, "past_key_values": past}
     if "position_ids" in accepted:
         inputs["position_ids"] = torch.arange(PAST, PAST + NEW, device=ids.device).repeat(BATCH, 1)
-    return Step(model).train(model.training), ((), inputs)
+    return Step(model), ((), inputs)
 
 
 def _pair(model: Any, layer: Any) -> dict[str, Tensor]:

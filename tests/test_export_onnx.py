@@ -173,7 +173,68 @@ def test_bfloat16_becomes_float32_and_that_is_told(tmp_path: Path, caplog: pytes
     assert difference(run(tmp_path / "model.onnx", arrays(inputs))[0], model.float()(**inputs)) < NEAR
 
 
-@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16"])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_what_is_computed_in_fp32_stays_so_where_the_model_runs(
+    mixes: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Angles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(4, 4)
+            self.register_buffer("angles", torch.tensor([0.0, 1.0, 100.1, 1000.3]), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.project(x + self.angles) if mixes else self.project(x) + self.angles.cos().to(x.dtype)
+
+    model, x = Angles(), torch.randn(2, 4)
+    memrewrite.export_onnx(model, tmp_path / "model.onnx", (x,), dtype="float16")
+    assert ("computed buffers are rounded" in caplog.text) == mixes
+    found = run(tmp_path / "model.onnx", {"x": x.half().numpy()})[0]
+    assert difference(found, model(x)) < 1e-2  # the cosine of 1000.3, rounded to 1000.5, is off by 0.1
+
+
+def test_tables_of_eight_bits_in_a_model_of_halves(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (layers(dtype="float8_e4m3fn", gradient="fused", seed=seed)[0] for seed in (0, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x))
+
+    model = Two()
+    for one in (model.one, model.two):
+        one.layers.half()
+    made = memrewrite.export_onnx(model, tmp_path / "model.onnx", (torch.randn(2, 5, 16).half(),))
+    assert made.dtype == "float16"
+    tables = [i for i in onnx.load(tmp_path / "model.onnx").graph.initializer if i.name.endswith("memory.shared.values")]
+    assert [table.data_type for table in tables] == [TensorProto.FLOAT16] * 2
+
+
+def test_an_output_called_as_a_parameter_is(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"y": x * self.scale, "scale": self.scale.exp()}
+
+    made = memrewrite.export_onnx(Scaled(), tmp_path / "model.onnx", (torch.randn(2, 3),))
+    assert [port.name for port in made.outputs] == ["y", "scale"]
+    assert difference(run(tmp_path / "model.onnx", {"x": np.ones((4, 3), np.float32)})[1], torch.ones(3).exp()) < NEAR
+
+
+def test_positional_arguments_without_names_stay_dynamic(tmp_path: Path) -> None:
+    class Sum(nn.Module):
+        def forward(self, *xs: Tensor) -> Tensor:
+            return sum(xs)  # type: ignore[return-value]
+
+    made = memrewrite.export_onnx(Sum(), tmp_path / "model.onnx", (torch.randn(2, 3), torch.randn(2, 3)))
+    assert {port.shape[0] for port in made.inputs} == {"batch"}
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16", "float64"])
 def test_a_table_of_another_type_than_the_model(dtype: str, tmp_path: Path) -> None:
     """Eight bits are widened; halves stay as they are, in the table alone."""
     model, inputs = layers(dtype=dtype, gradient="fused")
@@ -216,6 +277,26 @@ def test_a_table_of_more_than_two_gigabytes(tmp_path: Path) -> None:
     assert Path(made.data).stat().st_size >= 768**2 * 1024 * 4
     assert (tmp_path / "model.onnx").stat().st_size < 2**20
     assert difference(run(tmp_path / "model.onnx", arrays(inputs))[0], tiny.values_of(model, inputs)) < NEAR
+
+
+def test_weights_and_graph_are_replaced_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_file, "LARGE", 1000)
+    (model, inputs), path = layers(), tmp_path / "model.onnx"
+    memrewrite.export_onnx(model, path, inputs)
+    before = run(path, arrays(inputs))[0]
+    torch.nn.init.zeros_(model.memory.shared.values)
+    replace = Path.replace
+
+    def fails(self: Path, target: Path) -> Path:
+        if target == path:
+            raise OSError("no room")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="no room"):
+        memrewrite.export_onnx(model, path, inputs, overwrite=True)
+    assert np.array_equal(run(path, arrays(inputs))[0], before)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
 
 
 def test_nothing_is_lost_when_an_export_fails(tmp_path: Path) -> None:

@@ -144,6 +144,56 @@ def test_a_weight_off_by_a_percent_is_found(folder: Path, tmp_path: Path) -> Non
     assert output.draw
 
 
+def test_a_huge_number_hides_nothing(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.project(x).masked_fill(torch.arange(8) == 0, torch.finfo(x.dtype).min)
+
+    def edit(model: onnx.ModelProto) -> None:
+        bias = next(w for w in model.graph.initializer if w.name == "project.bias")
+        bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(0.01), bias.name))
+
+    model, inputs = Masked(), {"x": torch.randn(3, 6)}
+    export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert check_onnx(tmp_path / "model.onnx", model, inputs, routes=STANDARD).ok
+    wrong = edited(tmp_path / "model.onnx", tmp_path / "wrong.onnx", edit)
+    assert not check_onnx(wrong, model, inputs, routes=STANDARD).ok
+
+
+def test_a_model_that_counts_its_calls_is_left_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return x * scale
+
+    model, inputs = Counting(), {"x": torch.randn(3, 6), "scale": torch.tensor(2.0)}
+    export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert "writes to its buffers calls" in caplog.text
+    assert check_onnx(tmp_path / "model.onnx", model, inputs, routes=STANDARD).ok
+    assert model.calls == 0
+
+
+def test_an_additive_mask_is_drawn_as_one(tmp_path: Path) -> None:
+    class Additive(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return (x + mask).softmax(-1).nan_to_num()
+
+    inputs = {"x": torch.randn(3, 6), "mask": torch.zeros(3, 6).masked_fill(torch.ones(3, 6).tril() == 0, -torch.inf)}
+    export_onnx(Additive(), tmp_path / "model.onnx", inputs)
+    ports = (Port(name="mask", dtype="float", shape=("batch", "sequence")),)
+    for draw in draws(ports, {"mask": inputs["mask"]}, {"mask": inputs["mask"]}):
+        assert not draw.feeds["mask"].isnan().any()
+    assert check_onnx(tmp_path / "model.onnx", Additive(), inputs, routes=STANDARD).ok
+
+
 def test_another_rewrite_is_refused(folder: Path) -> None:
     model, inputs = tiny.rewritten("modular", "parallel")
 

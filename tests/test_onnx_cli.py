@@ -47,7 +47,11 @@ def test_a_model_is_exported_and_checked_and_a_wrong_file_is_found(run: Callable
     assert exported["nodes"] == {"ProductKeyTopk": 2, "SparseLookup": 2}
     assert exported["inputs"] == [{"name": "x", "dtype": "float", "shape": ["batch", "sequence", 16]}]
 
-    done = run("check", "model.onnx")  # the file says what it was exported from
+    done = run("check", "model.onnx")  # the file says what it was exported from, and that is code
+    assert done.exit_code == 2
+    assert "--trust-code" in done.stderr
+    assert "the user's own print" not in done.stderr
+    done = run("check", "model.onnx", "--trust-code")
     assert done.exit_code == 0, done.stderr
     assert "native on CPUExecutionProvider: ProductKeyTopk native, SparseLookup native" in done.stdout
     assert "all of length 1" in done.stdout
@@ -60,7 +64,7 @@ def test_a_model_is_exported_and_checked_and_a_wrong_file_is_found(run: Callable
     assert done.exit_code == 1
     assert "failed" in done.stdout
     assert "does not compute what the model does" in done.stderr
-    done = run("check", "model.onnx", "--json")
+    done = run("check", "model.onnx", "--json", "--trust-code")
     assert done.exit_code == 1
     document = json.loads(done.stdout)
     assert not document["ok"]
@@ -95,6 +99,9 @@ def test_a_library_is_built_where_it_is_wanted(run: Callable[..., Any], tmp_path
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout) == {"library": "ops.so"}
     assert (tmp_path / "ops.so").stat().st_size > 10_000
+    done = run("build-op", "-o", "model.py")
+    assert done.exit_code == 2
+    assert "exists" in done.stderr
 
 
 def test_a_missing_compiler_is_named(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
