@@ -105,9 +105,21 @@ def _drawn(name: str, ports: Sequence[Port], lengths: Mapping[str, int], element
         ]
         if port.name.endswith("position_ids"):
             feeds[port.name] = (torch.arange(shape[-1]) + lengths.get(PAST, 0)).expand(shape).to(known.dtype).contiguous()
+        elif PAST in port.shape:
+            feeds[port.name] = _chosen(known, shape, generator)
         else:
             feeds[port.name] = _like(known, shape, generator)
     return Draw(name, lengths, feeds)
+
+
+def _chosen(known: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Slices of `known`, drawn on every axis of another length or of texts: a cache of numbers that no model would make has
+    rounding grow beyond what any text shows.
+    """
+    for axis, size in enumerate(shape):
+        if axis == 0 or size != known.shape[axis]:
+            known = known.index_select(axis, torch.randint(known.shape[axis], (size,), generator=generator))
+    return known
 
 
 def _like(known: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
