@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from memrewrite.report import Report
 
 
+def in_a_line(error: BaseException, limit: int = 300) -> str:
+    """What an error of a library says, its lines as one, cut at `limit` characters."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
 class MemrewriteError(Exception):
     """An error with a place and a way out. Exit code 1: the fault is ours or the machine's.
 

@@ -24,7 +24,7 @@ from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
-from memrewrite.errors import CaptureError
+from memrewrite.errors import CaptureError, in_a_line
 from memrewrite.passes.blocks import outermost_lists
 from memrewrite.passes.lower import lower
 from memrewrite.passes.recording import Call, Inputs, Recorder, as_inputs, first_run, on_device_of, on_meta
@@ -160,7 +160,7 @@ def export_program(
             return program, how + (f", outputs of kind {', '.join(sorted(dropped))} left aside" if dropped else "")
         except Exception as error:
             log.debug("torch.export %s refused %s", how, type(model).__name__, exc_info=True)
-            reasons.append(f"{how}: {type(error).__name__}: {_first_lines(error)}")
+            reasons.append(f"{how}: {type(error).__name__}: {in_a_line(error)}")
     raise Refused("; ".join(reasons[-2:]))
 
 
@@ -237,11 +237,6 @@ def _by_argument(model: nn.Module, dims: Inputs) -> Any:
 
     positional = dict(inspect.signature(model.forward).bind_partial(*dims[0]).arguments)
     return {**positional, **dims[1]} or None
-
-
-def _first_lines(error: Exception, limit: int = 300) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _block_by_block(model: nn.Module, inputs: Inputs, block_inputs: Mapping[str, Inputs], refusal: str) -> Capture:

@@ -21,6 +21,7 @@ from memrewrite.passes.onnx_file import (
     describe,
     inputs_of,
     memory_nodes,
+    of_rewrite,
     outputs_of,
     refuse_existing,
     weights_of,
@@ -30,7 +31,6 @@ from memrewrite.passes.onnx_graph import OPSET, Operators, onnx_graph, selection
 from memrewrite.passes.onnx_names import name_values
 from memrewrite.passes.onnx_prepare import Float, Prepared, prepared
 from memrewrite.passes.recording import evaluating
-from memrewrite.plans import ROOT, Plan
 from memrewrite.site import Frozen
 
 log = logging.getLogger("memrewrite")
@@ -85,9 +85,8 @@ def export_onnx(
     if with_past:
         for value in [*graph.graph.initializers.values()]:
             value.name = str(value.name).removeprefix("model.")  # as they are called without the step around the model
-    record = getattr(getattr(model, ROOT, None), "record", {})
     told = {"op": op, "dtype": ready.dtype, "with_past": str(with_past).lower(), "selections": str(selections(graph))}
-    describe(graph, {**_of_record(record), **told, **(notes or {})})
+    describe(graph, {**of_rewrite(model), **told, **(notes or {})})
     say("writing the file")
     data = write(graph, target)
     exported = Exported(
@@ -118,14 +117,6 @@ def _written(program: ExportedProgram) -> list[str]:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 found.add(buffers.get(getattr(given, "name", "")))
     return sorted(name for name in found if name)
-
-
-def _of_record(record: Mapping[str, str]) -> dict[str, str]:
-    """The recipe and the plan's digest, of a model that was rewritten."""
-    notes = {"recipe": record["recipe.yaml"]} if "recipe.yaml" in record else {}
-    if "plan.json" in record:
-        notes["plan"] = Plan.model_validate_json(record["plan.json"]).digest()
-    return notes
 
 
 def _traced(ready: Prepared) -> ExportedProgram:

@@ -16,12 +16,12 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import ExportError, ModelError
 from memrewrite.passes.onnx_draws import PAST, Draw, draws, following, given_feeds, text_inputs
+from memrewrite.passes.onnx_file import of_rewrite
 from memrewrite.passes.onnx_reference import Reference, Ties, reason, same_sets
 from memrewrite.passes.onnx_routes import ROUTES, OnnxFile, Route, RouteChecked, RouteName, opened, read_file
-from memrewrite.passes.onnx_session import CPU, Provider
+from memrewrite.passes.onnx_session import CPU, Provider, first_of
 from memrewrite.passes.recording import evaluating
 from memrewrite.passes.sources import load_source
-from memrewrite.plans import ROOT, Plan
 from memrewrite.site import Frozen
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2}  # some hundred roundings of the largest number
@@ -98,7 +98,7 @@ def check_onnx(
         path=str(path),
         dtype=file.notes["dtype"],
         plan=file.notes.get("plan", ""),
-        provider=providers[0] if isinstance(providers[0], str) else providers[0][0],
+        provider=first_of(providers),
         tolerance=bound,
         routes=tuple(results[name] for name in ROUTES if name in results),
         draws=tuple(tried),
@@ -126,11 +126,8 @@ def _source(file: OnnxFile, trust_code: bool) -> Path:
 
 def _of_one_plan(file: OnnxFile, model: nn.Module | ExportedProgram) -> None:
     """Raise `ExportError` when file and model are of two rewrites."""
-    record, theirs = getattr(getattr(model, ROOT, None), "record", {}), file.notes.get("plan")
-    if theirs is None or "plan.json" not in record:
-        return
-    ours = Plan.model_validate_json(record["plan.json"]).digest()
-    if ours != theirs:
+    ours, theirs = of_rewrite(model).get("plan"), file.notes.get("plan")
+    if ours and theirs and ours != theirs:
         what = f"the file was exported from another rewrite: its plan is {theirs[:12]}, the model's {ours[:12]}"
         raise ExportError(what, where=str(file.path), hint="export this model again, or give the one that the file was made of")
 

@@ -13,8 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memrewrite.errors import ExportError
+from memrewrite.errors import ExportError, in_a_line
 from memrewrite.kernels.onnx_functions import DOMAIN
+from memrewrite.plans import ROOT, Plan
 from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
@@ -38,6 +39,15 @@ def describe(model: onnx_ir.Model, notes: Mapping[str, str]) -> None:
     versions = {name: metadata.version(name) for name in ("memrewrite", "torch", "onnx", "onnxscript")}
     model.producer_name, model.producer_version = "memrewrite", versions["memrewrite"]
     model.metadata_props.update({PREFIX + key: value for key, value in {"versions": json.dumps(versions), **notes}.items()})
+
+
+def of_rewrite(model: object) -> dict[str, str]:
+    """The recipe and the plan's digest of a rewritten model, as a file's metadata hold them; of another, nothing."""
+    record: Mapping[str, str] = getattr(getattr(model, ROOT, None), "record", {})
+    notes = {"recipe": record["recipe.yaml"]} if "recipe.yaml" in record else {}
+    if "plan.json" in record:
+        notes["plan"] = Plan.model_validate_json(record["plan.json"]).digest()
+    return notes
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
@@ -94,9 +104,8 @@ def _check(draft: Path, target: Path) -> None:
     try:
         onnx.checker.check_model(os.fspath(draft), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = " ".join(str(error).split())[:300]
         hint = "please report it, with the model: the exported graph is not valid ONNX"
-        raise ExportError(f"onnx.checker refuses the file: {reason}", where=str(target), hint=hint) from error
+        raise ExportError(f"onnx.checker refuses the file: {in_a_line(error)}", where=str(target), hint=hint) from error
 
 
 def read_graph(path: Path) -> onnx.ModelProto:

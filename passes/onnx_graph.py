@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from memrewrite.errors import ExportError
+from memrewrite.errors import ExportError, in_a_line
 from memrewrite.kernels.onnx_functions import DOMAIN, functions
 from memrewrite.passes.capture import hushed
 from memrewrite.passes.onnx_attention import attention_spelled
@@ -90,7 +90,7 @@ def _reason(error: BaseException) -> str:
     """The innermost cause, in a line: what torch wraps around it says how to report a bug to torch."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: " + " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {in_a_line(error)}"
 
 
 def _attach(model: onnx_ir.Model) -> None:

@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflatten
 
+from memrewrite.errors import in_a_line
 from memrewrite.kernels import ops  # noqa: F401 - registers the operators
 from memrewrite.passes.example_inputs import example_inputs
 from memrewrite.passes.kept import Kept
@@ -164,6 +165,6 @@ def _judged(scores1: Tensor, scores2: Tensor, own: Tensor, theirs: Tensor, toler
     return sums, differs, Ties(rows=differs.numel(), differing=int(differs.sum()), gap=largest, wrong=int(wrong.sum()))
 
 
-def reason(error: Exception, limit: int = 300) -> str:
-    """An error of torch or a runtime in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:limit]}"
+def reason(error: Exception) -> str:
+    """An error of torch or a runtime, its kind first."""
+    return f"{type(error).__name__}: {in_a_line(error)}"

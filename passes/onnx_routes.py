@@ -26,7 +26,7 @@ from memrewrite.passes.onnx_file import PREFIX, Port, read_graph
 from memrewrite.passes.onnx_graph import SELECTION
 from memrewrite.passes.onnx_prepare import Float
 from memrewrite.passes.onnx_reference import Ties, reason
-from memrewrite.passes.onnx_session import Provider, onnx_session, unserved
+from memrewrite.passes.onnx_session import Provider, first_of, onnx_session, unserved
 from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def opened(
     file: OnnxFile, wanted: Sequence[RouteName] | None, providers: Sequence[Provider], library: str | Path | None
 ) -> tuple[list[Route], list[RouteChecked]]:
     """A session for every route that there is, on a copy that also tells its choices; and the routes that there are not."""
-    provider = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    provider = first_of(providers)
     reasons = {name: _why_not(file, name, library, provider) for name in wanted or ROUTES}
     absent = {name: why for name, why in reasons.items() if why}
     if len(absent) == len(reasons) or (wanted and absent):

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from memrewrite.errors import ExportError
+from memrewrite.errors import ExportError, in_a_line
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.build_op import built_library
 from memrewrite.passes.onnx_file import read_graph
@@ -48,9 +48,7 @@ def onnx_session(
         import onnxruntime
     except ImportError as error:
         raise ExportError(f"running ONNX needs onnxruntime ({error})", hint="pip install 'memrewrite[onnx]'") from error
-    if not providers:
-        raise ExportError("no execution provider was asked for", where=str(path), hint=f"providers=[{CPU!r}]")
-    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    wanted = first_of(providers)
     available = onnxruntime.get_available_providers()
     if wanted not in available:
         what = f"this onnxruntime has no {wanted}: it has {', '.join(available)}"
@@ -66,8 +64,9 @@ def onnx_session(
             settings.register_custom_ops_library(os.fspath(native))
         session = onnxruntime.InferenceSession(os.fspath(path), settings, providers=list(providers))
     except Exception as error:  # onnxruntime has a class of exception for every kind of damage
-        reason = " ".join(str(error).split())[:300]
-        raise ExportError(f"onnxruntime cannot load the file: {reason}", where=str(path), hint="export it again") from error
+        raise ExportError(
+            f"onnxruntime cannot load the file: {in_a_line(error)}", where=str(path), hint="export it again"
+        ) from error
     if session.get_providers()[0] != wanted:
         what = f"{wanted} did not come up: onnxruntime fell back to {session.get_providers()[0]}"
         raise ExportError(what, where=str(path), hint="look at onnxruntime's log above: a library of that provider is missing")
@@ -76,6 +75,13 @@ def onnx_session(
         which = "its function of standard operators" if native is None else f"the native kernel of {native.name}"
         log.info("%s (%d nodes) runs on %s by %s", name, count, wanted, which)
     return session
+
+
+def first_of(providers: Sequence[Provider]) -> str:
+    """The name of the provider that is to run the file. Raises `ExportError` for none."""
+    if not providers:
+        raise ExportError("no execution provider was asked for", hint=f"providers=[{CPU!r}]")
+    return providers[0] if isinstance(providers[0], str) else providers[0][0]
 
 
 def calls_of(library: Path, operator: str, provider: str = CPU) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import memrewrite
-from memrewrite.errors import CaptureError, ModelError
+from memrewrite.errors import CaptureError, ModelError, in_a_line
 from memrewrite.passes import capture as capturing
 from memrewrite.passes.capture import Capture, capture, is_traced, recapture
 from memrewrite.passes.locate import locate
@@ -467,7 +467,7 @@ def test_a_model_on_meta_gives_the_sites_of_the_real_one() -> None:
 
 
 def test_a_long_message_of_torch_is_cut() -> None:
-    assert len(capturing._first_lines(RuntimeError("word " * 500))) == 300
+    assert len(in_a_line(RuntimeError("word " * 500))) == 300
 
 
 def test_a_model_on_meta_is_captured_block_by_block_too() -> None:
