@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import memrewrite
 from memrewrite.errors import CaptureError, ModelError, in_a_line
-from memrewrite.passes import capture as capturing
 from memrewrite.passes.capture import Capture, capture, is_traced, recapture
 from memrewrite.passes.locate import locate
 from memrewrite.passes.pipeline import inspect

@@ -14,7 +14,6 @@ Where 260 MB are too much, zero the machine code of all architectures but the ma
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -35,7 +34,7 @@ from ceilings import copy  # noqa: E402
 from harness import Bench, Case, Result, Run, Stop, reason  # noqa: E402
 from onnx_correct import DTYPES, checks, lookup_inputs  # noqa: E402
 from onnx_operators import Operators, missing  # noqa: E402
-from report import device, record, table, versions  # noqa: E402
+from report import concluded, device, record, versions  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from memrewrite.errors import MemrewriteError, UserError  # noqa: E402
@@ -188,13 +187,7 @@ def run(args: argparse.Namespace, operators: Operators) -> int:
     cases = chain(checks(bench, operators), timed(bench, operators, args.seconds))
     results = measure(bench, operators, cases, lambda line: print(line, flush=True))
     outcome = {**record(bench, results, time.perf_counter() - start), "benchmark": "onnx_cuda", "versions": told}
-    args.json.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
-    print()
-    print(table(results))
-    wrong = [f"{r.case}: {r.status}" for r in results if r.status.startswith(("WRONG", "FAILED"))]
-    for line in wrong:
-        print(f"onnx_cuda: {line}", file=sys.stderr)
-    return 1 if wrong else 0
+    return concluded(args.json, outcome, results, lambda wrong: f"onnx_cuda: {wrong.case}")
 
 
 if __name__ == "__main__":

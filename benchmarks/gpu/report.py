@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.util
+import json
 import math
 import platform
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +41,17 @@ def table(results: list[Result]) -> str:
         )
     rows.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(row.rstrip() for row in rows)
+
+
+def concluded(file: Path, outcome: dict[str, Any], results: list[Result], where: Callable[[Result], str]) -> int:
+    """Write the figures to `file`, print the table, and say on stderr `where` something is wrong: the exit code."""
+    file.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+    print()
+    print(table(results))
+    wrong = [result for result in results if result.status.startswith(("WRONG", "FAILED"))]
+    for result in wrong:
+        print(f"{where(result)}: {result.status}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def _shortened(results: list[Result]) -> Iterable[Result]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -182,7 +181,7 @@ def main(argv: list[str]) -> int:
     if args.warm:
         return compile_share(args.warm)
     from harness import Bench
-    from report import device, record, table, versions
+    from report import concluded, device, record, versions
 
     start = time.perf_counter()
     torch.manual_seed(0)
@@ -192,10 +191,5 @@ def main(argv: list[str]) -> int:
     print(", ".join(f"{name} {value}" for name, value in {**device(args.rehearse), **versions()}.items()))
     results = measure(bench, lambda line: print(line, flush=True))
     seconds = time.perf_counter() - start
-    args.json.write_text(json.dumps(record(bench, results, seconds), indent=2) + "\n", encoding="utf-8")
-    print()
-    print(table(results))
-    wrong = [f"{r.section}, {r.case}: {r.status}" for r in results if r.status.startswith(("WRONG", "FAILED"))]
-    for line in wrong:
-        print(f"benchmarks/gpu: {line}", file=sys.stderr)
-    return 1 if wrong else 0
+    outcome = record(bench, results, seconds)
+    return concluded(args.json, outcome, results, lambda wrong: f"benchmarks/gpu: {wrong.section}, {wrong.case}")
