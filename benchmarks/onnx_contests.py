@@ -48,7 +48,7 @@ def sessions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """A session by each route, of as many threads as torch has."""
     import onnxruntime
 
-    from memrewrite.passes.onnx_session import onnx_session
+    from memrewrite.passes.onnx.session import onnx_session
 
     made = {}
     for who, route in (("native", "native"), ("function", "standard")):

@@ -35,7 +35,7 @@ UNTOLD = ("json", "folder", "library", "memory_of")
 
 def race(args: argparse.Namespace, contest: Contest) -> dict[str, list[float]]:
     """Milliseconds of a call by each contestant in every round, their results checked first."""
-    from memrewrite.passes.onnx_session import calls_of
+    from memrewrite.passes.onnx.session import calls_of
 
     calls = {who: [make(given) for given in contest.draws] for who, make in contest.makers.items()}
     before, alone = calls_of(args.library, contest.name), contest.name in OPS
@@ -157,7 +157,7 @@ def main(argv: list[str]) -> int:
     if why := missing():
         print(f"onnx_cpu: {why}", file=sys.stderr)
         return 2
-    from memrewrite.passes.build_op import build_op, built_library
+    from memrewrite.passes.onnx.native_library import build_op, built_library
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -18,7 +18,7 @@ from memrewrite.cli.arguments import Json, ModelArgument, RecipeArgument, Trust,
 from memrewrite.cli.session import EXIT_CODES, Session, Settings, session
 
 if TYPE_CHECKING:
-    from memrewrite.passes.sources import Source
+    from memrewrite.passes.storage.source import Source
     from memrewrite.recipes.schema import Recipe
 
 app = typer.Typer(
@@ -99,7 +99,8 @@ def _apply(
     allow_large: bool,
 ) -> None:
     from memrewrite.cli import render
-    from memrewrite.passes import checkpoint, pipeline
+    from memrewrite.passes import pipeline
+    from memrewrite.passes.storage import checkpoint
 
     report = pipeline.apply(source.model, recipe, source.inputs, emit=emit.value, allow_large=allow_large, step=ours.step)
     saved = None
@@ -172,7 +173,7 @@ def verify(
         ours.step("loading torch")
         from memrewrite.cli import render
         from memrewrite.errors import VerificationError
-        from memrewrite.passes.recheck import verify_saved
+        from memrewrite.passes.verify_saved import verify_saved
 
         report = verify_saved(directory, trust_code=trust_code, step=ours.step)
         if not report.ok:  # shown like every failed check, with the report

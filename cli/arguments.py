@@ -10,7 +10,7 @@ from memrewrite.cli import recipes
 
 if TYPE_CHECKING:
     from memrewrite.cli.session import Session
-    from memrewrite.passes.sources import Source
+    from memrewrite.passes.storage.source import Source
     from memrewrite.recipes.schema import Recipe
 
 MODEL_HELP = (
@@ -42,6 +42,6 @@ def read_recipe(ours: Session, recipe: str) -> Recipe:
 def load_model(ours: Session, model: str, trust_code: bool, *, with_tokenizer: bool = False) -> Source:
     """The model that MODEL spells, and its example inputs."""
     ours.step("loading the model")
-    from memrewrite.passes.sources import load_source
+    from memrewrite.passes.storage.source import load_source
 
     return load_source(model, trust_code=trust_code, with_tokenizer=with_tokenizer)

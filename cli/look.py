@@ -9,7 +9,7 @@ from memrewrite.errors import UserError
 
 if TYPE_CHECKING:
     from memrewrite.cli.session import Session
-    from memrewrite.passes.sources import Source
+    from memrewrite.passes.storage.source import Source
     from memrewrite.recipes.schema import Recipe
 
 

@@ -54,7 +54,7 @@ def export(
         refuse_file(output, overwrite=overwrite, read=[model])
         source = load_model(ours, model, trust_code)
         ours.step("preparing")
-        from memrewrite.passes.export_onnx import export_onnx
+        from memrewrite.passes.onnx.export import export_onnx
 
         exported = export_onnx(
             source.model,
@@ -90,7 +90,7 @@ def build_op(
     with session(context.obj, as_json) as ours:
         from memrewrite.cli import render
         from memrewrite.cli.output import refuse_file
-        from memrewrite.passes.build_op import build_op as build
+        from memrewrite.passes.onnx.native_library import build_op as build
 
         if output is not None:
             refuse_file(output, overwrite=overwrite, read=[])
@@ -130,7 +130,7 @@ def check(
         ours.step("reading the file")
         from memrewrite.cli import render
         from memrewrite.errors import VerificationError
-        from memrewrite.passes.onnx_check import check_onnx
+        from memrewrite.passes.onnx.check.check import check_onnx
 
         checked = check_onnx(
             file,

@@ -14,10 +14,10 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from memrewrite.cost import Cost
-    from memrewrite.passes.export_onnx import Exported
-    from memrewrite.passes.onnx_check import Checked
-    from memrewrite.passes.onnx_file import Port
-    from memrewrite.passes.onnx_routes import Compared
+    from memrewrite.passes.onnx.check.check import Checked
+    from memrewrite.passes.onnx.check.routes import Compared
+    from memrewrite.passes.onnx.export import Exported
+    from memrewrite.passes.onnx.file import Port
     from memrewrite.plans import Plan, Substitution
     from memrewrite.report import Report
     from memrewrite.site import Located, Site

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from memrewrite.errors import MemrewriteError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
-    from memrewrite.passes.backend import backend
-    from memrewrite.passes.checkpoint import load, save
-    from memrewrite.passes.export_onnx import export_onnx
-    from memrewrite.passes.onnx_session import onnx_session
+    from memrewrite.passes.onnx.export import export_onnx
+    from memrewrite.passes.onnx.session import onnx_session
     from memrewrite.passes.pipeline import apply, explain, inspect, plan
+    from memrewrite.passes.storage.checkpoint import load, save
+    from memrewrite.passes.torch_compile.backend import backend
     from memrewrite.recipes.schema import Recipe
     from memrewrite.report import Report
     from memrewrite.training import param_groups
@@ -30,16 +30,16 @@ _HOMES = {
     "RowwiseAdagrad": "memrewrite.fused",
     "RowwiseAdam": "memrewrite.fused",
     "apply": "memrewrite.passes.pipeline",
-    "backend": "memrewrite.passes.backend",
+    "backend": "memrewrite.passes.torch_compile.backend",
     "explain": "memrewrite.passes.pipeline",
-    "export_onnx": "memrewrite.passes.export_onnx",
+    "export_onnx": "memrewrite.passes.onnx.export",
     "fuse": "memrewrite.fused",
     "inspect": "memrewrite.passes.pipeline",
-    "load": "memrewrite.passes.checkpoint",
-    "onnx_session": "memrewrite.passes.onnx_session",
+    "load": "memrewrite.passes.storage.checkpoint",
+    "onnx_session": "memrewrite.passes.onnx.session",
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",
-    "save": "memrewrite.passes.checkpoint",
+    "save": "memrewrite.passes.storage.checkpoint",
 }
 __all__ = [
     "MemrewriteError",

@@ -20,24 +20,24 @@ from torch.export import ExportedProgram
 from memrewrite.errors import ModelError, SelectError, VerificationError
 from memrewrite.explanation import Explanation
 from memrewrite.outline import Part
-from memrewrite.passes.anchor import all_hidden, anchored
-from memrewrite.passes.capture import Capture, capture, is_traced
-from memrewrite.passes.emit import copy_of, emit_graph, emit_originals, traced_module
-from memrewrite.passes.evidence import Evidence, failed, fingerprints, skipped
-from memrewrite.passes.explain import explained
-from memrewrite.passes.extract import Original
-from memrewrite.passes.gradients import reached
-from memrewrite.passes.graph_text import GRAPHS, hosts_to_json
-from memrewrite.passes.locate import Locations, locate
-from memrewrite.passes.originals import null, run_with_originals
-from memrewrite.passes.outline import outline
-from memrewrite.passes.recording import evaluating, run
-from memrewrite.passes.select import select
-from memrewrite.passes.substitute import Edit, pools_of, refuse_rewritten, substitute
-from memrewrite.passes.token_wise import locality
-from memrewrite.passes.traced import trace_hosts
-from memrewrite.passes.train_mode import null_train
-from memrewrite.passes.verify import CHECKS, verify
+from memrewrite.passes.capture.capture import Capture, capture, is_traced
+from memrewrite.passes.explain.explain import explained
+from memrewrite.passes.explain.module_tree import outline
+from memrewrite.passes.locate.locate import Locations, locate
+from memrewrite.passes.models.forward import evaluating, run
+from memrewrite.passes.plan.select import select
+from memrewrite.passes.rewrite.edit_graph import copy_of, emit_graph, emit_originals, traced_module
+from memrewrite.passes.rewrite.edit_module import Edit, pools_of, refuse_rewritten, substitute
+from memrewrite.passes.rewrite.given_graph import all_hidden, anchored
+from memrewrite.passes.rewrite.graph_host import trace_hosts
+from memrewrite.passes.rewrite.original_mlp import Original
+from memrewrite.passes.storage.graph_json import GRAPHS, hosts_to_json
+from memrewrite.passes.verify.checks import CHECKS, verify
+from memrewrite.passes.verify.evidence import Evidence, failed, fingerprints, skipped
+from memrewrite.passes.verify.gradient_flow import reached
+from memrewrite.passes.verify.mlp_locality import locality
+from memrewrite.passes.verify.null_check import null, run_with_originals
+from memrewrite.passes.verify.null_train_check import null_train
 from memrewrite.plans import ROOT, Plan
 from memrewrite.recipes.reader import read_recipe
 from memrewrite.recipes.schema import Recipe

@@ -34,7 +34,7 @@ def library(folder: Path) -> Path:
     """The native kernels for the CPU, compiled once in a run."""
     from native_models import built
 
-    from memrewrite.passes.build_op import build_op
+    from memrewrite.passes.onnx.native_library import build_op
 
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("there is no C++ compiler")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import memrewrite
 from memrewrite.layers.memory_plus import MemoryPlus, MemoryPlusOptions
 from memrewrite.layers.pool import Pool, Pools, PoolSpec
-from memrewrite.passes.export_onnx import Exported
+from memrewrite.passes.onnx.export import Exported
 
 
 class File(NamedTuple):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import memrewrite
 from memrewrite.errors import MemrewriteError, SelectError, UserError, VerificationError
-from memrewrite.passes.backend import Backend
+from memrewrite.passes.torch_compile.backend import Backend
 from memrewrite.site import Site
 
 PLACEMENTS = ["replace", "parallel"]

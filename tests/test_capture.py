@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 import memrewrite
 from memrewrite.errors import CaptureError, ModelError, in_a_line
-from memrewrite.passes.capture import Capture, capture, is_traced, recapture
-from memrewrite.passes.locate import locate
+from memrewrite.passes.capture.capture import Capture, capture, is_traced, recapture
+from memrewrite.passes.locate.locate import locate
+from memrewrite.passes.models.forward import as_inputs, run
 from memrewrite.passes.pipeline import inspect
-from memrewrite.passes.recording import as_inputs, run
 
 
 def build() -> nn.Module:

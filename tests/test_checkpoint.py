@@ -18,9 +18,14 @@ from torch import nn
 
 import memrewrite
 from memrewrite.errors import CheckpointError, ModelError
-from memrewrite.passes import bases, capture, checkpoint, manifest, pipeline, tensors, user_code
-from memrewrite.passes.bases import Base
-from memrewrite.passes.substitute import pools_of
+from memrewrite.passes import pipeline
+from memrewrite.passes.capture import capture
+from memrewrite.passes.rewrite.edit_module import pools_of
+from memrewrite.passes.storage import base_model as bases
+from memrewrite.passes.storage import checkpoint, manifest
+from memrewrite.passes.storage import python_file as user_code
+from memrewrite.passes.storage import tensor_files as tensors
+from memrewrite.passes.storage.base_model import Base
 
 HF = ["llama", "bert", "gpt2", "t5", "albert", "vit"]
 BY_HAND = {"modular": tiny.modular, "sequential": tiny.sequential, "loose": tiny.loose, "shared": tiny.shared}

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from memrewrite.cli.app import app
 from memrewrite.cli.render import size
-from memrewrite.passes import pipeline, sources
+from memrewrite.passes import pipeline
+from memrewrite.passes.storage import source as sources
 
 MODEL = """\
 import torch

@@ -16,8 +16,8 @@ import memrewrite
 from memrewrite.errors import UserError
 from memrewrite.explanation import Explanation
 from memrewrite.passes import pipeline
-from memrewrite.passes.advice import line_at
-from memrewrite.passes.explain import explained
+from memrewrite.passes.explain.explain import explained
+from memrewrite.passes.explain.rule_advice import line_at
 
 HERE = Path(__file__).name
 

@@ -26,7 +26,7 @@ import memrewrite
 from memrewrite.errors import ExportError
 from memrewrite.kernels import reference
 from memrewrite.kernels.onnx_functions import DOMAIN, functions
-from memrewrite.passes import onnx_file
+from memrewrite.passes.onnx import file as onnx_file
 
 MODELS = ("modular", "llama", "t5", "vit")
 MakeFile = Callable[..., File]

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 import memrewrite
 from memrewrite.layers.contract import MemoryLayer
-from memrewrite.passes.substitute import pools_of, substitute
+from memrewrite.passes.rewrite.edit_module import pools_of, substitute
 
 PLACEMENTS = ["replace", "parallel"]
 BOTH_KINDS = ["modular", "loose"]  # an MLP that is one module, and one that spans several

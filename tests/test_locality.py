@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memrewrite
-from memrewrite.passes import region
-from memrewrite.passes.capture import capture
-from memrewrite.passes.evidence import Evidence
-from memrewrite.passes.locate import locate
-from memrewrite.passes.token_wise import locality
+from memrewrite.passes.capture.capture import capture
+from memrewrite.passes.locate.locate import locate
+from memrewrite.passes.regions import region
+from memrewrite.passes.verify.evidence import Evidence
+from memrewrite.passes.verify.mlp_locality import locality
 from memrewrite.plans import Plan
 from memrewrite.report import Check
 

@@ -38,11 +38,11 @@ from families import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memrewrite.passes.blocks import Place, outermost_lists, places
-from memrewrite.passes.capture import Capture, capture
-from memrewrite.passes.dataflow import Dataflow, clean, modules_of
-from memrewrite.passes.locate import locate
-from memrewrite.passes.normalize import normalize
+from memrewrite.passes.canonicalize.canonicalize import normalize
+from memrewrite.passes.capture.capture import Capture, capture
+from memrewrite.passes.graphs.dataflow import Dataflow, clean, modules_of
+from memrewrite.passes.locate.locate import locate
+from memrewrite.passes.models.block_stacks import Place, outermost_lists, places
 from memrewrite.site import Located, Site
 
 

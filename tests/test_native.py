@@ -26,7 +26,7 @@ from native_models import array, built, check_lookup, check_topk, lookup_model, 
 
 from memrewrite.errors import MemrewriteError, UserError
 from memrewrite.kernels import onnx_functions
-from memrewrite.passes import build_op
+from memrewrite.passes.onnx import native_library as build_op
 
 GXX = shutil.which("g++")
 pytestmark = pytest.mark.skipif(GXX is None, reason="g++ is not there to build the library")

@@ -19,7 +19,7 @@ pytest.importorskip("ml_dtypes", reason="onnx, which brings bfloat16 for numpy, 
 
 from native_models import array, built, check_lookup, check_topk
 
-from memrewrite.passes import build_op
+from memrewrite.passes.onnx import native_library as build_op
 
 GXX = shutil.which("g++")
 NVCC = build_op.find_nvcc()

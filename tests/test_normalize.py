@@ -11,9 +11,9 @@ from families import BATCH, FAMILIES, HIDDEN, TOKENS, D, states
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from memrewrite.passes.capture import Segment, capture
-from memrewrite.passes.dataflow import LITERAL, WEIGHT, Dataflow, op_name
-from memrewrite.passes.normalize import ORIGIN, PASSES, normalize
+from memrewrite.passes.canonicalize.canonicalize import ORIGIN, PASSES, normalize
+from memrewrite.passes.capture.capture import Segment, capture
+from memrewrite.passes.graphs.dataflow import LITERAL, WEIGHT, Dataflow, op_name
 
 ATOL = 1e-5
 

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import memrewrite
 from memrewrite.errors import VerificationError
-from memrewrite.passes import originals, pipeline
+from memrewrite.passes import pipeline
+from memrewrite.passes.verify import null_check as originals
 from memrewrite.report import Check
 
 D = tiny.WIDTH

@@ -14,7 +14,8 @@ from onnx import numpy_helper
 from typer.testing import CliRunner
 
 from memrewrite.cli.app import app
-from memrewrite.passes import onnx_routes, onnx_session
+from memrewrite.passes.onnx import session as onnx_session
+from memrewrite.passes.onnx.check import routes as onnx_routes
 
 MODEL = f"""\
 import sys

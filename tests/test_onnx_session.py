@@ -14,8 +14,8 @@ from onnx_files import File, arrays, difference
 
 import memrewrite
 from memrewrite.errors import ExportError
-from memrewrite.passes import onnx_session as module
-from memrewrite.passes.onnx_session import CPU, CUDA, calls_of
+from memrewrite.passes.onnx import session as module
+from memrewrite.passes.onnx.session import CPU, CUDA, calls_of
 
 NEAR = 1e-4
 MakeFile = Callable[..., File]

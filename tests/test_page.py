@@ -18,7 +18,7 @@ from memrewrite.cli.markup import count, said, short, tag
 from memrewrite.cli.page import page
 from memrewrite.outline import Part
 from memrewrite.passes import pipeline
-from memrewrite.passes.select import select
+from memrewrite.passes.plan.select import select
 from memrewrite.plans import Plan
 from memrewrite.recipes.reader import read_recipe
 from memrewrite.site import Binding, Located, NearMiss, Site

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import memrewrite
-from memrewrite.passes.sources import load_source
+from memrewrite.passes.storage.source import load_source
 
 
 def package_dir(name: str) -> Path:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from saved.make import bare
 from safetensors.torch import load_file
+from saved.make import bare
 from torch import nn
 
 import memrewrite

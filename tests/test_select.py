@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from memrewrite.errors import SelectError
-from memrewrite.passes.select import centred, select
+from memrewrite.passes.plan.select import centred, select
 from memrewrite.plans import Plan
 from memrewrite.recipes.schema import Recipe
 from memrewrite.recipes.shelf import gallery

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from memrewrite.errors import ModelError
-from memrewrite.passes import sources
-from memrewrite.passes.example_inputs import example_inputs
-from memrewrite.passes.sources import load_source
-from memrewrite.passes.user_code import build_from_file
+from memrewrite.passes.models.example_inputs import example_inputs
+from memrewrite.passes.storage import source as sources
+from memrewrite.passes.storage.python_file import build_from_file
+from memrewrite.passes.storage.source import load_source
 
 GOOD = """\
 import torch

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import memrewrite
 from memrewrite.errors import CheckpointError, ModelError
-from memrewrite.passes.graph_text import GRAPHS, hosts_from_json
+from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json
 
 D, HIDDEN, VOCAB = 32, 48, 64
 

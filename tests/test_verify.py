@@ -16,8 +16,9 @@ from torch import fx, nn
 
 import memrewrite
 from memrewrite.errors import VerificationError
-from memrewrite.passes import originals, pipeline
-from memrewrite.passes.substitute import AddMemory, Edit, Hollow
+from memrewrite.passes import pipeline
+from memrewrite.passes.rewrite.edit_module import AddMemory, Edit, Hollow
+from memrewrite.passes.verify import null_check as originals
 from memrewrite.report import Report
 
 CHECKS = ["null", "null_train", "locality", "coverage", "untouched", "frame", "sharing", "tokenwise", "gradient", "identity"]

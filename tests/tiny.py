@@ -261,7 +261,7 @@ def plan_of(name: str, placement: str = "replace") -> Plan:
 
 def rewritten(name: str, placement: str = "replace") -> tuple[Any, dict[str, Any]]:
     """A rewritten model of the table, not verified, and inputs that fit."""
-    from memrewrite.passes.substitute import pools_of, substitute
+    from memrewrite.passes.rewrite.edit_module import pools_of, substitute
 
     (model, inputs), plan = named(name), plan_of(name, placement)
     substitute(model, plan).commit()

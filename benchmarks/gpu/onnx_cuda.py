@@ -125,7 +125,7 @@ def measure(bench: Bench, operators: Operators, cases: Iterable[Case], say: Call
 
 def usable_library(given: Path | None, rehearse: bool) -> Path:
     """The library to test: `given`, the one that was built, or built now. Raises UserError where there is none for CUDA."""
-    from memrewrite.passes.build_op import build_op, built_library, default_library
+    from memrewrite.passes.onnx.native_library import build_op, built_library, default_library
 
     if given is not None and not given.is_file():
         raise UserError(f"there is no library {str(given)!r}", hint="memrewrite build-op --cuda -o FILE, where nvcc is")
@@ -145,7 +145,7 @@ def require_cuda() -> None:
         raise UserError(what, hint=hint)
     import onnxruntime
 
-    from memrewrite.passes.onnx_session import CUDA
+    from memrewrite.passes.onnx.session import CUDA
 
     if hasattr(onnxruntime, "preload_dlls"):  # from 1.21 on
         onnxruntime.preload_dlls()

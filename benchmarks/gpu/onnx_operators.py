@@ -97,7 +97,7 @@ class Operators:
     """Files of one operator, in sessions on the device under test; counts the calls of the native kernels."""
 
     def __init__(self, rehearse: bool, library: Path, folder: Path) -> None:
-        from memrewrite.passes.onnx_session import CPU, CUDA
+        from memrewrite.passes.onnx.session import CPU, CUDA
 
         self.library, self.folder, self.provider = library, folder, CPU if rehearse else CUDA
         self.options = {} if rehearse else {"user_compute_stream": str(torch.cuda.current_stream().cuda_stream)}
@@ -123,7 +123,7 @@ class Operators:
         return counted if route == "native" else run
 
     def _session(self, path: Path, route: Any) -> Any:
-        from memrewrite.passes.onnx_session import onnx_session
+        from memrewrite.passes.onnx.session import onnx_session
 
         session = onnx_session(path, [(self.provider, self.options)], op=route, library=self.library)
         assert session.get_providers()[0] == self.provider
@@ -131,6 +131,6 @@ class Operators:
 
     def counters(self) -> dict[str, int]:
         """What the library says of its calls on the provider so far."""
-        from memrewrite.passes.onnx_session import calls_of
+        from memrewrite.passes.onnx.session import calls_of
 
         return {op: calls_of(self.library, op, self.provider) for op in OPS}

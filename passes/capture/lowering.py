@@ -1,0 +1,127 @@
+"""A graph in torch's own functions and modules, as `fx.symbolic_trace` and `torch.compile` give it, beside its ATen graph.
+
+Flow: weights become inputs → the graph is interpreted, node by node, under `make_fx` before dispatch → which ATen node is
+the value of which node. MLPs are found in the ATen graph; the given one is edited, and keeps its modules and its sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.fx import traceback
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from memrewrite.errors import CaptureError
+from memrewrite.passes.graphs.dataflow import clean
+from memrewrite.passes.models.forward import Inputs
+
+STACK = "nn_module_stack"
+
+
+class Lowered(NamedTuple):
+    """An ATen graph; nodes by name. `values` goes from the given graph's nodes to it, in the given order."""
+
+    graph: fx.Graph
+    weights: dict[str, str]  # placeholder -> parameter or buffer
+    literals: dict[str, Tensor]  # get_attr -> a constant
+    values: dict[str, str]
+    written: tuple[str, ...]  # parameters and buffers that the graph writes into
+
+
+def lower(module: fx.GraphModule, inputs: Inputs) -> Lowered:
+    """The ATen graph of `module` on `inputs`; neither these nor the weights are written into.
+
+    Raises `CaptureError` when the graph cannot be traced.
+    """
+    names, own = _own(module)
+    leaves, spec = tree_flatten(_positional(module, inputs))
+    lifted = [*(t for t in leaves if isinstance(t, Tensor)), *own]
+    interpreter = _Interpreter(module, _located(module))
+
+    def flat(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        args = tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        held = {f"module.{name}": tensor for name, tensor in zip(names, given, strict=True)}
+        with traceback.preserve_node_meta():
+            return functional_call(interpreter, held, tuple(args))
+
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            copies = [t.detach().clone() for t in lifted]
+            traced = make_fx(flat, pre_dispatch=True)(*copies)
+    except Exception as error:
+        what = f"the graph could not be lowered to ATen: {type(error).__name__}: {str(error)[:300]}"
+        raise CaptureError(what, where=interpreter.at, hint="does the graph module run on these inputs?") from error
+    made = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+    weights = dict(zip(made[len(made) - len(own) :], names, strict=True))
+    constants = {n.name: attrgetter(str(n.target))(traced) for n in traced.graph.nodes if n.op == "get_attr"}
+    literals = {name: value for name, value in constants.items() if isinstance(value, Tensor)}
+    written = tuple(name for name, copied in zip(names, copies[len(copies) - len(own) :], strict=True) if copied._version)
+    return Lowered(traced.graph, weights, literals, interpreter.values, written)
+
+
+class _Interpreter(nn.Module):
+    """Runs a graph node by node, and notes which proxy each value has."""
+
+    def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
+        super().__init__()
+        self.module, self.graph = module, graph
+        self.values: dict[str, str] = {}
+        self.at: str | None = None
+
+    def forward(self, *args: Any) -> Any:
+        """What the module returns."""
+        return _Noting(self).run(*args)
+
+
+class _Noting(fx.Interpreter):
+    def __init__(self, of: _Interpreter) -> None:
+        super().__init__(of.module, graph=of.graph)
+        self.of = of
+
+    def run_node(self, n: fx.Node) -> Any:
+        """The node's value, noted."""
+        self.of.at = n.name
+        value = super().run_node(n)
+        mode = get_proxy_mode()
+        if isinstance(value, Tensor) and mode is not None:
+            slot: Any = get_proxy_slot(value, mode.tracer, None)
+            if slot is not None:
+                self.of.values[n.name] = slot.proxy.node.name
+        return value
+
+
+def _own(module: nn.Module) -> tuple[list[str], list[Tensor]]:
+    """The module's parameters and buffers, each once, by its first name."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return list(named), list(named.values())
+
+
+def _positional(module: fx.GraphModule, inputs: Inputs) -> tuple[Any, ...]:
+    bound = inspect.signature(module.forward).bind(*inputs[0], **inputs[1])
+    bound.apply_defaults()
+    return bound.args
+
+
+def _located(module: fx.GraphModule) -> fx.Graph:
+    """A copy of the graph, by name, whose nodes say which modules they belong to: plain paths, called modules included."""
+    graph, names = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in module.graph.nodes:
+        twin = names[node] = graph.node_copy(node, names.__getitem__)
+        stack = {str(key): (clean(str(path)), _class(kind)) for key, (path, kind) in (node.meta.get(STACK) or {}).items()}
+        if node.op == "call_module" and [path for path, _ in stack.values()][-1:] != [node.target]:
+            stack[node.name] = (str(node.target), _class(type(module.get_submodule(str(node.target)))))
+        twin.meta = {**node.meta, STACK: stack}
+    graph.set_codegen(copy.copy(module.graph._codegen))
+    return graph
+
+
+def _class(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)

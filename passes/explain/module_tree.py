@@ -1,0 +1,64 @@
+"""Model → the tree of its modules, in the order they ran: a live one as it hangs together, a traced one as its graph tells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+from torch.export import ExportedProgram
+
+from memrewrite.outline import Part
+from memrewrite.passes.capture.capture import Capture, is_traced
+from memrewrite.passes.graphs.dataflow import clean, modules_of
+
+
+def outline(model: nn.Module | ExportedProgram, before: Capture) -> Part:
+    """The module tree. Of a traced model: the modules that made an operation, and their containers."""
+    if isinstance(model, nn.Module) and not is_traced(model):
+        first: dict[str, int] = {}  # when a module, or the first inside it, was done: brothers are done in order
+        for i, path in enumerate(before.calls):
+            for prefix in _prefixes(path):
+                first.setdefault(prefix, i)
+        return _live("", model, first)
+    return _traced(model, before)
+
+
+def _live(path: str, module: nn.Module, first: Mapping[str, int]) -> Part:
+    prefix = f"{path}." if path else ""
+    children = [_live(prefix + name, child, first) for name, child in module.named_children()]
+    return Part(
+        path=path,
+        kind=type(module).__name__,
+        parameters=sum(p.numel() for p in module.parameters()),
+        ran=path in first,
+        children=tuple(sorted(children, key=lambda child: first.get(child.path, len(first)))),
+    )
+
+
+def _traced(model: nn.Module | ExportedProgram, before: Capture) -> Part:
+    kinds: dict[str, str] = {"": type(model).__name__}
+    for node in before.segments[0].graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        for (_, call), (_, kind) in zip(modules_of(node), stack.values(), strict=True):
+            for prefix in _prefixes(clean(call))[1:]:
+                kinds.setdefault(prefix, "")
+            if clean(call):
+                kinds[clean(call)] = str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    below: dict[str, list[str]] = {}
+    for path in kinds:
+        if path:
+            below.setdefault(path.rpartition(".")[0], []).append(path)
+
+    def part(path: str) -> Part:
+        inside = sum(n for name, n in sizes.items() if not path or name.startswith(f"{path}."))
+        return Part(
+            path=path, kind=kinds[path], parameters=inside, children=tuple(part(child) for child in below.get(path, ()))
+        )
+
+    return part("")
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".") if path else []
+    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]

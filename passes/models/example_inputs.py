@@ -1,0 +1,87 @@
+"""Example inputs for a model that came without: made from its config and forward signature, no model family known."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memrewrite.errors import ModelError
+from memrewrite.passes.models.forward import Inputs
+
+BATCH, SEQUENCE, DECODER_SEQUENCE, SAMPLES = 2, 16, 12, 8000  # distinct, so that no axis is taken for another
+SEED = 0
+
+
+def example_inputs(model: Any) -> Inputs:
+    """Random inputs of distinct sizes for a Hugging Face model, from its config and forward signature alone."""
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        hint = "write a model.py with `build()` and `inputs()`"
+        raise ModelError(f"no example inputs can be made for a {type(model).__name__}", hint=hint)
+    accepted = inspect.signature(model.forward).parameters
+    make = _Maker(model, config)
+    inputs: dict[str, Any] = {main: make.tensor(main)}
+    both = hasattr(config, "vision_config") and not make.special_names("image_token")
+    if both and "pixel_values" in accepted:  # two towers, neither of which runs alone
+        inputs["pixel_values"] = make.tensor("pixel_values")
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
+        inputs["decoder_input_ids"] = make.ids(DECODER_SEQUENCE, decoder=True)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return (), inputs
+
+
+class _Maker:
+    """Makes one tensor at a time, from one seed."""
+
+    def __init__(self, model: Any, config: Any) -> None:
+        self.model, self.config = model, config
+        parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+        self.configs = [config, *(part for part in parts if part is not None)]
+        self.random = torch.Generator().manual_seed(SEED)
+
+    def tensor(self, name: str) -> Tensor:
+        """An input by the name its forward gives it."""
+        if name == "input_ids":
+            return self.ids(SEQUENCE)
+        if name == "pixel_values":
+            size = self._number("image_size", 32)
+            height, width = size if isinstance(size, (tuple, list)) else (size, size)
+            return self._floats(BATCH, int(self._number("num_channels", 3)), int(height), int(width))
+        bins = self._number("num_mel_bins", None)
+        if name == "input_features" and bins:  # two spectrogram frames become one position
+            return self._floats(BATCH, int(bins), 2 * int(self._number("max_source_positions", 1500)))
+        if name == "input_values" and bins:
+            return self._floats(BATCH, int(self._number("max_length", 1024)), int(bins))
+        if name == "input_values":
+            return self._floats(BATCH, SAMPLES)
+        raise ModelError(
+            f"no example can be made for the input {name!r} of {type(self.model).__name__}",
+            hint="write a model.py with `build()` and `inputs()`",
+        )
+
+    def ids(self, length: int, *, decoder: bool = False) -> Tensor:
+        """Random token ids; those with a meaning of their own (padding, images) are left out."""
+        text = self.config.get_text_config(decoder=decoder or None)
+        vocabulary = int(getattr(text, "vocab_size", None) or self._number("vocab_size", 2))
+        length = min(length, int(getattr(text, "max_position_embeddings", None) or length))
+        special = [i for i in self.special_names("").values() if i < vocabulary]
+        allowed = torch.ones(vocabulary, dtype=torch.bool)
+        allowed[special] = False
+        usable = allowed.nonzero().flatten() if allowed.any() else torch.arange(vocabulary)
+        return usable[torch.randint(len(usable), (BATCH, length), generator=self.random)]
+
+    def special_names(self, start: str) -> dict[str, int]:
+        """The configs' special tokens whose name begins with `start`."""
+        everything = {name: value for config in self.configs for name, value in vars(config).items()}
+        named = {n: v for n, v in everything.items() if n.endswith(("_token_id", "_token_index"))}
+        return {n: v for n, v in named.items() if n.startswith(start) and isinstance(v, int) and v >= 0}
+
+    def _floats(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random).to(self.model.dtype)
+
+    def _number(self, name: str, default: Any) -> Any:
+        return next((value for c in self.configs if (value := getattr(c, name, None)) is not None), default)

@@ -1,0 +1,144 @@
+"""A model as it is exported, and as an exported file is compared with: its numbers, its inputs, its cache.
+
+Flow: example inputs where none are given → numbers of a type that runtimes compute with, on a copy → one step of a decoder,
+where its cache is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map
+
+from memrewrite.errors import ExportError
+from memrewrite.layers.pool import Pool
+from memrewrite.passes.capture.capture import is_traced
+from memrewrite.passes.models.example_inputs import example_inputs
+from memrewrite.passes.models.forward import Inputs, as_inputs, on_device_of, run
+from memrewrite.passes.onnx.decoder_step import LENGTHS, step_of
+
+Float = Literal["float32", "float16"]
+TABLES = (torch.float32, torch.float16, torch.bfloat16)  # types of the memory operators in ONNX
+COMPUTED = (torch.float32, torch.float16)  # ONNX Runtime's CPU provider has no products or sums of bfloat16
+
+log = logging.getLogger("memrewrite")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is exported: `lengths` name axes by how long they are in the example, `axes` of every input may be dynamic."""
+
+    model: nn.Module | ExportedProgram
+    inputs: Inputs
+    dtype: str  # of the model's numbers: "float32", "float16", or "float16 and float32"
+    lengths: Mapping[int, str]
+    axes: int
+
+
+def prepared(
+    model: nn.Module | ExportedProgram, inputs: Any = None, dtype: Float | None = None, *, with_past: bool = False
+) -> Prepared:
+    """`model` ready for export; the caller's is left as it is. Raises `ExportError` for what cannot be converted."""
+    lengths: Mapping[int, str] = {}
+    if with_past and is_traced(model):
+        raise ExportError("a graph cannot be exported with its cache", hint="export the live module")
+    arguments = ((), {}) if with_past else _arguments(model, inputs)
+    model, arguments, chosen = _converted(model, arguments, dtype)
+    if with_past:
+        (model, arguments), lengths = step_of(model), LENGTHS
+    if isinstance(model, nn.Module):
+        arguments = on_device_of(model, arguments)
+    return Prepared(model, arguments, chosen, lengths, axes=3 if with_past else 2)
+
+
+def _arguments(model: nn.Module | ExportedProgram, inputs: Any) -> Inputs:
+    """The given inputs; or made ones, with the mask that batches of texts need."""
+    if inputs is not None:
+        return as_inputs(inputs)
+    if isinstance(model, ExportedProgram):
+        args, kwargs = model.example_inputs or ((), {})
+        return tuple(args), dict(kwargs)
+    if isinstance(model, fx.GraphModule) and "inputs" in model.meta:
+        return as_inputs(model.meta["inputs"])
+    args, kwargs = example_inputs(model)
+    if "input_ids" in kwargs and "attention_mask" in inspect.signature(model.forward).parameters:
+        kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
+    return args, kwargs
+
+
+def _converted(
+    model: nn.Module | ExportedProgram, inputs: Inputs, dtype: Float | None
+) -> tuple[nn.Module | ExportedProgram, Inputs, str]:
+    """A copy in `dtype`, or what is given where that will do. A table of 8 or 64 bits becomes one of the model's type."""
+    pools = [pool for pool in model.modules() if isinstance(pool, Pool)] if isinstance(model, nn.Module) else []
+    tables = {id(pool.values) for pool in pools} | {id(pool.scale) for pool in pools}
+    own = {t.dtype for t in _tensors(model) if t.is_floating_point() and id(t) not in tables}
+    target = getattr(torch, dtype) if dtype else torch.float32 if own - set(COMPUTED) else None
+    narrow = any(pool.values.dtype not in TABLES for pool in pools)
+    if (target is None or own <= {target}) and not narrow:
+        return model, inputs, _named(own)
+    if isinstance(model, ExportedProgram) or is_traced(model):
+        types = " and ".join(sorted(str(d).removeprefix("torch.") for d in own))
+        raise ExportError(
+            f"the graph computes in {types}, and a graph's numbers cannot be converted",
+            hint="convert the model before it is traced, or export the live module",
+        )
+    copied = copy.deepcopy(model)
+    table = target or (min(own, key=str) if len(own) == 1 else torch.float32)
+    for pool in copied.modules():
+        if isinstance(pool, Pool) and pool.values.dtype not in TABLES:
+            _as_numbers(pool, table)
+    if target is not None:
+        if dtype is None:
+            log.warning("the model computes in %s, which runtimes do not: it is exported as float32", _named(own))
+        inputs = tree_map(lambda x: x.to(target) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
+        _convert(copied, target, inputs)
+        own = {target}
+    return copied, inputs, _named(own)
+
+
+def _tensors(model: nn.Module | ExportedProgram) -> list[Tensor]:
+    """Parameters and buffers; not those that no checkpoint holds, which are computed and may be finer."""
+    return list((model.state_dict if isinstance(model, ExportedProgram) else model.state_dict(keep_vars=True)).values())
+
+
+def _convert(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> None:
+    """All numbers of `model` to `dtype`, but what it computed in fp32 and no checkpoint holds: angles of positions, halved in
+    precision, are other positions. Where the model does not run with these, they are converted too.
+    """
+    computed = [(module, name) for module in model.modules() for name in module._non_persistent_buffers_set]
+    held = {place: buffer for place in computed if (buffer := place[0]._buffers[place[1]]) is not None}
+    fine = {place: buffer for place, buffer in held.items() if buffer.dtype == torch.float32 and dtype.itemsize < 4}
+    model.to(dtype)
+    rounded = {place: place[0]._buffers[place[1]] for place in fine}
+    for (module, name), buffer in fine.items():
+        module._buffers[name] = buffer
+    if not fine or not tree_leaves(inputs):
+        return
+    try:
+        run(model, inputs)
+    except RuntimeError as error:
+        log.warning("computed buffers are rounded to %s, for the model does not run on finer ones: %s", _named({dtype}), error)
+        for (module, name), buffer in rounded.items():
+            module._buffers[name] = buffer
+
+
+def _as_numbers(pool: Pool, dtype: torch.dtype) -> None:
+    """A table of a type that no native kernel has, as `dtype`; one of 8 bits times its factor a row."""
+    log.warning("a table of %s is exported as %s", _named({pool.values.dtype}), _named({dtype}))
+    factor = 1.0 if pool.scale is None else pool.scale.unsqueeze(-1)
+    with torch.no_grad():
+        pool.values = nn.Parameter((pool.values.to(torch.promote_types(dtype, torch.float32)) * factor).to(dtype))
+    pool.scale = None
+
+
+def _named(dtypes: set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "float32"

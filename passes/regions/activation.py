@@ -1,0 +1,125 @@
+"""Which activation an MLP uses, told by what its middle computes and not by how it is spelled.
+
+Flow: the ops between the first matrices and the last are evaluated in float64 on sample values → compared with the known
+functions, for gated MLPs with either half as the gate. A middle with weights or norms of its own has no such name: "?".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from memrewrite.passes.graphs.dataflow import LITERAL, UNBACKED, Dataflow, op_name, shape_of
+from memrewrite.passes.regions.region import Region
+
+UNKNOWN = "?"
+KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "selu": F.selu,
+    "celu": F.celu,
+    "mish": F.mish,
+    "softplus": F.softplus,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "softsign": F.softsign,
+    "laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
+    "square": torch.square,
+    "identity": lambda x: x,
+}
+VIEW, RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
+FEW = 7  # tokens tried where their number depends on data
+LIMIT = 1 << 24  # elements evaluated at most
+
+
+def activation_of(flow: Dataflow, region: Region, cache: dict[Any, str]) -> str:
+    """The activation's name; a second region of the same ops is answered from `cache`."""
+    middle = [node for node in region.inside if node is not region.down and node not in region.ups]
+    key = _key(flow, region, middle)
+    if key not in cache:
+        cache[key] = _evaluate(flow, region, middle)
+    return cache[key]
+
+
+def _key(flow: Dataflow, region: Region, middle: list[fx.Node]) -> Any:
+    """What the middle computes, spelled without the names of its nodes."""
+    number = {node: i for i, node in enumerate((*region.ups, *middle))}
+    numbered: Any = lambda node: f"%{number.get(node, 'outside')}"  # noqa: E731
+    ops = [(str(n.target), str(fx.map_arg(n.args, numbered)), str(fx.map_arg(n.kwargs, numbered))) for n in middle]
+    return tuple(shape_of(up) for up in region.ups), tuple(ops), numbered(region.down.all_input_nodes[0])
+
+
+def _evaluate(flow: Dataflow, region: Region, middle: list[fx.Node]) -> str:
+    constants = {source for node in middle for source in node.all_input_nodes if source in flow.constant}
+    shapes = [tuple(FEW if n == UNBACKED else n for n in shape_of(up)) for up in region.ups]
+    size = sum(math.prod(shape) for shape in shapes)
+    if len(region.ups) > 2 or size > LIMIT or any(flow.weights(constant) for constant in constants):
+        return UNKNOWN
+    samples = [_samples(shape, seed) for seed, shape in enumerate(shapes)]
+    hidden = _interpret(flow, region, middle, dict(zip(region.ups, samples, strict=True)))
+    if hidden is None:
+        return UNKNOWN
+    for a, b in _halves(samples, hidden.shape[-1]):
+        for name, known in KNOWN.items():
+            if torch.allclose(hidden.reshape(-1), (known(a) * b).reshape(-1), rtol=1e-6, atol=1e-6):
+                return name
+    return UNKNOWN
+
+
+def _samples(shape: tuple[Any, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn([int(n) for n in shape], dtype=torch.float64, generator=generator) * 3
+
+
+def _halves(samples: list[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
+    """What might be (gate, value): one input alone; two inputs; or the halves of a packed one, however it is cut."""
+    if len(samples) == 2:
+        first, second = samples
+        return [(first, second), (second, first)] if first.shape == second.shape else []
+    (packed,) = samples
+    if packed.shape[-1] == width:
+        return [(packed, torch.ones_like(packed))]
+    if packed.shape[-1] != 2 * width:
+        return []
+    low, high = packed[..., :width], packed[..., width:]
+    even, odd = packed[..., 0::2], packed[..., 1::2]
+    return [(low, high), (high, low), (even, odd), (odd, even)]
+
+
+def _interpret(flow: Dataflow, region: Region, middle: list[fx.Node], values: dict[fx.Node, Tensor]) -> Tensor | None:
+    """The value `down` reads, evaluated on the given outputs of the first matrices."""
+    known: dict[fx.Node, Any] = dict(values)
+    try:
+        for node in middle:
+            if op_name(node) == "getitem" or isinstance(node.target, torch._ops.OpOverload):
+                for constant in node.all_input_nodes:
+                    if constant in flow.constant and constant not in known:
+                        known[constant] = _constant(constant)
+                target: Any = RESHAPE if node.target is VIEW else node.target  # copies between were dropped
+                known[node] = target(*fx.map_arg(node.args, known.__getitem__), **fx.map_arg(node.kwargs, known.__getitem__))
+        hidden: Tensor = known[region.down.all_input_nodes[0]]
+        return hidden
+    except (RuntimeError, KeyError, TypeError):  # not evaluable on the CPU in float64: then it has no name here
+        return None
+
+
+def _constant(node: fx.Node) -> Any:
+    """A literal tensor of the graph: held by it, or computed from its arguments (`full`, `arange`)."""
+    if LITERAL in node.meta:
+        return node.meta[LITERAL]
+    target: Any = node.target
+    return target(*fx.map_arg(node.args, _constant), **fx.map_arg(node.kwargs, _constant))

@@ -1,0 +1,116 @@
+"""The spellings of an MLP, one small class each: *yes, with these widths*, or *no, because*.
+
+A region arrives here already proven token-wise, closed and residual; a pattern only says how its matrices are arranged.
+Read top to bottom; the first that says yes names the site. A new pattern is a class and its name in `PATTERNS`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import fx
+
+from memrewrite.passes.graphs.dataflow import Dataflow, shape_of
+from memrewrite.passes.regions.experts import Mixture
+from memrewrite.passes.regions.region import Region
+
+NARROW = 2  # times narrower inside than at both ends: adapters and squeezes, which stand beside an MLP
+
+
+class Match(NamedTuple):
+    """Yes: the pattern's name, and the width of the value the last matrix reads."""
+
+    pattern: str
+    d_hidden: int
+
+
+class Pattern(Protocol):
+    """Says whether a region is an MLP of one arrangement."""
+
+    name: str
+
+    def match(self, flow: Dataflow, region: Region) -> Match | str:
+        """The match, or the reason why not."""
+        ...
+
+
+def _width(region: Region) -> int:
+    hidden = region.down.args[0]
+    return int(shape_of(hidden)[-1])  # type: ignore[arg-type]
+
+
+def _reads(flow: Dataflow, up: fx.Node, region: Region) -> bool:
+    """Whether a first matrix reads what another of them made."""
+    inside, pending, seen = set(region.inside), [up], {up}
+    while pending:
+        fresh = [source for source in flow.activations(pending.pop()) if source in inside and source not in seen]
+        if any(source in region.ups for source in fresh):
+            return True
+        seen.update(fresh)
+        pending.extend(fresh)
+    return False
+
+
+class Plain:
+    """`down(act(up(x)))`."""
+
+    name = "plain"
+
+    def match(self, flow: Dataflow, region: Region) -> Match | str:
+        """One first matrix, as wide as the last one reads."""
+        if len(region.ups) != 1:
+            return f"it has {len(region.ups)} first matrices, not one"
+        up, width = int(shape_of(region.ups[0])[-1]), _width(region)
+        ends = [int(shape_of(matrix.args[1])[axis]) for matrix, axis in ((region.ups[0], 1), (region.down, 0))]  # type: ignore[arg-type]
+        if NARROW * width <= min(ends):
+            return f"its {width} inner features are a bottleneck between {ends[0]} and {ends[1]}: an adapter"
+        return Match(self.name, width) if up == width else f"the first matrix gives {up} features, the last reads {width}"
+
+
+class Gated:
+    """`down(act(gate(x)) * up(x))`, the two matrices apart."""
+
+    name = "gated"
+
+    def match(self, flow: Dataflow, region: Region) -> Match | str:
+        """Two first matrices of equal width that both read the input, each through a norm of its own maybe."""
+        if len(region.ups) != 2:
+            return f"it has {len(region.ups)} first matrices, not two"
+        widths = {int(shape_of(up)[-1]) for up in region.ups}
+        reads = not any(_reads(flow, up, region) for up in region.ups)
+        width = _width(region)
+        if widths != {width} or not reads:
+            return f"its first matrices give {sorted(widths)} features, the last reads {width}"
+        return Match(self.name, width)
+
+
+class GatedPacked:
+    """`down(act(a) * b)` where `a, b` are the halves of one product, however they are cut out of it."""
+
+    name = "gated_packed"
+
+    def match(self, flow: Dataflow, region: Region) -> Match | str:
+        """One first matrix, twice as wide as the last one reads."""
+        if len(region.ups) != 1:
+            return f"it has {len(region.ups)} first matrices, not one"
+        up, width = int(shape_of(region.ups[0])[-1]), _width(region)
+        return Match(self.name, width) if up == 2 * width else f"the first matrix gives {up} features, not twice {width}"
+
+
+class MixtureOfExperts:
+    """`sum over chosen e of weight_e(x) * expert_e(x)`, with whatever shared expert is added to it."""
+
+    name = "moe"
+
+    def match(self, flow: Dataflow, region: Region) -> Match | str:
+        """A region that was found by its routing."""
+        if not isinstance(region, Mixture) or not region.experts:
+            return "no token chooses among experts"
+        last = region.experts[-1]
+        stack = next((s for s in last.all_input_nodes if s in flow.constant and len(shape_of(s)) > 1), last)
+        inner = [int(n) for n in shape_of(stack)[-2:]]  # of the last matrix: one width is that of the experts' output
+        given = next(int(shape_of(n)[-1]) for n in (region.down, last, stack) if int(shape_of(n)[-1]) in inner)
+        return Match(self.name, inner[0] if inner[1] == given else inner[1])
+
+
+PATTERNS: tuple[Pattern, ...] = (MixtureOfExperts(), Plain(), Gated(), GatedPacked())

@@ -1,0 +1,225 @@
+"""Whether a value returns to the residual stream that another was taken from, however the sum is spelled.
+
+Flow: back from the input, through what only norms, scales, moves or mixes whole feature vectors → the values it may be a form
+of; forward from the output the same way → every sum it is a term of; another term that is a form of one of those values
+closes the ring. A value is carried as long as no matrix multiplies its features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+
+from torch import fx
+
+from memrewrite.passes.graphs.dataflow import (
+    ALONG,
+    LAYOUT,
+    OTHER_NORMS,
+    UNBACKED,
+    Dataflow,
+    is_pointwise,
+    is_tensor,
+    op_name,
+    shape_of,
+)
+
+REACH = 96  # nodes looked at from one value; a block's norms, gates and scales are far fewer, so locating stays linear
+SUMS = 2  # how many sums deep a term may lie: `(h + attention) + mlp` returns to `h` as well
+# Ops that hand whole feature vectors on, some of them, or among others.
+MOVES = frozenset(
+    [
+        "index",
+        "index_select",
+        "index_copy",
+        "index_put",
+        "index_add",
+        "gather",
+        "take_along_dim",
+        "scatter",
+        "scatter_add",
+        "scatter_reduce",
+        "masked_select",
+        "masked_scatter",
+        "slice_scatter",
+        "select_scatter",
+        "copy",
+        "pad",
+        "constant_pad_nd",
+        "repeat",
+        "repeat_interleave",
+        "tile",
+    ]
+)
+# Of several streams, by weights; an attention too, over what a token kept of earlier layers.
+MIXES = frozenset(["matmul", "mm", "bmm", "mv", "einsum", "tensordot", "addmm", "baddbmm", "scaled_dot_product_attention"])
+# Sums by the places of their terms among the arguments; the places of one term in a tuple are factors of it.
+TERMS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "add": ((0,), (1,)),
+    "sub": ((0,), (1,)),
+    "rsub": ((0,), (1,)),
+    "addcmul": ((0,), (1, 2)),
+    "addcdiv": ((0,), (1, 2)),
+    "lerp": ((0,), (1,)),
+    "addmm": ((0,), (1, 2)),
+    "baddbmm": ((0,), (1, 2)),
+    "index_add": ((0,), (3,)),
+    "scatter_add": ((0,), (3,)),
+    "scatter_reduce": ((0,), (3,)),
+    "index_put": ((0,), (2,)),
+    "gru_cell": ((0,), (1,)),  # a sum weighed by gates: what comes in, and what was
+}
+
+
+def passes(node: fx.Node) -> bool:
+    """Elementwise ops, views and norms: what lies between a stream and a matrix."""
+    return is_pointwise(node) or op_name(node) in LAYOUT | ALONG | OTHER_NORMS
+
+
+def returns_to_stream(flow: Dataflow, x: fx.Node, down: fx.Node) -> bool:
+    """Whether `down`, through norms, gates and sums, is added to the value that `x` was normed or scaled from."""
+    return flow.fragment or _Ring(flow, x, down).closes()
+
+
+class _Ring:
+    """One input, one output, and the sums around them."""
+
+    def __init__(self, flow: Dataflow, x: fx.Node, down: fx.Node) -> None:
+        self.flow, self.x, self.down = flow, x, down
+        self.size, self.widths = _size(down), {shape_of(down)[-1:], shape_of(x)[-1:]}
+        self.stream = self.forms(x)
+        self.seen: dict[fx.Node, bool] = {down: False}  # True: stands beside the stream, on an axis of its own
+
+    def closes(self) -> bool:
+        """Forward from the output, to a sum with the stream."""
+        pending, apart = [self.down], list[fx.Node]()
+        while pending and len(self.seen) < REACH:
+            node = pending.pop()
+            for user in node.users:
+                if user in self.seen or not self.carries(user) or self.shrinks(node, user):
+                    continue
+                others = self.others(node, user)
+                back = any(self.stream & self.forms(other) for other in others)
+                beside = op_name(user) in ("stack", "cat", "concat")
+                if (back and not beside) or (self.seen[node] and _sums_an_axis(node, user)):
+                    return True
+                self.seen[user] = (back and beside) or self.seen[node]
+                pending.append(user)
+                apart += others
+        return self.crosses(apart)
+
+    def others(self, node: fx.Node, user: fx.Node) -> list[fx.Node]:
+        """What `user` adds to `node`, or puts beside it."""
+        name = op_name(user)
+        if name in ("stack", "cat", "concat"):
+            return [source for source in self.flow.activations(user) if source not in self.seen]
+        terms = [_at(user, places) for places in TERMS.get(name, ())]
+        if name == "index_put" and user.args[3:4] != (True,):  # puts in place of what was there
+            return []
+        if name in ("add", "sub", "rsub", "lerp", "addcmul", "addcdiv") and _spreads(node, user):
+            return []  # one value given to many tokens: a context, not a token's own update
+        mine = [term for term in terms if node in term]
+        return [
+            other
+            for term in terms
+            if mine and term is not mine[0]
+            for other in term
+            if other not in self.seen and other not in self.flow.constant
+        ]
+
+    def forms(self, value: fx.Node) -> set[fx.Node]:
+        """The values `value` may be a form of, as large as the output: back through `SUMS` sums, their terms included."""
+        root = self.flow.root(value)
+        found, pending = {value, root}, deque([(value, 0), (root, 0)])
+        while pending and len(found) < REACH:
+            node, sums = pending.popleft()
+            sources = [source for source in self.flow.activations(node) if not _counts(source)]
+            sums += op_name(node) in TERMS and len(sources) > 1
+            if not self.carries(node) or sums > SUMS:
+                continue
+            for root in map(self.flow.root, sources):
+                if root not in found:
+                    found.add(root)
+                    pending.append((root, sums))
+        return {node for node in found if not self.smaller(node)}
+
+    def carries(self, node: fx.Node) -> bool:
+        """Whether a node hands feature vectors on, without a matrix over the features."""
+        name, given = op_name(node), [shape_of(source)[-1:] for source in self.flow.activations(node)]
+        if self.flow.is_linear(node):  # over an axis of streams: its widths are others
+            return not self.widths & {shape_of(node)[-1:], *given}
+        if name in MIXES:
+            return shape_of(node)[-1:] in self.widths
+        return passes(node) or name in MOVES or name == "gru_cell" or _one_channel_each(self.flow, node)
+
+    def smaller(self, node: fx.Node) -> bool:
+        """Whether a value has fewer numbers than the output: a mask, a gate, a mean. Not told where sizes depend on data."""
+        unknown = UNBACKED in shape_of(node) or UNBACKED in shape_of(self.down)
+        return is_tensor(node) and not unknown and _size(node) < self.size
+
+    def shrinks(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether `user` is one number for many of `node`'s, and neither some of them nor a mix of several streams."""
+        known = is_tensor(user) and UNBACKED not in (*shape_of(node), *shape_of(user))
+        if not known or _size(user) >= _size(node) or op_name(user) in LAYOUT | MOVES | MIXES | {"linear"}:
+            return False
+        return op_name(user) not in ("sum", "mean") or shape_of(user)[-1:] not in self.widths
+
+    def crosses(self, others: Iterable[fx.Node]) -> bool:
+        """Reversible blocks: `a + f(b)`, then `b + g(a)`: the input is a sum that goes on, of a branch that read the other."""
+        total = self.x
+        while self.carries(total) and op_name(total) not in TERMS and self.flow.activations(total):
+            total = max(self.flow.activations(total), key=_size)
+        if op_name(total) not in TERMS or len(total.users) < 2 or _size(total) != self.size:
+            return False
+        read = {node for term in self.flow.activations(total) if not self.carries(term) for node in self.read_by(term)}
+        return any(read & self.forms(other) for other in others)
+
+    def read_by(self, branch: fx.Node) -> set[fx.Node]:
+        """What a branch is computed from, back to the nearest sums."""
+        found, pending = {branch}, deque([branch])
+        while pending and len(found) < 2 * REACH:
+            node = pending.popleft()
+            sources = self.flow.activations(node)
+            if op_name(node) in TERMS and len(sources) > 1:
+                continue
+            fresh = [root for root in map(self.flow.root, sources) if root not in found]
+            found.update(fresh)
+            pending.extend(fresh)
+        return {node for node in found if not self.smaller(node)}
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a value is numbers of tokens, or a mask, and no features."""
+    value = node.meta.get("val")
+    return is_tensor(node) and not (value.is_floating_point() or value.is_complex())  # type: ignore[union-attr]
+
+
+def _at(node: fx.Node, places: tuple[int, ...]) -> list[fx.Node]:
+    return [arg for place in places for arg in node.args[place : place + 1] if isinstance(arg, fx.Node)]
+
+
+def _size(node: fx.Node) -> int:
+    return math.prod(shape_of(node)) if is_tensor(node) else 0
+
+
+def _spreads(node: fx.Node, total: fx.Node) -> bool:
+    sizes = (*shape_of(node), *shape_of(total))
+    return UNBACKED not in sizes and _size(node) < _size(total)
+
+
+def _sums_an_axis(node: fx.Node, user: fx.Node) -> bool:
+    """Whether `user` adds up what stands side by side in `node`."""
+    name = op_name(user)
+    return name in MIXES or name == "linear" or (name in ("sum", "mean") and _size(user) < _size(node))
+
+
+def _one_channel_each(flow: Dataflow, node: fx.Node) -> bool:
+    """A convolution that mixes no channels: a weighted mean of neighbours."""
+    if op_name(node) not in ("conv1d", "conv2d", "conv3d", "convolution"):
+        return False
+    weight = node.args[1]
+    if not isinstance(weight, fx.Node) or weight not in flow.constant:
+        return False
+    channels = {shape_of(value)[1:2] for value in (node, node.all_input_nodes[0])}
+    return shape_of(weight)[1:2] == (1,) and channels == {shape_of(weight)[:1]}
