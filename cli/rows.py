@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from memrewrite.cli.markup import Html, count, join, named, said, short, tag
 from memrewrite.cli.render import edited, size
-from memrewrite.passes.explain.rule_advice import line_at
+from memrewrite.passes.graphs.provenance import line_at
 
 if TYPE_CHECKING:
     from memrewrite.cli.marks import Marks

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,24 +18,27 @@ from torch.export import ExportedProgram
 from memrewrite.errors import ModelError, SelectError, VerificationError
 from memrewrite.explanation import Explanation
 from memrewrite.outline import Part
-from memrewrite.passes.capture.capture import Capture, capture, is_traced
+from memrewrite.passes.capture.capture import capture, is_traced
+from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.explain.explain import explained
 from memrewrite.passes.explain.module_tree import outline
-from memrewrite.passes.locate.locate import Locations, locate
-from memrewrite.passes.models.forward import evaluating, run
+from memrewrite.passes.locate.locate import locate
+from memrewrite.passes.locate.located_sites import Locations
+from memrewrite.passes.models.fingerprints import fingerprints
+from memrewrite.passes.models.forward import evaluating
+from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
-from memrewrite.passes.rewrite.edit_graph import copy_of, emit_graph, emit_originals, traced_module
-from memrewrite.passes.rewrite.edit_module import Edit, pools_of, refuse_rewritten, substitute
+from memrewrite.passes.rewrite.build_layers import pools_of, refuse_rewritten
+from memrewrite.passes.rewrite.edit_graph import emit_graph
+from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.rewrite.given_graph import all_hidden, anchored
-from memrewrite.passes.rewrite.graph_host import trace_hosts
-from memrewrite.passes.rewrite.original_mlp import Original
+from memrewrite.passes.rewrite.host_tracing import trace_hosts
+from memrewrite.passes.rewrite.undo_log import Edit
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_to_json
-from memrewrite.passes.verify.checks import CHECKS, verify
-from memrewrite.passes.verify.evidence import Evidence, failed, fingerprints, skipped
-from memrewrite.passes.verify.gradient_flow import reached
-from memrewrite.passes.verify.mlp_locality import locality
-from memrewrite.passes.verify.null_check import null, run_with_originals
+from memrewrite.passes.verify.evidence import Evidence, failed
+from memrewrite.passes.verify.null_check import run_with_originals
 from memrewrite.passes.verify.null_train_check import null_train
+from memrewrite.passes.verify.verify import before_editing, prove_graph, verify
 from memrewrite.plans import ROOT, Plan
 from memrewrite.recipes.reader import read_recipe
 from memrewrite.recipes.schema import Recipe
@@ -48,7 +49,6 @@ Model = nn.Module | ExportedProgram
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
 Step = Callable[[str], None]
 Emit = Literal["module", "graph"]
-MEMINFO = Path("/proc/meminfo")
 
 
 def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> Located:
@@ -164,7 +164,7 @@ def _apply_to_module(
     say("fingerprinting every tensor")
     evidence = Evidence(model, made, before, locations, fingerprints(model), hosts=hosts)
     say("checking the plan with the original MLPs wrapped")
-    first = _before_editing(evidence, lambda gradients: run_with_originals(evidence, gradients=gradients), null_train)
+    first = before_editing(evidence, lambda gradients: run_with_originals(evidence, gradients=gradients), null_train)
     if failed(first):
         return model, first
     say("substituting")
@@ -184,22 +184,6 @@ def _apply_to_module(
     return model, checks
 
 
-def _before_editing(
-    evidence: Evidence,
-    run_wrapped: Callable[[bool], tuple[Any, dict[str, Original]]],
-    in_train_mode: Callable[[Evidence], Check],
-) -> tuple[Check, ...]:
-    """The checks with the original MLPs wrapped, up to one that fails; and which sites the outputs depend on."""
-    if evidence.on_meta:
-        check = skipped("null", "the model is on meta: there are no values to compare")
-    else:
-        check = null(evidence, run_wrapped(False)[0])
-        if check.outcome == "failed":
-            return (check,)
-        evidence.reached = reached(*run_wrapped(True))
-    return check, in_train_mode(evidence), locality(evidence)
-
-
 def _apply_to_graph(
     made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
 ) -> tuple[nn.Module, tuple[Check, ...]]:
@@ -209,29 +193,6 @@ def _apply_to_graph(
         return result, ()
     say("verifying")
     return result, prove_graph(result, layers, made, before, locations)
-
-
-def prove_graph(
-    result: nn.Module,
-    layers: Mapping[str, nn.Module],
-    made: Plan,
-    before: Capture,
-    locations: Locations,
-    after: Sequence[Callable[[Evidence], Check]] = CHECKS,
-) -> tuple[Check, ...]:
-    """The checks of a graph that was rewritten to `result`, with `layers` by site path; `after` are those after the edit."""
-    segment = before.segments[0]
-    original = copy_of(traced_module(segment))
-    evidence = Evidence(original, made, before, locations, fingerprints(original))
-
-    def run_wrapped(gradients: bool) -> tuple[Any, dict[str, Original]]:
-        wrapped_graph, wrapped = emit_originals(segment, made, locations)
-        return run(wrapped_graph, before.inputs, gradients=gradients), wrapped
-
-    one_mode = "a graph is proved as it was given: in one mode"
-    first = _before_editing(evidence, run_wrapped, lambda _: skipped("null_train", one_mode))
-    evidence = replace(evidence, model=result, layers=layers)
-    return (*first, *(check(evidence) for check in after))
 
 
 def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, Locations]:
@@ -252,31 +213,6 @@ def _plan(model: Model, before: Capture, locations: Locations, recipe: Recipe) -
     made = select(locations.located, recipe, live=not before.is_graph)
     taken = isinstance(model, nn.Module) and hasattr(model, ROOT)
     return made.model_copy(update={"root": f"memrewrite_{ROOT}"}) if taken else made
-
-
-def refuse_too_large(made: Plan) -> None:
-    """Raise `SelectError` when the plan's pools need more than the free memory of the device they go to."""
-    homes = {s.pool: s.site.device for s in made.substitutions if s.pool}
-    for device in dict.fromkeys(homes.values()):
-        pools = {name: pool for name, pool in made.pools.items() if homes[name] == device}
-        needed = sum(pool.cost().parameter_bytes for pool in pools.values())
-        free = _free_memory(torch.device(device))
-        if free is not None and needed > free:
-            sizes = ", ".join(f"{n}: {p.slots:,} × {p.value_dim} {p.dtype}" for n, p in pools.items())
-            raise SelectError(
-                f"the pools need {needed / 2**30:.1f} GiB ({sizes}), and {device} has {free / 2**30:.1f} GiB free",
-                where=f"pools.{next(iter(pools))}",
-                hint="fewer `keys`, a smaller `dtype`, or allow it: --allow-large",
-            )
-
-
-def _free_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu" or not MEMINFO.exists():
-        return None
-    sizes = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    return int(sizes["MemAvailable"].split()[0]) * 1024
 
 
 def _as_in(given: nn.Module, result: nn.Module) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from memrewrite.passes.capture.capture import Capture
-from memrewrite.passes.locate.locate import Locations
+from memrewrite.passes.capture.segment import Capture
+from memrewrite.passes.locate.located_sites import Locations
 from memrewrite.passes.models.forward import first_run
 from memrewrite.passes.rewrite.edit_module import layers_of
 from memrewrite.passes.storage.checkpoint import read_plan, read_report

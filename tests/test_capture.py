@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import memrewrite
 from memrewrite.errors import CaptureError, ModelError, in_a_line
-from memrewrite.passes.capture.capture import Capture, capture, is_traced, recapture
+from memrewrite.passes.capture.capture import capture, is_traced, recapture
+from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.models.forward import as_inputs, run
 from memrewrite.passes.pipeline import inspect

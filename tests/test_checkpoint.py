@@ -20,7 +20,7 @@ import memrewrite
 from memrewrite.errors import CheckpointError, ModelError
 from memrewrite.passes import pipeline
 from memrewrite.passes.capture import capture
-from memrewrite.passes.rewrite.edit_module import pools_of
+from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.storage import base_model as bases
 from memrewrite.passes.storage import checkpoint, manifest
 from memrewrite.passes.storage import python_file as user_code

@@ -19,7 +19,7 @@ import memrewrite
 from memrewrite.errors import MemrewriteError, SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.pool import Pools
-from memrewrite.passes.rewrite.edit_module import pools_of
+from memrewrite.passes.rewrite.build_layers import pools_of
 
 NAMES = ["modular", "loose", "shared", "bert", "t5"]
 PLACEMENTS = ["replace", "parallel"]

@@ -17,7 +17,7 @@ from memrewrite.errors import UserError
 from memrewrite.explanation import Explanation
 from memrewrite.passes import pipeline
 from memrewrite.passes.explain.explain import explained
-from memrewrite.passes.explain.rule_advice import line_at
+from memrewrite.passes.graphs.provenance import line_at
 
 HERE = Path(__file__).name
 

@@ -18,7 +18,8 @@ from torch.func import functional_call
 
 import memrewrite
 from memrewrite.layers.contract import MemoryLayer
-from memrewrite.passes.rewrite.edit_module import pools_of, substitute
+from memrewrite.passes.rewrite.build_layers import pools_of
+from memrewrite.passes.rewrite.edit_module import substitute
 
 PLACEMENTS = ["replace", "parallel"]
 BOTH_KINDS = ["modular", "loose"]  # an MLP that is one module, and one that spans several

@@ -39,8 +39,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memrewrite.passes.canonicalize.canonicalize import normalize
-from memrewrite.passes.capture.capture import Capture, capture
-from memrewrite.passes.graphs.dataflow import Dataflow, clean, modules_of
+from memrewrite.passes.capture.capture import capture
+from memrewrite.passes.capture.segment import Capture
+from memrewrite.passes.graphs.dataflow import Dataflow
+from memrewrite.passes.graphs.provenance import clean, modules_of
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.models.block_stacks import Place, outermost_lists, places
 from memrewrite.site import Located, Site

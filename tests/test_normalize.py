@@ -12,8 +12,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from memrewrite.passes.canonicalize.canonicalize import ORIGIN, PASSES, normalize
-from memrewrite.passes.capture.capture import Segment, capture
-from memrewrite.passes.graphs.dataflow import LITERAL, WEIGHT, Dataflow, op_name
+from memrewrite.passes.capture.capture import capture
+from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.dataflow import LITERAL, WEIGHT, Dataflow
+from memrewrite.passes.graphs.ops import op_name
 
 ATOL = 1e-5
 

@@ -25,11 +25,11 @@ from memrewrite.kernels import ops
 from memrewrite.passes.onnx import file as onnx_file
 from memrewrite.passes.onnx.check.check import Checked, check_onnx
 from memrewrite.passes.onnx.check.draws import draws, evaluated, lengths_of, text_inputs
-from memrewrite.passes.onnx.check.reference import Choices
 from memrewrite.passes.onnx.check.routes import RouteChecked, compared
+from memrewrite.passes.onnx.check.slot_choices import Choices
 from memrewrite.passes.onnx.export import export_onnx
 from memrewrite.passes.onnx.file import Port
-from memrewrite.passes.rewrite.edit_module import pools_of
+from memrewrite.passes.rewrite.build_layers import pools_of
 
 STANDARD = ("standard",)
 FOUR_TIMES = [0, 0, 0, 0, 4, 4, 4, 4]

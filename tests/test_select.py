@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from memrewrite.errors import SelectError
-from memrewrite.passes.plan.select import centred, select
+from memrewrite.passes.plan.select import select
+from memrewrite.passes.plan.selectors import centred
 from memrewrite.plans import Plan
 from memrewrite.recipes.schema import Recipe
 from memrewrite.recipes.shelf import gallery

@@ -17,7 +17,8 @@ from memrewrite.errors import ModelError, SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.memory_plus import MemoryPlus
 from memrewrite.layers.pool import Pool, Pools
-from memrewrite.passes.rewrite.edit_module import Hollow, layers_of, pools_of, substitute
+from memrewrite.passes.rewrite.build_layers import pools_of
+from memrewrite.passes.rewrite.edit_module import Hollow, layers_of, substitute
 
 PLACEMENTS = ("replace", "parallel")
 

@@ -17,7 +17,8 @@ from torch import fx, nn
 import memrewrite
 from memrewrite.errors import VerificationError
 from memrewrite.passes import pipeline
-from memrewrite.passes.rewrite.edit_module import AddMemory, Edit, Hollow
+from memrewrite.passes.rewrite.edit_module import AddMemory, Hollow
+from memrewrite.passes.rewrite.undo_log import Edit
 from memrewrite.passes.verify import null_check as originals
 from memrewrite.report import Report
 

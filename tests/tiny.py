@@ -261,7 +261,8 @@ def plan_of(name: str, placement: str = "replace") -> Plan:
 
 def rewritten(name: str, placement: str = "replace") -> tuple[Any, dict[str, Any]]:
     """A rewritten model of the table, not verified, and inputs that fit."""
-    from memrewrite.passes.rewrite.edit_module import pools_of, substitute
+    from memrewrite.passes.rewrite.build_layers import pools_of
+    from memrewrite.passes.rewrite.edit_module import substitute
 
     (model, inputs), plan = named(name), plan_of(name, placement)
     substitute(model, plan).commit()

@@ -16,21 +16,11 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 
-from memrewrite.passes.canonicalize.linear_forms import cut_of, spell, take_part
-from memrewrite.passes.capture.capture import Segment
-from memrewrite.passes.graphs.dataflow import (
-    ALONG,
-    IDENTITY,
-    LAYOUT,
-    LITERAL,
-    ORIGIN,
-    SPELLED,
-    WEIGHT,
-    Dataflow,
-    is_assertion,
-    is_pointwise,
-    op_name,
-)
+from memrewrite.passes.canonicalize.linear_forms import spell
+from memrewrite.passes.canonicalize.sums import cut_of, take_part
+from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.dataflow import LITERAL, ORIGIN, SPELLED, WEIGHT, Dataflow
+from memrewrite.passes.graphs.ops import ALONG, IDENTITY, LAYOUT, is_assertion, is_pointwise, op_name
 
 __all__ = ["ORIGIN", "PASSES", "DropNoise", "Functionalize", "SpellLinear", "normalize"]
 ALL = torch.iinfo(torch.int64).max  # how torch writes the end of a slice that is left open

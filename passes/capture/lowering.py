@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from memrewrite.errors import CaptureError
-from memrewrite.passes.graphs.dataflow import clean
+from memrewrite.passes.graphs.provenance import clean
 from memrewrite.passes.models.forward import Inputs
 
 STACK = "nn_module_stack"

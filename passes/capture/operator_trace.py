@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from memrewrite.passes.graphs.dataflow import TORCH
+from memrewrite.passes.graphs.provenance import TORCH
 from memrewrite.passes.models.forward import Inputs, run
 
 

@@ -11,11 +11,14 @@ from typing import Any
 from torch import fx
 
 from memrewrite.explanation import Explanation, Finding, Verdict
-from memrewrite.passes.capture.capture import Capture
-from memrewrite.passes.explain.rule_advice import line_at, rule_of
+from memrewrite.passes.capture.segment import Capture
+from memrewrite.passes.explain.rule_advice import rule_of
 from memrewrite.passes.explain.subject import ROOT_NAMES, Subject, View, subject_of
-from memrewrite.passes.graphs.dataflow import ORIGIN, op_name, shape_of, source_line
-from memrewrite.passes.locate.locate import Locations
+from memrewrite.passes.graphs.dataflow import ORIGIN
+from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.graphs.provenance import line_at, source_line
+from memrewrite.passes.graphs.shapes import shape_of
+from memrewrite.passes.locate.located_sites import Locations
 from memrewrite.passes.regions.region import Never, Region, attempt
 from memrewrite.passes.regions.residual_stream import REACH
 from memrewrite.passes.regions.token_axes import Refusal

@@ -8,8 +8,9 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from memrewrite.outline import Part
-from memrewrite.passes.capture.capture import Capture, is_traced
-from memrewrite.passes.graphs.dataflow import clean, modules_of
+from memrewrite.passes.capture.capture import is_traced
+from memrewrite.passes.capture.segment import Capture
+from memrewrite.passes.graphs.provenance import clean, modules_of
 
 
 def outline(model: nn.Module | ExportedProgram, before: Capture) -> Part:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
 from typing import NamedTuple
 
 
@@ -63,9 +62,3 @@ RULES = (
 def rule_of(reason: str) -> Rule | None:
     """The rule that gave a reason; None for one that is not listed."""
     return next((rule for rule in RULES if any(words in reason for words in rule.words)), None)
-
-
-def line_at(source: str) -> str:
-    """The text of a source line given as `file:line`; "" where it cannot be read."""
-    file, _, number = source.rpartition(":")
-    return linecache.getline(file, int(number)).strip() if number.isdigit() else ""

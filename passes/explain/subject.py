@@ -13,9 +13,11 @@ from torch import fx, nn
 
 from memrewrite.errors import UserError
 from memrewrite.passes.canonicalize.canonicalize import normalize
-from memrewrite.passes.capture.capture import Capture, Segment
-from memrewrite.passes.graphs.dataflow import ORIGIN, Dataflow, is_assertion, modules_of, path_of
-from memrewrite.passes.locate.locate import Locations
+from memrewrite.passes.capture.segment import Capture, Segment
+from memrewrite.passes.graphs.dataflow import ORIGIN, Dataflow
+from memrewrite.passes.graphs.ops import is_assertion
+from memrewrite.passes.graphs.provenance import modules_of, path_of
+from memrewrite.passes.locate.located_sites import Locations
 from memrewrite.passes.locate.recorded_graph import Recorded
 
 ROOT_NAMES = ("", "(root)", ".")  # how the tables and people write the model itself

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from memrewrite.passes.canonicalize.canonicalize import ORIGIN
-from memrewrite.passes.graphs.dataflow import Dataflow, op_name, shape_of
+from memrewrite.passes.graphs.dataflow import Dataflow
+from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.binding import Bound
 from memrewrite.passes.regions.region import Region
 

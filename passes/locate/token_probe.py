@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from memrewrite.passes.capture.capture import Segment
 from memrewrite.passes.capture.operator_trace import captured_apart
-from memrewrite.passes.graphs.dataflow import op_name, shape_of
+from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.recorded_graph import Recorded, of_sizes_alone
 from memrewrite.passes.models.forward import SEED
 from memrewrite.passes.regions.region import Region

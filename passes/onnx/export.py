@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from memrewrite.errors import ExportError
-from memrewrite.passes.capture.capture import Refused, export_program
+from memrewrite.passes.capture.torch_export import Refused, export_program
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.onnx.file import (
     Port,

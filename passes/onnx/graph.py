@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import ExportError, in_a_line
 from memrewrite.kernels.onnx_functions import DOMAIN, functions
-from memrewrite.passes.capture.capture import hushed
+from memrewrite.passes.capture.torch_export import hushed
 from memrewrite.passes.onnx.attention import attention_spelled
 
 if TYPE_CHECKING:

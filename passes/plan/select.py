@@ -6,15 +6,13 @@ pools are completed from the sites → every layer kind checks that it can be bu
 
 from __future__ import annotations
 
-import fnmatch
 import re
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from typing import Any
+from collections.abc import Sequence
 
 from memrewrite.errors import SelectError, UserError
 from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import PoolSpec
+from memrewrite.passes.plan.selectors import fitting, matching
 from memrewrite.plans import Plan, Substitution
 from memrewrite.recipes.schema import Recipe, Rule, Where
 from memrewrite.site import Binding, Located, Site
@@ -35,7 +33,7 @@ def select(located: Located, recipe: Recipe, *, live: bool = True) -> Plan:
         )
     claims: dict[str, tuple[int, Rule]] = {}
     for index, rule in enumerate(recipe.replace):
-        for site in _matching(located.sites, rule.where, f"replace[{index}].where"):
+        for site in matching(located.sites, rule.where, f"replace[{index}].where"):
             if site.path in claims:
                 raise SelectError(
                     f"rules {claims[site.path][0]} and {index} both claim {site.path!r}",
@@ -59,30 +57,11 @@ def narrowed(sites: Sequence[Site], recipe: Recipe, towers: dict[int, str]) -> d
     """
     found: dict[int, Rule] = {}
     for index, rule in enumerate(recipe.replace):
-        chosen = _fitting(sites, rule.where, f"replace[{index}].where", index, towers)
+        chosen = fitting(sites, rule.where, f"replace[{index}].where", index, towers)
         if chosen:
             paths = "|".join(re.escape(site.path) for site in chosen)
             found[index] = rule.model_copy(update={"where": Where(regex=f"^(?:{paths})$")})
     return found
-
-
-def _fitting(sites: Sequence[Site], where: Where, place: str, index: int, towers: dict[int, str]) -> list[Site]:
-    wishes = {name: getattr(where, name) for name in _FILTERS if getattr(where, name) is not None}
-    chosen = [site for site in sites if all(_FILTERS[name](site, wish) for name, wish in wishes.items())]
-    if not where.counts:
-        return chosen
-    here = dict.fromkeys(site.tower for site in chosen if site.block is not None)
-    tower = where.tower or towers.get(index) or next(iter(here), None)
-    if tower is None:
-        return []
-    towers[index] = tower
-    if where.tower is None and set(here) - {tower}:
-        hint = f"give the tower: `tower: {tower}`"
-        raise SelectError(f"blocks are counted in one stack, and there are {', '.join(here)}", where=place, hint=hint)
-    if tower not in here:
-        return []
-    blocks = _blocks(sites, tower, where, place)
-    return [site for site in chosen if site.tower == tower and site.block in blocks]
 
 
 def _within(site: Site, chosen: Sequence[Site]) -> Site:
@@ -133,106 +112,3 @@ def _pool(recipe: Recipe, name: str, sites: Sequence[Site]) -> PoolSpec:
 
 
 # ------------------------------------------------------------------------------------------------------- selectors
-
-
-def _matching(sites: Sequence[Site], where: Where, place: str) -> list[Site]:
-    """The sites that fit every selector of `where`, which must be at least one."""
-    tower = _tower(sites, where, place)
-    blocks = _blocks(sites, tower, where, place)
-    chosen = [s for s in sites if tower is None or (s.tower == tower and s.block in blocks)]
-    for name, fits in _FILTERS.items():
-        wanted = getattr(where, name)
-        if wanted is not None:
-            kept = [s for s in chosen if fits(s, wanted)]
-            if not kept:
-                raise SelectError(
-                    f"`{name}: {wanted}` matches none of {len(chosen)} MLPs",
-                    where=place,
-                    hint=_known(chosen, name, wanted),
-                )
-            chosen = kept
-    named = set(where.layers or ()) | (blocks if where.centred else set())  # `every` takes what there is
-    missing = named - {s.block for s in chosen}
-    if missing:
-        raise SelectError(
-            f"block {min(missing)} of {tower!r} has no MLP that fits",
-            where=f"{place}.layers" if where.layers is not None else f"{place}.centred",
-            hint=f"blocks with one: {_ranges({s.block for s in sites if s.tower == tower})}",
-        )
-    if not chosen:
-        raise SelectError("the selectors match no MLP together", where=place, hint="drop one of them")
-    return chosen
-
-
-_FILTERS: dict[str, Callable[[Site, Any], bool]] = {
-    "path": lambda site, glob: fnmatch.fnmatchcase(site.path, glob),
-    "regex": lambda site, expression: re.search(expression, site.path) is not None,
-    "pattern": lambda site, name: site.pattern == name,
-    "d_model": lambda site, width: site.d_model == width,
-}
-
-
-def _known(sites: Sequence[Site], name: str, wanted: object) -> str:
-    values = [str(getattr(site, "path" if name in ("path", "regex") else name)) for site in sites]
-    values = list(dict.fromkeys(values))
-    near = get_close_matches(str(wanted), values, n=1)
-    shown = ", ".join(values[:6]) + (", ..." if len(values) > 6 else "")
-    return f"did you mean {near[0]!r}? there are: {shown}" if near else f"there are: {shown}"
-
-
-def _tower(sites: Sequence[Site], where: Where, place: str) -> str | None:
-    """The tower whose blocks are counted: the one named, else the one with most MLPs; None when none are counted."""
-    towers = [s.tower for s in sites if s.block is not None]
-    if where.tower is not None:
-        if where.tower not in towers:
-            hint = f"there are: {', '.join(dict.fromkeys(towers)) or 'none'}"
-            raise SelectError(f"no MLP stands in a tower {where.tower!r}", where=f"{place}.tower", hint=hint)
-        return where.tower
-    if where.layers is None and where.centred is None and where.every is None:
-        return None
-    if not towers:
-        raise SelectError("this model has no stack of blocks to count", where=place, hint="select by `path` or `all: true`")
-    return max(dict.fromkeys(towers), key=towers.count)
-
-
-def _blocks(sites: Sequence[Site], tower: str | None, where: Where, place: str) -> set[int]:
-    depth = next((s.tower_blocks for s in sites if s.tower == tower), 0)
-    blocks = set(range(depth))
-    if where.layers is not None:
-        outside = [i for i in where.layers if i >= depth]
-        if outside:
-            hint = f"{tower!r} has blocks 0 to {depth - 1}"
-            raise SelectError(f"there is no block {outside[0]}", where=f"{place}.layers", hint=hint)
-        blocks &= set(where.layers)
-    if where.every is not None:
-        blocks &= set(range(where.every - 1, depth, where.every))
-    if where.centred is not None:
-        blocks &= set(centred(depth, where.centred.count, where.centred.stride, place))
-    return blocks
-
-
-def centred(depth: int, count: int, stride: int, place: str = "centred") -> list[int]:
-    """`count` blocks `stride` apart around block depth // 2: 24 blocks, 3 and 8 give 4, 12, 20 (the paper's layout)."""
-    first = depth // 2 - (count // 2) * stride + (0 if count % 2 else stride // 2)
-    chosen = [first + i * stride for i in range(count)]
-    if chosen[0] < 0 or chosen[-1] >= depth:
-        largest = max((depth - 1) // max(1, count - 1), 1)
-        raise SelectError(
-            f"{count} blocks {stride} apart do not fit around the middle of {depth} blocks: {chosen}",
-            where=f"{place}.centred",
-            hint=f"a stride of at most {min(largest, depth // 2 // max(1, count // 2))}, or name the blocks: `layers: [...]`",
-        )
-    return chosen
-
-
-def _ranges(numbers: set[int | None]) -> str:
-    """`0-3, 7` for {0, 1, 2, 3, 7}."""
-    ordered, parts = sorted(n for n in numbers if n is not None), []
-    start = previous = None
-    for n in [*ordered, None]:
-        if previous is not None and n != previous + 1:
-            parts.append(str(start) if start == previous else f"{start}-{previous}")
-            start = n
-        start = n if start is None else start
-        previous = n
-    return ", ".join(parts)

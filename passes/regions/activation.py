@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from memrewrite.passes.graphs.dataflow import LITERAL, UNBACKED, Dataflow, op_name, shape_of
+from memrewrite.passes.graphs.dataflow import LITERAL, Dataflow
+from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.graphs.shapes import UNBACKED, shape_of
 from memrewrite.passes.regions.region import Region
 
 UNKNOWN = "?"

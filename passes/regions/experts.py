@@ -17,18 +17,9 @@ from itertools import takewhile
 import torch
 from torch import fx
 
-from memrewrite.passes.graphs.dataflow import (
-    ALONG,
-    LAYOUT,
-    OTHER_NORMS,
-    SPELLED,
-    Dataflow,
-    is_assertion,
-    is_pointwise,
-    is_tensor,
-    op_name,
-    shape_of,
-)
+from memrewrite.passes.graphs.dataflow import SPELLED, Dataflow
+from memrewrite.passes.graphs.ops import ALONG, LAYOUT, OTHER_NORMS, is_assertion, is_pointwise, op_name
+from memrewrite.passes.graphs.shapes import is_tensor, shape_of
 from memrewrite.passes.regions.region import Region
 from memrewrite.passes.regions.residual_stream import MIXES, returns_to_stream
 

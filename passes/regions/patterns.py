@@ -10,7 +10,8 @@ from typing import NamedTuple, Protocol
 
 from torch import fx
 
-from memrewrite.passes.graphs.dataflow import Dataflow, shape_of
+from memrewrite.passes.graphs.dataflow import Dataflow
+from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.region import Region
 

@@ -11,18 +11,8 @@ from typing import NamedTuple
 
 from torch import fx
 
-from memrewrite.passes.graphs.dataflow import (
-    ALONG,
-    FILLED,
-    LAYOUT,
-    OTHER_NORMS,
-    REORDERS,
-    SPELLED,
-    Dataflow,
-    fixed_batch_norm,
-    is_pointwise,
-    op_name,
-)
+from memrewrite.passes.graphs.dataflow import SPELLED, Dataflow
+from memrewrite.passes.graphs.ops import ALONG, FILLED, LAYOUT, OTHER_NORMS, REORDERS, fixed_batch_norm, is_pointwise, op_name
 from memrewrite.passes.regions.residual_stream import REACH, passes, returns_to_stream
 from memrewrite.passes.regions.token_axes import Refusal, mixes_tokens
 

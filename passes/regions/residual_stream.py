@@ -13,17 +13,9 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from memrewrite.passes.graphs.dataflow import (
-    ALONG,
-    LAYOUT,
-    OTHER_NORMS,
-    UNBACKED,
-    Dataflow,
-    is_pointwise,
-    is_tensor,
-    op_name,
-    shape_of,
-)
+from memrewrite.passes.graphs.dataflow import Dataflow
+from memrewrite.passes.graphs.ops import ALONG, LAYOUT, OTHER_NORMS, is_pointwise, op_name
+from memrewrite.passes.graphs.shapes import UNBACKED, is_tensor, shape_of
 
 REACH = 96  # nodes looked at from one value; a block's norms, gates and scales are far fewer, so locating stays linear
 SUMS = 2  # how many sums deep a term may lie: `(h + attention) + mlp` returns to `h` as well

@@ -12,16 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from memrewrite.passes.graphs.dataflow import (
-    ALONG,
-    LAYOUT,
-    REORDERS,
-    Dataflow,
-    fixed_batch_norm,
-    is_pointwise,
-    op_name,
-    shape_of,
-)
+from memrewrite.passes.graphs.dataflow import Dataflow
+from memrewrite.passes.graphs.ops import ALONG, LAYOUT, REORDERS, fixed_batch_norm, is_pointwise, op_name
+from memrewrite.passes.graphs.shapes import shape_of
 
 BY_NUMBERS = ("index", "index_select")  # the numbers must be the same for every token, so they are no activation
 STANDING = {"vsplit": 0, "hsplit": 1, "dsplit": 2}  # the axes these cut

@@ -17,11 +17,12 @@ import torch
 from torch import fx, nn
 
 from memrewrite.errors import ModelError, SelectError
-from memrewrite.passes.capture.capture import Segment
-from memrewrite.passes.graphs.dataflow import is_assertion, shape_of
-from memrewrite.passes.locate.locate import Found, Locations
+from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.ops import is_assertion
+from memrewrite.passes.graphs.shapes import shape_of
+from memrewrite.passes.locate.located_sites import Found, Locations
 from memrewrite.passes.models.forward import Inputs
-from memrewrite.passes.rewrite.edit_module import build_layers, pools_of
+from memrewrite.passes.rewrite.build_layers import build_layers, pools_of
 from memrewrite.passes.rewrite.given_graph import given_names
 from memrewrite.passes.rewrite.original_mlp import Original
 from memrewrite.plans import Placement, Plan

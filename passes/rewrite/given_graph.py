@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from memrewrite.errors import SelectError
-from memrewrite.passes.capture.capture import Segment
-from memrewrite.passes.graphs.dataflow import shape_of
-from memrewrite.passes.locate.locate import Found, Locations
+from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.shapes import shape_of
+from memrewrite.passes.locate.located_sites import Found, Locations
 from memrewrite.passes.locate.recorded_graph import Recorded
 
 _SIZES = (int, torch.SymInt)  # values of nodes that are no tensors: whoever reads one reads no other value

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from memrewrite.passes.capture.capture import Segment
-from memrewrite.passes.graphs.dataflow import op_name
-from memrewrite.passes.locate.locate import Found
+from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.locate.located_sites import Found
 from memrewrite.passes.locate.recorded_graph import FILLS, of_sizes_alone
 
 

@@ -20,8 +20,9 @@ from pydantic import ValidationError
 from torch import fx, nn
 
 from memrewrite.errors import CheckpointError, MemrewriteError, ModelError
-from memrewrite.passes.capture.capture import export_program
-from memrewrite.passes.rewrite.edit_module import pools_of, substitute
+from memrewrite.passes.capture.torch_export import export_program
+from memrewrite.passes.rewrite.build_layers import pools_of
+from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.storage.base_model import Base, base_of, build_base
 from memrewrite.passes.storage.exported_program import read_program
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from memrewrite.errors import MemrewriteError, ModelError, SelectError, VerificationError
-from memrewrite.passes.capture.capture import Capture, lowered_segment
-from memrewrite.passes.locate.locate import Locations, locate
+from memrewrite.passes.capture.capture import lowered_segment
+from memrewrite.passes.capture.segment import Capture
+from memrewrite.passes.locate.locate import locate
+from memrewrite.passes.locate.located_sites import Locations
 from memrewrite.passes.models.forward import run
-from memrewrite.passes.pipeline import RecipeLike, prove_graph, refuse_too_large
+from memrewrite.passes.pipeline import RecipeLike
+from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import narrowed, select
 from memrewrite.passes.rewrite.edit_graph import emit_layers
 from memrewrite.passes.rewrite.given_graph import anchored
@@ -33,6 +36,7 @@ from memrewrite.passes.torch_compile.lifted_weights import (
 )
 from memrewrite.passes.verify.checks import CHECKS, identity
 from memrewrite.passes.verify.gradient_flow import gradient
+from memrewrite.passes.verify.verify import prove_graph
 from memrewrite.plans import Plan
 from memrewrite.recipes.reader import read_recipe
 from memrewrite.recipes.schema import Recipe

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memrewrite.errors import SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.pool import Pool, Pools, PoolSpec
-from memrewrite.passes.rewrite.edit_module import build_layer, generator_of
+from memrewrite.passes.rewrite.build_layers import build_layer, generator_of
 from memrewrite.plans import Plan, Substitution
 
 

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from memrewrite.errors import CaptureError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.passes.capture.capture import recapture
+from memrewrite.passes.models.fingerprints import differing, hashed, tensors_of
 from memrewrite.passes.models.forward import run
-from memrewrite.passes.rewrite.edit_module import pools_of
+from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.verify import graph_equivalence as frames
-from memrewrite.passes.verify.evidence import Evidence, checked, differing, hashed, new_modules, skipped, tensors_of
+from memrewrite.passes.verify.evidence import Evidence, checked, new_modules, skipped
 from memrewrite.passes.verify.gradient_flow import gradient
 from memrewrite.passes.verify.layer_locality import tokenwise
 from memrewrite.plans import Substitution
@@ -115,22 +116,3 @@ def identity(evidence: Evidence) -> Check:
 
 
 CHECKS: tuple[Callable[[Evidence], Check], ...] = (coverage, untouched, frame, sharing, tokenwise, gradient, identity)
-
-
-def verify(evidence: Evidence) -> tuple[Check, ...]:
-    """Every check after the edit, in order; a model that does not run any more has failed the first."""
-    broken = _broken(evidence)
-    return (broken,) if broken else tuple(check(evidence) for check in CHECKS)
-
-
-def _broken(evidence: Evidence) -> Check | None:
-    """The model's own code may ask a module that is gone for its weights."""
-    if evidence.on_meta:
-        return None
-    try:
-        run(evidence.model, evidence.before.inputs)
-    except Exception as error:  # whatever the model raises is the finding
-        log.debug("the rewritten model does not run", exc_info=True)
-        hint = "where its code uses the replaced module, put the layer beside it (`placement: parallel`)"
-        return checked("coverage", False, 0, f"the rewritten model does not run: {type(error).__name__}: {error}; {hint}")
-    return None

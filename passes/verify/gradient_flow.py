@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from memrewrite.kernels.pending import Pending
 from memrewrite.layers.pool import Pool
 from memrewrite.passes.models.forward import run
-from memrewrite.passes.rewrite.edit_module import pools_of
+from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.original_mlp import Original
 from memrewrite.passes.verify.evidence import Evidence, checked, new_modules, skipped
 from memrewrite.report import Check

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from memrewrite.passes.capture.capture import Segment
-from memrewrite.passes.graphs.dataflow import IDENTITY, clean, is_assertion, is_tensor, modules_of, op_name, shape_of
-from memrewrite.passes.locate.locate import Found
+from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.ops import IDENTITY, is_assertion, op_name
+from memrewrite.passes.graphs.provenance import clean, modules_of
+from memrewrite.passes.graphs.shapes import is_tensor, shape_of
+from memrewrite.passes.locate.located_sites import Found
 from memrewrite.plans import Substitution
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from memrewrite.passes.locate.locate import Found
+from memrewrite.passes.locate.located_sites import Found
 from memrewrite.passes.locate.recorded_graph import Recorded
 from memrewrite.passes.locate.token_probe import mixes
 from memrewrite.passes.models.forward import SEED

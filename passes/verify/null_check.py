@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from memrewrite.passes.locate.locate import Found
+from memrewrite.passes.locate.located_sites import Found
+from memrewrite.passes.models.fingerprints import differing
 from memrewrite.passes.models.forward import run
-from memrewrite.passes.rewrite.edit_module import Edit, module_at, place
+from memrewrite.passes.rewrite.edit_module import place
 from memrewrite.passes.rewrite.original_mlp import Original
-from memrewrite.passes.verify.evidence import Evidence, checked, differing
+from memrewrite.passes.rewrite.undo_log import Edit, module_at
+from memrewrite.passes.verify.evidence import Evidence, checked
 from memrewrite.report import Check
 from memrewrite.site import Site
 

@@ -20,11 +20,13 @@ from memrewrite.passes.canonicalize.canonicalize import normalize
 from memrewrite.passes.capture.capture import recapture
 from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.locate.binding import Bound
-from memrewrite.passes.locate.locate import Found, locate
+from memrewrite.passes.locate.locate import locate
+from memrewrite.passes.locate.located_sites import Found
 from memrewrite.passes.locate.recorded_graph import Recorded
+from memrewrite.passes.models.fingerprints import differing
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.models.state_guard import Kept, in_train_mode, seeded
-from memrewrite.passes.verify.evidence import Evidence, checked, differing, skipped
+from memrewrite.passes.verify.evidence import Evidence, checked, skipped
 from memrewrite.passes.verify.null_check import Calls, originals_placed
 from memrewrite.report import Check
 from memrewrite.site import Binding

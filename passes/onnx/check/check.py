@@ -17,8 +17,9 @@ from torch.export import ExportedProgram
 from memrewrite.errors import ExportError, ModelError
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.onnx.check.draws import PAST, Draw, draws, following, given_feeds, text_inputs
-from memrewrite.passes.onnx.check.reference import Reference, Ties, reason, same_sets
+from memrewrite.passes.onnx.check.reference import Reference, reason
 from memrewrite.passes.onnx.check.routes import ROUTES, OnnxFile, Route, RouteChecked, RouteName, opened, read_file
+from memrewrite.passes.onnx.check.slot_choices import Ties, same_sets
 from memrewrite.passes.onnx.file import of_rewrite
 from memrewrite.passes.onnx.session import CPU, Provider, first_of
 from memrewrite.passes.storage.source import load_source

@@ -21,7 +21,8 @@ from torch import Tensor
 from memrewrite.errors import ExportError
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.onnx.check.draws import Draw
-from memrewrite.passes.onnx.check.reference import Ties, reason
+from memrewrite.passes.onnx.check.reference import reason
+from memrewrite.passes.onnx.check.slot_choices import Ties
 from memrewrite.passes.onnx.file import PREFIX, Port, read_graph
 from memrewrite.passes.onnx.graph import SELECTION
 from memrewrite.passes.onnx.native_library import built_library

@@ -1,0 +1,35 @@
+"""What `locate` found: sites, and the graph regions behind each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.locate.binding import Bound
+from memrewrite.passes.locate.recorded_graph import Recorded
+from memrewrite.passes.regions.region import Region
+from memrewrite.site import Located, Site
+
+
+@dataclass(frozen=True)
+class Found:
+    """One region found: where it is in which segment's recorded graph. A site has one for each call."""
+
+    segment: Segment
+    recorded: Recorded
+    region: Region
+    bound: Bound
+
+
+@dataclass(frozen=True)
+class Locations:
+    """What `locate` found, with the graph regions behind each site (`found[site.path]`, one for each call)."""
+
+    located: Located
+    found: Mapping[str, tuple[Found, ...]]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites in the order they run."""
+        return self.located.sites

@@ -1,0 +1,104 @@
+"""Builds the plan's pools and layers on their sites' devices and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from memrewrite.errors import ModelError, SelectError
+from memrewrite.layers.contract import MemoryLayer
+from memrewrite.layers.kinds import kind_named
+from memrewrite.layers.pool import Pool, Pools
+from memrewrite.passes.rewrite.hooks import (
+    FeaturesBack,
+    FeaturesLast,
+)
+from memrewrite.passes.rewrite.undo_log import Edit, module_at
+from memrewrite.plans import Plan, Substitution
+from memrewrite.site import Site
+
+
+def build_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """Hang the plan's pools at `model`'s root and build its layers, placed nowhere yet; by site path."""
+    return build_all(model, plan, Edit(), initialise=True)
+
+
+def refuse_rewritten(model: nn.Module) -> None:
+    """Raise `ModelError` for a model that was rewritten before."""
+    if any(isinstance(module, Pools) for module in model.modules()):
+        raise ModelError(
+            "this model was already rewritten: it holds a memory pool",
+            hint="start from the original model; one recipe can hold many rules and pools",
+        )
+
+
+def pools_of(model: nn.Module) -> Pools:
+    """The pools of a rewritten model. Raises `ModelError` for a model that was not rewritten."""
+    found = next((module for module in model.modules() if isinstance(module, Pools)), None)
+    if found is None:
+        raise ModelError("this model holds no memory pool", hint="rewrite it first: memrewrite.apply(...)")
+    return found
+
+
+def build_all(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> dict[str, nn.Module]:
+    pools = _hang_pools(model, plan, edit, initialise)
+    layers: dict[str, nn.Module] = {}
+    for number, substitution in enumerate(plan.substitutions):
+        layer = build_layer(substitution, pools, _device(model, substitution.site))
+        if initialise:
+            layer.reset_parameters(generator_of(layer, plan, number))
+        layers[substitution.site.path] = layer
+    return layers
+
+
+def _hang_pools(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> dict[str, Pool]:
+    users = {s.pool: s.site for s in reversed(plan.substitutions) if s.pool}
+    pools = {name: Pool(spec, device=_device(model, users[name])) for name, spec in plan.pools.items()}
+    if initialise:
+        for pool in pools.values():
+            pool.reset_parameters()
+    if hasattr(model, plan.root):
+        raise ModelError(f"the model has an attribute {plan.root!r} of its own, where the pools were to hang")
+    model.add_module(plan.root, Pools(pools).train(model.training))
+    edit.done(lambda: delattr(model, plan.root))
+    return pools
+
+
+def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, device: torch.device) -> MemoryLayer:
+    """One layer on its pool, its parameters not set yet."""
+    site, kind = substitution.site, kind_named(substitution.kind)
+    layer = kind(
+        site.d_in,
+        site.d_model,
+        kind.Options.model_validate(substitution.options),
+        pools[substitution.pool] if substitution.pool else None,
+        zero_output=substitution.placement == "parallel",
+        device=device,
+        dtype=getattr(torch, site.dtype),
+    )
+    if site.axis != -1:
+        layer.register_forward_pre_hook(FeaturesLast(site.axis))
+        layer.register_forward_hook(FeaturesBack(site.axis))
+    return layer
+
+
+def _device(model: nn.Module, site: Site) -> torch.device:
+    """Where the MLP's weights are now: a plan may be replayed on another machine than it was made on."""
+    path, _, name = site.parameters[0].rpartition(".")
+    weight = getattr(module_at(model, path), name, None)
+    if not isinstance(weight, Tensor):
+        what = f"the model has no weight {site.parameters[0]!r}"
+        raise SelectError(what, hint="the plan was made for another model: plan again")
+    return weight.device
+
+
+def generator_of(layer: nn.Module, plan: Plan, number: int) -> torch.Generator | None:
+    """Every layer its own random numbers, the same on every run: they follow from the pool's seed and its place."""
+    device = next(layer.parameters()).device
+    if device.type == "meta":
+        return None
+    name = plan.substitutions[number].pool
+    seed = plan.pools[name].seed if name else 0
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + number + 1) % 2**63)
