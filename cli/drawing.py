@@ -14,7 +14,7 @@ from memrewrite.cli.markup import Html, count, named, short, tag
 from memrewrite.cli.rows import chips, miss_row, site_row
 
 if TYPE_CHECKING:
-    from memrewrite.outline import Part
+    from memrewrite.outline import ModuleNode
 
 
 LISTS = ("", "ModuleList", "ModuleDict")
@@ -25,7 +25,7 @@ OFTEN = 8  # runs in a row, above which they are folded into one
 class Drawing:
     """One drawing of a model. `counted` goes on counting blocks where one tower lies in several containers."""
 
-    def __init__(self, root: Part, marks: Marks) -> None:
+    def __init__(self, root: ModuleNode, marks: Marks) -> None:
         self.root, self.marks = root, marks
         self.counted: dict[str, int] = {}
         self.seen: dict[object, str] = {}  # looks of a block -> the number of the first that looked so
@@ -34,7 +34,7 @@ class Drawing:
         """The whole model."""
         return tag("div", *(self._walk(self.root) if self.root.children else [self._leaf(self.root)]), class_="model")
 
-    def _walk(self, part: Part) -> list[Html]:
+    def _walk(self, part: ModuleNode) -> list[Html]:
         """What is drawn for a module: a tower, a plain module, or its children when it holds towers."""
         if self.marks.is_tower(part):
             return [self._tower(part)]
@@ -49,16 +49,16 @@ class Drawing:
             drawn = [[together] if i == holding[0] else shown for i, shown in enumerate(drawn) if i not in holding[1:]]
         return [*(one for shown in drawn for one in shown), *self._own(part)]
 
-    def _column(self, part: Part, drawn: list[Html]) -> Html:
+    def _column(self, part: ModuleNode, drawn: list[Html]) -> Html:
         name = tag("h3", tag("code", named(part.path)), tag("span", part.kind, class_="class"))
         return tag("section", None if self.marks.is_tower(part) else name, *drawn, class_="column")
 
-    def _leaf(self, part: Part) -> Html:
+    def _leaf(self, part: ModuleNode) -> Html:
         """A module outside of every tower."""
         below = self._children(part, part.path) if any(map(self.marks.holds, part.children)) else []
         return tag("div", self._line(part, ""), *below, *self._own(part), class_="outside")
 
-    def _line(self, part: Part, under: str) -> Html:
+    def _line(self, part: ModuleNode, under: str) -> Html:
         """A module in a line: its name, class and size."""
         name = part.path.removeprefix(f"{under}.") if under else part.path
         size = tag("span", short(part.parameters), class_="size", title=f"{part.parameters:,} parameters")
@@ -73,7 +73,7 @@ class Drawing:
 
     # ---------------------------------------------------------------------------------------------------- towers
 
-    def _tower(self, tower: Part) -> Html:
+    def _tower(self, tower: ModuleNode) -> Html:
         blocks = numbered(tower)
         others = [child for child in tower.children if child not in blocks]
         key = starred(tower.path)
@@ -88,7 +88,7 @@ class Drawing:
         )
         drawn = [self._leaf(child) for child in others]
         runs = [list(run) for _, run in groupby(enumerate(blocks, first), lambda it: self.marks.likeness(it[1]))]
-        known: list[list[tuple[int, Part]]] = []  # runs in a row of looks that were drawn already
+        known: list[list[tuple[int, ModuleNode]]] = []  # runs in a row of looks that were drawn already
         for run in runs:
             look = self.marks.likeness(run[0][1])
             if look not in self.seen:
@@ -98,13 +98,13 @@ class Drawing:
         drawn += self._folds(known)
         return tag("section", head, *drawn, *self._own(tower), class_="tower", data_tower=tower.path)
 
-    def _folds(self, runs: list[list[tuple[int, Part]]]) -> list[Html]:
+    def _folds(self, runs: list[list[tuple[int, ModuleNode]]]) -> list[Html]:
         """A fold for each run of blocks that look alike; one for all, where they alternate too often to be read."""
         return (
             [self._fold([block for run in runs for block in run])] if len(runs) > OFTEN else [self._fold(run) for run in runs]
         )
 
-    def _fold(self, run: list[tuple[int, Part]]) -> Html:
+    def _fold(self, run: list[tuple[int, ModuleNode]]) -> Html:
         looks = list(dict.fromkeys(self.seen[self.marks.likeness(block)] for _, block in run))
         like = f"block {looks[0]}" if len(looks) == 1 else f"block {', '.join(looks[:-1])} or {looks[-1]}"
         numbers = f"block {run[0][0]}" if len(run) == 1 else f"blocks {run[0][0]}–{run[-1][0]}"
@@ -117,7 +117,7 @@ class Drawing:
         )
         return tag("details", summary, *(self._block(*block) for block in run), class_="fold", data_alike=len(run))
 
-    def _block(self, number: int, block: Part) -> Html:
+    def _block(self, number: int, block: ModuleNode) -> Html:
         head = tag(
             "header",
             tag("span", f"block {number}", class_="number"),
@@ -126,7 +126,7 @@ class Drawing:
         )
         return tag("article", head, *self._children(block, block.path), *self._own(block), class_="block")
 
-    def _children(self, part: Part, under: str) -> list[Html]:
+    def _children(self, part: ModuleNode, under: str) -> list[Html]:
         """What is inside a module: lines for what has parameters, rows for what is marked, deeper where marks are.
 
         Names are given from `under` on; lists of modules do nothing themselves, and only lengthen the names of what they hold.
@@ -145,7 +145,7 @@ class Drawing:
                 drawn += [self._line(child, under), tag("div", *inner, *own, class_="inner")]
         return drawn
 
-    def _own(self, part: Part) -> list[Html]:
+    def _own(self, part: ModuleNode) -> list[Html]:
         """The marks at a module itself."""
         sites = [site_row(site, self.marks, part.kind) for site in self.marks.sites.get(part.path, ())]
         return [*sites, *(miss_row(miss) for miss in self.marks.misses.get(part.path, ()))]

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from memrewrite.outline import Part
+    from memrewrite.outline import ModuleNode
     from memrewrite.plans import Plan, Substitution
-    from memrewrite.site import Located, NearMiss, Site
+    from memrewrite.site import Inspection, NearMiss, Site
 
 
 class Marks:
     """The sites and near misses of a model by the path of the module they are drawn at, and where its towers are."""
 
-    def __init__(self, root: Part, located: Located, plan: Plan | None) -> None:
+    def __init__(self, root: ModuleNode, located: Inspection, plan: Plan | None) -> None:
         self.plan = plan
         self.made: dict[str, Substitution] = {s.site.path: s for s in plan.substitutions} if plan else {}
         self.anchors = {site.path: f"site-{i}" for i, site in enumerate(located.sites)}
@@ -31,11 +31,11 @@ class Marks:
         self.used = {prefix for site in spread for module in site.modules for prefix in _prefixes(module)}
         self.marked = {prefix for path in (*self.sites, *self.misses) for prefix in _prefixes(path)}
 
-    def holds(self, part: Part) -> bool:
+    def holds(self, part: ModuleNode) -> bool:
         """Whether anything is marked at a module or below it."""
         return part.path in self.marked
 
-    def is_tower(self, part: Part) -> bool:
+    def is_tower(self, part: ModuleNode) -> bool:
         """Whether a module is a stack of blocks: one that sites are counted in, else one of like modules in a row."""
         if starred(part.path) in self.towers:
             return bool(part.children)
@@ -43,15 +43,15 @@ class Marks:
         deep = all(child.children for child in part.children) and len({child.kind for child in part.children}) == 1
         return numbered and deep and not any(starred(p.path) in self.towers for p in everything(part))
 
-    def holds_tower(self, part: Part) -> bool:
+    def holds_tower(self, part: ModuleNode) -> bool:
         """Whether a module is a stack of blocks or holds one."""
         return self.is_tower(part) or any(self.holds_tower(child) for child in part.children)
 
-    def towers_of(self, part: Part) -> list[Part]:
+    def towers_of(self, part: ModuleNode) -> list[ModuleNode]:
         """The stacks of blocks in a module, outermost ones."""
         return [part] if self.is_tower(part) else [tower for child in part.children for tower in self.towers_of(child)]
 
-    def likeness(self, block: Part) -> object:
+    def likeness(self, block: ModuleNode) -> object:
         """Equal for two blocks that look alike: the same modules, sizes, MLPs, refusals and layers; numbers aside."""
         found: list[object] = []
         for part in everything(block):
@@ -61,25 +61,25 @@ class Marks:
             found += [(at, re.sub(r"`[^`]*`", "`", miss.reason)) for miss in self.misses.get(part.path, ())]
         return tuple(found)
 
-    def inside(self, part: Part) -> tuple[list[Site], list[NearMiss]]:
+    def inside(self, part: ModuleNode) -> tuple[list[Site], list[NearMiss]]:
         """Everything marked at a module and below."""
         paths = [p.path for p in everything(part)]
         return [s for path in paths for s in self.sites.get(path, ())], [m for path in paths for m in self.misses.get(path, ())]
 
 
-def everything(part: Part) -> Iterator[Part]:
+def everything(part: ModuleNode) -> Iterator[ModuleNode]:
     """A module and all below it."""
     yield part
     for child in part.children:
         yield from everything(child)
 
 
-def numbered(tower: Part) -> list[Part]:
+def numbered(tower: ModuleNode) -> list[ModuleNode]:
     """The blocks of a tower, in the order of their numbers."""
     return sorted((child for child in tower.children if _number(child) is not None), key=lambda c: _number(c) or 0)
 
 
-def _number(part: Part) -> int | None:
+def _number(part: ModuleNode) -> int | None:
     name = part.path.rpartition(".")[2]
     return int(name) if name.isdigit() else None
 

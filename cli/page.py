@@ -15,14 +15,14 @@ from memrewrite.cli.markup import Html, count, join, named, short, tag
 from memrewrite.cli.planned import plan_section
 
 if TYPE_CHECKING:
-    from memrewrite.outline import Part
+    from memrewrite.outline import ModuleNode
     from memrewrite.plans import Plan
-    from memrewrite.site import Located
+    from memrewrite.site import Inspection
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(name: str, root: Part, located: Located, plan: Plan | None = None) -> str:
+def page(name: str, root: ModuleNode, located: Inspection, plan: Plan | None = None) -> str:
     """The whole page. `name` is what the model was called on the command line."""
     marks = Marks(root, located, plan)
     style = files("memrewrite.cli").joinpath("page.css").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def page(name: str, root: Part, located: Located, plan: Plan | None = None) -> s
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _header(name: str, root: Part, located: Located, towers: list[Part]) -> Html:
+def _header(name: str, root: ModuleNode, located: Inspection, towers: list[ModuleNode]) -> Html:
     inside = sum(site.weights + site.biases for site in located.sites)
     share = inside / root.parameters if root.parameters else 0.0
     modules = sum(1 for _ in everything(root))
@@ -87,12 +87,12 @@ def _tile(number: str, name: str, more: str, kind: str = "", share: float | None
     )
 
 
-def _patterns(located: Located) -> str:
+def _patterns(located: Inspection) -> str:
     patterns = [site.pattern for site in located.sites]
     return ", ".join(p if len(set(patterns)) == 1 else f"{patterns.count(p)} {p}" for p in dict.fromkeys(patterns))
 
 
-def _model(root: Part, marks: Marks, located: Located) -> Html:
+def _model(root: ModuleNode, marks: Marks, located: Inspection) -> Html:
     legend = [("mlp", "an MLP, drawn with its widths")]
     if located.near_misses:
         legend.append(("near", "looked like one, and was refused"))

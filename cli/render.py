@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from memrewrite.passes.onnx.file import Port
     from memrewrite.plans import Plan, Substitution
     from memrewrite.report import Report
-    from memrewrite.site import Located, Site
+    from memrewrite.site import Inspection, Site
 
 Row = Sequence[str]
 EDITED = {"graph": "as a graph of its block", "span": "between modules", "module": "as a module"}
 STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
-def inspected(out: Console, located: Located, page: Path | None = None) -> None:
+def inspected(out: Console, located: Inspection, page: Path | None = None) -> None:
     """Sites and near misses, and where the page of them lies."""
     line(out, f"{len(located.sites)} MLPs · captured: {located.captured}")
     sites(out, located.sites)

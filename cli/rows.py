@@ -11,7 +11,7 @@ from memrewrite.passes.graphs.provenance import line_at
 
 if TYPE_CHECKING:
     from memrewrite.cli.marks import Marks
-    from memrewrite.outline import Part
+    from memrewrite.outline import ModuleNode
     from memrewrite.plans import Plan, Substitution
     from memrewrite.site import NearMiss, Site
 
@@ -115,7 +115,7 @@ def layer(made: Substitution, plan: Plan) -> Html:
     )
 
 
-def chips(marks: Marks, blocks: Sequence[Part]) -> Html:
+def chips(marks: Marks, blocks: Sequence[ModuleNode]) -> Html:
     """What each of some blocks holds, in a few words."""
     inside = [marks.inside(block) for block in blocks]
     sites, misses = [site for found, _ in inside for site in found], max((found for _, found in inside), key=len)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from memrewrite.errors import MemrewriteError
+    from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
     from memrewrite.passes.onnx.export import export_onnx
     from memrewrite.passes.onnx.session import onnx_session
@@ -29,6 +29,7 @@ _HOMES = {
     "Report": "memrewrite.report",
     "RowwiseAdagrad": "memrewrite.fused",
     "RowwiseAdam": "memrewrite.fused",
+    "VerificationError": "memrewrite.errors",
     "apply": "memrewrite.passes.pipeline",
     "backend": "memrewrite.passes.torch_compile.backend",
     "explain": "memrewrite.passes.pipeline",
@@ -47,6 +48,7 @@ __all__ = [
     "Report",
     "RowwiseAdagrad",
     "RowwiseAdam",
+    "VerificationError",
     "apply",
     "backend",
     "explain",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from memrewrite.site import Frozen, Site
+from memrewrite.frozen import Frozen
+from memrewrite.site import Site
 
 Verdict = Literal["mlp", "part", "holds", "refused", "no candidate", "not run"]
 

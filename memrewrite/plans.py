@@ -6,9 +6,10 @@ import hashlib
 from typing import Any, Literal
 
 from memrewrite.cost import Cost
+from memrewrite.frozen import Frozen
 from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import PoolSpec
-from memrewrite.site import Frozen, Site, itemsize_of
+from memrewrite.site import Site, itemsize_of
 
 ROOT = "memory"  # the pools hang at `model.memory.<name>`
 Placement = Literal["replace", "parallel"]

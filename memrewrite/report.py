@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import PrivateAttr
 
 from memrewrite.cost import Cost
+from memrewrite.frozen import Frozen
 from memrewrite.plans import Plan
-from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
     from torch import nn

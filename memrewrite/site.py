@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from memrewrite.cost import Cost, dense_cost
-
-
-class Frozen(BaseModel):
-    """Immutable plain data with JSON both ways; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+from memrewrite.frozen import Frozen
 
 
 class Binding(Frozen):
@@ -76,7 +69,7 @@ class NearMiss(Frozen):
     source: str = ""
 
 
-class Located(Frozen):
+class Inspection(Frozen):
     """What `locate` found: the sites in the order they run, the near misses, and how the model was captured."""
 
     sites: tuple[Site, ...]

@@ -1,1 +1,1 @@
-"""The verbs, one a file: capture, normalize, locate, select, substitute, verify, checkpoint."""
+"""The passes, a folder for each stage: capture → canonicalize → locate → plan → rewrite → verify → store or export."""

@@ -17,13 +17,13 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import ModelError, SelectError, VerificationError
 from memrewrite.explanation import Explanation
-from memrewrite.outline import Part
+from memrewrite.outline import ModuleNode
 from memrewrite.passes.capture.capture import capture, is_traced
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.explain.explain import explained
 from memrewrite.passes.explain.module_tree import outline
 from memrewrite.passes.locate.locate import locate
-from memrewrite.passes.locate.located_sites import Locations
+from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import fingerprints
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.plan.memory_budget import refuse_too_large
@@ -33,7 +33,7 @@ from memrewrite.passes.rewrite.edit_graph import emit_graph
 from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.rewrite.given_graph import all_hidden, anchored
 from memrewrite.passes.rewrite.host_tracing import trace_hosts
-from memrewrite.passes.rewrite.undo_log import Edit
+from memrewrite.passes.rewrite.undo_log import UndoLog
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_to_json
 from memrewrite.passes.verify.evidence import Evidence, failed
 from memrewrite.passes.verify.null_check import run_with_originals
@@ -43,7 +43,7 @@ from memrewrite.plans import ROOT, Plan
 from memrewrite.recipes.reader import read_recipe
 from memrewrite.recipes.schema import Recipe
 from memrewrite.report import Check, Report
-from memrewrite.site import Located
+from memrewrite.site import Inspection
 
 Model = nn.Module | ExportedProgram
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
@@ -51,7 +51,7 @@ Step = Callable[[str], None]
 Emit = Literal["module", "graph"]
 
 
-def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> Located:
+def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> Inspection:
     """Every MLP of a model, and every region that only looked like one, with the reason.
 
     Raises `ModelError` when the model does not run on `inputs`, `CaptureError` when torch cannot trace it.
@@ -61,7 +61,7 @@ def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> Lo
 
 def survey(
     model: Model, inputs: Any = None, recipe: RecipeLike | None = None, *, step: Step | None = None
-) -> tuple[Located, Part, Plan | None]:
+) -> tuple[Inspection, ModuleNode, Plan | None]:
     """What `inspect` finds, the tree of modules it was found in, and what `plan` would say of a recipe: one capture for all."""
     wanted = None if recipe is None else read_recipe(recipe)
     if wanted is not None and isinstance(model, nn.Module):
@@ -152,7 +152,7 @@ def apply(
 
 
 def _apply_to_module(
-    model: nn.Module, made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
+    model: nn.Module, made: Plan, before: Capture, locations: LocatedSites, recipe: Recipe, say: Step
 ) -> tuple[nn.Module, tuple[Check, ...]]:
     hosts = trace_hosts(model, made, before)
     graphs = {GRAPHS: hosts_to_json(hosts)} if hosts else {}
@@ -168,7 +168,7 @@ def _apply_to_module(
     if failed(first):
         return model, first
     say("substituting")
-    edit: Edit = substitute(model, made, hosts=hosts)
+    edit: UndoLog = substitute(model, made, hosts=hosts)
     say("verifying")
     try:
         evidence.layers = dict(edit.layers)
@@ -185,7 +185,7 @@ def _apply_to_module(
 
 
 def _apply_to_graph(
-    made: Plan, before: Capture, locations: Locations, recipe: Recipe, say: Step
+    made: Plan, before: Capture, locations: LocatedSites, recipe: Recipe, say: Step
 ) -> tuple[nn.Module, tuple[Check, ...]]:
     say("rewriting the graph")
     result, layers = emit_graph(before.segments[0], made, locations)
@@ -195,7 +195,7 @@ def _apply_to_graph(
     return result, prove_graph(result, layers, made, before, locations)
 
 
-def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, Locations]:
+def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, LocatedSites]:
     if inputs is None and not isinstance(model, ExportedProgram):
         raise ModelError("no example inputs were given", hint="give a tuple, a dict or (args, kwargs) that the model runs on")
     say("capturing the model")
@@ -209,7 +209,7 @@ def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, Locations]:
     return before, locations
 
 
-def _plan(model: Model, before: Capture, locations: Locations, recipe: Recipe) -> Plan:
+def _plan(model: Model, before: Capture, locations: LocatedSites, recipe: Recipe) -> Plan:
     made = select(locations.located, recipe, live=not before.is_graph)
     taken = isinstance(model, nn.Module) and hasattr(model, ROOT)
     return made.model_copy(update={"root": f"memrewrite_{ROOT}"}) if taken else made

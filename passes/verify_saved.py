@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from memrewrite.passes.capture.segment import Capture
-from memrewrite.passes.locate.located_sites import Locations
+from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.forward import first_run
 from memrewrite.passes.rewrite.edit_module import layers_of
 from memrewrite.passes.storage.checkpoint import read_plan, read_report
@@ -26,7 +26,7 @@ from memrewrite.passes.verify.evidence import Evidence
 from memrewrite.passes.verify.gradient_flow import gradient
 from memrewrite.passes.verify.layer_locality import tokenwise
 from memrewrite.report import Check, Report
-from memrewrite.site import Located
+from memrewrite.site import Inspection
 
 
 def verify_saved(directory: str | Path, *, trust_code: bool = False, step: Callable[[str], None] | None = None) -> Report:
@@ -49,7 +49,7 @@ def verify_saved(directory: str | Path, *, trust_code: bool = False, step: Calla
         checks.append(_finite(first_run(model, source.inputs)))
         if manifest["base"]["kind"] != "graph":
             before = Capture((), source.inputs, plan.captured)
-            nothing = Locations(Located(sites=(), near_misses=(), captured=plan.captured), {})
+            nothing = LocatedSites(Inspection(sites=(), near_misses=(), captured=plan.captured), {})
             evidence = Evidence(model, plan, before, nothing, {}, layers=layers_of(model, plan))
             checks += [check(evidence) for check in (coverage, sharing, tokenwise, gradient)]
     return read_report(directory).model_copy(update={"checks": tuple(checks), "seconds": time.perf_counter() - begun})

@@ -16,12 +16,12 @@ from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_v
 from pydantic_core import InitErrorDetails
 
 from memrewrite.errors import UserError
+from memrewrite.frozen import Frozen
 from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
 from memrewrite.layers.pool import Backend, Gradient, Pools, PoolSpec, ValueType, needs_fused
 from memrewrite.plans import Placement
 from memrewrite.recipes.problems import did_you_mean, one_of, refused
-from memrewrite.site import Frozen
 
 VERSIONS = (1,)  # the format versions this package reads
 MAX_KEYS = 2**16  # per half: 2**32 slots, sixty-four times the paper's largest pool

@@ -16,6 +16,26 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("kernels", "memrewrite", "recipes", "passes", "cli")  # each may import from those before it, and from itself
+# The folders of passes/, and which others each may import from; any other arrow is an error. `pipeline` and `verify_saved` are
+# files on top.
+ARROWS: dict[str, tuple[str, ...]] = {
+    "models": (),
+    "graphs": (),
+    "plan": (),
+    "capture": ("graphs", "models"),
+    "canonicalize": ("graphs",),
+    "regions": ("graphs",),
+    "locate": ("capture", "canonicalize", "regions", "graphs", "models"),
+    "explain": ("locate", "regions", "capture", "graphs"),
+    "rewrite": ("locate", "capture", "graphs", "models"),
+    "verify": ("rewrite", "locate", "regions", "capture", "graphs", "models"),
+    "storage": ("rewrite", "capture", "models"),
+    "onnx": ("capture", "models"),
+    "onnx/check": ("onnx", "storage", "models"),
+    "torch_compile": ("verify", "rewrite", "plan", "locate", "capture", "models"),
+    "pipeline": ("verify", "storage", "rewrite", "explain", "locate", "plan", "capture", "models"),
+    "verify_saved": ("storage", "verify", "rewrite", "capture", "models"),
+}
 FACE = ROOT / "memrewrite" / "__init__.py"  # lazy: what it names it imports only when asked
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 TEXTS = sorted([*SOURCES, *(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "kernels").rglob("*.c*")])
@@ -77,6 +97,44 @@ def test_imports_run_downward(path: Path) -> None:
     mine = FLOORS.index(floor_of(module_of(path)))
     upward = [f"{path}:{line}: {module}" for line, module in ours(path) if FLOORS.index(floor_of(module)) > mine]
     assert not upward
+
+
+def folder_of(module: str) -> str:
+    """The folder of passes/ that a module lies in, or the name of a file on top; "" for modules elsewhere."""
+    _, _, inside = module.partition("memrewrite.passes.")
+    parts = inside.split(".")
+    if module in FOLDERS:
+        return inside.replace(".", "/")
+    return "/".join(parts[:-1]) or inside
+
+
+FOLDERS = {module_of(path) for path in SOURCES if path.name == "__init__.py"}
+
+
+@pytest.mark.parametrize("path", named([path for path in SOURCES if path.is_relative_to(ROOT / "passes")]))
+def test_the_arrows_between_the_folders_of_passes(path: Path) -> None:
+    mine = folder_of(module_of(path))
+    arrows = [(line, module, folder_of(module)) for line, module in ours(path) if module.startswith("memrewrite.passes.")]
+    assert not [f"{path}:{line}: {module}" for line, module, to in arrows if to not in (mine, *ARROWS[mine])]
+
+
+def test_every_arrow_is_in_use_and_they_form_no_circle() -> None:
+    used = {(folder_of(module_of(path)), folder_of(to)) for path in SOURCES for _, to in ours(path)}
+    assert not [f"{mine} -> {to}" for mine, others in ARROWS.items() for to in others if (mine, to) not in used]
+    assert set(ARROWS) == {folder_of(module_of(path)) for path in SOURCES if path.is_relative_to(ROOT / "passes")} - {""}
+    below: set[str] = set()  # folders whose imports are all below them
+    while len(below) < len(ARROWS):
+        free = [name for name, others in ARROWS.items() if name not in below and set(others) <= below]
+        assert free, sorted(set(ARROWS) - below)
+        below.update(free)
+
+
+def test_files_and_folders_of_passes_stay_small() -> None:
+    folders = {path.parent for path in SOURCES if path.is_relative_to(ROOT / "passes")}
+    crowded = [folder for folder in folders if len([f for f in folder.glob("*.py") if f.name != "__init__.py"]) > 14]
+    long = [path for path in SOURCES if len(path.read_text(encoding="utf-8").splitlines()) > 300]
+    assert not crowded
+    assert not long
 
 
 @pytest.mark.parametrize("path", named(SOURCES))

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from memrewrite.cost import Cost
 from memrewrite.errors import UserError
+from memrewrite.frozen import Frozen
 from memrewrite.kernels import ops, rounding
 from memrewrite.kernels.pending import Pending
 from memrewrite.kernels.torch_reads import in_pieces
-from memrewrite.site import Frozen, itemsize_of
+from memrewrite.site import itemsize_of
 
 FP8 = "float8_e4m3fn"
 

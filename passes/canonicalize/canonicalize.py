@@ -22,12 +22,12 @@ from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.dataflow import LITERAL, ORIGIN, SPELLED, WEIGHT, Dataflow
 from memrewrite.passes.graphs.ops import ALONG, IDENTITY, LAYOUT, is_assertion, is_pointwise, op_name
 
-__all__ = ["ORIGIN", "PASSES", "DropNoise", "Functionalize", "SpellLinear", "normalize"]
+__all__ = ["ORIGIN", "PASSES", "DropNoise", "Functionalize", "SpellLinear", "canonicalize"]
 ALL = torch.iinfo(torch.int64).max  # how torch writes the end of a slice that is left open
 ALIASES = {"alias", "detach"}  # of what hands a value on, the ops that never copy
 
 
-def normalize(segment: Segment) -> fx.Graph:
+def canonicalize(segment: Segment) -> fx.Graph:
     """The canonical graph of a segment. The segment itself is not changed."""
     manager = PassManager(passes=[step() for step in PASSES])
     graph: fx.Graph = manager(fx.GraphModule({}, _copy(segment))).graph_module.graph

@@ -36,6 +36,7 @@ def derived_weight(
 
 
 def become_linear(node: fx.Node, x: Any, weight: Any, bias: Any) -> bool:
+    """Make `node` the linear `(x, weight, bias)`; always True, so that a rule can return it."""
     node.target, node.args, node.kwargs = aten.linear.default, (x, weight, bias), {}
     return True
 
@@ -83,5 +84,6 @@ def is_own_linear(flow: Dataflow, value: Any) -> bool:
 
 
 def operands_of(node: fx.Node) -> tuple[Any, Any, Any]:
+    """The input, the weight and the bias (or None) of a linear."""
     x, weight, bias = (*node.args, None)[:3]
     return x, weight, bias

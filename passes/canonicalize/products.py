@@ -50,6 +50,7 @@ def _product(graph: fx.Graph, flow: Dataflow, node: fx.Node, left: Any, right: A
 
 
 def matmul(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
+    """`matmul`, `mm`, `bmm`, `mv`: a product of two operands."""
     return _product(graph, flow, node, *node.args[:2])
 
 
@@ -82,7 +83,7 @@ def plus_product(graph: fx.Graph, flow: Dataflow, node: fx.Node) -> bool:
 
 
 def _scale_weight(graph: fx.Graph, flow: Dataflow, product: fx.Node, by: Any) -> None:
-    linear = flow.root(product) if product.meta.get("relay") else product
+    linear = flow.unviewed(product) if product.meta.get("relay") else product
     weight = relaid_weight(graph, flow, linear, linear.args[1], aten.mul.Tensor, by)  # type: ignore[arg-type]
     linear.replace_input_with(linear.args[1], weight)  # type: ignore[arg-type]
 

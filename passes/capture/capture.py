@@ -123,8 +123,8 @@ def _block_by_block(model: nn.Module, inputs: Inputs, block_inputs: Mapping[str,
 
 def recapture(model: nn.Module, segment: Segment) -> Segment:
     """Capture again what a segment was captured from, after the model was edited. Raises `CaptureError`."""
-    if segment.apart is not None:
-        return _recorded_segment(model, segment.path, segment.inputs, segment.apart)
+    if segment.own_segments is not None:
+        return _recorded_segment(model, segment.path, segment.inputs, segment.own_segments)
     if isinstance(segment.program, fx.GraphModule):
         return lowered_segment(model, segment.inputs) if segment.values else graph_segment(model, segment.inputs)
     block = model.get_submodule(segment.path)
@@ -135,12 +135,12 @@ def recapture(model: nn.Module, segment: Segment) -> Segment:
     return of_the_model(model, segment_of(segment.path, program, segment.inputs))
 
 
-def _recorded_segment(model: nn.Module, path: str, inputs: Inputs, apart: tuple[str, ...]) -> Segment:
+def _recorded_segment(model: nn.Module, path: str, inputs: Inputs, own_segments: tuple[str, ...]) -> Segment:
     """What runs in one forward of a block or the model; its graph holds for these inputs alone."""
-    made = graph_segment(record(model.get_submodule(path), inputs, apart), inputs)
+    made = graph_segment(record(model.get_submodule(path), inputs, own_segments), inputs)
     prefix = f"{path}." if path else ""
     weights = {node: prefix + name for node, name in made.weights.items()}
-    return of_the_model(model, replace(made, path=path, weights=weights, apart=apart))
+    return of_the_model(model, replace(made, path=path, weights=weights, own_segments=own_segments))
 
 
 def lowered_segment(module: Any, inputs: Inputs) -> Segment:

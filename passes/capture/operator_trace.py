@@ -26,11 +26,11 @@ from memrewrite.passes.models.forward import Inputs, run
 
 def record(module: nn.Module, inputs: Inputs, opaque: Collection[str] = ()) -> fx.GraphModule:
     """The graph of one forward of `module`; calls of the modules at the paths `opaque` are one node each."""
-    tape = Tape(module, frozenset(opaque))
+    tape = OperatorTrace(module, frozenset(opaque))
     return tape.play(inputs)
 
 
-class Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operator that runs while it is entered."""
 
     def __init__(self, module: nn.Module, opaque: frozenset[str]) -> None:

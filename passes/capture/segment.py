@@ -29,12 +29,12 @@ class Segment:
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)  # graph node name -> the parameter or buffer itself
     values: Mapping[str, str] = field(default_factory=dict)  # of a lowered graph: given graph's node name -> its value's
     written: tuple[str, ...] = ()  # of a lowered graph: parameters and buffers that it writes into
-    apart: tuple[str, ...] | None = None  # of a graph of what ran: the blocks in it that are segments of their own
+    own_segments: tuple[str, ...] | None = None  # of a graph of what ran: the blocks in it that are segments of their own
 
     def example(self, given: fx.Node) -> Any:
         """What a placeholder that is no weight stood for when this was captured."""
         leaves, by_name = tree_leaves(self.inputs), self.inputs[1]
-        if self.apart is not None:
+        if self.own_segments is not None:
             return leaves[int(given.name.rpartition("_")[2])]
         places = [n for n in self.graph.nodes if n.op == "placeholder" and n.name not in {**self.weights, **self.literals}]
         return by_name[given.name] if given.name in by_name else leaves[places.index(given)]
@@ -53,7 +53,7 @@ class Capture:
     @property
     def is_graph(self) -> bool:
         """Whether the model was given as a graph: it is rewritten graph → graph, and no module tree is edited."""
-        return isinstance(self.segments[0].program, fx.GraphModule) and self.segments[0].apart is None
+        return isinstance(self.segments[0].program, fx.GraphModule) and self.segments[0].own_segments is None
 
 
 def segment_of(path: str, program: ExportedProgram, inputs: Inputs) -> Segment:

@@ -18,14 +18,14 @@ from memrewrite.passes.graphs.dataflow import ORIGIN
 from memrewrite.passes.graphs.ops import op_name
 from memrewrite.passes.graphs.provenance import line_at, source_line
 from memrewrite.passes.graphs.shapes import shape_of
-from memrewrite.passes.locate.located_sites import Locations
+from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.regions.region import Never, Region, attempt
-from memrewrite.passes.regions.residual_stream import REACH
+from memrewrite.passes.regions.residual_stream import MAX_WALK
 from memrewrite.passes.regions.token_axes import Refusal
 from memrewrite.site import Site
 
 
-def explained(model: object, before: Capture, locations: Locations, asked: str) -> Explanation:
+def explained(model: object, before: Capture, locations: LocatedSites, asked: str) -> Explanation:
     """The explanation of `asked`: a module or container, a parameter or buffer, a site, or a graph node.
 
     Raises `UserError`, with close matches, when the model has nothing of that name.
@@ -75,7 +75,7 @@ def _finding(view: View, linear: fx.Node) -> Finding:
 def _two_inputs(view: View, linear: fx.Node) -> str:
     """A remark on first matrices that read different values: then `grow` ends at whatever lies before both."""
     firsts, pending, seen = list[fx.Node](), [linear.args[0]], set[object]()
-    while pending and len(seen) < REACH:
+    while pending and len(seen) < MAX_WALK:
         node = pending.pop()
         if node in seen or not isinstance(node, fx.Node):
             continue
@@ -84,13 +84,13 @@ def _two_inputs(view: View, linear: fx.Node) -> str:
             firsts.append(node)
         else:
             pending.extend(view.flow.activations(node))
-    values = {view.flow.root(first.all_input_nodes[0]).name: first.name for first in firsts}
+    values = {view.flow.unviewed(first.all_input_nodes[0]).name: first.name for first in firsts}
     if len(values) < 2:
         return ""
     return "; its first matrices read different values: " + ", ".join(f"`{f}` reads `{v}`" for v, f in values.items())
 
 
-def _other_misses(subject: Subject, locations: Locations, findings: list[Finding]) -> list[Finding]:
+def _other_misses(subject: Subject, locations: LocatedSites, findings: list[Finding]) -> list[Finding]:
     """Near misses inside a module that end in no product with a weight of its own, as mixtures of experts do."""
     if subject.kind != "module":
         return []
@@ -114,7 +114,7 @@ def _told(reason: str, source: str) -> dict[str, Any]:
 def _readers(view: View, linear: fx.Node) -> list[Finding]:
     """What came of the linears that read a linear's output, through everything but other linears."""
     found, pending, seen = list[fx.Node](), list(linear.users), set[fx.Node]()
-    while pending and len(seen) < REACH:
+    while pending and len(seen) < MAX_WALK:
         node = pending.pop()
         if node not in seen:
             seen.add(node)
@@ -125,7 +125,9 @@ def _readers(view: View, linear: fx.Node) -> list[Finding]:
 # --------------------------------------------------------------------------------------------------------- the verdict
 
 
-def _verdict(subject: Subject, before: Capture, locations: Locations, findings: list[Finding]) -> tuple[Verdict, set[str], str]:
+def _verdict(
+    subject: Subject, before: Capture, locations: LocatedSites, findings: list[Finding]
+) -> tuple[Verdict, set[str], str]:
     """The verdict, the sites it speaks of, and the sentence without its subject."""
     computed = subject.computed()
     held = {path for path in computed if path is not None}

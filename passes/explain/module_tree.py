@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from torch import nn
 from torch.export import ExportedProgram
 
-from memrewrite.outline import Part
+from memrewrite.outline import ModuleNode
 from memrewrite.passes.capture.capture import is_traced
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.graphs.provenance import clean, modules_of
 
 
-def outline(model: nn.Module | ExportedProgram, before: Capture) -> Part:
+def outline(model: nn.Module | ExportedProgram, before: Capture) -> ModuleNode:
     """The module tree. Of a traced model: the modules that made an operation, and their containers."""
     if isinstance(model, nn.Module) and not is_traced(model):
         first: dict[str, int] = {}  # when a module, or the first inside it, was done: brothers are done in order
@@ -24,10 +24,10 @@ def outline(model: nn.Module | ExportedProgram, before: Capture) -> Part:
     return _traced(model, before)
 
 
-def _live(path: str, module: nn.Module, first: Mapping[str, int]) -> Part:
+def _live(path: str, module: nn.Module, first: Mapping[str, int]) -> ModuleNode:
     prefix = f"{path}." if path else ""
     children = [_live(prefix + name, child, first) for name, child in module.named_children()]
-    return Part(
+    return ModuleNode(
         path=path,
         kind=type(module).__name__,
         parameters=sum(p.numel() for p in module.parameters()),
@@ -36,7 +36,7 @@ def _live(path: str, module: nn.Module, first: Mapping[str, int]) -> Part:
     )
 
 
-def _traced(model: nn.Module | ExportedProgram, before: Capture) -> Part:
+def _traced(model: nn.Module | ExportedProgram, before: Capture) -> ModuleNode:
     kinds: dict[str, str] = {"": type(model).__name__}
     for node in before.segments[0].graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
@@ -51,9 +51,9 @@ def _traced(model: nn.Module | ExportedProgram, before: Capture) -> Part:
         if path:
             below.setdefault(path.rpartition(".")[0], []).append(path)
 
-    def part(path: str) -> Part:
+    def part(path: str) -> ModuleNode:
         inside = sum(n for name, n in sizes.items() if not path or name.startswith(f"{path}."))
-        return Part(
+        return ModuleNode(
             path=path, kind=kinds[path], parameters=inside, children=tuple(part(child) for child in below.get(path, ()))
         )
 

@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple
 from torch import fx, nn
 
 from memrewrite.errors import UserError
-from memrewrite.passes.canonicalize.canonicalize import normalize
+from memrewrite.passes.canonicalize.canonicalize import canonicalize
 from memrewrite.passes.capture.segment import Capture, Segment
 from memrewrite.passes.graphs.dataflow import ORIGIN, Dataflow
 from memrewrite.passes.graphs.ops import is_assertion
 from memrewrite.passes.graphs.provenance import modules_of, path_of
-from memrewrite.passes.locate.located_sites import Locations
-from memrewrite.passes.locate.recorded_graph import Recorded
+from memrewrite.passes.locate.located_sites import LocatedSites
+from memrewrite.passes.locate.recorded_graph import RecordedGraph
 
 ROOT_NAMES = ("", "(root)", ".")  # how the tables and people write the model itself
 
@@ -26,11 +26,11 @@ ROOT_NAMES = ("", "(root)", ".")  # how the tables and people write the model it
 class View:
     """One captured graph, and which of its recorded nodes belong to which site."""
 
-    def __init__(self, segment: Segment, before: Capture, locations: Locations) -> None:
+    def __init__(self, segment: Segment, before: Capture, locations: LocatedSites) -> None:
         found = [(path, f) for path, calls in locations.found.items() for f in calls if f.segment is segment]
         self.segment = segment
         self.misses = locations.located.near_misses
-        self.recorded = found[0][1].recorded if found else Recorded(segment, Dataflow(normalize(segment)), before.calls)
+        self.recorded = found[0][1].recorded if found else RecordedGraph(segment, Dataflow(canonicalize(segment)), before.calls)
         self.flow = self.recorded.flow
         self.site_of = {node: path for path, f in found for node in f.bound.nodes}
         self.made = [node for node in segment.graph.nodes if node.op == "call_function"]

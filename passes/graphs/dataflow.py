@@ -50,8 +50,8 @@ class Dataflow:
                     pending.append(source)
         return found
 
-    def root(self, node: fx.Node) -> fx.Node:
-        """The value this one only re-lays: views that keep the last axis, and moves made by `normalize`."""
+    def unviewed(self, node: fx.Node) -> fx.Node:
+        """The value this one only re-lays: views that keep the last axis, and moves made by `canonicalize`."""
         if node not in self._roots:
             at = node
             while self._relays(at):

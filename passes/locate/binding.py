@@ -15,13 +15,13 @@ from memrewrite.passes.canonicalize.canonicalize import ORIGIN
 from memrewrite.passes.graphs.ops import LAYOUT, is_pointwise, op_name
 from memrewrite.passes.graphs.provenance import modules_of
 from memrewrite.passes.graphs.shapes import shape_of
-from memrewrite.passes.locate.recorded_graph import Recorded
+from memrewrite.passes.locate.recorded_graph import RecordedGraph
 from memrewrite.passes.regions.experts import LOOKS_UP, Mixture
 from memrewrite.passes.regions.region import Region
 from memrewrite.site import Binding
 
 
-class Bound(NamedTuple):
+class BoundRegion(NamedTuple):
     """A binding, and what it spans in the recorded graph: `nodes`, from the value `x` to the value `y`."""
 
     binding: Binding
@@ -30,7 +30,7 @@ class Bound(NamedTuple):
     y: fx.Node
 
 
-def bind(recorded: Recorded, region: Region) -> Bound:
+def bind(recorded: RecordedGraph, region: Region) -> BoundRegion:
     """The widest way to reach the region in the module tree; a binding of kind `none` says why there is none."""
     calls = _Calls(recorded, region)
     return calls.whole() or calls.summed() or (calls.routed() if isinstance(region, Mixture) else calls.span())
@@ -39,7 +39,7 @@ def bind(recorded: Recorded, region: Region) -> Bound:
 class _Calls:
     """The module calls around one region."""
 
-    def __init__(self, recorded: Recorded, region: Region) -> None:
+    def __init__(self, recorded: RecordedGraph, region: Region) -> None:
         self.recorded, self.region = recorded, region
         self.closure = recorded.closure(region)
         self.limit = 4 * len(self.closure) + 64  # no module that is the MLP makes more nodes; keeps binding linear
@@ -52,23 +52,23 @@ class _Calls:
             if is_pointwise(node) or op_name(node) in LAYOUT | LOOKS_UP:
                 pending.extend(source for source in node.all_input_nodes if source not in given)
                 given.update(node.all_input_nodes)
-        return {node for node in self.recorded.reads(nodes) if self.recorded.root(node) not in given}
+        return {node for node in self.recorded.reads(nodes) if self.recorded.canonical_value(node) not in given}
 
-    def bound(self, binding: Binding, nodes: set[fx.Node]) -> Bound:
+    def bound(self, binding: Binding, nodes: set[fx.Node]) -> BoundRegion:
         (x,), (y,) = self.reads(nodes), self.recorded.gives(nodes)
-        return Bound(binding, frozenset(nodes), x, y)
+        return BoundRegion(binding, frozenset(nodes), x, y)
 
-    def unreachable(self, why: str) -> Bound:
+    def unreachable(self, why: str) -> BoundRegion:
         """The region by its bare closure; its input is what its first matrix is handed."""
         first = next(n for n in sorted(self.closure, key=self.recorded.position.__getitem__) if self._reads_x(n))
-        x = next(s for s in first.all_input_nodes if self.recorded.root(s) is self.region.x)
+        x = next(s for s in first.all_input_nodes if self.recorded.canonical_value(s) is self.region.x)
         host = self.host()
         binding = Binding(kind="graph", exit=host, why=why) if host else Binding(kind="none", why=why)
-        return Bound(binding, frozenset(self.closure), x, self.region.down.meta[ORIGIN])
+        return BoundRegion(binding, frozenset(self.closure), x, self.region.down.meta[ORIGIN])
 
     def host(self) -> str:
         """The narrowest module that holds all of the region and may become a graph; "" when there is none."""
-        if self.recorded.segment.apart is not None:
+        if self.recorded.segment.own_segments is not None:
             return ""  # what torch could not trace here it will not trace there
         needed = self.closure - self.recorded.constant
         for call, _ in reversed(modules_of(self.region.down)):
@@ -77,7 +77,7 @@ class _Calls:
                 return path
         return ""
 
-    def whole(self) -> Bound | None:
+    def whole(self) -> BoundRegion | None:
         """The widest module that takes the MLP's input and returns its output."""
         needed = self.closure - self.recorded.constant
         for call, nodes in self._around(self.region.down):
@@ -94,12 +94,12 @@ class _Calls:
             return self.bound(binding, set(nodes))
         return None
 
-    def span(self) -> Bound:
+    def span(self) -> BoundRegion:
         """From the modules that multiply by the first matrices to the one that multiplies by the last."""
         exit_ = self.exit()
         if exit_ is None:
             return self.unreachable("no module of its own does the multiplication by its last matrix")
-        readers = [up for up in self.region.ups if self.recorded.flow.root(up.all_input_nodes[0]) is self.region.x]
+        readers = [up for up in self.region.ups if self.recorded.flow.unviewed(up.all_input_nodes[0]) is self.region.x]
         entries = [self.entry(up) for up in readers]
         calls = list(dict.fromkeys(call for call in entries if call))
         if not readers or None in entries:
@@ -111,7 +111,7 @@ class _Calls:
         paths = tuple(self.recorded.paths[call] for call in calls)
         return self.bound(Binding(kind="span", entries=paths, widths=widths, exit=self.recorded.paths[exit_]), nodes)
 
-    def summed(self) -> Bound | None:
+    def summed(self) -> BoundRegion | None:
         """The sum of what two modules make of one input: routed experts and a shared one. The first gives zeros, then."""
         total = self.region.down.meta[ORIGIN]
         parts = [n for n in total.all_input_nodes if n not in self.recorded.constant]
@@ -130,12 +130,12 @@ class _Calls:
         """The widest module that makes `value` of the region's input alone."""
         for call, nodes in self._around(value):
             gives = self.recorded.gives(nodes)
-            same = {self.recorded.root(n) for n in gives} == {self.recorded.root(value)}
+            same = {self.recorded.canonical_value(n) for n in gives} == {self.recorded.canonical_value(value)}
             if same and self._inside(nodes) and self._takes_x(nodes) and self._plain(call):
                 return call
         return None
 
-    def routed(self) -> Bound:
+    def routed(self) -> BoundRegion:
         """From a module that is given the mixture's input, a router say, to the one that returns its output."""
         for out, made in self._around(self.region.down):
             if not (self._inside(made) and self._gives_y(made) and self.recorded.gives_alone(out)):
@@ -146,7 +146,7 @@ class _Calls:
                     takes, (path, exit_) = self.recorded.takes(entry) or 0, (self.recorded.paths[c] for c in (entry, out))
                     binding = Binding(kind="span", entries=(path,), takes=takes, exit=exit_, alone=False)
                     (x,), (y,) = self.reads(both), self.recorded.gives(made)
-                    return Bound(binding, frozenset(both), x, y)
+                    return BoundRegion(binding, frozenset(both), x, y)
             return self.unreachable("no module of its own is given its input")
         return self.unreachable("no module of its own returns its output")
 
@@ -155,7 +155,11 @@ class _Calls:
         relays: set[fx.Node] = set()
         for source in self.reads(nodes) - base:
             chain = [source]
-            while chain[-1] not in base and self.recorded.root(chain[-1]) is self.region.x and chain[-1].all_input_nodes:
+            while (
+                chain[-1] not in base
+                and self.recorded.canonical_value(chain[-1]) is self.region.x
+                and chain[-1].all_input_nodes
+            ):
                 chain.append(chain[-1].all_input_nodes[0])
             relays.update(chain[:-1] if chain[-1] in base else ())
         return nodes | relays
@@ -189,7 +193,7 @@ class _Calls:
     def width(self, call: str) -> int:
         """Features of what a module returns."""
         (given,) = self.recorded.gives(self.recorded.by_call[call])
-        value = self.recorded.root(given)  # there the features are last, wherever the model has them
+        value = self.recorded.canonical_value(given)  # there the features are last, wherever the model has them
         return int(shape_of(given if value is None else value)[-1])
 
     def _around(self, node: fx.Node) -> list[tuple[str, list[fx.Node]]]:
@@ -202,17 +206,19 @@ class _Calls:
         """Whether a module's nodes belong to the region, or re-lay its input or output; none may make its input."""
         ends, made = (self.region.x, self.region.down), self.recorded.twin.get
         return all(
-            n in self.closure or n in self.recorded.constant or (self.recorded.root(n) in ends and made(n) is not ends[0])
+            n in self.closure
+            or n in self.recorded.constant
+            or (self.recorded.canonical_value(n) in ends and made(n) is not ends[0])
             for n in nodes
         )
 
     def _reads_x(self, node: fx.Node) -> bool:
-        return any(self.recorded.root(source) is self.region.x for source in node.all_input_nodes)
+        return any(self.recorded.canonical_value(source) is self.region.x for source in node.all_input_nodes)
 
     def _takes_x(self, nodes: list[fx.Node]) -> bool:
         reads = self.reads(nodes)
-        return len(reads) == 1 and self.recorded.root(next(iter(reads))) is self.region.x
+        return len(reads) == 1 and self.recorded.canonical_value(next(iter(reads))) is self.region.x
 
     def _gives_y(self, nodes: list[fx.Node]) -> bool:
         gives = self.recorded.gives(nodes)
-        return len(gives) == 1 and self.recorded.root(next(iter(gives))) is self.region.down
+        return len(gives) == 1 and self.recorded.canonical_value(next(iter(gives))) is self.region.down

@@ -15,16 +15,16 @@ from memrewrite.passes.canonicalize.canonicalize import ORIGIN
 from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.graphs.ops import op_name
 from memrewrite.passes.graphs.shapes import shape_of
-from memrewrite.passes.locate.binding import Bound
+from memrewrite.passes.locate.binding import BoundRegion
 from memrewrite.passes.regions.region import Region
 
 LAST = -1
 MOVES = frozenset(["movedim", "permute", "transpose", "t", "mT", "swapaxes", "swapdims", "moveaxis", "numpy_T"])
 
 
-def feature_axis(flow: Dataflow, region: Region, bound: Bound) -> int | None:
+def feature_axis(flow: Dataflow, region: Region, bound: BoundRegion) -> int | None:
     """The axis of features of the values a layer is given and gives; None when it is not one axis, and the same of both."""
-    reader = next((up.all_input_nodes[0] for up in region.ups if flow.root(up.all_input_nodes[0]) is region.x), region.x)
+    reader = next((up.all_input_nodes[0] for up in region.ups if flow.unviewed(up.all_input_nodes[0]) is region.x), region.x)
     before = _chain(reader, region.x)
     twin = next((n for n in region.down.users if n.meta.get(ORIGIN) is region.down.meta[ORIGIN]), None)
     after: list[fx.Node] = []

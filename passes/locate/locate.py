@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import fx
 
-from memrewrite.passes.canonicalize.canonicalize import normalize
+from memrewrite.passes.canonicalize.canonicalize import canonicalize
 from memrewrite.passes.capture.segment import Capture, Segment
 from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.graphs.provenance import path_of, source_line
 from memrewrite.passes.locate.binding import bind
-from memrewrite.passes.locate.located_sites import Found, Locations
-from memrewrite.passes.locate.recorded_graph import Recorded
+from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
+from memrewrite.passes.locate.recorded_graph import RecordedGraph
 from memrewrite.passes.locate.sites import assemble, identity_of, module_types
 from memrewrite.passes.locate.token_probe import mixes
 from memrewrite.passes.regions.activation import UNKNOWN, activation_of
@@ -28,33 +28,33 @@ from memrewrite.passes.regions.token_axes import Refusal
 from memrewrite.site import NearMiss
 
 
-def locate(capture: Capture, *, fragment: bool = False) -> Locations:
+def locate(capture: Capture, *, fragment: bool = False) -> LocatedSites:
     """Find every MLP of a captured model; regions that looked like one are near misses with a reason and a node.
 
     Of a `fragment`, a part of a model that its caller knows more about, nothing has to return to a residual stream.
     """
-    groups: dict[frozenset[str], list[tuple[Found, Match, str]]] = {}
+    groups: dict[frozenset[str], list[tuple[SiteCall, Match, str]]] = {}
     misses: list[NearMiss] = []
     types: dict[str, str] = {}
     activations: dict[Any, str] = {}
     for segment in capture.segments:
-        graph = normalize(segment)
+        graph = canonicalize(segment)
         flow = Dataflow(graph, fragment=fragment)
-        recorded = Recorded(segment, flow, capture.calls)
+        recorded = RecordedGraph(segment, flow, capture.calls)
         types |= module_types(recorded)
         for end, outcome in _outcomes(recorded):
             if isinstance(outcome, Refusal):
                 misses.append(_near_miss(segment, end, outcome))
             else:
                 region, match = outcome
-                found = Found(segment, recorded, region, bind(recorded, region))
+                found = SiteCall(segment, recorded, region, bind(recorded, region))
                 one = region.middle(flow) if isinstance(region, Mixture) else region
                 activation = activation_of(flow, one, activations) if one else UNKNOWN
                 groups.setdefault(identity_of(found), []).append((found, match, activation))
     return assemble(capture, groups, misses, types)
 
 
-def _outcomes(recorded: Recorded) -> Iterator[tuple[fx.Node, tuple[Region, Match] | Refusal]]:
+def _outcomes(recorded: RecordedGraph) -> Iterator[tuple[fx.Node, tuple[Region, Match] | Refusal]]:
     """What ends at which node, in the order of the graph: mixtures of experts first, then MLPs outside of them."""
     flow, outcomes, inside = recorded.flow, dict[fx.Node, tuple[Region, Match] | Refusal](), set[fx.Node]()
     for ends in mixtures(flow, lambda mixture: not mixes(recorded, mixture)):  # and no attention that chooses what it sees
@@ -72,7 +72,7 @@ def _outcomes(recorded: Recorded) -> Iterator[tuple[fx.Node, tuple[Region, Match
                 yield node, region
 
 
-def _widest_module(recorded: Recorded, ends: tuple[Mixture, ...]) -> Mixture:
+def _widest_module(recorded: RecordedGraph, ends: tuple[Mixture, ...]) -> Mixture:
     """Of the ends a mixture may have, the last that a module returns, or that is the sum of what two modules do.
 
     The first when there is none, which leaves most alone.

@@ -6,28 +6,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memrewrite.passes.capture.segment import Segment
-from memrewrite.passes.locate.binding import Bound
-from memrewrite.passes.locate.recorded_graph import Recorded
+from memrewrite.passes.locate.binding import BoundRegion
+from memrewrite.passes.locate.recorded_graph import RecordedGraph
 from memrewrite.passes.regions.region import Region
-from memrewrite.site import Located, Site
+from memrewrite.site import Inspection, Site
 
 
 @dataclass(frozen=True)
-class Found:
+class SiteCall:
     """One region found: where it is in which segment's recorded graph. A site has one for each call."""
 
     segment: Segment
-    recorded: Recorded
+    recorded: RecordedGraph
     region: Region
-    bound: Bound
+    bound: BoundRegion
 
 
 @dataclass(frozen=True)
-class Locations:
+class LocatedSites:
     """What `locate` found, with the graph regions behind each site (`found[site.path]`, one for each call)."""
 
-    located: Located
-    found: Mapping[str, tuple[Found, ...]]
+    located: Inspection
+    found: Mapping[str, tuple[SiteCall, ...]]
 
     @property
     def sites(self) -> tuple[Site, ...]:

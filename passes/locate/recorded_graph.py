@@ -21,7 +21,7 @@ from memrewrite.passes.regions.region import Region
 FILLS = FILLED | {"new_zeros", "new_ones", "new_full"}  # they read a value's shape, and not the value
 
 
-class Recorded:
+class RecordedGraph:
     """Questions about recorded nodes, answered through the canonical graph; built once for each segment."""
 
     def __init__(self, segment: Segment, flow: Dataflow, calls: Mapping[str, tuple[Call, ...]]) -> None:
@@ -50,22 +50,22 @@ class Recorded:
         found = {call: clean(path) for node in self.segment.graph.nodes for call, path in modules_of(node)}
         return {call: f"{self.segment.path}.{path}".strip(".") for call, path in found.items()}
 
-    def root(self, node: fx.Node) -> fx.Node | None:
-        """The canonical value a recorded node carries, views and whatever `normalize` dropped aside; None for others."""
+    def canonical_value(self, node: fx.Node) -> fx.Node | None:
+        """The canonical value a recorded node carries, views and whatever `canonicalize` dropped aside; None for others."""
         while node not in self.twin:
             if op_name(node) not in IDENTITY or not node.all_input_nodes:
                 return None
             node = node.all_input_nodes[0]
-        return self.flow.root(self.twin[node])
+        return self.flow.unviewed(self.twin[node])
 
     def closure(self, region: Region) -> set[fx.Node]:
         """The recorded nodes of a region: back from the last matrix to the input, the weights' own arithmetic included."""
-        start, ends = region.down.meta[ORIGIN], {region.x, *map(self.flow.root, region.given)}
+        start, ends = region.down.meta[ORIGIN], {region.x, *map(self.flow.unviewed, region.given)}
         inside, pending = {start}, [start]
         while pending:
             for source in pending.pop().all_input_nodes:
                 weight = source.op != "call_function" or op_name(source) in FILLS
-                if source not in inside and not weight and self.root(source) not in ends:
+                if source not in inside and not weight and self.canonical_value(source) not in ends:
                     inside.add(source)
                     pending.append(source)
         return inside

@@ -11,15 +11,15 @@ from memrewrite.passes.graphs.ops import op_name
 from memrewrite.passes.graphs.provenance import modules_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.feature_axis import feature_axis
-from memrewrite.passes.locate.located_sites import Found, Locations
-from memrewrite.passes.locate.recorded_graph import Recorded
+from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
+from memrewrite.passes.locate.recorded_graph import RecordedGraph
 from memrewrite.passes.models.block_stacks import places
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.patterns import Match
-from memrewrite.site import Binding, Located, NearMiss, Site
+from memrewrite.site import Binding, Inspection, NearMiss, Site
 
 
-def weights_of(found: Found) -> list[str]:
+def weights_of(found: SiteCall) -> list[str]:
     """The names of the weights a region uses, in order of use."""
     names: dict[str, None] = {}
     for node in found.region.inside:
@@ -29,7 +29,7 @@ def weights_of(found: Found) -> list[str]:
     return list(names)
 
 
-def identity_of(found: Found) -> frozenset[str]:
+def identity_of(found: SiteCall) -> frozenset[str]:
     """What tells a site from others: its weights and, of a weight that is a stack of matrices, which of them it takes.
 
     A mixture takes what its tokens choose.
@@ -47,7 +47,7 @@ def identity_of(found: Found) -> frozenset[str]:
     return frozenset((*weights_of(found), *picked))
 
 
-def module_types(recorded: Recorded) -> dict[str, str]:
+def module_types(recorded: RecordedGraph) -> dict[str, str]:
     """The class of every module that runs, by path."""
     found: dict[str, str] = {}
     for node in recorded.segment.graph.nodes:
@@ -58,11 +58,12 @@ def module_types(recorded: Recorded) -> dict[str, str]:
 
 def assemble(
     capture: Capture,
-    groups: dict[frozenset[str], list[tuple[Found, Match, str]]],
+    groups: dict[frozenset[str], list[tuple[SiteCall, Match, str]]],
     misses: list[NearMiss],
     types: dict[str, str],
-) -> Locations:
-    paths: dict[str, list[tuple[Found, Match, str]]] = {}
+) -> LocatedSites:
+    """One site for each group of regions that use the same weights, in the order they run."""
+    paths: dict[str, list[tuple[SiteCall, Match, str]]] = {}
     for group in groups.values():
         path = _narrowest(group[0][0])
         while path in paths:  # several MLPs in one module: told apart by their last matrix
@@ -70,11 +71,11 @@ def assemble(
         paths[path] = group
     where = places([path.partition("#")[0] for path in paths], types)
     sites = [_site(path, group, where[path.partition("#")[0]]) for path, group in paths.items()]
-    located = Located(sites=tuple(sites), near_misses=tuple(dict.fromkeys(misses)), captured=capture.how)
-    return Locations(located, {path: tuple(found for found, _, _ in group) for path, group in paths.items()})
+    located = Inspection(sites=tuple(sites), near_misses=tuple(dict.fromkeys(misses)), captured=capture.how)
+    return LocatedSites(located, {path: tuple(found for found, _, _ in group) for path, group in paths.items()})
 
 
-def _narrowest(found: Found) -> str:
+def _narrowest(found: SiteCall) -> str:
     """The innermost module that holds every matrix of the region.
 
     The deeper of two answers: by calls, and by the tree, for a module whose `forward` was called past its `__call__`.
@@ -87,7 +88,7 @@ def _narrowest(found: Found) -> str:
     return max(common[-1] if common else "", ".".join(held), key=len)
 
 
-def _site(path: str, group: list[tuple[Found, Match, str]], place: Any) -> Site:
+def _site(path: str, group: list[tuple[SiteCall, Match, str]], place: Any) -> Site:
     found, match, activation = group[0]
     region, flow = found.region, found.recorded.flow
     names = weights_of(found)

@@ -16,14 +16,14 @@ from memrewrite.passes.capture.operator_trace import captured_apart
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.ops import op_name
 from memrewrite.passes.graphs.shapes import shape_of
-from memrewrite.passes.locate.recorded_graph import Recorded, of_sizes_alone
+from memrewrite.passes.locate.recorded_graph import RecordedGraph, of_sizes_alone
 from memrewrite.passes.models.forward import SEED
 from memrewrite.passes.regions.region import Region
 
 MOVED = 1e-4  # relative to the outputs' size: above it a token changed; rows multiplied in other groups differ by less
 
 
-def mixes(recorded: Recorded, region: Region) -> str:
+def mixes(recorded: RecordedGraph, region: Region) -> str:
     """Why the region is not token-wise, or "". A model on `meta` has no values to try: then it is believed."""
     nodes = _needed(recorded, region)
     leaves = {node: value for node in nodes if (value := value_of(recorded.segment, node)) is not None}
@@ -34,9 +34,11 @@ def mixes(recorded: Recorded, region: Region) -> str:
     like = {"dtype": origin.meta["val"].dtype, "device": origin.meta["val"].device}
     x = torch.randn(shape, generator=generator).to(**like)
     outside = {origin, *recorded.reads(nodes)}
-    if recorded.segment.apart is not None and (seen := _seen(recorded, outside)):  # its loops hold for the values that it saw
+    if recorded.segment.own_segments is not None and (
+        seen := _seen(recorded, outside)
+    ):  # its loops hold for the values that it saw
         x = seen[origin]
-        leaves |= {node: seen[node] for node in outside if recorded.root(node) is not region.x}
+        leaves |= {node: seen[node] for node in outside if recorded.canonical_value(node) is not region.x}
     chosen: dict[fx.Node, Any] = {}
     before = _run(recorded, region, nodes, leaves, x, chosen)
     if not before.isfinite().all():
@@ -54,7 +56,7 @@ def mixes(recorded: Recorded, region: Region) -> str:
     return "" if alive or not before.any() else "its output depends on nothing but what is chosen"
 
 
-def _seen(recorded: Recorded, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
+def _seen(recorded: RecordedGraph, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
     """The values that a graph of what ran had, up to the wanted ones; none where a block in it was captured by itself."""
     segment, env = recorded.segment, dict[fx.Node, Any]()
     last = max(recorded.position[node] for node in wanted)
@@ -79,7 +81,7 @@ def value_of(segment: Segment, node: fx.Node) -> Tensor | None:
     return segment.literals[node.name] if node.name in segment.literals else segment.tensors.get(node.name)
 
 
-def _needed(recorded: Recorded, region: Region) -> list[fx.Node]:
+def _needed(recorded: RecordedGraph, region: Region) -> list[fx.Node]:
     """The recorded nodes of a region, in order, with the weights they read and the arithmetic behind these."""
     needed = recorded.closure(region)
     pending = [source for node in needed for source in node.all_input_nodes if source in recorded.constant]
@@ -101,7 +103,7 @@ def _chooses_experts(node: fx.Node, tokens: int) -> bool:
 
 
 def _run(
-    recorded: Recorded,
+    recorded: RecordedGraph,
     region: Region,
     nodes: list[fx.Node],
     leaves: dict[fx.Node, Tensor],
@@ -121,7 +123,9 @@ def _run(
             if node in env:
                 continue
             for source in node.all_input_nodes:
-                if source not in env and recorded.root(source) is not region.x:  # what helps to choose: any number will do
+                if (
+                    source not in env and recorded.canonical_value(source) is not region.x
+                ):  # what helps to choose: any number will do
                     env[source] = torch.ones(shape_of(source), dtype=source.meta["val"].dtype, device=x.device)
                 elif source not in env:  # the region's input, in one of its layouts
                     env[source] = x.reshape([int(n) for n in source.meta["val"].shape])

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from memrewrite.passes.models.forward import SEED
 
 
-class Kept:
+class StateGuard:
     """What a module tree held when this was made: every attribute and mode, every tensor, every bit.
 
     Buffers are copied at once: kernels of norms write to them unannounced. Everything else is copied when it is written to.
@@ -50,10 +50,10 @@ class Kept:
 
 
 @contextmanager
-def in_train_mode(model: nn.Module) -> Iterator[Kept]:
+def in_train_mode(model: nn.Module) -> Iterator[StateGuard]:
     """Every module in train mode, and whatever happens to attributes and modes inside, they are afterwards as they were."""
     attributes = [_kept_attributes(module) for module in model.modules()]
-    kept = Kept(model)
+    kept = StateGuard(model)
     try:
         for module in model.modules():
             module.training = True

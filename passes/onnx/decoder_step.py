@@ -1,6 +1,6 @@
 """A causal language model as one step of generation: new tokens and the cache of the old ones in, logits and cache out.
 
-Flow: one forward shows which cache the model keeps → `Step`, a module whose inputs and outputs are tensors alone →
+Flow: one forward shows which cache the model keeps → `DecoderStep`, a module whose inputs and outputs are tensors alone →
 example inputs for it. Names are those that runtimes of exported decoders know: `past_key_values.0.key`, `present.0.key`.
 """
 
@@ -21,7 +21,7 @@ LENGTHS = {PAST: "past_sequence", PAST + NEW: "past_sequence + sequence"}
 Pairs = list[dict[str, Tensor]]  # a layer's "key" and "value", [batch, heads, tokens, width] each
 
 
-class Step(nn.Module):
+class DecoderStep(nn.Module):
     """One step of a causal language model: `[batch, sequence]` new tokens after `past_sequence` old ones.
 
     Any model will do that takes `past_key_values` and keeps keys and values of every token in every layer.
@@ -45,8 +45,8 @@ class Step(nn.Module):
         return {**tensors, "present": [{"key": layer.keys, "value": layer.values} for layer in layers]}
 
 
-def step_of(model: Any) -> tuple[Step, Inputs]:
-    """The model as a `Step`, and example inputs for it: 5 old tokens, 3 new ones, a batch of 2.
+def step_of(model: Any) -> tuple[DecoderStep, Inputs]:
+    """The model as a `DecoderStep`, and example inputs for it: 5 old tokens, 3 new ones, a batch of 2.
 
     Raises `ExportError` for a model without such a cache.
     """
@@ -65,7 +65,7 @@ def step_of(model: Any) -> tuple[Step, Inputs]:
     inputs: dict[str, Any] = {"input_ids": ids[:, :NEW].contiguous(), "attention_mask": mask, "past_key_values": past}
     if "position_ids" in accepted:
         inputs["position_ids"] = torch.arange(PAST, PAST + NEW, device=ids.device).repeat(BATCH, 1)
-    return Step(model), ((), inputs)
+    return DecoderStep(model), ((), inputs)
 
 
 def _pair(model: Any, layer: Any) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from memrewrite.errors import ExportError
+from memrewrite.frozen import Frozen
 from memrewrite.passes.capture.torch_export import Refused, export_program
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.onnx.file import (
@@ -31,7 +32,6 @@ from memrewrite.passes.onnx.file import (
 from memrewrite.passes.onnx.graph import OPSET, Operators, onnx_graph, selections
 from memrewrite.passes.onnx.names import name_values
 from memrewrite.passes.onnx.prepare import Float, Prepared, prepared
-from memrewrite.site import Frozen
 
 log = logging.getLogger("memrewrite")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memrewrite.errors import ExportError, in_a_line
+from memrewrite.frozen import Frozen
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.plans import ROOT, Plan
-from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
     import onnx

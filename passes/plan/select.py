@@ -15,10 +15,10 @@ from memrewrite.layers.pool import PoolSpec
 from memrewrite.passes.plan.selectors import fitting, matching
 from memrewrite.plans import Plan, Substitution
 from memrewrite.recipes.schema import Recipe, Rule, Where
-from memrewrite.site import Binding, Located, Site
+from memrewrite.site import Binding, Inspection, Site
 
 
-def select(located: Located, recipe: Recipe, *, live: bool = True) -> Plan:
+def select(located: Inspection, recipe: Recipe, *, live: bool = True) -> Plan:
     """The plan of `recipe` for the located sites; for a `live` module tree every site must be reachable in it.
 
     Raises `SelectError` when the model has no MLP, a selector matches nothing or names what is not there, two rules claim

@@ -14,6 +14,7 @@ from memrewrite.site import Site
 
 
 def fitting(sites: Sequence[Site], where: Where, place: str, index: int, towers: dict[int, str]) -> list[Site]:
+    """The sites that a rule's `where` selects, in the one tower it counts or in every tower. Raises `SelectError` for none."""
     wishes = {name: getattr(where, name) for name in _FILTERS if getattr(where, name) is not None}
     chosen = [site for site in sites if all(_FILTERS[name](site, wish) for name, wish in wishes.items())]
     if not where.counts:

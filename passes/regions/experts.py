@@ -110,7 +110,7 @@ def _is_stream(flow: Dataflow, given: fx.Node) -> bool:
         for user in pending.pop().users:
             if flow.is_linear(user) or op_name(user) in ALONG | OTHER_NORMS:
                 return True
-            if user not in seen and flow.root(user) is given:
+            if user not in seen and flow.unviewed(user) is given:
                 seen.add(user)
                 pending.append(user)
     return False
@@ -198,7 +198,7 @@ def _has_value(node: fx.Node) -> bool:
 
 def _back(flow: Dataflow, y: fx.Node, budget: int, wanted: fx.Node | None, given: Collection[fx.Node] = ()) -> Mixture | None:
     """The region that ends in `y`: back until all but what is `given` comes from one value of the stream (from `wanted`)."""
-    y = flow.root(y)
+    y = flow.unviewed(y)
     inside, aside = set[fx.Node](), set[fx.Node]()
     pending: dict[fx.Node, None] = {y: None}
     while pending and len(inside) <= budget:
@@ -213,7 +213,7 @@ def _back(flow: Dataflow, y: fx.Node, budget: int, wanted: fx.Node | None, given
             if source in given:
                 aside.add(source)
                 continue
-            root = flow.root(source)
+            root = flow.unviewed(source)
             while source is not root:
                 inside.add(source)
                 source = source.all_input_nodes[0]
@@ -222,7 +222,7 @@ def _back(flow: Dataflow, y: fx.Node, budget: int, wanted: fx.Node | None, given
 
 
 def _mixture(flow: Dataflow, x: fx.Node, y: fx.Node, inside: set[fx.Node], aside: Iterable[fx.Node] = ()) -> Mixture:
-    ordered = tuple(sorted((node for node in inside if flow.root(node) is not x), key=flow.order.__getitem__))
+    ordered = tuple(sorted((node for node in inside if flow.unviewed(node) is not x), key=flow.order.__getitem__))
     products = _products(flow, ordered)
     stacked = tuple(node for node in products if not flow.is_linear(node))
     before = set(takewhile(lambda node: op_name(node) not in CHOOSES, ordered))
@@ -254,4 +254,4 @@ def _products(flow: Dataflow, nodes: Iterable[fx.Node]) -> tuple[fx.Node, ...]:
 
 def _is_residual(flow: Dataflow, x: fx.Node, y: fx.Node) -> bool:
     """Whether `y` is the sum of a region's output with the stream it was taken from: beyond it the next layer begins."""
-    return op_name(flow.root(y)) in ("add", "sub") and not returns_to_stream(flow, x, y)
+    return op_name(flow.unviewed(y)) in ("add", "sub") and not returns_to_stream(flow, x, y)

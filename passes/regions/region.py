@@ -13,7 +13,7 @@ from torch import fx
 
 from memrewrite.passes.graphs.dataflow import SPELLED, Dataflow
 from memrewrite.passes.graphs.ops import ALONG, FILLED, LAYOUT, OTHER_NORMS, REORDERS, fixed_batch_norm, is_pointwise, op_name
-from memrewrite.passes.regions.residual_stream import REACH, passes, returns_to_stream
+from memrewrite.passes.regions.residual_stream import MAX_WALK, carries_features, returns_to_stream
 from memrewrite.passes.regions.token_axes import Refusal, mixes_tokens
 
 PICKS = frozenset(  # the ops over an axis that gate, choose or weigh: activations, and no norms
@@ -69,7 +69,7 @@ def attempt(flow: Dataflow, down: fx.Node) -> Region | Refusal | Never:
     nonlinear = False
 
     def need(value: fx.Node) -> None:
-        root = flow.root(value)
+        root = flow.unviewed(value)
         while value is not root:
             inside.add(value)
             value = value.all_input_nodes[0]
@@ -82,8 +82,8 @@ def attempt(flow: Dataflow, down: fx.Node) -> Region | Refusal | Never:
             return _checked(flow, down, at, inside, ups)
         del pending[at]
         inside.add(at)
-        if len(inside) > REACH:
-            return Never(f"what it reads does not come from one value within {REACH} operations", at)
+        if len(inside) > MAX_WALK:
+            return Never(f"what it reads does not come from one value within {MAX_WALK} operations", at)
         if flow.is_linear(at):
             ups.append(at)
         elif op_name(at) not in LAYOUT:
@@ -105,7 +105,7 @@ def unlike(flow: Dataflow, down: fx.Node) -> Never | None:
     stops = list[Never]()
     pending = [(_fx(down.args[0]), False)]  # a value, and whether a nonlinear op reads it
     seen = {(down, False)}
-    while pending and len(seen) < REACH:
+    while pending and len(seen) < MAX_WALK:
         step = node, nonlinear = pending.pop()
         if step in seen:
             continue
@@ -116,15 +116,15 @@ def unlike(flow: Dataflow, down: fx.Node) -> Never | None:
             stops.append(Never(f"it reads the linear `{node.name}` with nothing nonlinear between them", node))
             continue
         sources = flow.activations(node)
-        known = passes(node) or op_name(node) in REORDERS
+        known = carries_features(node) or op_name(node) in REORDERS
         if len(sources) > 1 and (not known or (op_name(node) == "add" and not _of_one_value(flow, node))):
             stops.append(Never(_several(node), node))
             continue
         if not sources:
             stops.append(Never(f"it reads no other linear: what it reads is made from the input `{node.name}`", node))
-        nonlinear |= passes(node) and op_name(node) not in LAYOUT and not _is_linear_op(flow, node)
+        nonlinear |= carries_features(node) and op_name(node) not in LAYOUT and not _is_linear_op(flow, node)
         pending.extend((source, nonlinear) for source in sources)
-    far = Never(f"it reads no nonlinear function of another linear within {REACH} operations", down)
+    far = Never(f"it reads no nonlinear function of another linear within {MAX_WALK} operations", down)
     return stops[0] if stops and not pending else far
 
 
@@ -141,7 +141,7 @@ def _of_one_value(flow: Dataflow, total: fx.Node) -> bool:
         if len(pending) == 1:
             return True
         node = max(pending, key=flow.order.__getitem__)
-        if flow.is_linear(node) or not (passes(node) or op_name(node) in LAYOUT):
+        if flow.is_linear(node) or not (carries_features(node) or op_name(node) in LAYOUT):
             return False
         del pending[node]
         pending |= dict.fromkeys(flow.activations(node))
@@ -182,4 +182,4 @@ def _checked(flow: Dataflow, down: fx.Node, x: fx.Node, inside: set[fx.Node], up
 
 def _only_relays(flow: Dataflow, node: fx.Node, x: fx.Node) -> bool:
     """A view of `x` on its way in: not part of the region, others may read it too."""
-    return flow.root(node) is x
+    return flow.unviewed(node) is x

@@ -17,7 +17,7 @@ from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.graphs.ops import ALONG, LAYOUT, OTHER_NORMS, is_pointwise, op_name
 from memrewrite.passes.graphs.shapes import UNBACKED, is_tensor, shape_of
 
-REACH = 96  # nodes looked at from one value; a block's norms, gates and scales are far fewer, so locating stays linear
+MAX_WALK = 96  # nodes looked at from one value; a block's norms, gates and scales are far fewer, so locating stays linear
 SUMS = 2  # how many sums deep a term may lie: `(h + attention) + mlp` returns to `h` as well
 # Ops that hand whole feature vectors on, some of them, or among others.
 MOVES = frozenset(
@@ -64,7 +64,7 @@ TERMS: dict[str, tuple[tuple[int, ...], ...]] = {
 }
 
 
-def passes(node: fx.Node) -> bool:
+def carries_features(node: fx.Node) -> bool:
     """Elementwise ops, views and norms: what lies between a stream and a matrix."""
     return is_pointwise(node) or op_name(node) in LAYOUT | ALONG | OTHER_NORMS
 
@@ -86,7 +86,7 @@ class _Ring:
     def closes(self) -> bool:
         """Forward from the output, to a sum with the stream."""
         pending, apart = [self.down], list[fx.Node]()
-        while pending and len(self.seen) < REACH:
+        while pending and len(self.seen) < MAX_WALK:
             node = pending.pop()
             for user in node.users:
                 if user in self.seen or not self.carries(user) or self.shrinks(node, user):
@@ -122,15 +122,15 @@ class _Ring:
 
     def forms(self, value: fx.Node) -> set[fx.Node]:
         """The values `value` may be a form of, as large as the output: back through `SUMS` sums, their terms included."""
-        root = self.flow.root(value)
+        root = self.flow.unviewed(value)
         found, pending = {value, root}, deque([(value, 0), (root, 0)])
-        while pending and len(found) < REACH:
+        while pending and len(found) < MAX_WALK:
             node, sums = pending.popleft()
             sources = [source for source in self.flow.activations(node) if not _counts(source)]
             sums += op_name(node) in TERMS and len(sources) > 1
             if not self.carries(node) or sums > SUMS:
                 continue
-            for root in map(self.flow.root, sources):
+            for root in map(self.flow.unviewed, sources):
                 if root not in found:
                     found.add(root)
                     pending.append((root, sums))
@@ -143,7 +143,7 @@ class _Ring:
             return not self.widths & {shape_of(node)[-1:], *given}
         if name in MIXES:
             return shape_of(node)[-1:] in self.widths
-        return passes(node) or name in MOVES or name == "gru_cell" or _one_channel_each(self.flow, node)
+        return carries_features(node) or name in MOVES or name == "gru_cell" or _one_channel_each(self.flow, node)
 
     def smaller(self, node: fx.Node) -> bool:
         """Whether a value has fewer numbers than the output: a mask, a gate, a mean. Not told where sizes depend on data."""
@@ -170,12 +170,12 @@ class _Ring:
     def read_by(self, branch: fx.Node) -> set[fx.Node]:
         """What a branch is computed from, back to the nearest sums."""
         found, pending = {branch}, deque([branch])
-        while pending and len(found) < 2 * REACH:
+        while pending and len(found) < 2 * MAX_WALK:
             node = pending.popleft()
             sources = self.flow.activations(node)
             if op_name(node) in TERMS and len(sources) > 1:
                 continue
-            fresh = [root for root in map(self.flow.root, sources) if root not in found]
+            fresh = [root for root in map(self.flow.unviewed, sources) if root not in found]
             found.update(fresh)
             pending.extend(fresh)
         return {node for node in found if not self.smaller(node)}

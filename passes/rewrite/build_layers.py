@@ -15,14 +15,14 @@ from memrewrite.passes.rewrite.hooks import (
     FeaturesBack,
     FeaturesLast,
 )
-from memrewrite.passes.rewrite.undo_log import Edit, module_at
+from memrewrite.passes.rewrite.undo_log import UndoLog, module_at
 from memrewrite.plans import Plan, Substitution
 from memrewrite.site import Site
 
 
 def build_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Hang the plan's pools at `model`'s root and build its layers, placed nowhere yet; by site path."""
-    return build_all(model, plan, Edit(), initialise=True)
+    return build_all(model, plan, UndoLog(), initialise=True)
 
 
 def refuse_rewritten(model: nn.Module) -> None:
@@ -42,7 +42,8 @@ def pools_of(model: nn.Module) -> Pools:
     return found
 
 
-def build_all(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> dict[str, nn.Module]:
+def build_all(model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool) -> dict[str, nn.Module]:
+    """Hang the plan's pools and build its layers, by site path; `initialise=False` leaves parameters unset."""
     pools = _hang_pools(model, plan, edit, initialise)
     layers: dict[str, nn.Module] = {}
     for number, substitution in enumerate(plan.substitutions):
@@ -53,7 +54,7 @@ def build_all(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> dic
     return layers
 
 
-def _hang_pools(model: nn.Module, plan: Plan, edit: Edit, initialise: bool) -> dict[str, Pool]:
+def _hang_pools(model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool) -> dict[str, Pool]:
     users = {s.pool: s.site for s in reversed(plan.substitutions) if s.pool}
     pools = {name: Pool(spec, device=_device(model, users[name])) for name, spec in plan.pools.items()}
     if initialise:

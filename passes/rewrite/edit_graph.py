@@ -20,18 +20,18 @@ from memrewrite.errors import ModelError, SelectError
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.ops import is_assertion
 from memrewrite.passes.graphs.shapes import shape_of
-from memrewrite.passes.locate.located_sites import Found, Locations
+from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
 from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.rewrite.build_layers import build_layers, pools_of
 from memrewrite.passes.rewrite.given_graph import given_names
-from memrewrite.passes.rewrite.original_mlp import Original
+from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.plans import Placement, Plan
 
 LAYERS = "memory_layers"  # the graph module's child that holds the layers
 TWINS, DEAD = "twins", "dead"  # meta while a graph is rewritten: nodes by the names they were given, nodes of replaced MLPs
 
 
-def emit_graph(segment: Segment, plan: Plan, locations: Locations) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
+def emit_graph(segment: Segment, plan: Plan, locations: LocatedSites) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
     """The rewritten graph, and its layers by site path. Raises `SelectError` when a layer does not fit a site's shapes."""
     scratch = copy_of(traced_module(segment))
     layers = build_layers(scratch, plan)
@@ -41,7 +41,7 @@ def emit_graph(segment: Segment, plan: Plan, locations: Locations) -> tuple[fx.G
 
 
 def emit_layers(
-    segment: Segment, plan: Plan, locations: Locations, layers: Mapping[str, nn.Module], pools: nn.Module
+    segment: Segment, plan: Plan, locations: LocatedSites, layers: Mapping[str, nn.Module], pools: nn.Module
 ) -> fx.GraphModule:
     """The rewritten graph with `layers` that were built before, by site path, on `pools`. Raises what `emit_graph` raises."""
     result = copy_of(traced_module(segment))
@@ -53,14 +53,14 @@ def emit_layers(
     return result
 
 
-def emit_originals(segment: Segment, plan: Plan, locations: Locations) -> tuple[fx.GraphModule, dict[str, Original]]:
+def emit_originals(segment: Segment, plan: Plan, locations: LocatedSites) -> tuple[fx.GraphModule, dict[str, OriginalMLP]]:
     """The graph with every selected MLP lifted out and put in the layer's place, and these: for the *null* check."""
     traced = traced_module(segment)
     result = copy_of(traced)
-    wrapped: dict[str, Original] = {}
+    wrapped: dict[str, OriginalMLP] = {}
     for substitution in plan.substitutions:
         path = substitution.site.path
-        wrapped[path] = Original(traced, locations.found[path])
+        wrapped[path] = OriginalMLP(traced, locations.found[path])
         _insert(result, locations.found[path], wrapped[path], "replace")
     return _finished(result, segment.inputs), wrapped
 
@@ -104,7 +104,7 @@ def _own_modules(result: fx.GraphModule) -> None:
         setattr(result.get_submodule(parent), name, copy.deepcopy(result.get_submodule(target), memo))
 
 
-def _insert(result: fx.GraphModule, calls: tuple[Found, ...], layer: nn.Module, placement: Placement) -> None:
+def _insert(result: fx.GraphModule, calls: tuple[SiteCall, ...], layer: nn.Module, placement: Placement) -> None:
     if not hasattr(result, LAYERS):
         result.add_module(LAYERS, nn.Module())
     holder = result.get_submodule(LAYERS)
@@ -129,7 +129,7 @@ def _insert(result: fx.GraphModule, calls: tuple[Found, ...], layer: nn.Module, 
             result.meta.setdefault(DEAD, set()).update(twins[given.get(n.name, n.name)] for n in _named(found, given))
 
 
-def _refuse_other_layout(found: Found) -> None:
+def _refuse_other_layout(found: SiteCall) -> None:
     given, wanted = shape_of(found.bound.x), shape_of(found.bound.y)
     if given[:-1] != wanted[:-1]:
         raise SelectError(
@@ -143,7 +143,7 @@ def _value_of(node: fx.Node) -> dict[str, Any]:
     return {key: node.meta[key] for key in ("val", "example_value", "tensor_meta", "type") if key in node.meta}
 
 
-def _named(found: Found, given: Mapping[str, str]) -> list[fx.Node]:
+def _named(found: SiteCall, given: Mapping[str, str]) -> list[fx.Node]:
     """The nodes of an MLP that the given graph has too."""
     return [node for node in found.bound.nodes if node.name in given or not found.segment.values]
 

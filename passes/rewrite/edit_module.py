@@ -15,17 +15,17 @@ from torch import nn
 
 from memrewrite.errors import ModelError, SelectError
 from memrewrite.passes.rewrite.build_layers import build_all, refuse_rewritten
-from memrewrite.passes.rewrite.graph_host import Host, layer_in, put
+from memrewrite.passes.rewrite.graph_host import GraphHost, layer_in, put
 from memrewrite.passes.rewrite.hooks import (
     AddMemory,
     GiveItem,
-    Hand,
-    HandOn,
-    Hollow,
+    InputSlot,
+    StoreInput,
     TakeArgument,
-    TakeHanded,
+    UseStoredInput,
+    ZeroStub,
 )
-from memrewrite.passes.rewrite.undo_log import Edit, hooked, module_at, swap
+from memrewrite.passes.rewrite.undo_log import UndoLog, hooked, module_at, swap
 from memrewrite.plans import Placement, Plan
 from memrewrite.site import Binding, Site
 
@@ -34,7 +34,9 @@ log = logging.getLogger("memrewrite")
 CHILD = "memory"  # a layer beside an MLP is this child of the module it is hooked to
 
 
-def substitute(model: nn.Module, plan: Plan, *, hosts: Mapping[str, Host] | None = None, initialise: bool = True) -> Edit:
+def substitute(
+    model: nn.Module, plan: Plan, *, hosts: Mapping[str, GraphHost] | None = None, initialise: bool = True
+) -> UndoLog:
     """Apply `plan` to `model` in place. `initialise=False` leaves new parameters unset, for a checkpoint to fill.
 
     `hosts` are the modules that become graphs (`traced.trace_hosts`).
@@ -43,7 +45,7 @@ def substitute(model: nn.Module, plan: Plan, *, hosts: Mapping[str, Host] | None
     On any error the model is as it was.
     """
     refuse_rewritten(model)
-    edit = Edit(hosts)
+    edit = UndoLog(hosts)
     try:
         layers = build_all(model, plan, edit, initialise)
         for substitution in plan.substitutions:
@@ -72,13 +74,13 @@ def layers_of(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return found
 
 
-def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, edit: Edit) -> None:
+def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, edit: UndoLog) -> None:
     """Put one layer at one site, through every binding the site has (weights that several modules share have several)."""
     if any(binding.kind == "graph" for binding in site.bindings):
         _place_in_graph(model, site, layer, placement, edit)
         return
     handed = any(binding.kind == "span" or (placement == "parallel" and binding.takes != 0) for binding in site.bindings)
-    hand = Hand() if handed else None
+    hand = InputSlot() if handed else None
     for number, binding in enumerate(_each_once(model, site)):
         if binding.kind == "none":
             raise SelectError(f"the MLP at {site.path!r} cannot be edited in the module tree: {binding.why}")
@@ -96,7 +98,7 @@ def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, 
     edit.layers[site.path] = layer
 
 
-def _place_in_graph(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, edit: Edit) -> None:
+def _place_in_graph(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, edit: UndoLog) -> None:
     host = edit.hosts.get(site.bindings[0].exit)
     if host is None or len(_each_once(model, site)) > 1:
         what = f"the MLP at {site.path!r} needs {site.bindings[0].exit!r} as a graph, which it is not"
@@ -105,10 +107,10 @@ def _place_in_graph(model: nn.Module, site: Site, layer: nn.Module, placement: P
     edit.layers[site.path] = layer
 
 
-def _stand_in(binding: Binding, layer: nn.Module, hand: Hand | None, edit: Edit) -> None:
+def _stand_in(binding: Binding, layer: nn.Module, hand: InputSlot | None, edit: UndoLog) -> None:
     """Have a layer called as the module in whose place it is, and return what that returned."""
     if hand:
-        hooked(layer.register_forward_pre_hook(TakeHanded(hand), with_kwargs=True, prepend=True), edit)
+        hooked(layer.register_forward_pre_hook(UseStoredInput(hand), with_kwargs=True, prepend=True), edit)
     elif not binding.alone or binding.takes != 0:
         hooked(layer.register_forward_pre_hook(TakeArgument(binding.takes), with_kwargs=True, prepend=True), edit)
     if binding.gives:
@@ -123,19 +125,19 @@ def _each_once(model: nn.Module, site: Site) -> list[Binding]:
     return list(seen.values())
 
 
-def _listen(model: nn.Module, site: Site, binding: Binding, placement: Placement, hand: Hand, edit: Edit) -> None:
+def _listen(model: nn.Module, site: Site, binding: Binding, placement: Placement, hand: InputSlot, edit: UndoLog) -> None:
     """Have the MLP's input remembered when it reaches the entries; in a replaced MLP these compute nothing any more."""
     widths = binding.widths if placement == "replace" else ()
     for path, width in zip_longest(binding.entries, widths):
         entry = module_at(model, path)
         if width is not None:
-            hollow = Hollow(width, site.axis)
+            hollow = ZeroStub(width, site.axis)
             swap(model, entry, hollow, edit)
             entry = hollow
-        hooked(entry.register_forward_pre_hook(HandOn(hand, binding.takes), with_kwargs=True), edit)
+        hooked(entry.register_forward_pre_hook(StoreInput(hand, binding.takes), with_kwargs=True), edit)
 
 
-def _hang(site: Site, exit_: nn.Module, layer: nn.Module, edit: Edit) -> None:
+def _hang(site: Site, exit_: nn.Module, layer: nn.Module, edit: UndoLog) -> None:
     """Make a layer beside an MLP a child of the module that returns the MLP's output."""
     host = _host(exit_)
     if hasattr(host, CHILD):

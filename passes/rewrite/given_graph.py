@@ -16,8 +16,8 @@ from torch import fx
 from memrewrite.errors import SelectError
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.shapes import shape_of
-from memrewrite.passes.locate.located_sites import Found, Locations
-from memrewrite.passes.locate.recorded_graph import Recorded
+from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
+from memrewrite.passes.locate.recorded_graph import RecordedGraph
 
 _SIZES = (int, torch.SymInt)  # values of nodes that are no tensors: whoever reads one reads no other value
 
@@ -30,12 +30,12 @@ def given_names(segment: Segment) -> dict[str, str]:
     return names
 
 
-def anchored(locations: Locations, paths: Iterable[str]) -> Locations:
+def anchored(locations: LocatedSites, paths: Iterable[str]) -> LocatedSites:
     """The locations with the sites at `paths` bound to what the given graph can name.
 
     Raises `SelectError` for an MLP that lies inside of a module or function which the given graph calls as one.
     """
-    found: dict[str, tuple[Found, ...]] = dict(locations.found)
+    found: dict[str, tuple[SiteCall, ...]] = dict(locations.found)
     named = _Named()
     for path in paths:
         calls = tuple(named.anchor(call) for call in found[path])
@@ -49,7 +49,7 @@ def anchored(locations: Locations, paths: Iterable[str]) -> Locations:
     return replace(locations, found=found)
 
 
-def all_hidden(locations: Locations) -> bool:
+def all_hidden(locations: LocatedSites) -> bool:
     """Whether there are MLPs, and each lies inside of something that the given graph calls as one."""
     named = _Named()
     calls = [call for found in locations.found.values() for call in found]
@@ -62,7 +62,7 @@ class _Named:
     def __init__(self) -> None:
         self._by_value: dict[int, dict[fx.Node | None, list[fx.Node]]] = {}
 
-    def anchor(self, found: Found) -> Found | None:
+    def anchor(self, found: SiteCall) -> SiteCall | None:
         """The MLP between nodes that have a name; None when there are none."""
         recorded, bound = found.recorded, found.bound
         xs, ys = self._carrying(recorded, bound.x), self._carrying(recorded, bound.y)
@@ -74,7 +74,7 @@ class _Named:
                     return replace(found, bound=bound._replace(nodes=frozenset(nodes), x=x, y=y))
         return None
 
-    def _carrying(self, recorded: Recorded, end: fx.Node) -> list[fx.Node]:
+    def _carrying(self, recorded: RecordedGraph, end: fx.Node) -> list[fx.Node]:
         """The nodes that carry the value of `end`, laid out as it is or otherwise; itself first."""
         by_value = self._by_value.get(id(recorded))
         if by_value is None:
@@ -82,12 +82,12 @@ class _Named:
             names, is_given = given_names(recorded.segment), not recorded.segment.values
             for node in recorded.position:
                 if is_given or node.name in names:
-                    by_value.setdefault(recorded.root(node), []).append(node)
-        same = by_value.get(recorded.root(end), [])
+                    by_value.setdefault(recorded.canonical_value(node), []).append(node)
+        same = by_value.get(recorded.canonical_value(end), [])
         return sorted(same, key=lambda node: node is not end)
 
 
-def _between(recorded: Recorded, x: fx.Node, y: fx.Node, own: set[fx.Node]) -> set[fx.Node] | None:
+def _between(recorded: RecordedGraph, x: fx.Node, y: fx.Node, own: set[fx.Node]) -> set[fx.Node] | None:
     """The nodes on the ways from `x` to `y`, weights' arithmetic aside; None when a way leaves `own`."""
     inside, pending = {y}, [y]
     while pending:

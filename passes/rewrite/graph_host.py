@@ -41,7 +41,7 @@ class Trace:
 
 
 @dataclass
-class Host:
+class GraphHost:
     """A module that becomes a graph, and the layers placed in it so far, by site."""
 
     path: str
@@ -58,7 +58,7 @@ class Host:
 Done = Callable[[Callable[[], object]], None]  # is told how each change is undone
 
 
-def put(model: nn.Module, host: Host, site: Site, layer: nn.Module, placement: Placement, done: Done) -> None:
+def put(model: nn.Module, host: GraphHost, site: Site, layer: nn.Module, placement: Placement, done: Done) -> None:
     """Have `layer` work at a site inside a host."""
     module = model.get_submodule(host.path)
     if not host.placed:
@@ -76,13 +76,13 @@ def put(model: nn.Module, host: Host, site: Site, layer: nn.Module, placement: P
         _drop(model, host, [name for name in site.parameters if name not in read], done)
 
 
-def _take_out(module: nn.Module, host: Host, site: Site) -> None:
+def _take_out(module: nn.Module, host: GraphHost, site: Site) -> None:
     del host.placed[site.path]
     if host.placed:
         _compile(module, host)
 
 
-def _drop(model: nn.Module, host: Host, names: Iterable[str], done: Done) -> None:
+def _drop(model: nn.Module, host: GraphHost, names: Iterable[str], done: Done) -> None:
     """Let go of weights of a host that nothing in it reads any more."""
     for name in names:
         path, _, last = name.rpartition(".")
@@ -100,7 +100,7 @@ def layer_in(model: nn.Module, path: str, number: int) -> nn.Module:
     return model.get_submodule(f"{path}.{CHILD}.{number}")
 
 
-def _become(module: nn.Module, host: Host, done: Done) -> None:
+def _become(module: nn.Module, host: GraphHost, done: Done) -> None:
     if hasattr(module, CHILD):
         raise SelectError(f"the module {host.path!r} has an attribute {CHILD!r} of its own, where layers were to hang")
     host.kind = type(module)
@@ -114,7 +114,7 @@ def _become(module: nn.Module, host: Host, done: Done) -> None:
         done(lambda name=name: delattr(module, name))  # type: ignore[misc]
 
 
-def _compile(module: nn.Module, host: Host) -> set[str]:
+def _compile(module: nn.Module, host: GraphHost) -> set[str]:
     """Give the module a forward that is its graph, with every layer placed so far; the weights that it still reads."""
     modes, read = {}, set[str]()
     for training, trace in host.traces.items():

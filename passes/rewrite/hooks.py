@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class Hand:
+class InputSlot:
     """Carries an MLP's input from where it is read to where its output is due, within one forward."""
 
     def __init__(self) -> None:
@@ -28,10 +28,10 @@ class Hand:
         return x
 
 
-class HandOn:
+class StoreInput:
     """Forward pre-hook of an entry: remembers the MLP's input, the argument at a position or of a name."""
 
-    def __init__(self, hand: Hand, takes: int | str = 0) -> None:
+    def __init__(self, hand: InputSlot, takes: int | str = 0) -> None:
         self.hand, self.takes = hand, takes
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -39,10 +39,10 @@ class HandOn:
         self.hand.x = _argument(args, kwargs, self.takes)
 
 
-class TakeHanded:
+class UseStoredInput:
     """Forward pre-hook of a layer at an exit: gives it the MLP's input instead of what the exit was given."""
 
-    def __init__(self, hand: Hand) -> None:
+    def __init__(self, hand: InputSlot) -> None:
         self.hand = hand
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -86,7 +86,7 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], takes: int | str) -
 class AddMemory:
     """Forward hook of an MLP: adds the layer's output to the MLP's, which may be one item of what the module returns."""
 
-    def __init__(self, layer: nn.Module, hand: Hand | None, item: int | None = None) -> None:
+    def __init__(self, layer: nn.Module, hand: InputSlot | None, item: int | None = None) -> None:
         self.layer, self.hand, self.item = layer, hand, item
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -122,7 +122,7 @@ class FeaturesBack:
         return output.movedim(-1, self.axis)
 
 
-class Hollow(nn.Module):
+class ZeroStub(nn.Module):
     """Stands where a replaced MLP's first matrix stood: hands on zeros of its width, without computing anything."""
 
     def __init__(self, width: int, axis: int = -1) -> None:

@@ -15,14 +15,14 @@ from memrewrite.passes.capture.torch_export import Refused, export_program
 from memrewrite.passes.graphs.ops import is_assertion
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.locate import locate
-from memrewrite.passes.locate.located_sites import Locations
+from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.call_recorder import Recorder
 from memrewrite.passes.models.forward import Inputs, first_run
-from memrewrite.passes.rewrite.graph_host import ANY, CONSTANT, Host, Trace
+from memrewrite.passes.rewrite.graph_host import ANY, CONSTANT, GraphHost, Trace
 from memrewrite.plans import Plan
 
 
-def trace_hosts(model: nn.Module, plan: Plan, before: Capture) -> dict[str, Host]:
+def trace_hosts(model: nn.Module, plan: Plan, before: Capture) -> dict[str, GraphHost]:
     """The graphs of every module that the plan needs as one, by path. Raises `SelectError` where torch cannot trace it."""
     paths = dict.fromkeys(b.exit for s in plan.substitutions for b in s.site.bindings if b.kind == "graph")
     if not paths:
@@ -32,7 +32,7 @@ def trace_hosts(model: nn.Module, plan: Plan, before: Capture) -> dict[str, Host
     return {path: _host(model, path, plan, recorder.block_inputs[path], before) for path in paths}
 
 
-def _host(model: nn.Module, path: str, plan: Plan, inputs: Inputs, before: Capture) -> Host:
+def _host(model: nn.Module, path: str, plan: Plan, inputs: Inputs, before: Capture) -> GraphHost:
     module = model.get_submodule(path)
     sites = {s.site.path: s.site.parameters for s in plan.substitutions if any(b.exit == path for b in s.site.bindings)}
     traces, constants, skewed = {}, dict[str, Tensor](), set[str]()
@@ -57,10 +57,12 @@ def _host(model: nn.Module, path: str, plan: Plan, inputs: Inputs, before: Captu
         traces[training] = _trace(program, ends, constants)
         shapes = {node.name: shape_of(node)[:-1] for node in program.graph.nodes}
         skewed |= {site for site, pairs in ends.items() if any(shapes[x] != shapes[y] for x, y in pairs)}
-    return Host(path, traces, constants, frozenset(skewed))
+    return GraphHost(path, traces, constants, frozenset(skewed))
 
 
-def _ends(model: nn.Module, found: Locations, sites: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[tuple[str, str], ...]]:
+def _ends(
+    model: nn.Module, found: LocatedSites, sites: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[tuple[str, str], ...]]:
     """The input and output nodes of each wanted site, told by its weights, whatever name they go by here."""
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
 

@@ -13,19 +13,21 @@ from torch import Tensor, fx, nn
 
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.ops import op_name
-from memrewrite.passes.locate.located_sites import Found
+from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.locate.recorded_graph import FILLS, of_sizes_alone
 
 
-class Original(nn.Module):
+class OriginalMLP(nn.Module):
     """The MLP at one site as it was: called as often as the site is, each call with the nodes recorded for that call.
 
-    `noisy` switches on what was recorded in eval mode and acts in train mode only.
+    `train_noise` switches on what was recorded in eval mode and acts in train mode only.
     """
 
-    def __init__(self, model: nn.Module, calls: Sequence[Found], *, noisy: bool = False) -> None:
+    def __init__(self, model: nn.Module, calls: Sequence[SiteCall], *, train_noise: bool = False) -> None:
         super().__init__()
-        self.calls = [extract(model, found, noisy=noisy) for found in calls]  # a plain list: the weights stay the model's
+        self.calls = [
+            extract(model, found, train_noise=train_noise) for found in calls
+        ]  # a plain list: the weights stay the model's
         self.outputs: list[Tensor] = []  # with gradients on: leaves, to see what depends on them
         self.stands_for: list[nn.Module] = []  # modules whose attributes the model may ask this one for
 
@@ -48,7 +50,7 @@ class Original(nn.Module):
         return self.outputs[-1].clone()  # a model may add to an MLP's output in place, which a leaf does not allow
 
 
-def extract(model: nn.Module, found: Found, *, noisy: bool = False) -> fx.GraphModule:
+def extract(model: nn.Module, found: SiteCall, *, train_noise: bool = False) -> fx.GraphModule:
     """One recorded call of an MLP as a `GraphModule` of one input, sharing its parameters with `model`."""
     bound, position = found.bound, found.recorded.position
     graph, root = fx.Graph(), nn.Module()
@@ -62,7 +64,7 @@ def extract(model: nn.Module, found: Found, *, noisy: bool = False) -> fx.GraphM
             made[node] = value
         elif node.op == "call_function":
             made[node] = graph.node_copy(node, made.__getitem__)
-            if noisy:
+            if train_noise:
                 _switch_on(made[node])
         elif node is not bound.x:
             name = f"weight_{len(made)}"

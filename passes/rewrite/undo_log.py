@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from memrewrite.errors import SelectError
-from memrewrite.passes.rewrite.graph_host import Host
+from memrewrite.passes.rewrite.graph_host import GraphHost
 
 
-class Edit:
+class UndoLog:
     """What was changed in a module tree, newest last; `revert` brings the old tree back, bit for bit."""
 
-    def __init__(self, hosts: Mapping[str, Host] | None = None) -> None:
+    def __init__(self, hosts: Mapping[str, GraphHost] | None = None) -> None:
         self.hosts = hosts or {}  # the modules that become graphs, by path
         self.layers: dict[str, nn.Module] = {}  # by site path
         self._undo: list[Callable[[], object]] = []
@@ -45,11 +45,12 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
         ) from error
 
 
-def hooked(handle: Any, edit: Edit) -> None:
+def hooked(handle: Any, edit: UndoLog) -> None:
+    """Note the removal of a hook."""
     edit.done(handle.remove)
 
 
-def swap(model: nn.Module, old: nn.Module, new: nn.Module, edit: Edit) -> None:
+def swap(model: nn.Module, old: nn.Module, new: nn.Module, edit: UndoLog) -> None:
     """Put `new` wherever `old` hangs: one module may be reached by several names."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from torch import fx, nn
 
 from memrewrite.errors import CheckpointError, MemrewriteError, ModelError
+from memrewrite.frozen import Frozen
 from memrewrite.passes.capture.torch_export import export_program
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.edit_module import substitute
@@ -30,7 +31,6 @@ from memrewrite.passes.storage.manifest import read_manifest, tampered, write_ma
 from memrewrite.passes.storage.tensor_files import fill, fill_transient, named_once, save_tensors, save_transient
 from memrewrite.plans import Plan
 from memrewrite.report import Report
-from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

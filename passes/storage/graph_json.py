@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import treespec_dumps, treespec_loads
 
 from memrewrite.errors import CheckpointError, ModelError
-from memrewrite.passes.rewrite.graph_host import ANY, Host, Trace
+from memrewrite.passes.rewrite.graph_host import ANY, GraphHost, Trace
 
 GRAPHS = "graphs.json"
 FORMAT = 1
@@ -31,12 +31,12 @@ KINDS: dict[str, type[Any]] = {
 }
 
 
-def hosts_to_json(hosts: Mapping[str, Host]) -> str:
+def hosts_to_json(hosts: Mapping[str, GraphHost]) -> str:
     """The graphs of `hosts` as a text. Raises `ModelError` for what cannot be written."""
     return json.dumps({"graphs": FORMAT, "hosts": [_host(host) for host in hosts.values()]}, indent=1)
 
 
-def hosts_from_json(text: str) -> dict[str, Host]:
+def hosts_from_json(text: str) -> dict[str, GraphHost]:
     """The hosts of such a text, without layers. Raises `CheckpointError` when it is not one."""
     try:
         data = json.loads(text)
@@ -47,16 +47,16 @@ def hosts_from_json(text: str) -> dict[str, Host]:
         raise CheckpointError(f"graphs.json cannot be read: {error}", hint="save the model again") from error
 
 
-def _host(host: Host) -> dict[str, Any]:
+def _host(host: GraphHost) -> dict[str, Any]:
     constants = {name: [_value(value.dtype), list(value.shape)] for name, value in host.constants.items()}
     traces = {("train" if training else "eval"): _trace(trace) for training, trace in host.traces.items()}
     return {"path": host.path, "constants": constants, "skewed": sorted(host.skewed), "traces": traces}
 
 
-def _read_host(data: Mapping[str, Any]) -> Host:
+def _read_host(data: Mapping[str, Any]) -> GraphHost:
     constants = {name: torch.empty(shape, dtype=_read(dtype, {})) for name, (dtype, shape) in data["constants"].items()}
     traces = {mode == "train": _read_trace(trace) for mode, trace in data["traces"].items()}
-    return Host(data["path"], traces, constants, frozenset(data["skewed"]))
+    return GraphHost(data["path"], traces, constants, frozenset(data["skewed"]))
 
 
 def _trace(trace: Trace) -> dict[str, Any]:

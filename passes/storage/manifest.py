@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memrewrite.errors import CheckpointError
+from memrewrite.frozen import Frozen
 from memrewrite.passes.storage.base_model import Base, Kind
-from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

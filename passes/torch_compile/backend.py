@@ -18,16 +18,16 @@ from memrewrite.errors import MemrewriteError, ModelError, SelectError, Verifica
 from memrewrite.passes.capture.capture import lowered_segment
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.locate.locate import locate
-from memrewrite.passes.locate.located_sites import Locations
+from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.pipeline import RecipeLike
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import narrowed, select
 from memrewrite.passes.rewrite.edit_graph import emit_layers
 from memrewrite.passes.rewrite.given_graph import anchored
-from memrewrite.passes.torch_compile.layer_store import Memory
+from memrewrite.passes.torch_compile.layer_store import LayerStore
 from memrewrite.passes.torch_compile.lifted_weights import (
-    Part,
+    GraphPart,
     attached,
     given_back,
     sites_as_stored,
@@ -41,7 +41,7 @@ from memrewrite.plans import Plan
 from memrewrite.recipes.reader import read_recipe
 from memrewrite.recipes.schema import Recipe
 from memrewrite.report import Check
-from memrewrite.site import Located, Site
+from memrewrite.site import Inspection, Site
 
 log = logging.getLogger("memrewrite")
 Compiled = Callable[..., Any]
@@ -54,7 +54,7 @@ def backend(
     *,
     model: nn.Module | None = None,
     then: Next = "inductor",
-    on_located: Callable[[Located], None] | None = None,
+    on_located: Callable[[Inspection], None] | None = None,
     allow_large: bool = False,
 ) -> Backend:
     """A backend for `torch.compile(model, backend=...)`; `then` compiles the graphs: a name torch knows, or a backend.
@@ -74,11 +74,11 @@ class Backend:
         recipe: Recipe | None,
         model: nn.Module | None,
         then: Next,
-        on_located: Callable[[Located], None] | None,
+        on_located: Callable[[Inspection], None] | None,
         allow_large: bool,
     ) -> None:
-        self.memory = Memory().eval()
-        self.graphs: list[Located] = []  # what each graph held, in the order they came
+        self.memory = LayerStore().eval()
+        self.graphs: list[Inspection] = []  # what each graph held, in the order they came
         self.checks: list[tuple[Check, ...]] = []  # of each graph that was rewritten
         self._recipe, self._model, self._then = recipe, model, then
         self._on_located, self._allow_large = on_located, allow_large
@@ -87,12 +87,12 @@ class Backend:
         self._towers: dict[int, str] = {}
 
     @property
-    def located(self) -> Located:
+    def located(self) -> Inspection:
         """What was located in all graphs so far, an MLP that was met in several of them once."""
         sites = {(site.path, site.parameters): site for graph in self.graphs for site in graph.sites}
         misses = dict.fromkeys(miss for graph in self.graphs for miss in graph.near_misses)
         captured = f"torch.compile, {len(self.graphs)} graphs"
-        return Located(sites=tuple(sites.values()), near_misses=tuple(misses), captured=captured)
+        return Inspection(sites=tuple(sites.values()), near_misses=tuple(misses), captured=captured)
 
     def check(self) -> None:
         """Raise `SelectError` when a rule of the recipe has selected no MLP of any graph so far."""
@@ -141,7 +141,7 @@ class Backend:
         rewritten.add_module(made.root, self.memory.pools)  # no node names it: the layers hold it
         return rewritten, guarded
 
-    def _captured(self, gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[Part, Capture]:
+    def _captured(self, gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[GraphPart, Capture]:
         """The graph in ATen; buffers it writes into count as inputs, for they are other ones at each run."""
         part = attached(gm, examples, self._model)
         segment = lowered_segment(part.module, part.inputs)
@@ -150,13 +150,13 @@ class Backend:
             segment = lowered_segment(part.module, part.inputs)
         return part, Capture((segment,), part.inputs, "torch.compile")
 
-    def _is_whole(self, gm: fx.GraphModule, part: Part) -> bool:
+    def _is_whole(self, gm: fx.GraphModule, part: GraphPart) -> bool:
         """Whether this is the graph of the whole model, as far as can be told: nothing was broken off, and it is the root's."""
         reason = getattr(gm, "compile_subgraph_reason", None)
         self._in_parts |= bool(part.root) or bool(getattr(reason, "graph_break", False))
         return not self._in_parts
 
-    def _plan(self, located: Located, recipe: Recipe, whole: bool) -> Plan | None:
+    def _plan(self, located: Inspection, recipe: Recipe, whole: bool) -> Plan | None:
         counting = next((i for i, rule in enumerate(recipe.replace) if rule.where.counts), None)
         in_blocks = any(site.block is not None for site in located.sites)
         if self._model is None and counting is not None and located.sites and not (whole and in_blocks):
@@ -177,7 +177,7 @@ class Backend:
         pools = {name: pool for name, pool in recipe.pools.items() if name in {rule.pool for rule in rules.values()}}
         return select(located, recipe.model_copy(update={"replace": tuple(rules.values()), "pools": pools}), live=False)
 
-    def _proved(self, made: Plan, part: Part, before: Capture, locations: Locations) -> fx.GraphModule:
+    def _proved(self, made: Plan, part: GraphPart, before: Capture, locations: LocatedSites) -> fx.GraphModule:
         weights = dict(part.module.named_parameters()) | dict(part.module.named_buffers())
         built_before = [self.memory.known(weights, s) is not None for s in made.substitutions]
         if not self._allow_large and not all(built_before):
@@ -193,7 +193,7 @@ class Backend:
         return result
 
 
-def _first_weights(gm: fx.GraphModule, examples: Sequence[Any], part: Part, sites: Sequence[Site]) -> dict[int, Tensor]:
+def _first_weights(gm: fx.GraphModule, examples: Sequence[Any], part: GraphPart, sites: Sequence[Site]) -> dict[int, Tensor]:
     """One weight of every MLP, by its place among the inputs; dynamo is told to compile again for others.
 
     Its graphs take weights as inputs, and it runs one graph for all blocks that are compiled each by itself.

@@ -19,7 +19,7 @@ from memrewrite.passes.rewrite.build_layers import build_layer, generator_of
 from memrewrite.plans import Plan, Substitution
 
 
-class Memory(nn.Module):
+class LayerStore(nn.Module):
     """Pools (`pools.<name>`) and layers (`layers.<path>`, with `/` for `.`) by the order in which they were met."""
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from memrewrite.passes.models.block_stacks import places
 from memrewrite.passes.models.forward import Inputs
-from memrewrite.site import Located, Site
+from memrewrite.site import Inspection, Site
 
 STACK = "nn_module_stack"
 STEP = re.compile(r"\['?([^'\]]+)'?\]|\.(\w+)")
@@ -27,7 +27,7 @@ PLUMBING = ("_modules", "_parameters", "_buffers", "__dict__")
 
 
 @dataclass(frozen=True)
-class Part:
+class GraphPart:
     """A graph of a model, or of a part of it, as a module that holds its weights."""
 
     module: fx.GraphModule
@@ -36,7 +36,7 @@ class Part:
     root: str  # the path of the module whose forward this is a part of, where the model is known
 
 
-def attached(gm: fx.GraphModule, examples: Sequence[Any], model: nn.Module | None, aside: Sequence[str] = ()) -> Part:
+def attached(gm: fx.GraphModule, examples: Sequence[Any], model: nn.Module | None, aside: Sequence[str] = ()) -> GraphPart:
     """The graph with its weights attached, those named in `aside` left as inputs.
 
     With a `model` weights and modules have the names they have in it; without, those in the frame that was compiled.
@@ -50,7 +50,7 @@ def attached(gm: fx.GraphModule, examples: Sequence[Any], model: nn.Module | Non
     given = dict(zip((node.name for node in placeholders), examples, strict=True))
     held |= {name: given[node] for node, name in weights.items()}
     inputs = tuple(_value(value) for node, value in given.items() if node not in weights)
-    return Part(fx.GraphModule(held, copied.graph), (inputs, {}), weights, moved.get("", ""))
+    return GraphPart(fx.GraphModule(held, copied.graph), (inputs, {}), weights, moved.get("", ""))
 
 
 class _Copy:
@@ -122,7 +122,7 @@ def source_of(node: fx.Node) -> Any:
     return getattr(node, "_dynamo_source", None)
 
 
-def sites_as_stored(located: Located, part: Part) -> Located:
+def sites_as_stored(located: Inspection, part: GraphPart) -> Inspection:
     """The sites, in the type of their weights where autocast computes in a smaller one: a layer is cast as they are."""
     held = dict(part.module.named_parameters()) | dict(part.module.named_buffers())
 
@@ -134,7 +134,7 @@ def sites_as_stored(located: Located, part: Part) -> Located:
     return located.model_copy(update={"sites": tuple(map(as_stored, located.sites))})
 
 
-def sites_numbered(located: Located, model: nn.Module) -> Located:
+def sites_numbered(located: Inspection, model: nn.Module) -> Inspection:
     """The sites with the numbers their blocks have in the model, of which a graph may hold some only."""
     types = {path: type(module).__qualname__ for path, module in model.named_modules() if path}
     where = places([site.path.partition("#")[0] for site in located.sites], types)

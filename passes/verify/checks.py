@@ -7,7 +7,6 @@ every layer stands beside its MLP.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from memrewrite.errors import CaptureError
@@ -22,8 +21,6 @@ from memrewrite.passes.verify.gradient_flow import gradient
 from memrewrite.passes.verify.layer_locality import tokenwise
 from memrewrite.plans import Substitution
 from memrewrite.report import Check
-
-log = logging.getLogger("memrewrite")
 
 
 def coverage(evidence: Evidence) -> Check:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from memrewrite.passes.capture.segment import Capture
-from memrewrite.passes.locate.located_sites import Locations
+from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import Fingerprint
 from memrewrite.passes.models.forward import on_meta
 from memrewrite.passes.rewrite.build_layers import pools_of
-from memrewrite.passes.rewrite.graph_host import Host
+from memrewrite.passes.rewrite.graph_host import GraphHost
 from memrewrite.plans import Plan
 from memrewrite.report import Check
 
@@ -24,10 +24,10 @@ class Evidence:
     model: nn.Module
     plan: Plan
     before: Capture
-    locations: Locations
+    locations: LocatedSites
     fingerprints: Mapping[str, Fingerprint]
     reached: frozenset[str] = frozenset()  # sites that outputs depended on differentiably before
-    hosts: Mapping[str, Host] = field(default_factory=dict)  # the modules that become graphs
+    hosts: Mapping[str, GraphHost] = field(default_factory=dict)  # the modules that become graphs
     layers: Mapping[str, nn.Module] = field(default_factory=dict)  # by site path, as built
 
     @property

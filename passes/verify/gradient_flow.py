@@ -14,7 +14,7 @@ from memrewrite.kernels.pending import Pending
 from memrewrite.layers.pool import Pool
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.rewrite.build_layers import pools_of
-from memrewrite.passes.rewrite.original_mlp import Original
+from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.verify.evidence import Evidence, checked, new_modules, skipped
 from memrewrite.report import Check
 
@@ -139,7 +139,7 @@ def _in_a_direction(tensors: list[Tensor]) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def reached(outputs: Any, wrapped: Mapping[str, Original]) -> frozenset[str]:
+def reached(outputs: Any, wrapped: Mapping[str, OriginalMLP]) -> frozenset[str]:
     """The sites that the original model's outputs depend on differentiably: a quantiser cuts off what is before it."""
     made = [(path, leaf) for path, original in wrapped.items() for leaf in original.outputs]
     grads = _reach(outputs, [leaf for _, leaf in made])

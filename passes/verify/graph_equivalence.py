@@ -17,11 +17,11 @@ from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.ops import IDENTITY, is_assertion, op_name
 from memrewrite.passes.graphs.provenance import clean, modules_of
 from memrewrite.passes.graphs.shapes import is_tensor, shape_of
-from memrewrite.passes.locate.located_sites import Found
+from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.plans import Substitution
 
 
-class Numbers:
+class ValueNumbering:
     """Numbers values by what computes them; equal computations get equal numbers."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ def _hands_on(node: fx.Node) -> bool:
 
 
 def _hollow(node: fx.Node) -> bool:
-    """The zeros that a `Hollow` hands on: a sum with them is what is added to them."""
+    """The zeros that a `ZeroStub` hands on: a sum with them is what is added to them."""
     return op_name(node) == "expand" and op_name(node.all_input_nodes[0]) == "new_zeros"
 
 
@@ -72,7 +72,7 @@ class Folded:
     def __init__(self, name: str | None, reads: fx.Node) -> None:
         self.name, self.reads = name, reads
 
-    def number(self, numbers: Numbers, known: dict[fx.Node, int]) -> int:
+    def number(self, numbers: ValueNumbering, known: dict[fx.Node, int]) -> int:
         """Its number, from that of what it reads."""
         return known[self.reads] if self.name is None else numbers.of(("site", self.name, known[self.reads]))
 
@@ -119,12 +119,14 @@ class Differs(Exception):  # noqa: N818 - a verdict, turned into a failed check
     """The frame is not the same; the message says where."""
 
 
-def compare(before: Segment, after: Segment, found: Mapping[str, tuple[Found, ...]], layers: Mapping[str, Substitution]) -> int:
+def compare(
+    before: Segment, after: Segment, found: Mapping[str, tuple[SiteCall, ...]], layers: Mapping[str, Substitution]
+) -> int:
     """Hold the graph outside the sites before and after against each other; the number of values compared.
 
     `layers` gives the substitution behind each layer's module path. Raises `Differs`.
     """
-    numbers = Numbers()
+    numbers = ValueNumbering()
     sites = {s.site.path: s for s in layers.values()}
     calls = {path: [c for c in found[path] if c.segment is before] for path in sites}
     replaced = [(path, c) for path, made in calls.items() for c in made if sites[path].placement == "replace"]

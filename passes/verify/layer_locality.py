@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from memrewrite.passes.models.forward import SEED
-from memrewrite.passes.rewrite.hooks import TakeHanded
+from memrewrite.passes.rewrite.hooks import UseStoredInput
 from memrewrite.passes.verify.evidence import Evidence, checked, skipped
 from memrewrite.passes.verify.gradient_flow import opened
 from memrewrite.passes.verify.mlp_locality import Tokens, trial
@@ -53,7 +53,7 @@ def _called(layer: nn.Module, given: Tensor, axis: int) -> Tensor:
     """
     x = given.reshape(*given.shape[:-1], *[1] * max(0, axis - 2), given.shape[-1]).movedim(-1, axis)
     for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, TakeHanded):
+        if isinstance(hook, UseStoredInput):
             hook.hand.x = x
     out: Tensor = next(leaf for leaf in tree_leaves(layer(x)) if isinstance(leaf, Tensor))
     return out.movedim(axis, -1).reshape(*given.shape[:-1], -1)

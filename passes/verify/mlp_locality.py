@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from memrewrite.passes.locate.located_sites import Found
-from memrewrite.passes.locate.recorded_graph import Recorded
+from memrewrite.passes.locate.located_sites import SiteCall
+from memrewrite.passes.locate.recorded_graph import RecordedGraph
 from memrewrite.passes.locate.token_probe import mixes
 from memrewrite.passes.models.forward import SEED
 from memrewrite.passes.regions.experts import Mixture
@@ -71,7 +71,7 @@ class Trial:
     constant: bool = False
 
 
-def _try(call: nn.Module, found: Found) -> Trial:
+def _try(call: nn.Module, found: SiteCall) -> Trial:
     into, out = _tokens_in(found), _tokens_out(found)
     if len(into.places) != len(out.places):
         return Trial(f"{len(into.places)} tokens go in and {len(out.places)} come out")
@@ -126,14 +126,14 @@ def _chosen(tokens: Tokens) -> list[int]:
 # ------------------------------------------------------------------------------------------------- tokens and layouts
 
 
-def _tokens_in(found: Found) -> Tokens:
+def _tokens_in(found: SiteCall) -> Tokens:
     """Of the value the MLP is given: its features are the last axis of what the first matrix reads."""
     region, flow = found.region, found.recorded.flow
-    reads = [up.all_input_nodes[0] for up in region.ups if flow.root(up.all_input_nodes[0]) is region.x]
+    reads = [up.all_input_nodes[0] for up in region.ups if flow.unviewed(up.all_input_nodes[0]) is region.x]
     return _tokens(region.x, reads[0] if reads else region.x, _twin(found.recorded, found.bound.x))
 
 
-def _tokens_out(found: Found) -> Tokens:
+def _tokens_out(found: SiteCall) -> Tokens:
     """Of the value the MLP returns: its features are the last axis of what the last matrix gives."""
     down = found.region.down
     return _tokens(down, down, _twin(found.recorded, found.bound.y))
@@ -162,8 +162,8 @@ def _viewed(numbered: Tensor, value: fx.Node, view: fx.Node) -> Tensor:
     return numbered
 
 
-def _twin(recorded: Recorded, node: fx.Node) -> fx.Node:
-    """The canonical node of a recorded one; of its source, where `normalize` dropped it."""
+def _twin(recorded: RecordedGraph, node: fx.Node) -> fx.Node:
+    """The canonical node of a recorded one; of its source, where `canonicalize` dropped it."""
     while node not in recorded.twin:
         node = node.all_input_nodes[0]
     twin: fx.Node = recorded.twin[node]
@@ -183,7 +183,7 @@ def _plain(size: Any) -> int:
     return int(size.node.expr.subs(dict.fromkeys(size.node.expr.free_symbols, UNKNOWN)))
 
 
-def _alike(call: fx.GraphModule, found: Found) -> Any:
+def _alike(call: fx.GraphModule, found: SiteCall) -> Any:
     """What two MLPs have in common that are equal but for the numbers in their weights."""
     number = {node: i for i, node in enumerate(call.graph.nodes)}
     numbered: Any = lambda node: f"%{number[node]}"  # noqa: E731

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from memrewrite.passes.locate.located_sites import Found
+from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.models.fingerprints import differing
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.rewrite.edit_module import place
-from memrewrite.passes.rewrite.original_mlp import Original
-from memrewrite.passes.rewrite.undo_log import Edit, module_at
+from memrewrite.passes.rewrite.original_mlp import OriginalMLP
+from memrewrite.passes.rewrite.undo_log import UndoLog, module_at
 from memrewrite.passes.verify.evidence import Evidence, checked
 from memrewrite.report import Check
 from memrewrite.site import Site
 
-Calls = Mapping[str, tuple[Found, ...]]
+Calls = Mapping[str, tuple[SiteCall, ...]]
 
 
-def run_with_originals(evidence: Evidence, *, gradients: bool = False) -> tuple[Any, dict[str, Original]]:
+def run_with_originals(evidence: Evidence, *, gradients: bool = False) -> tuple[Any, dict[str, OriginalMLP]]:
     """The live model's outputs with every selected MLP lifted out and put in the layer's way, and these wrapped MLPs.
 
     Leaves the model as it was.
@@ -32,14 +32,14 @@ def run_with_originals(evidence: Evidence, *, gradients: bool = False) -> tuple[
 
 
 @contextmanager
-def originals_placed(evidence: Evidence, found: Calls, *, noisy: bool = False) -> Iterator[dict[str, Original]]:
-    """The live model with every selected MLP lifted out and put in the layer's way; `noisy`: as it acts in train mode."""
-    edit = Edit(evidence.hosts)
-    wrapped: dict[str, Original] = {}
+def originals_placed(evidence: Evidence, found: Calls, *, train_noise: bool = False) -> Iterator[dict[str, OriginalMLP]]:
+    """The live model with every selected MLP lifted out and put in the layer's way; `train_noise`: as it acts in train mode."""
+    edit = UndoLog(evidence.hosts)
+    wrapped: dict[str, OriginalMLP] = {}
     try:
         for substitution in evidence.plan.substitutions:
             site = substitution.site
-            wrapped[site.path] = Original(evidence.model, found[site.path], noisy=noisy)
+            wrapped[site.path] = OriginalMLP(evidence.model, found[site.path], train_noise=train_noise)
             wrapped[site.path].stands_for = [module_at(evidence.model, b.exit) for b in site.bindings if b.exit]
             place(evidence.model, site, wrapped[site.path], "replace", edit)
             _rewind(evidence.model, site, wrapped[site.path], edit)
@@ -88,7 +88,7 @@ def _cuda_states() -> list[torch.Tensor]:
     return list(torch.cuda.get_rng_state_all()) if torch.cuda.is_available() else []
 
 
-def _rewind(model: nn.Module, site: Site, exit_: nn.Module, edit: Edit) -> None:
+def _rewind(model: nn.Module, site: Site, exit_: nn.Module, edit: UndoLog) -> None:
     rewind = _Rewind()
     for binding in site.bindings:
         if binding.kind == "span":

@@ -16,16 +16,16 @@ import torch
 from torch import fx
 
 from memrewrite.errors import CaptureError
-from memrewrite.passes.canonicalize.canonicalize import normalize
+from memrewrite.passes.canonicalize.canonicalize import canonicalize
 from memrewrite.passes.capture.capture import recapture
 from memrewrite.passes.graphs.dataflow import Dataflow
-from memrewrite.passes.locate.binding import Bound
+from memrewrite.passes.locate.binding import BoundRegion
 from memrewrite.passes.locate.locate import locate
-from memrewrite.passes.locate.located_sites import Found
-from memrewrite.passes.locate.recorded_graph import Recorded
+from memrewrite.passes.locate.located_sites import SiteCall
+from memrewrite.passes.locate.recorded_graph import RecordedGraph
 from memrewrite.passes.models.fingerprints import differing
 from memrewrite.passes.models.forward import run
-from memrewrite.passes.models.state_guard import Kept, in_train_mode, seeded
+from memrewrite.passes.models.state_guard import StateGuard, in_train_mode, seeded
 from memrewrite.passes.verify.evidence import Evidence, checked, skipped
 from memrewrite.passes.verify.null_check import Calls, originals_placed
 from memrewrite.report import Check
@@ -49,13 +49,13 @@ def null_train(evidence: Evidence) -> Check:
             return skipped("null_train", str(why))
 
 
-def _compared_in_train_mode(evidence: Evidence, kept: Kept) -> Check:
+def _compared_in_train_mode(evidence: Evidence, kept: StateGuard) -> Check:
     wanted = _reference(evidence, kept)
-    different = differing(wanted, _run_in_train_mode(evidence, kept, evidence.locations.found, noisy=True))
+    different = differing(wanted, _run_in_train_mode(evidence, kept, evidence.locations.found, train_noise=True))
     if different:
         different = differing(wanted, _run_in_train_mode(evidence, kept, _found_in_train_mode(evidence)))
     calls = [call for s in evidence.plan.substitutions for call in evidence.locations.found[s.site.path]]
-    if different and any(call.segment.apart is not None for call in calls):
+    if different and any(call.segment.own_segments is not None for call in calls):
         raise _Skip("some MLPs are known by what ran in eval mode alone, for the values that they saw there")
     if different:
         return checked("null_train", False, different, f"in train mode, from one seed, {different} output elements differ")
@@ -64,7 +64,7 @@ def _compared_in_train_mode(evidence: Evidence, kept: Kept) -> Check:
     return checked("null_train", True, 0, sentence + (" (and the same as in eval mode)" if quiet else ""))
 
 
-def _reference(evidence: Evidence, kept: Kept) -> Any:
+def _reference(evidence: Evidence, kept: StateGuard) -> Any:
     """What the model itself gives in train mode. Raises `_Skip` when it gives nothing, or not the same twice."""
     try:
         outputs, again = (_run_once(evidence, kept) for _ in range(2))
@@ -77,13 +77,13 @@ def _reference(evidence: Evidence, kept: Kept) -> Any:
     return outputs
 
 
-def _run_once(evidence: Evidence, kept: Kept) -> Any:
+def _run_once(evidence: Evidence, kept: StateGuard) -> Any:
     with kept.forwards(), seeded():
         return run(evidence.model, evidence.before.inputs)
 
 
-def _run_in_train_mode(evidence: Evidence, kept: Kept, found: Calls, *, noisy: bool = False) -> Any:
-    with originals_placed(evidence, found, noisy=noisy):
+def _run_in_train_mode(evidence: Evidence, kept: StateGuard, found: Calls, *, train_noise: bool = False) -> Any:
+    with originals_placed(evidence, found, train_noise=train_noise):
         return _run_once(evidence, kept)
 
 
@@ -97,7 +97,7 @@ def _found_in_train_mode(evidence: Evidence) -> Calls:
     except CaptureError as error:
         raise _Skip(f"in train mode the model computes something else, which cannot be captured: {error.what}") from error
     again = replace(evidence.before, segments=segments)
-    recorded = {at.path: Recorded(at, Dataflow(normalize(at)), again.calls) for at in segments}
+    recorded = {at.path: RecordedGraph(at, Dataflow(canonicalize(at)), again.calls) for at in segments}
     sites = [substitution.site for substitution in evidence.plan.substitutions]
     held = {site.path for site in sites if any(binding.kind == "graph" for binding in site.bindings)}  # in no module's hands
     located = locate(again).found if held else {}
@@ -114,7 +114,7 @@ def _found_in_train_mode(evidence: Evidence) -> Calls:
     return found
 
 
-def _by_modules(calls: tuple[Found, ...], recorded: dict[str, Recorded]) -> tuple[Found, ...]:
+def _by_modules(calls: tuple[SiteCall, ...], recorded: dict[str, RecordedGraph]) -> tuple[SiteCall, ...]:
     """The calls of one MLP in the train-mode graphs, each bound to the same modules as before; those that can be told."""
     seen: Counter[tuple[str, Binding]] = Counter()
     found = []
@@ -128,7 +128,7 @@ def _by_modules(calls: tuple[Found, ...], recorded: dict[str, Recorded]) -> tupl
     return tuple(found)
 
 
-def _bound(recorded: Recorded, binding: Binding, number: int) -> Bound | None:
+def _bound(recorded: RecordedGraph, binding: Binding, number: int) -> BoundRegion | None:
     """What the modules of a binding computed when they were called for the `number`-th time."""
     if binding.kind not in ("module", "span"):
         return None
@@ -143,14 +143,14 @@ def _bound(recorded: Recorded, binding: Binding, number: int) -> Bound | None:
     reads, gives = recorded.reads(nodes), recorded.gives(nodes)
     if len(reads) != 1 or len(gives) != 1:
         return None
-    return Bound(binding, frozenset(nodes), reads.pop(), gives.pop())
+    return BoundRegion(binding, frozenset(nodes), reads.pop(), gives.pop())
 
 
-def _calls_of(recorded: Recorded, path: str) -> list[str]:
+def _calls_of(recorded: RecordedGraph, path: str) -> list[str]:
     return [call for call, at in recorded.paths.items() if at == path]
 
 
-def _between(recorded: Recorded, start: set[fx.Node], ends: list[fx.Node]) -> set[fx.Node]:
+def _between(recorded: RecordedGraph, start: set[fx.Node], ends: list[fx.Node]) -> set[fx.Node]:
     """What is computed from `start` on the way to `ends`."""
     found: set[fx.Node] = set()
     pending = list(recorded.reads(ends))
@@ -162,7 +162,7 @@ def _between(recorded: Recorded, start: set[fx.Node], ends: list[fx.Node]) -> se
     return found
 
 
-def _drawn_within(call: Found) -> fx.Node | None:
+def _drawn_within(call: SiteCall) -> fx.Node | None:
     """An op that draws random numbers while an MLP is computed and is not of it: both draw from one stream, in turns."""
     position, nodes = call.recorded.position, call.bound.nodes
     first, last = min(position[n] for n in nodes - call.recorded.constant), position[call.bound.y]

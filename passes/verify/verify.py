@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,18 +10,20 @@ from typing import Any
 from torch import nn
 
 from memrewrite.passes.capture.segment import Capture
-from memrewrite.passes.locate.located_sites import Locations
+from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import fingerprints
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.rewrite.edit_graph import copy_of, emit_originals, traced_module
-from memrewrite.passes.rewrite.original_mlp import Original
-from memrewrite.passes.verify.checks import CHECKS, log
+from memrewrite.passes.rewrite.original_mlp import OriginalMLP
+from memrewrite.passes.verify.checks import CHECKS
 from memrewrite.passes.verify.evidence import Evidence, checked, skipped
 from memrewrite.passes.verify.gradient_flow import reached
 from memrewrite.passes.verify.mlp_locality import locality
 from memrewrite.passes.verify.null_check import null
 from memrewrite.plans import Plan
 from memrewrite.report import Check
+
+log = logging.getLogger("memrewrite")
 
 
 def verify(evidence: Evidence) -> tuple[Check, ...]:
@@ -44,7 +47,7 @@ def _broken(evidence: Evidence) -> Check | None:
 
 def before_editing(
     evidence: Evidence,
-    run_wrapped: Callable[[bool], tuple[Any, dict[str, Original]]],
+    run_wrapped: Callable[[bool], tuple[Any, dict[str, OriginalMLP]]],
     in_train_mode: Callable[[Evidence], Check],
 ) -> tuple[Check, ...]:
     """The checks with the original MLPs wrapped, up to one that fails; and which sites the outputs depend on."""
@@ -63,7 +66,7 @@ def prove_graph(
     layers: Mapping[str, nn.Module],
     made: Plan,
     before: Capture,
-    locations: Locations,
+    locations: LocatedSites,
     after: Sequence[Callable[[Evidence], Check]] = CHECKS,
 ) -> tuple[Check, ...]:
     """The checks of a graph that was rewritten to `result`, with `layers` by site path; `after` are those after the edit."""
@@ -71,7 +74,7 @@ def prove_graph(
     original = copy_of(traced_module(segment))
     evidence = Evidence(original, made, before, locations, fingerprints(original))
 
-    def run_wrapped(gradients: bool) -> tuple[Any, dict[str, Original]]:
+    def run_wrapped(gradients: bool) -> tuple[Any, dict[str, OriginalMLP]]:
         wrapped_graph, wrapped = emit_originals(segment, made, locations)
         return run(wrapped_graph, before.inputs, gradients=gradients), wrapped
 

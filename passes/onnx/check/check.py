@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from memrewrite.errors import ExportError, ModelError
+from memrewrite.frozen import Frozen
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.onnx.check.draws import PAST, Draw, draws, following, given_feeds, text_inputs
 from memrewrite.passes.onnx.check.reference import Reference, reason
@@ -23,7 +24,6 @@ from memrewrite.passes.onnx.check.slot_choices import Ties, same_sets
 from memrewrite.passes.onnx.file import of_rewrite
 from memrewrite.passes.onnx.session import CPU, Provider, first_of
 from memrewrite.passes.storage.source import load_source
-from memrewrite.site import Frozen
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2}  # some hundred roundings of the largest number
 

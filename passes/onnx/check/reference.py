@@ -19,7 +19,7 @@ from memrewrite.errors import in_a_line
 from memrewrite.kernels import ops  # noqa: F401 - registers the operators
 from memrewrite.passes.models.example_inputs import example_inputs
 from memrewrite.passes.models.forward import Inputs, run
-from memrewrite.passes.models.state_guard import Kept
+from memrewrite.passes.models.state_guard import StateGuard
 from memrewrite.passes.onnx.check.slot_choices import Choices
 from memrewrite.passes.onnx.names import dotted
 from memrewrite.passes.onnx.prepare import Float, prepared
@@ -43,7 +43,7 @@ class Reference:
         self._leaves = [leaf for _, leaf in leaves]
         self._names = _names([path for path, _ in leaves], _argument_names(ready.model, args))
         self.model = ready.model.module(check_guards=False) if isinstance(ready.model, ExportedProgram) else ready.model
-        self._kept = Kept(self.model)  # a model may count its calls
+        self._kept = StateGuard(self.model)  # a model may count its calls
         tensors = zip(self._names, self._leaves, strict=True)
         self.example: Mapping[str, Tensor] = {name: leaf for name, leaf in tensors if isinstance(leaf, Tensor)}
         made = example_inputs(model)[1] if with_past else {}  # ids from the whole vocabulary, not the few of the example

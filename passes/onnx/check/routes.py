@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from memrewrite.errors import ExportError
+from memrewrite.frozen import Frozen
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.onnx.check.draws import Draw
 from memrewrite.passes.onnx.check.reference import reason
@@ -28,7 +29,6 @@ from memrewrite.passes.onnx.graph import SELECTION
 from memrewrite.passes.onnx.native_library import built_library
 from memrewrite.passes.onnx.prepare import Float
 from memrewrite.passes.onnx.session import Provider, first_of, onnx_session, unserved
-from memrewrite.site import Frozen
 
 if TYPE_CHECKING:
     from onnx import ModelProto, ValueInfoProto

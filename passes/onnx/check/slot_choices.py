@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memrewrite.frozen import Frozen
 from memrewrite.kernels import ops  # noqa: F401 - registers the operators
-from memrewrite.site import Frozen
 
 TOPK = torch.ops.memrewrite.product_key_topk.default
 ARGUMENTS = tuple(argument.name for argument in TOPK._schema.arguments)

@@ -1,0 +1,112 @@
+"""`export`, `check` and `build-op` from the shell: exit codes, one JSON document, one clear error for each bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from typer.testing import CliRunner
+
+from memrewrite.cli.app import app
+from memrewrite.passes.onnx import session as onnx_session
+from memrewrite.passes.onnx.check import routes as onnx_routes
+
+MODEL = f"""\
+import sys
+sys.path.append({str(Path(__file__).parents[1])!r})
+from onnx_files import layers
+
+def build():
+    print("the user's own print")
+    return layers()[0]
+
+def inputs():
+    return layers()[1]
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path) -> Callable[..., Any]:
+    """Runs the command line in a directory that holds model.py, where the native library is built."""
+    (tmp_path / "model.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    for module in (onnx_routes, onnx_session):
+        monkeypatch.setattr(module, "built_library", lambda: library)
+    return lambda *arguments: CliRunner().invoke(app, list(arguments))
+
+
+def test_a_model_is_exported_and_checked_and_a_wrong_file_is_found(run: Callable[..., Any], tmp_path: Path) -> None:
+    done = run("export", "model.py", "-o", "model.onnx", "--json")
+    assert done.exit_code == 0, done.stderr
+    exported = json.loads(done.stdout)["exported"]
+    assert exported["nodes"] == {"ProductKeyTopk": 2, "SparseLookup": 2}
+    assert exported["inputs"] == [{"name": "x", "dtype": "float", "shape": ["batch", "sequence", 16]}]
+
+    done = run("check", "model.onnx")  # the file says what it was exported from, and that is code
+    assert done.exit_code == 2
+    assert "--trust-code" in done.stderr
+    assert "the user's own print" not in done.stderr
+    done = run("check", "model.onnx", "--trust-code")
+    assert done.exit_code == 0, done.stderr
+    assert "native on CPUExecutionProvider: ProductKeyTopk native, SparseLookup native" in done.stdout
+    assert "all of length 1" in done.stdout
+
+    model = onnx.load("model.onnx")
+    weight = next(w for w in model.graph.initializer if w.name == "layers.1.value_proj.weight")
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.01), weight.name))
+    onnx.save(model, "model.onnx")
+    done = run("check", "model.onnx", "model.py", "--route", "standard")
+    assert done.exit_code == 1
+    assert "failed" in done.stdout
+    assert "does not compute what the model does" in done.stderr
+    done = run("check", "model.onnx", "--json", "--trust-code")
+    assert done.exit_code == 1
+    document = json.loads(done.stdout)
+    assert not document["ok"]
+    assert [route["name"] for route in document["checked"]["routes"]] == ["standard", "native"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["model.onnx", "model.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("export", "model.py", "-o", "model.py"), "is what is read"),
+        (("export", "model.py", "-o", "there.onnx"), "exists"),
+        (("export", "model.py", "-o", "nowhere/model.onnx"), "cannot be written"),
+        (("export", "model.py", "-o", "model.onnx", "--with-past"), "takes no 'input_ids'"),
+        (("export", "model.py", "-o", "model.onnx", "--op", "fast"), "fast"),
+        (("check", "nothing.onnx"), "there is no file"),
+        (("check", "there.onnx"), "cannot be read as ONNX"),
+    ],
+)
+def test_bad_input_is_told_and_nothing_is_left(
+    run: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "there.onnx").write_text("not ONNX")
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["model.py", "there.onnx"]
+
+
+def test_a_library_is_built_where_it_is_wanted(run: Callable[..., Any], tmp_path: Path) -> None:
+    done = run("build-op", "--no-cuda", "-o", "ops.so", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == {"library": "ops.so"}
+    assert (tmp_path / "ops.so").stat().st_size > 10_000
+    done = run("build-op", "-o", "model.py")
+    assert done.exit_code == 2
+    assert "exists" in done.stderr
+
+
+def test_a_missing_compiler_is_named(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = run("build-op", "-o", "ops.so")
+    assert done.exit_code == 2
+    assert "no-such-compiler" in done.stderr

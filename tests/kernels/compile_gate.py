@@ -1,0 +1,179 @@
+"""What Triton's kernels become on each architecture, without a GPU: spills, narrow loads and grown registers fail.
+
+Compiles every specimen of the kernel modules with the Triton that is importable, reads the machine code, judges it
+against the specimen and against tests/kernels/compile_gate.json, and prints a table.
+`python tests/kernels/compile_gate.py --write` records the registers of this Triton's version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from memrewrite.kernels.specimens import Specimen
+
+MODULES = ("triton_lookup", "triton_segments", "triton_backward", "triton_update", "triton_topk")
+ARCHITECTURES = (80, 90, 100)
+BASELINE = Path(__file__).with_suffix(".json")
+GROWTH, SLACK = 1.15, 8  # registers may grow by either
+
+
+@dataclass(frozen=True)
+class Code:
+    """What the machine code of one kernel says."""
+
+    registers: int
+    stack: int  # bytes a thread: registers that did not fit
+    spills: int  # instructions that move them
+    loads: dict[int, int]  # bytes -> global loads of that width
+
+    @property
+    def widths(self) -> str:
+        return " ".join(f"{count}x{width}B" for width, count in sorted(self.loads.items(), reverse=True))
+
+
+def specimens() -> Iterator[Specimen]:
+    """Every specimen of the modules that are there."""
+    for name in MODULES:
+        if find_spec(f"memrewrite.kernels.{name}") is not None:
+            yield from import_module(f"memrewrite.kernels.{name}").specimens()
+
+
+def compiled(specimen: Specimen, arch: int) -> Code:
+    """Compile for one architecture and read the machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    names = list(specimen.kernel.arg_names)
+    types = {**dict.fromkeys(specimen.constants, "constexpr"), **specimen.signature}
+    source = triton.compiler.ASTSource(
+        specimen.kernel,
+        {name: types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in specimen.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in specimen.aligned},
+    )
+    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages, **specimen.options}
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return read(kernel.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+
+
+def read(cubin: bytes, cuobjdump: Path) -> Code:
+    """Registers, spills and load widths of a cubin with one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
+    if found is None or not instructions:
+        raise RuntimeError(f"{cuobjdump} says nothing of registers or instructions; is its output of a new form?\n{usage}")
+    loads = Counter(width(name) for name in instructions if name.split(".")[0] in ("LDG", "LDGSTS"))
+    spills = sum(name.split(".")[0] in ("STL", "LDL") for name in instructions)
+    return Code(int(found[1]), int(found[2]), spills, dict(loads))
+
+
+def width(load: str) -> int:
+    """Bytes that each thread gets by a load: LDG.E.128 -> 16."""
+    sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return next((sizes[part] for part in load.split(".") if part in sizes), 4)
+
+
+def findings(specimen: Specimen, code: Code, known: int | None) -> Iterator[str]:
+    """What is wrong with a kernel's code, each with what to try; `known` are the registers on record."""
+    if code.spills or code.stack:
+        yield (
+            f"{code.spills} spill instructions, {code.stack} bytes of stack at {code.registers} registers; "
+            "try fewer rows or a smaller chunk in its plan, or more warps"
+        )
+    if not any(size >= specimen.row_bytes for size in code.loads):
+        yield (
+            f"no load of {specimen.row_bytes} bytes, only {code.widths or 'none'}; try a divisor of the stride as a constexpr, "
+            "tl.multiple_of, tl.max_contiguous, and look at masks that cut within a load"
+        )
+    narrow = sum(count for size, count in code.loads.items() if size < specimen.row_bytes)
+    if narrow > specimen.scalar_loads:
+        yield (
+            f"{narrow} loads below {specimen.row_bytes} bytes ({code.widths}), {specimen.scalar_loads} are allowed; "
+            "try what makes the row's address provably aligned, or state scalar_loads in the specimen if they are no rows"
+        )
+    if known is None:
+        yield "no registers on record; run `python tests/kernels/compile_gate.py --write` and look at what it changes"
+    elif code.registers > known * GROWTH and code.registers > known + SLACK:
+        yield (
+            f"{code.registers} registers, {known} on record: fewer warps fit on a processor; look at what changed, "
+            "or record it with `python tests/kernels/compile_gate.py --write`"
+        )
+
+
+def table(rows: Iterable[tuple[str, int, Code, int | None]], version: str) -> str:
+    """One line a kernel and architecture."""
+    lines = [f"{'Triton ' + version:44} {'arch':>6} {'registers':>9} {'on record':>9} {'spills':>6}  loads"]
+    for name, arch, code, known in rows:
+        record = "-" if known is None else known
+        lines.append(f"{name:44} {f'sm_{arch}':>6} {code.registers:9} {record:>9} {code.spills:6}  {code.widths}")
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace, version: str) -> int:
+    """Compile, judge, record; the exit status."""
+    baseline: dict[str, Any] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
+    known = {} if options.write else baseline.get(version, {})
+    rows, wrong, measured = [], 0, {}
+    for specimen in specimens():
+        for arch in (arch for arch in options.arch if arch in specimen.architectures):
+            code = compiled(specimen, arch)
+            record = code.registers if options.write else known.get(specimen.name, {}).get(str(arch))
+            for finding in findings(specimen, code, record):
+                print(f"FAILED {specimen.name} · sm_{arch} · Triton {version}: {finding}", flush=True)
+                wrong += 1
+            rows.append((specimen.name, arch, code, record))
+            measured.setdefault(specimen.name, {})[str(arch)] = code.registers
+    if options.write:
+        BASELINE.write_text(json.dumps({**baseline, version: measured}, indent=1, sort_keys=True) + "\n")
+    if options.json is not None:
+        codes = [{"name": name, "arch": arch, **vars(code)} for name, arch, code, _ in rows]
+        options.json.write_text(json.dumps({"triton": version, "kernels": codes}, indent=1) + "\n")
+    print(table(rows, version))
+    print(f"{len(rows)} compiled, {wrong} findings")
+    return 1 if wrong or not rows else 0
+
+
+def main() -> int:
+    """Read the options and run in a cache of its own, so that everything is really compiled."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="record the registers of this Triton's version")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities (80 90 100)")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("compile_gate compiles, and TRITON_INTERPRET=1 makes Triton interpret; run it without that variable")
+        return 2
+    if find_spec("triton") is None:
+        print("compile_gate needs Triton, which is not installed; try `pip install triton`")
+        return 2
+    if options.write and tuple(options.arch) != ARCHITECTURES:
+        parser.error("--write records all architectures: leave --arch out")
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        import triton
+
+        return run(options, triton.__version__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
