@@ -12,13 +12,11 @@ from torch import fx
 from memrewrite.passes.canonicalize.canonicalize import ORIGIN
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.dataflow import Dataflow
-from memrewrite.passes.graphs.ops import FILLED, IDENTITY, is_assertion, op_name
+from memrewrite.passes.graphs.ops import FILLS, IDENTITY, is_assertion, op_name
 from memrewrite.passes.graphs.provenance import clean, modules_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.models.call_recorder import Call
 from memrewrite.passes.regions.region import Region
-
-FILLS = FILLED | {"new_zeros", "new_ones", "new_full"}  # they read a value's shape, and not the value
 
 
 class RecordedGraph:

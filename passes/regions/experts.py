@@ -18,13 +18,22 @@ import torch
 from torch import fx
 
 from memrewrite.passes.graphs.dataflow import SPELLED, Dataflow
-from memrewrite.passes.graphs.ops import ALONG, LAYOUT, OTHER_NORMS, is_assertion, is_pointwise, op_name
+from memrewrite.passes.graphs.ops import (
+    ALONG,
+    CHOOSES,
+    LAYOUT,
+    LOOKS_UP,
+    MIXES,
+    OTHER_NORMS,
+    WEIGHS,
+    is_assertion,
+    is_pointwise,
+    op_name,
+)
 from memrewrite.passes.graphs.shapes import is_tensor, shape_of
 from memrewrite.passes.regions.region import Region
-from memrewrite.passes.regions.residual_stream import MIXES, returns_to_stream
+from memrewrite.passes.regions.residual_stream import returns_to_stream
 
-CHOOSES = frozenset(["topk", "argmax", "sort", "argsort", "one_hot", "nonzero", "multinomial", "kthvalue"])
-LOOKS_UP = frozenset(["index", "index_select", "embedding", "gather", "take_along_dim"])
 CUTS = 32  # possible outputs tried for one trigger
 WALK = 1 << 15  # nodes walked from one trigger at most; a mixture written out expert by expert is long
 SLACK = 256  # nodes of router and norms that may lie before a trigger
@@ -242,7 +251,7 @@ def _chooses(flow: Dataflow, nodes: Collection[fx.Node]) -> bool:
     """Whether a number of `nodes` says which expert: an op that chooses, or a weight for each expert of a stack."""
     stacks = {shape_of(source)[0] for node in nodes if is_stacked(flow, node) for source in _stacks(flow, node)}
     stacks |= {shape_of(node.all_input_nodes[0])[0] for node in nodes if _draws(flow, node)}
-    weighs = [node for node in nodes if op_name(node) in ("softmax", "_softmax", "sigmoid")]
+    weighs = [node for node in nodes if op_name(node) in WEIGHS]
     return any(op_name(n) in CHOOSES for n in nodes) or any(shape_of(n)[-1:] == (stack,) for n in weighs for stack in stacks)
 
 

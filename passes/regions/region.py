@@ -12,26 +12,19 @@ from typing import NamedTuple
 from torch import fx
 
 from memrewrite.passes.graphs.dataflow import SPELLED, Dataflow
-from memrewrite.passes.graphs.ops import ALONG, FILLED, LAYOUT, OTHER_NORMS, REORDERS, fixed_batch_norm, is_pointwise, op_name
+from memrewrite.passes.graphs.ops import (
+    ALONG,
+    LAYOUT,
+    LINEAR_POINTWISE,
+    OTHER_NORMS,
+    PICKS,
+    REORDERS,
+    fixed_batch_norm,
+    is_pointwise,
+    op_name,
+)
 from memrewrite.passes.regions.residual_stream import MAX_WALK, carries_features, returns_to_stream
 from memrewrite.passes.regions.token_axes import Refusal, mixes_tokens
-
-PICKS = frozenset(  # the ops over an axis that gate, choose or weigh: activations, and no norms
-    [
-        "glu",
-        "max",
-        "min",
-        "amax",
-        "amin",
-        "topk",
-        "kthvalue",
-        "median",
-        "quantile",
-        "sort",
-        "prod",
-    ]
-)
-LINEAR_POINTWISE = FILLED | {"add", "sub", "neg", "mul", "div", "rsub"}
 
 
 @dataclass(frozen=True)
