@@ -12,6 +12,7 @@ from torch import fx
 from memrewrite.passes.canonicalize.canonicalize import ORIGIN
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.dataflow import Dataflow
+from memrewrite.passes.graphs.evaluate import evaluate
 from memrewrite.passes.graphs.ops import FILLS, IDENTITY, is_assertion, op_name
 from memrewrite.passes.graphs.provenance import clean, modules_of
 from memrewrite.passes.graphs.shapes import shape_of
@@ -109,13 +110,13 @@ def of_sizes_alone(node: fx.Node) -> Any:
         return node.meta["val"].node.hint
     if op_name(node) not in FILLS:
         return None
-    target: Any = node.target
-    like: Any = lambda n: of_sizes_alone(n) if not isinstance(n.meta["val"], torch.Tensor) else _like(n)  # noqa: E731
-    return target(*fx.map_arg(node.args, like), **fx.map_arg(node.kwargs, like))
+    return evaluate([node], {}, source=_like)[node]
 
 
-def _like(node: fx.Node) -> torch.Tensor:
+def _like(node: fx.Node) -> Any:
     value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return of_sizes_alone(node)
     return torch.empty(shape_of(node), dtype=value.dtype, device=value.device)
 
 
