@@ -30,7 +30,8 @@ class View:
         found = [(path, f) for path, calls in locations.found.items() for f in calls if f.segment is segment]
         self.segment = segment
         self.misses = locations.located.near_misses
-        self.recorded = found[0][1].recorded if found else RecordedGraph(segment, Dataflow(canonicalize(segment)), before.calls)
+        graph = canonicalize(segment.graph, segment.weights, segment.literals)
+        self.recorded = found[0][1].recorded if found else RecordedGraph(segment, Dataflow(graph), before.calls)
         self.flow = self.recorded.flow
         self.site_of = {node: path for path, f in found for node in f.bound.nodes}
         self.made = [node for node in segment.graph.nodes if node.op == "call_function"]

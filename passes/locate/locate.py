@@ -38,7 +38,7 @@ def locate(capture: Capture, *, fragment: bool = False) -> LocatedSites:
     types: dict[str, str] = {}
     activations: dict[Any, str] = {}
     for segment in capture.segments:
-        graph = canonicalize(segment)
+        graph = canonicalize(segment.graph, segment.weights, segment.literals)
         flow = Dataflow(graph, fragment=fragment)
         recorded = RecordedGraph(segment, flow, capture.calls)
         types |= module_types(recorded)

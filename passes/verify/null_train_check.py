@@ -97,7 +97,8 @@ def _found_in_train_mode(evidence: Evidence) -> Calls:
     except CaptureError as error:
         raise _Skip(f"in train mode the model computes something else, which cannot be captured: {error.what}") from error
     again = replace(evidence.before, segments=segments)
-    recorded = {at.path: RecordedGraph(at, Dataflow(canonicalize(at)), again.calls) for at in segments}
+    graphs = {at.path: canonicalize(at.graph, at.weights, at.literals) for at in segments}
+    recorded = {at.path: RecordedGraph(at, Dataflow(graphs[at.path]), again.calls) for at in segments}
     sites = [substitution.site for substitution in evidence.plan.substitutions]
     held = {site.path for site in sites if any(binding.kind == "graph" for binding in site.bindings)}  # in no module's hands
     located = locate(again).found if held else {}
