@@ -33,7 +33,7 @@ def mixes(recorded: RecordedGraph, region: Region) -> str:
     shape = [int(n) for n in origin.meta["val"].shape]
     like = {"dtype": origin.meta["val"].dtype, "device": origin.meta["val"].device}
     x = torch.randn(shape, generator=generator).to(**like)
-    outside = {origin, *recorded.reads(nodes)}
+    outside = {origin, *recorded.recorded_inputs(nodes)}
     if recorded.segment.own_segments is not None and (
         seen := _seen(recorded, outside)
     ):  # its loops hold for the values that it saw

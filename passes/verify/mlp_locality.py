@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from memrewrite.passes.graphs.nodes import CanonicalNode, RecordedNode, inputs_of
 from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
 from memrewrite.passes.locate.token_probe import mixes
@@ -162,12 +163,11 @@ def _viewed(numbered: Tensor, value: fx.Node, view: fx.Node) -> Tensor:
     return numbered
 
 
-def _twin(recorded: RecordedGraph, node: fx.Node) -> fx.Node:
+def _twin(recorded: RecordedGraph, node: RecordedNode) -> CanonicalNode:
     """The canonical node of a recorded one; of its source, where `canonicalize` dropped it."""
     while node not in recorded.twin:
-        node = node.all_input_nodes[0]
-    twin: fx.Node = recorded.twin[node]
-    return twin
+        node = inputs_of(node)[0]
+    return recorded.twin[node]
 
 
 def _shape(value: Any) -> list[int]:
