@@ -20,11 +20,10 @@ from memrewrite.passes.canonicalize.linear_forms import spell
 from memrewrite.passes.canonicalize.sums import cut_of, take_part
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.dataflow import LITERAL, ORIGIN, SPELLED, WEIGHT, Dataflow
-from memrewrite.passes.graphs.ops import ALONG, IDENTITY, LAYOUT, is_assertion, is_pointwise, op_name
+from memrewrite.passes.graphs.ops import ALIASES, ALONG, IDENTITY, LAYOUT, is_assertion, is_pointwise, op_name
 
 __all__ = ["ORIGIN", "PASSES", "DropNoise", "Functionalize", "SpellLinear", "canonicalize"]
 ALL = torch.iinfo(torch.int64).max  # how torch writes the end of a slice that is left open
-ALIASES = {"alias", "detach"}  # of what hands a value on, the ops that never copy
 
 
 def canonicalize(segment: Segment) -> fx.Graph:

@@ -13,7 +13,7 @@ from torch import fx
 from memrewrite.passes.canonicalize.products import conv, einsum, inner, matmul, plus_product, tensordot
 from memrewrite.passes.canonicalize.sums import add, beside, low_rank
 from memrewrite.passes.graphs.dataflow import Dataflow
-from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.graphs.ops import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, op_name
 
 Rule = Callable[[fx.Graph, Dataflow, fx.Node], bool]
 
@@ -52,8 +52,7 @@ SPELLINGS: dict[str, Rule] = {
     "baddbmm": plus_product,
     "einsum": einsum,
     "tensordot": tensordot,
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), conv),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), conv),
+    **dict.fromkeys(CONVOLUTIONS | TRANSPOSED_CONVOLUTIONS, conv),
     "linear": low_rank,
     "add": add,
     "cat": beside,

@@ -21,7 +21,7 @@ from memrewrite.passes.canonicalize.linear_builder import (
     write_linear,
 )
 from memrewrite.passes.graphs.dataflow import Dataflow
-from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.graphs.ops import SPLITS, op_name
 from memrewrite.passes.graphs.shapes import is_tensor, shape_of, sizes_of
 
 TERMS = 64  # of one sum, at most
@@ -134,7 +134,7 @@ def cut_of(value: Any) -> tuple[fx.Node | None, int, int]:
     if op_name(value) == "slice" and len(value.args) == 4 and value.args[1] in (rank - 1, -1):
         start, end = (min(int(at), shape_of(source)[-1]) for at in value.args[2:4])  # type: ignore[arg-type]
         return (source, start, end) if start >= 0 and end >= 0 else nothing
-    if op_name(value) == "getitem" and op_name(source) in ("split", "split_with_sizes", "chunk", "tensor_split"):
+    if op_name(value) == "getitem" and op_name(source) in SPLITS:
         sizes, whole = [sizes_of(part) for part in source.meta["val"]], source.all_input_nodes[0]
         at: Any = value.args[1]
         start = sum(size[-1] for size in sizes[:at])

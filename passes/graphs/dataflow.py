@@ -10,7 +10,7 @@ import math
 from torch import fx
 
 from memrewrite.passes.graphs.nodes import CanonicalNode, inputs_of
-from memrewrite.passes.graphs.ops import SIZES, op_name
+from memrewrite.passes.graphs.ops import SIZES, VIEWS, op_name
 from memrewrite.passes.graphs.shapes import shape_of
 
 WEIGHT = "weight"  # node.meta key: the name of the parameter or buffer a placeholder stands for
@@ -63,16 +63,7 @@ class Dataflow:
     def _relays(self, node: fx.Node) -> bool:
         if node.meta.get("relay"):
             return True
-        if op_name(node) not in (
-            "view",
-            "reshape",
-            "_unsafe_view",
-            "flatten",
-            "unflatten",
-            "unsqueeze",
-            "squeeze",
-            "_reshape_alias",
-        ):
+        if op_name(node) not in VIEWS:
             return False
         source = node.all_input_nodes[0]
         before, after = shape_of(source), shape_of(node)

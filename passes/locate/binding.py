@@ -13,11 +13,11 @@ from typing import NamedTuple
 from torch import fx
 
 from memrewrite.passes.graphs.nodes import CanonicalNode, RecordedNode, inputs_of
-from memrewrite.passes.graphs.ops import LAYOUT, is_pointwise, op_name
+from memrewrite.passes.graphs.ops import LAYOUT, LOOKS_UP, is_pointwise, op_name
 from memrewrite.passes.graphs.provenance import modules_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, origin_of
-from memrewrite.passes.regions.experts import LOOKS_UP, Mixture
+from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.region import Region
 from memrewrite.site import Binding
 

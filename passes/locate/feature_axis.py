@@ -13,13 +13,12 @@ from torch import Tensor, fx
 
 from memrewrite.passes.canonicalize.canonicalize import ORIGIN
 from memrewrite.passes.graphs.dataflow import Dataflow
-from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.graphs.ops import PERMUTES, op_name
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.binding import BoundRegion
 from memrewrite.passes.regions.region import Region
 
 LAST = -1
-MOVES = frozenset(["movedim", "permute", "transpose", "t", "mT", "swapaxes", "swapdims", "moveaxis", "numpy_T"])
 
 
 def feature_axis(flow: Dataflow, region: Region, bound: BoundRegion) -> int | None:
@@ -31,7 +30,7 @@ def feature_axis(flow: Dataflow, region: Region, bound: BoundRegion) -> int | No
     while twin is not None:
         after.append(twin)
         twin = next((n for n in twin.users if n.meta.get(ORIGIN) is region.down.meta[ORIGIN]), None)
-    if not any(op_name(node) in MOVES for node in (*before, *after)):
+    if not any(op_name(node) in PERMUTES for node in (*before, *after)):
         return LAST
     axes = _taken(before, region.x) & _given(after, region.down)
     whole = shape_of(bound.x) == shape_of(region.x) and shape_of(bound.y) == (shape_of(after[-1]) if after else None)

@@ -13,13 +13,11 @@ from memrewrite.passes.canonicalize.canonicalize import canonicalize
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.dataflow import ORIGIN, Dataflow
 from memrewrite.passes.graphs.nodes import CanonicalNode, RecordedNode, canonical_nodes, inputs_of, recorded_nodes, users_of
-from memrewrite.passes.graphs.ops import FILLED, IDENTITY, is_assertion, op_name
+from memrewrite.passes.graphs.ops import FILLS, IDENTITY, is_assertion, op_name
 from memrewrite.passes.graphs.provenance import clean, modules_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.models.call_recorder import Call
 from memrewrite.passes.regions.region import Region
-
-FILLS = FILLED | {"new_zeros", "new_ones", "new_full"}  # they read a value's shape, and not the value
 
 
 def recorded_graph(segment: Segment, calls: Mapping[str, tuple[Call, ...]], *, fragment: bool = False) -> RecordedGraph:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from memrewrite.passes.capture.operator_trace import captured_apart
 from memrewrite.passes.capture.segment import Segment
-from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.graphs.ops import op_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, of_sizes_alone
 from memrewrite.passes.models.forward import SEED
@@ -95,10 +95,10 @@ def _needed(recorded: RecordedGraph, region: Region) -> list[fx.Node]:
 
 def _chooses_experts(node: fx.Node, tokens: int) -> bool:
     """Whether a node chooses, and not among tokens."""
-    place = {"topk": 2, "kthvalue": 2, "argmax": 1, "multinomial": 3}.get(op_name(node))
-    if place is None:
+    op = op_of(node)
+    if op is None or not op.replayed:
         return False
-    axis = node.args[place] if len(node.args) > place else -1
+    axis = node.args[op.axis] if op.axis is not None and len(node.args) > op.axis else -1
     return isinstance(axis, int) and shape_of(node.all_input_nodes[0])[axis] != tokens
 
 

@@ -19,14 +19,23 @@ import torch
 
 from memrewrite.passes.graphs.dataflow import SPELLED, Dataflow
 from memrewrite.passes.graphs.nodes import CanonicalNode, canonical_nodes, inputs_of, users_of
-from memrewrite.passes.graphs.ops import ALONG, LAYOUT, OTHER_NORMS, is_assertion, is_pointwise, op_name
+from memrewrite.passes.graphs.ops import (
+    ALONG,
+    CHOOSES,
+    LAYOUT,
+    LOOKS_UP,
+    MIXES,
+    OTHER_NORMS,
+    WEIGHS,
+    is_assertion,
+    is_pointwise,
+    op_name,
+)
 from memrewrite.passes.graphs.shapes import is_tensor, shape_of
 from memrewrite.passes.regions.region import Region
 from memrewrite.passes.regions.residual_steps import spans_blocks
-from memrewrite.passes.regions.residual_stream import MIXES, returns_to_stream
+from memrewrite.passes.regions.residual_stream import returns_to_stream
 
-CHOOSES = frozenset(["topk", "argmax", "sort", "argsort", "one_hot", "nonzero", "multinomial", "kthvalue"])
-LOOKS_UP = frozenset(["index", "index_select", "embedding", "gather", "take_along_dim"])
 CUTS = 32  # possible outputs tried for one trigger, at most
 WALK = 1 << 15  # nodes visited from one trigger, at most; a mixture written as a loop over its experts is long
 SLACK = 256  # nodes of router and norms that may precede a trigger
@@ -261,7 +270,7 @@ def _chooses(flow: Dataflow, nodes: Collection[CanonicalNode]) -> bool:
     """True if some of `nodes` select experts: by an op that selects, or by a weight for each matrix of a stack."""
     stacks = {shape_of(source)[0] for node in nodes if is_stacked(flow, node) for source in _stacks(flow, node)}
     stacks |= {shape_of(inputs_of(node)[0])[0] for node in nodes if _selects_weights(flow, node)}
-    weights = [node for node in nodes if op_name(node) in ("softmax", "_softmax", "sigmoid")]
+    weights = [node for node in nodes if op_name(node) in WEIGHS]
     return any(op_name(n) in CHOOSES for n in nodes) or any(shape_of(n)[-1:] == (stack,) for n in weights for stack in stacks)
 
 

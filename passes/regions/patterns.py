@@ -16,7 +16,9 @@ from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.region import Region
 from memrewrite.passes.regions.rejection import Rejection
 
-NARROW = 2  # times narrower inside than at both ends: adapters and squeezes, which stand beside an MLP
+# An MLP that is this many times narrower inside than at both ends is a bottleneck: an adapter after or in parallel with the
+# MLP of a block (test row "adapter").
+NARROW = 2
 
 
 class Match(NamedTuple):

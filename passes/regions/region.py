@@ -13,28 +13,21 @@ from torch import fx
 
 from memrewrite.passes.graphs.dataflow import SPELLED, Dataflow
 from memrewrite.passes.graphs.nodes import CanonicalNode, inputs_of
-from memrewrite.passes.graphs.ops import ALONG, FILLED, LAYOUT, OTHER_NORMS, REORDERS, fixed_batch_norm, is_pointwise, op_name
+from memrewrite.passes.graphs.ops import (
+    ALONG,
+    LAYOUT,
+    LINEAR_POINTWISE,
+    OTHER_NORMS,
+    PICKS,
+    REORDERS,
+    fixed_batch_norm,
+    is_pointwise,
+    op_name,
+)
 from memrewrite.passes.regions.rejection import Rejection
 from memrewrite.passes.regions.residual_steps import spans_blocks
 from memrewrite.passes.regions.residual_stream import MAX_WALK, carries_features, returns_to_stream
 from memrewrite.passes.regions.token_axes import mixes_tokens
-
-PICKS = frozenset(  # the ops over an axis that gate, choose or weigh: activations, and no norms
-    [
-        "glu",
-        "max",
-        "min",
-        "amax",
-        "amin",
-        "topk",
-        "kthvalue",
-        "median",
-        "quantile",
-        "sort",
-        "prod",
-    ]
-)
-LINEAR_POINTWISE = FILLED | {"add", "sub", "neg", "mul", "div", "rsub"}
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable
 
 from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.graphs.nodes import CanonicalNode
-from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.graphs.ops import TERMS, op_name
 from memrewrite.passes.graphs.shapes import is_tensor, shape_of
 from memrewrite.passes.regions.rejection import Rejection
-from memrewrite.passes.regions.residual_stream import TERMS, carries_features
+from memrewrite.passes.regions.residual_stream import carries_features
 
 NONE = -1  # the level of what does not carry the stream, or reads none of it through a product
 

@@ -15,54 +15,25 @@ from torch import fx
 
 from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.graphs.nodes import CanonicalNode, users_of
-from memrewrite.passes.graphs.ops import ALONG, LAYOUT, OTHER_NORMS, is_pointwise, op_name
+from memrewrite.passes.graphs.ops import (
+    ADDS_UP,
+    ALONG,
+    CONVOLUTIONS,
+    ELEMENTWISE_SUMS,
+    GATED_SUMS,
+    JOINS,
+    LAYOUT,
+    MIXES,
+    MOVES,
+    OTHER_NORMS,
+    TERMS,
+    is_pointwise,
+    op_name,
+)
 from memrewrite.passes.graphs.shapes import UNBACKED, is_tensor, shape_of
 
 MAX_WALK = 96  # nodes looked at from one value; a block's norms, gates and scales are far fewer, so locating stays linear
 SUMS = 2  # how many sums deep a term may lie: `(h + attention) + mlp` returns to `h` as well
-# Ops that hand whole feature vectors on, some of them, or among others.
-MOVES = frozenset(
-    [
-        "index",
-        "index_select",
-        "index_copy",
-        "index_put",
-        "index_add",
-        "gather",
-        "take_along_dim",
-        "scatter",
-        "scatter_add",
-        "scatter_reduce",
-        "masked_select",
-        "masked_scatter",
-        "slice_scatter",
-        "select_scatter",
-        "copy",
-        "pad",
-        "constant_pad_nd",
-        "repeat",
-        "repeat_interleave",
-        "tile",
-    ]
-)
-# Of several streams, by weights; an attention too, over what a token kept of earlier layers.
-MIXES = frozenset(["matmul", "mm", "bmm", "mv", "einsum", "tensordot", "addmm", "baddbmm", "scaled_dot_product_attention"])
-# Sums by the places of their terms among the arguments; the places of one term in a tuple are factors of it.
-TERMS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "add": ((0,), (1,)),
-    "sub": ((0,), (1,)),
-    "rsub": ((0,), (1,)),
-    "addcmul": ((0,), (1, 2)),
-    "addcdiv": ((0,), (1, 2)),
-    "lerp": ((0,), (1,)),
-    "addmm": ((0,), (1, 2)),
-    "baddbmm": ((0,), (1, 2)),
-    "index_add": ((0,), (3,)),
-    "scatter_add": ((0,), (3,)),
-    "scatter_reduce": ((0,), (3,)),
-    "index_put": ((0,), (2,)),
-    "gru_cell": ((0,), (1,)),  # a sum weighed by gates: what comes in, and what was
-}
 
 
 def carries_features(node: fx.Node) -> bool:
@@ -82,7 +53,8 @@ class _Ring:
         self.flow, self.x, self.down = flow, x, down
         self.size, self.widths = _size(down), {shape_of(down)[-1:], shape_of(x)[-1:]}
         self.stream = self.forms(x)
-        self.seen: dict[CanonicalNode, bool] = {down: False}  # True: stands beside the stream, on an axis of its own
+        # True: next to the stream on an axis of streams, which a later op sums (test row "returns: weighted stack").
+        self.seen: dict[CanonicalNode, bool] = {down: False}
 
     def closes(self) -> bool:
         """Forward from the output, to a sum with the stream."""
@@ -94,7 +66,7 @@ class _Ring:
                     continue
                 others = self.others(node, user)
                 back = any(self.stream & self.forms(other) for other in others)
-                beside = op_name(user) in ("stack", "cat", "concat")
+                beside = op_name(user) in JOINS
                 if (back and not beside) or (self.seen[node] and _sums_an_axis(node, user)):
                     return True
                 self.seen[user] = (back and beside) or self.seen[node]
@@ -103,14 +75,14 @@ class _Ring:
         return self.crosses(apart)
 
     def others(self, node: CanonicalNode, user: CanonicalNode) -> list[CanonicalNode]:
-        """What `user` adds to `node`, or puts beside it."""
+        """What `user` adds to `node`, or joins to it."""
         name = op_name(user)
-        if name in ("stack", "cat", "concat"):
+        if name in JOINS:
             return [source for source in self.flow.activations(user) if source not in self.seen]
         terms = [_at(user, places) for places in TERMS.get(name, ())]
         if name == "index_put" and user.args[3:4] != (True,):  # puts in place of what was there
             return []
-        if name in ("add", "sub", "rsub", "lerp", "addcmul", "addcdiv") and _spreads(node, user):
+        if name in ELEMENTWISE_SUMS and _spreads(node, user):
             return []  # one value given to many tokens: a context, not a token's own update
         mine = [term for term in terms if node in term]
         return [
@@ -144,7 +116,7 @@ class _Ring:
             return not self.widths & {shape_of(node)[-1:], *given}
         if name in MIXES:
             return shape_of(node)[-1:] in self.widths
-        return carries_features(node) or name in MOVES or name == "gru_cell" or _one_channel_each(self.flow, node)
+        return carries_features(node) or name in MOVES | GATED_SUMS or _one_channel_each(self.flow, node)
 
     def smaller(self, node: CanonicalNode) -> bool:
         """Whether a value has fewer numbers than the output: a mask, a gate, a mean. Not told where sizes depend on data."""
@@ -156,10 +128,13 @@ class _Ring:
         known = is_tensor(user) and UNBACKED not in (*shape_of(node), *shape_of(user))
         if not known or _size(user) >= _size(node) or op_name(user) in LAYOUT | MOVES | MIXES | {"linear"}:
             return False
-        return op_name(user) not in ("sum", "mean") or shape_of(user)[-1:] not in self.widths
+        return op_name(user) not in ADDS_UP or shape_of(user)[-1:] not in self.widths
 
     def crosses(self, others: Iterable[CanonicalNode]) -> bool:
-        """Reversible blocks: `a + f(b)`, then `b + g(a)`: the input is a sum that goes on, of a branch that read the other."""
+        """True if two streams update each other: the input is a sum `a + f(b)` that is used again, and `g(a)` is added to `b`.
+
+        Reversible blocks need it (test row "reversible").
+        """
         total = self.x
         while self.carries(total) and op_name(total) not in TERMS and self.flow.activations(total):
             total = max(self.flow.activations(total), key=_size)
@@ -204,12 +179,12 @@ def _spreads(node: fx.Node, total: fx.Node) -> bool:
 def _sums_an_axis(node: fx.Node, user: fx.Node) -> bool:
     """Whether `user` adds up what stands side by side in `node`."""
     name = op_name(user)
-    return name in MIXES or name == "linear" or (name in ("sum", "mean") and _size(user) < _size(node))
+    return name in MIXES or name == "linear" or (name in ADDS_UP and _size(user) < _size(node))
 
 
 def _one_channel_each(flow: Dataflow, node: fx.Node) -> bool:
     """A convolution that mixes no channels: a weighted mean of neighbours."""
-    if op_name(node) not in ("conv1d", "conv2d", "conv3d", "convolution"):
+    if op_name(node) not in CONVOLUTIONS:
         return False
     weight = node.args[1]
     if not isinstance(weight, fx.Node) or weight not in flow.constant:

@@ -10,16 +10,15 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.graphs.nodes import CanonicalNode, inputs_of
-from memrewrite.passes.graphs.ops import ALONG, LAYOUT, REORDERS, fixed_batch_norm, is_pointwise, op_name
+from memrewrite.passes.graphs.ops import REORDERS, Kind, axes_of, fixed_batch_norm, is_pointwise, op_name, op_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.regions.rejection import Rejection
 
-BY_NUMBERS = ("index", "index_select")  # the numbers must be the same for every token, so they are no activation
-STANDING = {"vsplit": 0, "hsplit": 1, "dsplit": 2}  # the axes these cut
 Axes = tuple[bool, ...]  # one entry an axis: True where it counts tokens
 
 
@@ -51,10 +50,9 @@ def _through(node: fx.Node, given: list[Axes], inputs: Sequence[fx.Node]) -> Axe
         return _broadcast(node, given, inputs)
     if name in REORDERS and len(set(given)) > 1:
         raise _Mixed("combines token axes with feature axes")
-    if name in RULES and (len(given) == 1 or name not in BY_NUMBERS):
-        return RULES[name](node, given[0], shape_of(inputs[0]))
-    if name in ALONG:
-        return _along(node, given[0], shape_of(inputs[0]))
+    op = op_of(node)
+    if op is not None and op.kind in RULES and (len(given) == 1 or not op.shared_index):
+        return RULES[op.kind](node, given[0], shape_of(inputs[0]))
     if fixed_batch_norm(node) and not given[0][1]:  # its channels are the second axis
         return given[0]
     raise _Mixed("is not known to work token by token")
@@ -98,117 +96,104 @@ def _size(shape: tuple[Any, ...], at: list[int]) -> int:
     return math.prod(shape[a] for a in at)
 
 
-def _permute(order: list[int], axes: Axes, shape: tuple[Any, ...]) -> Axes:
+def _permute(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
+    """permute, transpose, t and others: the tokens keep their order. Found by the op itself, on axes of distinct sizes."""
+    target: Any = node.target
+    probe = target(torch.empty(list(range(len(shape))), device="meta"), *node.args[1:], **node.kwargs)
+    order = [int(axis) for axis in probe.shape]
     tokens = [a for a in order if axes[a] and shape[a] != 1]
     if tokens != sorted(tokens):
         raise _Mixed("changes the order of the tokens")
     return tuple(axes[a] for a in order)
 
 
-def _order(node: fx.Node, shape: tuple[Any, ...]) -> list[int]:
-    name, n = op_name(node), len(shape)
-    order = list(range(n))
-    if name == "permute":
-        return [int(a) % n for a in _ints(node.args[1])]
-    if name in ("t", "numpy_T"):
-        return order[::-1]
-    if name in ("movedim", "moveaxis"):
-        source, target = ([int(a) % n for a in _ints(arg)] for arg in node.args[1:3])
-        rest = iter(a for a in order if a not in source)
-        return [source[target.index(a)] if a in target else next(rest) for a in order]
-    first, second = (-2, -1) if name == "mT" else (int(node.args[1]), int(node.args[2]))  # type: ignore[arg-type]
-    order[first % n], order[second % n] = second % n, first % n
-    return order
+def _expand(node: fx.Node, axes: Axes, _: tuple[Any, ...]) -> Axes:
+    return (False,) * (len(shape_of(node)) - len(axes)) + axes
 
 
-def _ints(value: Any) -> list[int]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _cut(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
-    """split, chunk, slice, select, unbind, cat: along a feature axis."""
-    name = op_name(node)
-    at: Any = node.args[1] if len(node.args) > 1 else 0
-    if name in STANDING:
-        at = STANDING[name] if len(shape) > 1 else 0
-    elif name in ("split", "split_with_sizes", "chunk", "tensor_split"):
-        at = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    axis = int(at) % len(shape)
-    whole = name == "slice" and shape_of(node) == shape
-    if axes[axis] and not whole:
+def _join(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
+    """cat, split, chunk and others: along a feature axis."""
+    if any(axes[axis] for axis in axes_of(node, len(shape))):
         raise _Mixed("cuts or joins along the token axis")
-    return axes[:axis] + axes[axis + 1 :] if name in ("select", "unbind") else axes
+    return axes
+
+
+def _slice(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
+    """A slice of a feature axis, or of everything."""
+    return axes if shape_of(node) == shape else _join(node, axes, shape)
+
+
+def _take(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
+    """select, unbind: the axis is removed."""
+    (axis,) = axes_of(node, len(shape))
+    kept = _join(node, axes, shape)
+    return kept[:axis] + kept[axis + 1 :]
+
+
+def _stack(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
+    (axis,) = axes_of(node, len(shape) + 1)
+    return (*axes[:axis], False, *axes[axis:])
+
+
+def _item(_: fx.Node, axes: Axes, __: tuple[Any, ...]) -> Axes:
+    return axes
+
+
+def _index(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
+    indices: Any = node.args[1]
+    touched = [axis for axis, index in enumerate(indices) if index is not None]
+    if len(touched) != 1 or len(shape_of(node)) != len(shape):
+        raise _Mixed("picks along several axes")
+    return _reordered(axes, touched)
+
+
+def _pad(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
+    widths: Any = node.args[1]
+    return _reordered(axes, [len(shape) - 1 - i // 2 for i, width in enumerate(widths) if width != 0])
 
 
 def _reorder(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
-    """index, gather, flip, roll, pad and the like: along feature axes."""
-    name, args = op_name(node), node.args
-    if name == "index":
-        touched = [axis for axis, index in enumerate(args[1]) if index is not None]  # type: ignore[arg-type]
-        if len(touched) != 1 or len(shape_of(node)) != len(shape):
-            raise _Mixed("picks along several axes")
-    elif name in ("pad", "constant_pad_nd"):
-        widths = _ints(args[1])
-        touched = [len(shape) - 1 - i // 2 for i, width in enumerate(widths) if width != 0]
-    else:
-        at = args[2] if name == "roll" and len(args) > 2 else args[1] if name != "roll" else range(len(shape))
-        touched = [int(a) % len(shape) for a in (at if isinstance(at, range) else _ints(at))]
+    """gather, flip, roll and others: along feature axes."""
+    return _reordered(axes, axes_of(node, len(shape)))
+
+
+def _reordered(axes: Axes, touched: list[int]) -> Axes:
     if any(axes[axis] for axis in touched):
         raise _Mixed("reorders, picks or pads the tokens")
     return axes
 
 
-def _squeeze(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
-    return _regroup(node, axes, shape)
-
-
-def _expand(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
-    return (False,) * (len(shape_of(node)) - len(axes)) + axes
-
-
-def _getitem(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
-    return axes
-
-
-def _stack(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
-    at: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    axis = int(at) % (len(shape) + 1)
-    return (*axes[:axis], False, *axes[axis:])
+def _last_axes(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
+    """Norms over as many of the last axes as `normalized_shape` has sizes."""
+    sizes: Any = node.args[1]
+    return _reduced(node, axes, list(range(len(shape) - len(sizes), len(shape))))
 
 
 def _along(node: fx.Node, axes: Axes, shape: tuple[Any, ...]) -> Axes:
-    """Norms, softmaxes and reductions: over feature axes only."""
-    name = op_name(node)
-    if name in ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"):
-        touched = list(range(len(shape) - len(_ints(node.args[1])), len(shape)))
-    else:
-        place = 2 if name in ("norm", "linalg_vector_norm", "topk", "kthvalue", "quantile") else 1
-        at: Any = node.args[place] if len(node.args) > place else None
-        at = node.kwargs.get("dim", -1 if name in ("glu", "topk", "kthvalue", "sort") else None) if at is None else at
-        touched = list(range(len(shape))) if at is None else [int(a) % len(shape) for a in _ints(at)]
+    """Softmaxes and reductions: over feature axes only."""
+    return _reduced(node, axes, axes_of(node, len(shape)))
+
+
+def _reduced(node: fx.Node, axes: Axes, touched: list[int]) -> Axes:
     if any(axes[a] for a in touched):
         raise _Mixed("works across tokens")
     out = len(shape_of(node))
     return axes if out in (0, len(axes)) else tuple(a for i, a in enumerate(axes) if i not in touched)
 
 
-RULES: dict[str, Callable[[fx.Node, Axes, tuple[Any, ...]], Axes]] = {
-    **dict.fromkeys(
-        ("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "view_as", "reshape_as"), _regroup
-    ),
-    **dict.fromkeys(("squeeze", "unsqueeze"), _squeeze),
-    **dict.fromkeys(
-        ("permute", "transpose", "t", "numpy_T", "mT", "swapaxes", "swapdims", "movedim", "moveaxis"),
-        lambda node, axes, shape: _permute(_order(node, shape), axes, shape),
-    ),
-    **dict.fromkeys(
-        ("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "slice", "select", "narrow", "cat", "concat"),
-        _cut,
-    ),
-    **dict.fromkeys(STANDING, _cut),
-    **dict.fromkeys(REORDERS, _reorder),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
-    "getitem": _getitem,
-    "stack": _stack,
+RULES: dict[Kind, Callable[[fx.Node, Axes, tuple[Any, ...]], Axes]] = {
+    Kind.REGROUP: _regroup,
+    Kind.PERMUTE: _permute,
+    Kind.EXPAND: _expand,
+    Kind.SPLIT: _join,
+    Kind.SLICE: _slice,
+    Kind.TAKE: _take,
+    Kind.JOIN: _join,
+    Kind.STACK: _stack,
+    Kind.ITEM: _item,
+    Kind.INDEX: _index,
+    Kind.REORDER: _reorder,
+    Kind.PAD: _pad,
+    Kind.LAST_AXES: _last_axes,
+    Kind.ALONG: _along,
 }
-assert set(RULES) <= LAYOUT | REORDERS  # noqa: S101 - a table against a table, at import

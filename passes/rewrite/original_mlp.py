@@ -13,9 +13,9 @@ from torch import Tensor, fx, nn
 
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
-from memrewrite.passes.graphs.ops import op_name
+from memrewrite.passes.graphs.ops import FILLS, op_name
 from memrewrite.passes.locate.located_sites import SiteCall
-from memrewrite.passes.locate.recorded_graph import FILLS, of_sizes_alone
+from memrewrite.passes.locate.recorded_graph import of_sizes_alone
 
 
 class OriginalMLP(nn.Module):
