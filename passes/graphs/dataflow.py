@@ -72,3 +72,12 @@ class Dataflow:
     def is_linear(self, node: fx.Node) -> bool:
         """A canonical `linear` whose weight is a weight (and not an activation)."""
         return op_name(node) == "linear" and node.args[0] not in self.constant and node.args[1] in self.constant
+
+
+def nodes_between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The nodes that lead from `start`, which is not among them, to `end`, each by its first input."""
+    nodes: list[fx.Node] = []
+    while end is not start:
+        nodes.append(end)
+        end = end.all_input_nodes[0]
+    return nodes[::-1]

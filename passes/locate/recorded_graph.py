@@ -12,6 +12,7 @@ from torch import fx
 from memrewrite.passes.canonicalize.canonicalize import canonicalize
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.dataflow import ORIGIN, Dataflow
+from memrewrite.passes.graphs.evaluate import evaluate
 from memrewrite.passes.graphs.nodes import CanonicalNode, RecordedNode, canonical_nodes, inputs_of, recorded_nodes, users_of
 from memrewrite.passes.graphs.ops import FILLS, IDENTITY, is_assertion, op_name
 from memrewrite.passes.graphs.provenance import clean, modules_of
@@ -123,13 +124,13 @@ def of_sizes_alone(node: fx.Node) -> Any:
         return node.meta["val"].node.hint
     if op_name(node) not in FILLS:
         return None
-    target: Any = node.target
-    known: Any = lambda n: of_sizes_alone(n) if not isinstance(n.meta["val"], torch.Tensor) else _empty(n)  # noqa: E731
-    return target(*fx.map_arg(node.args, known), **fx.map_arg(node.kwargs, known))
+    return evaluate([node], {}, source=_empty)[node]
 
 
-def _empty(node: fx.Node) -> torch.Tensor:
+def _empty(node: fx.Node) -> Any:
     value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return of_sizes_alone(node)
     return torch.empty(shape_of(node), dtype=value.dtype, device=value.device)
 
 

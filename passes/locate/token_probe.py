@@ -1,6 +1,7 @@
-"""Whether a region works token by token, tried on values: one token of its input changed, no other token's output may move.
+"""Whether a region works token by token, tried on values: one token of its input changes, no other token's output may move.
 
-For regions in which rows are reordered by what they hold, where following the axes (`tokens`) cannot tell.
+For regions that reorder rows by their values, where `token_axes` cannot decide. Flow: the region's recorded nodes and their
+weights → the region runs on random tokens, or on the example's → `token_trial`, with the choice of experts kept fixed.
 """
 
 from __future__ import annotations
@@ -14,75 +15,77 @@ from torch.utils._pytree import tree_map
 
 from memrewrite.passes.capture.operator_trace import captured_apart
 from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.evaluate import evaluate
 from memrewrite.passes.graphs.ops import op_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, of_sizes_alone
-from memrewrite.passes.models.forward import SEED
+from memrewrite.passes.locate.token_trial import Tokens, repeatable, run_repeatable, trial
 from memrewrite.passes.regions.region import Region
 
-MOVED = 1e-4  # relative to the outputs' size: above it a token changed; rows multiplied in other groups differ by less
+# How far other tokens' outputs may move, relative to the largest output: rows that are multiplied in other groups are rounded
+# differently, and by less than this.
+MOVED = 1e-4
 
 
 def mixes(recorded: RecordedGraph, region: Region) -> str:
-    """Why the region is not token-wise, or "". A model on `meta` has no values to try: then it is believed."""
+    """Why one token's output depends on another token, or "". On meta tensors nothing is tested and "" is returned."""
     nodes = _needed(recorded, region)
     leaves = {node: value for node in nodes if (value := value_of(recorded.segment, node)) is not None}
     if any(value.is_meta for value in leaves.values()):
         return ""
     origin, generator = region.x.meta["origin"], torch.Generator().manual_seed(0)
-    shape = [int(n) for n in origin.meta["val"].shape]
-    like = {"dtype": origin.meta["val"].dtype, "device": origin.meta["val"].device}
-    x = torch.randn(shape, generator=generator).to(**like)
+    like = origin.meta["val"]
+    x, other = (
+        torch.randn([int(n) for n in like.shape], generator=generator).to(dtype=like.dtype, device=like.device)
+        for _ in range(2)
+    )
     outside = {origin, *recorded.recorded_inputs(nodes)}
-    if recorded.segment.own_segments is not None and (
-        seen := _seen(recorded, outside)
-    ):  # its loops hold for the values that it saw
-        x = seen[origin]
-        leaves |= {node: seen[node] for node in outside if recorded.canonical_value(node) is not region.x}
+    # A graph of the operators that ran has its loops unrolled for the values of the example: they must be the same here.
+    if recorded.segment.own_segments is not None and (values := _example_values(recorded, outside)):
+        x = values[origin]
+        leaves |= {node: values[node] for node in outside if recorded.canonical_value(node) is not region.x}
     chosen: dict[fx.Node, Any] = {}
-    before = _run(recorded, region, nodes, leaves, x, chosen)
+
+    def call(given: Tensor) -> Tensor:
+        return _output(recorded, region, nodes, leaves, given, chosen)
+
+    before = run_repeatable(call, x)
     if not before.isfinite().all():
         return "it gives no finite numbers on random inputs, so that it cannot be tried token by token"
-    rows, alive = x.numel() // shape[-1], False
-    for row in sorted({0, rows // 2, rows - 1}):
-        changed = x.clone().reshape(-1, shape[-1])
-        changed[row] = torch.randn(shape[-1], generator=generator).to(**like)
-        after = _run(recorded, region, nodes, leaves, changed.reshape(shape), chosen)
-        moved = (after - before).float().abs().reshape(rows, -1).amax(1) > MOVED * before.float().abs().max()
-        alive |= bool(moved[row])
-        moved[row] = False
-        if moved.any():
-            return "the output of one token depends on other tokens"
-    return "" if alive or not before.any() else "its output depends on nothing but what is chosen"
+    rows = x.numel() // x.shape[-1]
+    into, out = (Tokens.consecutive(value.numel(), rows) for value in (x, before))
+    seen = trial(call, x, other, before, into, out, MOVED)
+    if seen.leak:
+        return "the output of one token depends on other tokens"
+    return "its output depends on nothing but what is chosen" if seen.own <= MOVED and before.any() else ""
 
 
-def _seen(recorded: RecordedGraph, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
-    """The values that a graph of what ran had, up to the wanted ones; none where a block in it was captured by itself."""
-    segment, env = recorded.segment, dict[fx.Node, Any]()
+def _example_values(recorded: RecordedGraph, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
+    """The values of a graph of operators that ran, up to the wanted ones; {} if a block in it is a segment by itself."""
+    segment = recorded.segment
     last = max(recorded.position[node] for node in wanted)
-    env |= {node: segment.example(node) for node in segment.graph.nodes if node.op == "placeholder"}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        for node in segment.graph.nodes:
-            if node.target is captured_apart:
-                return {}
-            if node not in env and node.op == "call_function":
-                weights = {source: value_of(segment, source) for source in node.all_input_nodes if source not in env}
-                env |= {source: value.clone() for source, value in weights.items() if value is not None}
-                target: Any = node.target
-                env[node] = target(*fx.map_arg(node.args, env.__getitem__), **fx.map_arg(node.kwargs, env.__getitem__))
-            if recorded.position[node] == last:
-                break
-    return env
+    nodes = [node for node in list(segment.graph.nodes)[: last + 1] if node.op == "call_function"]
+    if any(node.target is captured_apart for node in nodes):
+        return {}
+
+    def weight(node: fx.Node) -> Tensor:
+        value = value_of(segment, node)
+        if value is None:
+            raise KeyError(node)
+        return value.clone()  # in-place ops, through views too, must not change the model's own
+
+    inputs = {node: segment.example(node) for node in segment.graph.nodes if node.op == "placeholder"}
+    with repeatable(torch.device("cpu")):
+        return evaluate(nodes, inputs, source=weight)
 
 
 def value_of(segment: Segment, node: fx.Node) -> Tensor | None:
-    """The tensor that a weight or literal of a segment holds; None for other nodes."""
+    """The tensor of a weight or literal of a segment; None for other nodes."""
     return segment.literals[node.name] if node.name in segment.literals else segment.tensors.get(node.name)
 
 
 def _needed(recorded: RecordedGraph, region: Region) -> list[fx.Node]:
-    """The recorded nodes of a region, in order, with the weights they read and the arithmetic behind these."""
+    """The recorded nodes of a region, in order, with the weights they read and the nodes that compute these."""
     needed = recorded.closure(region)
     pending = [source for node in needed for source in node.all_input_nodes if source in recorded.constant]
     while pending:
@@ -94,7 +97,7 @@ def _needed(recorded: RecordedGraph, region: Region) -> list[fx.Node]:
 
 
 def _chooses_experts(node: fx.Node, tokens: int) -> bool:
-    """Whether a node chooses, and not among tokens."""
+    """True if a node chooses along an axis that is not the `tokens` many tokens."""
     op = op_of(node)
     if op is None or not op.replayed:
         return False
@@ -102,7 +105,7 @@ def _chooses_experts(node: fx.Node, tokens: int) -> bool:
     return isinstance(axis, int) and shape_of(node.all_input_nodes[0])[axis] != tokens
 
 
-def _run(
+def _output(
     recorded: RecordedGraph,
     region: Region,
     nodes: list[fx.Node],
@@ -110,32 +113,27 @@ def _run(
     x: Tensor,
     chosen: dict[fx.Node, Any],
 ) -> Tensor:
-    """The region's output. What was `chosen` before is chosen again, for routers may look at several tokens; experts do not."""
-    env: dict[fx.Node, Any] = dict(leaves)
-    cuda = [x.device.index or 0] if x.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(SEED)  # dropout, in train mode, drops the same each time
-        for node in nodes:
-            if node in leaves:
-                continue
-            sizes = {n: of_sizes_alone(n) for n in (node, *node.all_input_nodes) if n not in env}
-            env |= {n: value for n, value in sizes.items() if value is not None}
-            if node in env:
-                continue
-            for source in node.all_input_nodes:
-                if (
-                    source not in env and recorded.canonical_value(source) is not region.x
-                ):  # what helps to choose: any number will do
-                    env[source] = torch.ones(shape_of(source), dtype=source.meta["val"].dtype, device=x.device)
-                elif source not in env:  # the region's input, in one of its layouts
-                    env[source] = x.reshape([int(n) for n in source.meta["val"].shape])
-            target: Any = node.target
-            if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:  # a weight is not ours to write to
-                env |= {source: env[source].clone() for source in node.all_input_nodes if source in leaves}
-            if node not in chosen:
-                env[node] = target(*fx.map_arg(node.args, env.__getitem__), **fx.map_arg(node.kwargs, env.__getitem__))
-                if _chooses_experts(node, x.shape[:-1].numel()):
-                    chosen[node] = tree_map(torch.clone, env[node])
-            env[node] = tree_map(torch.clone, chosen[node]) if node in chosen else env[node]
-    out: Tensor = env[region.down.meta["origin"]]
+    """The region's output for `x`. The first call adds its choices to `chosen`; later calls use them again.
+
+    Routers may read several tokens, experts may not: only the experts are tried.
+    """
+
+    def source(node: fx.Node) -> Any:
+        size = of_sizes_alone(node)
+        if size is not None:
+            return size
+        if recorded.canonical_value(node) is region.x:  # in one of its layouts
+            return x.reshape([int(n) for n in node.meta["val"].shape])
+        return torch.ones(shape_of(node), dtype=node.meta["val"].dtype, device=x.device)  # only helps to choose: any number
+
+    def result(node: fx.Node, value: Any) -> Any:
+        if not _chooses_experts(node, x.shape[:-1].numel()):
+            return value
+        if node not in chosen:
+            chosen[node] = tree_map(torch.clone, value)
+        return tree_map(torch.clone, chosen[node])
+
+    sizes = {node: value for node in nodes if node not in leaves and (value := of_sizes_alone(node)) is not None}
+    values = evaluate(nodes, {**sizes, **leaves}, source=source, read_only=leaves, result=result)
+    out: Tensor = values[region.down.meta["origin"]]
     return out

@@ -1,7 +1,7 @@
-"""Which activation an MLP uses, told by what its middle computes and not by how it is spelled.
+"""Which activation an MLP uses, recognized by the values that its middle computes and not by its ops.
 
 Flow: the ops between the first matrices and the last are evaluated in float64 on sample values → compared with the known
-functions, for gated MLPs with either half as the gate. A middle with weights or norms of its own has no such name: "?".
+functions, for gated MLPs with either half as the gate. A middle that has weights or norms has no such name: "?".
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from memrewrite.passes.graphs.dataflow import LITERAL, Dataflow
+from memrewrite.passes.graphs.evaluate import evaluate
 from memrewrite.passes.graphs.ops import op_name
-from memrewrite.passes.graphs.shapes import UNBACKED, shape_of
+from memrewrite.passes.graphs.shapes import SAMPLE, shape_of
 from memrewrite.passes.regions.region import Region
 
 UNKNOWN = "?"
@@ -43,13 +44,11 @@ KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "square": torch.square,
     "identity": lambda x: x,
 }
-VIEW, RESHAPE = torch.ops.aten.view.default, torch.ops.aten.reshape.default
-FEW = 7  # tokens tried where their number depends on data
 LIMIT = 1 << 24  # elements evaluated at most
 
 
 def activation_of(flow: Dataflow, region: Region, cache: dict[Any, str]) -> str:
-    """The activation's name; a second region of the same ops is answered from `cache`."""
+    """The activation's name, "?" if it is not known; regions of the same ops are evaluated once, by `cache`."""
     middle = [node for node in region.inside if node is not region.down and node not in region.ups]
     key = _key(flow, region, middle)
     if key not in cache:
@@ -58,7 +57,7 @@ def activation_of(flow: Dataflow, region: Region, cache: dict[Any, str]) -> str:
 
 
 def _key(flow: Dataflow, region: Region, middle: list[fx.Node]) -> Any:
-    """What the middle computes, spelled without the names of its nodes."""
+    """Equal for two middles that compute the same: their ops, with nodes numbered."""
     number = {node: i for i, node in enumerate((*region.ups, *middle))}
     numbered: Any = lambda node: f"%{number.get(node, 'outside')}"  # noqa: E731
     ops = [(str(n.target), str(fx.map_arg(n.args, numbered)), str(fx.map_arg(n.kwargs, numbered))) for n in middle]
@@ -67,12 +66,12 @@ def _key(flow: Dataflow, region: Region, middle: list[fx.Node]) -> Any:
 
 def _evaluate(flow: Dataflow, region: Region, middle: list[fx.Node]) -> str:
     constants = {source for node in middle for source in node.all_input_nodes if source in flow.constant}
-    shapes = [tuple(FEW if n == UNBACKED else n for n in shape_of(up)) for up in region.ups]
+    shapes = [shape_of(up, SAMPLE) for up in region.ups]
     size = sum(math.prod(shape) for shape in shapes)
     if len(region.ups) > 2 or size > LIMIT or any(flow.weights(constant) for constant in constants):
         return UNKNOWN
     samples = [_samples(shape, seed) for seed, shape in enumerate(shapes)]
-    hidden = _interpret(flow, region, middle, dict(zip(region.ups, samples, strict=True)))
+    hidden = _hidden(flow, region, middle, dict(zip(region.ups, samples, strict=True)))
     if hidden is None:
         return UNKNOWN
     for a, b in _halves(samples, hidden.shape[-1]):
@@ -88,7 +87,7 @@ def _samples(shape: tuple[Any, ...], seed: int) -> Tensor:
 
 
 def _halves(samples: list[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
-    """What might be (gate, value): one input alone; two inputs; or the halves of a packed one, however it is cut."""
+    """The possible pairs (gate, value): one input and ones; two inputs; or the halves of a packed one, cut in any way."""
     if len(samples) == 2:
         first, second = samples
         return [(first, second), (second, first)] if first.shape == second.shape else []
@@ -102,25 +101,24 @@ def _halves(samples: list[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
     return [(low, high), (high, low), (even, odd), (odd, even)]
 
 
-def _interpret(flow: Dataflow, region: Region, middle: list[fx.Node], values: dict[fx.Node, Tensor]) -> Tensor | None:
-    """The value `down` reads, evaluated on the given outputs of the first matrices."""
-    known: dict[fx.Node, Any] = dict(values)
+def _hidden(flow: Dataflow, region: Region, middle: list[fx.Node], ups: dict[fx.Node, Tensor]) -> Tensor | None:
+    """The value `down` reads, computed from outputs of the first matrices; None if the CPU cannot do so in float64."""
+
+    def constant(node: fx.Node) -> Any:
+        if node not in flow.constant:
+            raise KeyError(node)
+        return _constant(node)
+
+    nodes = [node for node in middle if op_name(node) == "getitem" or isinstance(node.target, torch._ops.OpOverload)]
     try:
-        for node in middle:
-            if op_name(node) == "getitem" or isinstance(node.target, torch._ops.OpOverload):
-                for constant in node.all_input_nodes:
-                    if constant in flow.constant and constant not in known:
-                        known[constant] = _constant(constant)
-                target: Any = RESHAPE if node.target is VIEW else node.target  # copies between were dropped
-                known[node] = target(*fx.map_arg(node.args, known.__getitem__), **fx.map_arg(node.kwargs, known.__getitem__))
-        hidden: Tensor = known[region.down.all_input_nodes[0]]
-        return hidden
-    except (RuntimeError, KeyError, TypeError):  # not evaluable on the CPU in float64: then it has no name here
+        hidden: Tensor = evaluate(nodes, ups, source=constant)[region.down.all_input_nodes[0]]
+    except (RuntimeError, KeyError, TypeError):
         return None
+    return hidden
 
 
 def _constant(node: fx.Node) -> Any:
-    """A literal tensor of the graph: held by it, or computed from its arguments (`full`, `arange`)."""
+    """A constant of the graph: a literal tensor, or computed from its arguments (`full`, `arange`)."""
     if LITERAL in node.meta:
         return node.meta[LITERAL]
     target: Any = node.target

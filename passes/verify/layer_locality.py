@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from memrewrite.passes.locate.token_trial import Tokens
 from memrewrite.passes.models.forward import SEED
 from memrewrite.passes.rewrite.hooks import UseStoredInput
 from memrewrite.passes.verify.evidence import Evidence, checked, skipped
 from memrewrite.passes.verify.gradient_flow import opened
-from memrewrite.passes.verify.mlp_locality import Tokens, trial
+from memrewrite.passes.verify.mlp_locality import outcome_of
 from memrewrite.plans import Substitution
 from memrewrite.report import Check
 
@@ -41,8 +42,8 @@ def _wrong(layer: nn.Module, substitution: Substitution) -> str:
     shape = (ROWS, LENGTH, site.d_in)
     x, other = (torch.randn(shape, generator=generator).to(like.device, getattr(torch, site.dtype)) for _ in range(2))
     tokens = ROWS * LENGTH
-    into, out = (Tokens(torch.arange(tokens * width).view(tokens, width), ROWS) for width in (site.d_in, site.d_model))
-    found = trial(lambda given: _called(layer, given, site.axis), x, other, into, out, 0.0)
+    into, out = (Tokens.consecutive(tokens * width, tokens, ROWS) for width in (site.d_in, site.d_model))
+    found = outcome_of(lambda given: _called(layer, given, site.axis), x, other, into, out, 0.0)
     return found.wrong or ("every input gives the same output" if found.constant else "")
 
 
