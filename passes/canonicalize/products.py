@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from memrewrite.passes.canonicalize.linear_builder import Step, aten, become_linear, relaid_weight, write_linear
+from memrewrite.passes.canonicalize.stacks import are_experts
 from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.graphs.ops import op_name
 from memrewrite.passes.graphs.shapes import is_tensor, shape_of
@@ -139,7 +140,9 @@ def _contract(graph: fx.Graph, flow: Dataflow, node: fx.Node, x: Any, weight: An
     if value in flow.constant or matrix not in flow.constant or not proper or not free or not shared:
         return False
     sizes, others = dict(zip(ws, shape_of(matrix), strict=True)), dict(zip(xs, shape_of(value), strict=True))
-    if set(out) != {*kept, *free} or any(sizes[i] != others[i] for i in shared) or _is_stack(matrix, ws, shared):
+    if set(out) != {*kept, *free} or any(sizes[i] != others[i] for i in shared):
+        return False
+    if _is_stack(flow, node, ws, shared, out, sizes[ws[0]]):
         return False
     laid = _permuted_weight(graph, flow, node, matrix, ws, [*free, *shared])
     if len(ws) > 2:
@@ -153,9 +156,11 @@ def _contract(graph: fx.Graph, flow: Dataflow, node: fx.Node, x: Any, weight: An
     return write_linear(graph, node, value, laid, None, before, after)
 
 
-def _is_stack(matrix: fx.Node, ws: str, shared: list[str]) -> bool:
-    """Whether a weight is one matrix for each of several experts; two of them are a gate and its value."""
-    return len(ws) > len(shared) + 1 and ws[: len(shared)] != "".join(shared) and shape_of(matrix)[0] != 2
+def _is_stack(flow: Dataflow, node: fx.Node, ws: str, shared: list[str], out: str, size: int) -> bool:
+    """True if a weight, of indices `ws`, is a stack of `size` matrices, one for each expert."""
+    if len(ws) <= len(shared) + 1 or ws[: len(shared)] == "".join(shared):
+        return False
+    return size != 2 or (ws[0] in out and are_experts(flow, node, out.index(ws[0])))
 
 
 def _permuted(given: str, wanted: list[str]) -> list[Step]:
