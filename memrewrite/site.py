@@ -61,12 +61,13 @@ class Site(Frozen):
 
 
 class NearMiss(Frozen):
-    """A region that looked like an MLP and was refused: why, at which graph node, from which source line."""
+    """A region that looked like an MLP and was rejected: why, at which graph node, from which source line, by which rule."""
 
     path: str
     reason: str
     node: str
     source: str = ""
+    rule: str = ""  # the name of the rule; "" in files of earlier versions
 
 
 class Inspection(Frozen):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from memrewrite.passes.canonicalize.linear_builder import LinearBuilder, Step, aten
+from memrewrite.passes.canonicalize.stacks import are_experts
 from memrewrite.passes.graphs.ops import TRANSPOSED_CONVOLUTIONS, op_name
 from memrewrite.passes.graphs.shapes import is_tensor, shape_of
 
@@ -146,7 +147,9 @@ def _contract(build: LinearBuilder, x: tuple[fx.Node, str], weight: tuple[fx.Nod
     if build.is_weight(value) or not build.is_weight(matrix) or not proper or not free or not shared:
         return False
     sizes, others = dict(zip(ws, shape_of(matrix), strict=True)), dict(zip(xs, shape_of(value), strict=True))
-    if set(out) != {*kept, *free} or any(sizes[i] != others[i] for i in shared) or _is_stack(matrix, ws, shared):
+    if set(out) != {*kept, *free} or any(sizes[i] != others[i] for i in shared):
+        return False
+    if _is_stack(build, ws, shared, out, sizes[ws[0]]):
         return False
     for op, *args in _permuted(ws, [*free, *shared]):
         matrix = build.relaid(matrix, op, *args)
@@ -161,12 +164,14 @@ def _contract(build: LinearBuilder, x: tuple[fx.Node, str], weight: tuple[fx.Nod
     return build.write(value, matrix, None, before, after)
 
 
-def _is_stack(matrix: fx.Node, ws: str, shared: list[str]) -> bool:
-    """True if a weight has one matrix for each of several experts.
+def _is_stack(build: LinearBuilder, ws: str, shared: list[str], out: str, size: int) -> bool:
+    """True if a weight, of indices `ws`, is a stack of `size` matrices, one for each expert.
 
-    Two matrices are a gate and its value: gated MLPs with both in one parameter need it (test row "two in one parameter").
+    Two matrices may be a gate and its value, in gated MLPs with both in one parameter (test row "two in one parameter").
     """
-    return len(ws) > len(shared) + 1 and ws[: len(shared)] != "".join(shared) and shape_of(matrix)[0] != 2
+    if len(ws) <= len(shared) + 1 or ws[: len(shared)] == "".join(shared):
+        return False
+    return size != 2 or (ws[0] in out and are_experts(build.flow, build.at, out.index(ws[0])))
 
 
 def _permuted(given: str, wanted: list[str]) -> list[Step]:

@@ -1,4 +1,4 @@
-"""Model → the tree of its modules, in the order they ran: a live one as it hangs together, a traced one as its graph tells."""
+"""Model → the tree of its modules, in the order they ran: a live model's own tree, or the one in a traced graph."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from memrewrite.passes.graphs.provenance import clean, modules_of
 
 
 def outline(model: nn.Module | ExportedProgram, before: Capture) -> ModuleNode:
-    """The module tree. Of a traced model: the modules that made an operation, and their containers."""
+    """The module tree. Of a traced model: the modules that computed an operation, and their containers."""
     if isinstance(model, nn.Module) and not is_traced(model):
-        first: dict[str, int] = {}  # when a module, or the first inside it, was done: brothers are done in order
+        first: dict[str, int] = {}  # when a module, or the first inside it, returned: siblings return in order
         for i, path in enumerate(before.calls):
             for prefix in _prefixes(path):
                 first.setdefault(prefix, i)

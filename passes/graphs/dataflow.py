@@ -9,6 +9,7 @@ import math
 
 from torch import fx
 
+from memrewrite.passes.graphs.nodes import CanonicalNode, inputs_of
 from memrewrite.passes.graphs.ops import SIZES, VIEWS, op_name
 from memrewrite.passes.graphs.shapes import shape_of
 
@@ -30,11 +31,11 @@ class Dataflow:
             if WEIGHT in node.meta or LITERAL in node.meta or made or op_name(node) in SIZES:
                 self.constant.add(node)
         self.held = {node.meta[WEIGHT]: node.meta["val"] for node in graph.nodes if WEIGHT in node.meta}  # by weight's name
-        self._roots: dict[fx.Node, fx.Node] = {}
+        self._roots: dict[fx.Node, CanonicalNode] = {}
 
-    def activations(self, node: fx.Node) -> list[fx.Node]:
+    def activations(self, node: fx.Node) -> list[CanonicalNode]:
         """The inputs that depend on the model's inputs."""
-        return [source for source in node.all_input_nodes if source not in self.constant]
+        return [source for source in inputs_of(CanonicalNode(node)) if source not in self.constant]
 
     def weights(self, node: fx.Node) -> set[str]:
         """Names of the weights a constant value is computed from."""
@@ -50,12 +51,12 @@ class Dataflow:
                     pending.append(source)
         return found
 
-    def unviewed(self, node: fx.Node) -> fx.Node:
+    def unviewed(self, node: fx.Node) -> CanonicalNode:
         """The value this one only re-lays: views that keep the last axis, and moves made by `canonicalize`."""
         if node not in self._roots:
-            at = node
+            at = CanonicalNode(node)
             while self._relays(at):
-                at = at.all_input_nodes[0]
+                at = inputs_of(at)[0]
             self._roots[node] = at
         return self._roots[node]
 

@@ -1,21 +1,22 @@
-"""How a located region is reached in the live module tree: which module is it, or takes its input and gives its output.
+"""How a located region is reached in the live module tree: which module is it, or reads its input and returns its output.
 
-Flow: the recorded nodes of the region → the module calls that lie wholly inside it → one module, a span from entries to
-exit, or none, with the reason.
+Flow: the recorded nodes of the region → the module calls whose nodes are all inside it → one module, a span from entries to
+exit, or neither, with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import fx
 
-from memrewrite.passes.canonicalize.canonicalize import ORIGIN
+from memrewrite.passes.graphs.nodes import CanonicalNode, RecordedNode, inputs_of
 from memrewrite.passes.graphs.ops import LAYOUT, LOOKS_UP, is_pointwise, op_name
 from memrewrite.passes.graphs.provenance import modules_of
 from memrewrite.passes.graphs.shapes import shape_of
-from memrewrite.passes.locate.recorded_graph import RecordedGraph
+from memrewrite.passes.locate.recorded_graph import RecordedGraph, origin_of
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.region import Region
 from memrewrite.site import Binding
@@ -25,51 +26,250 @@ class BoundRegion(NamedTuple):
     """A binding, and what it spans in the recorded graph: `nodes`, from the value `x` to the value `y`."""
 
     binding: Binding
-    nodes: frozenset[fx.Node]
-    x: fx.Node
-    y: fx.Node
+    nodes: frozenset[RecordedNode]
+    x: RecordedNode
+    y: RecordedNode
 
 
 def bind(recorded: RecordedGraph, region: Region) -> BoundRegion:
-    """The widest way to reach the region in the module tree; a binding of kind `none` says why there is none."""
-    calls = _Calls(recorded, region)
-    return calls.whole() or calls.summed() or (calls.routed() if isinstance(region, Mixture) else calls.span())
+    """The widest way to reach the region in the module tree; a binding of kind `none` gives the reason why there is none."""
+    binder = _Binder(recorded, region)
+    return binder.whole() or binder.summed() or (binder.routed() if isinstance(region, Mixture) else binder.span())
 
 
-class _Calls:
+class _Area:
+    """A recorded part of the graph around one region: the inputs and outputs of its nodes, computed once.
+
+    `routing` are canonical values that only choose experts: they are not counted as inputs.
+    """
+
+    def __init__(self, recorded: RecordedGraph, routing: set[CanonicalNode], nodes: Iterable[RecordedNode]) -> None:
+        self.recorded, self.routing, self.nodes = recorded, routing, frozenset(nodes)
+
+    @cached_property
+    def inputs(self) -> frozenset[RecordedNode]:
+        """What the nodes read from outside, except what only chooses experts."""
+        read = self.recorded.recorded_inputs(self.nodes)
+        return frozenset(node for node in read if self.recorded.canonical_value(node) not in self.routing)
+
+    @cached_property
+    def outputs(self) -> frozenset[RecordedNode]:
+        """The nodes that are read outside."""
+        return frozenset(self.recorded.recorded_outputs(self.nodes))
+
+    def reads_only(self, value: CanonicalNode) -> bool:
+        """True if the one input is the canonical value `value`, in any layout."""
+        return len(self.inputs) == 1 and self.recorded.canonical_value(next(iter(self.inputs))) is value
+
+    def computes_only(self, value: CanonicalNode) -> bool:
+        """True if the one output is the canonical value `value`, in any layout."""
+        return len(self.outputs) == 1 and self.recorded.canonical_value(next(iter(self.outputs))) is value
+
+    def bound(self, binding: Binding) -> BoundRegion:
+        """The binding of these nodes, which have one input and one output."""
+        (x,), (y,) = self.inputs, self.outputs
+        return BoundRegion(binding, self.nodes, x, y)
+
+
+class _Call(_Area):
+    """The nodes of one module call."""
+
+    def __init__(self, recorded: RecordedGraph, routing: set[CanonicalNode], call: str) -> None:
+        super().__init__(recorded, routing, recorded.by_call[call])
+        self.call, self.path = call, recorded.paths[call]
+
+    @cached_property
+    def last(self) -> int:
+        """The position of its last node."""
+        return self.recorded.position[self.recorded.by_call[self.call][-1]]
+
+    @cached_property
+    def plain(self) -> bool:
+        """True if its module is called with its tensor first, and returns one tensor."""
+        return self.recorded.input_argument(self.call) == 0 and self.recorded.returns_one_tensor(self.call)
+
+
+class _Binder:
     """The module calls around one region."""
 
     def __init__(self, recorded: RecordedGraph, region: Region) -> None:
         self.recorded, self.region = recorded, region
         self.closure = recorded.closure(region)
-        self.limit = 4 * len(self.closure) + 64  # no module that is the MLP makes more nodes; keeps binding linear
+        self.limit = 4 * len(self.closure) + 64  # a module that is the MLP has no more nodes; keeps binding linear
+        self.routing = _routing(region)
+        self.calls: dict[str, _Call] = {}
 
-    def reads(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
-        """What a set of nodes reads from outside, beside what only helps to choose experts."""
-        given, pending = set(self.region.given), list(self.region.given)
-        while pending:
-            node = pending.pop()
-            if is_pointwise(node) or op_name(node) in LAYOUT | LOOKS_UP:
-                pending.extend(source for source in node.all_input_nodes if source not in given)
-                given.update(node.all_input_nodes)
-        return {node for node in self.recorded.reads(nodes) if self.recorded.canonical_value(node) not in given}
+    def area(self, *parts: Iterable[RecordedNode]) -> _Area:
+        """Several sets of nodes as one."""
+        return _Area(self.recorded, self.routing, set().union(*parts))
 
-    def bound(self, binding: Binding, nodes: set[fx.Node]) -> BoundRegion:
-        (x,), (y,) = self.reads(nodes), self.recorded.gives(nodes)
-        return BoundRegion(binding, frozenset(nodes), x, y)
+    def around(self, node: fx.Node) -> Iterator[_Call]:
+        """The module calls around a node, outermost first, except the model itself and those far too wide."""
+        for call, _ in modules_of(node):
+            nodes = self.recorded.by_call.get(call, ())
+            if self.recorded.paths[call] and nodes and len(nodes) <= self.limit:
+                if call not in self.calls:
+                    self.calls[call] = _Call(self.recorded, self.routing, call)
+                yield self.calls[call]
+
+    def is_inside(self, area: _Area) -> bool:
+        """True if the nodes belong to the region or re-lay its input or output; none may compute the input."""
+        ends = (self.region.x, self.region.down)
+        return all(
+            n in self.closure
+            or n in self.recorded.constant
+            or (self.recorded.canonical_value(n) in ends and self.recorded.twin.get(n) is not self.region.x)
+            for n in area.nodes
+        )
+
+    def reads_x(self, node: RecordedNode) -> bool:
+        """True if a node reads the region's input, in any layout."""
+        return any(self.recorded.canonical_value(source) is self.region.x for source in inputs_of(node))
+
+    # ------------------------------------------------------------------------------------------------------ a module
+
+    def whole(self) -> BoundRegion | None:
+        """The widest module that reads the MLP's input and returns its output."""
+        needed = self.closure - self.recorded.constant
+        for call in self.around(self.region.down):
+            takes, item = self.recorded.input_argument(call.call), None
+            if takes is None or not needed <= call.nodes:
+                continue
+            if not call.reads_only(self.region.x) or not call.computes_only(self.region.down):
+                continue
+            if not self.recorded.returns_one_tensor(call.call):
+                (y,) = call.outputs
+                item = self.recorded.output_item(call.call, y)
+                if item is None:
+                    continue
+            alone = self.recorded.has_one_argument(call.call)
+            return call.bound(
+                Binding(kind="module", entries=(call.path,), exit=call.path, takes=takes, alone=alone, gives=item)
+            )
+        return None
+
+    # -------------------------------------------------------------------------------------------------------- a span
+
+    def span(self) -> BoundRegion:
+        """From the modules that multiply by the first matrices to the one that multiplies by the last."""
+        exit_ = self.exit()
+        if exit_ is None:
+            return self.unreachable("no module of its own does the multiplication by its last matrix")
+        readers = [up for up in self.region.ups if self.recorded.flow.unviewed(inputs_of(up)[0]) is self.region.x]
+        entries = {up: self.entry(up) for up in readers}
+        calls = list(dict.fromkeys(call for call in entries.values() if call is not None))
+        if not readers or None in entries.values():
+            return self.unreachable("no module of its own does the multiplication by its first matrix")
+        area = self.area(self.closure, *(call.nodes for call in (*calls, exit_)))
+        if len(area.inputs) != 1:
+            return self.unreachable("its first matrices read its input in different layouts")
+        widths = tuple(map(self.width, calls))
+        return area.bound(Binding(kind="span", entries=tuple(call.path for call in calls), widths=widths, exit=exit_.path))
+
+    def entry(self, up: CanonicalNode) -> _Call | None:
+        """The widest module inside the region, around a first matrix, that reads the region's input."""
+        for call in self.around(up):
+            one = len(call.outputs) == 1 and self.is_inside(call)
+            if one and call.reads_only(self.region.x) and not call.computes_only(self.region.down) and call.plain:
+                return call
+        return None
+
+    def exit(self) -> _Call | None:
+        """The widest module inside the region that returns its output."""
+        for call in self.around(self.region.down):
+            if self.is_inside(call) and call.computes_only(self.region.down) and call.plain:
+                return call
+        return None
+
+    def width(self, call: _Call) -> int:
+        """Features of what a module returns."""
+        (output,) = call.outputs
+        value = self.recorded.canonical_value(output)  # its features are last, whatever the axis in the model
+        return int(shape_of(output if value is None else value)[-1])
+
+    # ------------------------------------------------------------------------------------------ mixtures of experts
+
+    def summed(self) -> BoundRegion | None:
+        """The sum of the outputs of two modules that read one input: routed experts and a shared one.
+
+        The module that runs first is the entry: when the site is replaced, it returns zeros.
+        """
+        total = origin_of(self.region.down)
+        terms = [n for n in inputs_of(total) if n not in self.recorded.constant]
+        if op_name(total) != "add" or total.kwargs or len(terms) != 2:
+            return None
+        calls = [call for call in map(self.term, terms) if call is not None]
+        if len(calls) != 2:
+            return None
+        first, second = sorted(calls, key=lambda call: call.last)
+        area = self.area(self.closure, first.nodes, second.nodes)
+        if len(area.inputs) != 1 or area.outputs != {total}:
+            return None
+        width = int(total.meta["val"].shape[-1])
+        return area.bound(Binding(kind="span", entries=(first.path,), widths=(width,), exit=second.path))
+
+    def term(self, value: RecordedNode) -> _Call | None:
+        """The widest module that computes `value` from the region's input alone."""
+        wanted = {self.recorded.canonical_value(value)}
+        for call in self.around(value):
+            same = {self.recorded.canonical_value(n) for n in call.outputs} == wanted
+            if same and self.is_inside(call) and call.reads_only(self.region.x) and call.plain:
+                return call
+        return None
+
+    def routed(self) -> BoundRegion:
+        """From a module that reads the mixture's input, such as a router, to the one that returns its output."""
+        for out in self.around(self.region.down):
+            returns = out.computes_only(self.region.down) and self.recorded.returns_one_tensor(out.call)
+            if not (returns and self.is_inside(out)):
+                continue
+            for entry in self.readers():
+                both = self.area(self.relays(entry.inputs, self.area(self.closure, entry.nodes, out.nodes)))
+                if entry is not out and len(both.inputs) == 1:
+                    takes = self.recorded.input_argument(entry.call) or 0
+                    binding = Binding(kind="span", entries=(entry.path,), takes=takes, exit=out.path, alone=False)
+                    (x,), (y,) = both.inputs, out.outputs
+                    return BoundRegion(binding, both.nodes, x, y)
+            return self.unreachable("no module of its own reads its input")
+        return self.unreachable("no module of its own returns its output")
+
+    def relays(self, base: frozenset[RecordedNode], area: _Area) -> set[RecordedNode]:
+        """The nodes of `area`, with the casts and views between the values `base` and what the area reads of them."""
+        found = set(area.nodes)
+        for source in area.inputs - base:
+            chain = [source]
+            while (
+                chain[-1] not in base
+                and self.recorded.canonical_value(chain[-1]) is self.region.x
+                and chain[-1].all_input_nodes
+            ):
+                chain.append(inputs_of(chain[-1])[0])
+            found.update(chain[:-1] if chain[-1] in base else ())
+        return found
+
+    def readers(self) -> Iterator[_Call]:
+        """The modules inside that read the region's input and nothing else."""
+        for node in sorted(self.closure, key=self.recorded.position.__getitem__):
+            if self.reads_x(node):
+                for call in self.around(node):
+                    reads = call.reads_only(self.region.x) and self.recorded.input_argument(call.call) is not None
+                    if reads and self.is_inside(call):
+                        yield call
+
+    # ------------------------------------------------------------------------------------------------------- neither
 
     def unreachable(self, why: str) -> BoundRegion:
-        """The region by its bare closure; its input is what its first matrix is handed."""
-        first = next(n for n in sorted(self.closure, key=self.recorded.position.__getitem__) if self._reads_x(n))
-        x = next(s for s in first.all_input_nodes if self.recorded.canonical_value(s) is self.region.x)
+        """The region by its bare closure; its input is the layout of `x` that its first node reads."""
+        first = next(n for n in sorted(self.closure, key=self.recorded.position.__getitem__) if self.reads_x(n))
+        x = next(s for s in inputs_of(first) if self.recorded.canonical_value(s) is self.region.x)
         host = self.host()
         binding = Binding(kind="graph", exit=host, why=why) if host else Binding(kind="none", why=why)
-        return BoundRegion(binding, frozenset(self.closure), x, self.region.down.meta[ORIGIN])
+        return BoundRegion(binding, frozenset(self.closure), x, origin_of(self.region.down))
 
     def host(self) -> str:
-        """The narrowest module that holds all of the region and may become a graph; "" when there is none."""
+        """The narrowest module that contains the whole region and may become a graph; "" when there is none."""
         if self.recorded.segment.own_segments is not None:
-            return ""  # what torch could not trace here it will not trace there
+            return ""  # torch cannot trace this segment, so its modules cannot become graphs
         needed = self.closure - self.recorded.constant
         for call, _ in reversed(modules_of(self.region.down)):
             path = self.recorded.paths[call]
@@ -77,148 +277,13 @@ class _Calls:
                 return path
         return ""
 
-    def whole(self) -> BoundRegion | None:
-        """The widest module that takes the MLP's input and returns its output."""
-        needed = self.closure - self.recorded.constant
-        for call, nodes in self._around(self.region.down):
-            takes, item = self.recorded.takes(call), None
-            if takes is None or not needed <= set(nodes) or not self._takes_x(nodes) or not self._gives_y(nodes):
-                continue
-            if not self.recorded.gives_alone(call):
-                (y,) = self.recorded.gives(nodes)
-                item = self.recorded.item(call, y)
-                if item is None:
-                    continue
-            path, alone = self.recorded.paths[call], self.recorded.alone(call)
-            binding = Binding(kind="module", entries=(path,), exit=path, takes=takes, alone=alone, gives=item)
-            return self.bound(binding, set(nodes))
-        return None
 
-    def span(self) -> BoundRegion:
-        """From the modules that multiply by the first matrices to the one that multiplies by the last."""
-        exit_ = self.exit()
-        if exit_ is None:
-            return self.unreachable("no module of its own does the multiplication by its last matrix")
-        readers = [up for up in self.region.ups if self.recorded.flow.unviewed(up.all_input_nodes[0]) is self.region.x]
-        entries = [self.entry(up) for up in readers]
-        calls = list(dict.fromkeys(call for call in entries if call))
-        if not readers or None in entries:
-            return self.unreachable("no module of its own does the multiplication by its first matrix")
-        nodes = self.closure.union(*(self.recorded.by_call[call] for call in (*calls, exit_)))
-        if len(self.reads(nodes)) != 1:
-            return self.unreachable("its first matrices are handed its input in different layouts")
-        widths = tuple(self.width(call) for call in calls)
-        paths = tuple(self.recorded.paths[call] for call in calls)
-        return self.bound(Binding(kind="span", entries=paths, widths=widths, exit=self.recorded.paths[exit_]), nodes)
-
-    def summed(self) -> BoundRegion | None:
-        """The sum of what two modules make of one input: routed experts and a shared one. The first gives zeros, then."""
-        total = self.region.down.meta[ORIGIN]
-        parts = [n for n in total.all_input_nodes if n not in self.recorded.constant]
-        calls = [self._part(part) for part in parts]
-        if op_name(total) != "add" or total.kwargs or len(parts) != 2 or None in calls:
-            return None
-        made = sorted((c for c in calls if c), key=lambda c: self.recorded.position[self.recorded.by_call[c][-1]])
-        nodes = self.closure.union(*(self.recorded.by_call[call] for call in made))
-        if len(self.reads(nodes)) != 1 or self.recorded.gives(nodes) != {total}:
-            return None
-        entry, exit_ = (self.recorded.paths[call] for call in made)
-        width = int(total.meta["val"].shape[-1])
-        return self.bound(Binding(kind="span", entries=(entry,), widths=(width,), exit=exit_), nodes)
-
-    def _part(self, value: fx.Node) -> str | None:
-        """The widest module that makes `value` of the region's input alone."""
-        for call, nodes in self._around(value):
-            gives = self.recorded.gives(nodes)
-            same = {self.recorded.canonical_value(n) for n in gives} == {self.recorded.canonical_value(value)}
-            if same and self._inside(nodes) and self._takes_x(nodes) and self._plain(call):
-                return call
-        return None
-
-    def routed(self) -> BoundRegion:
-        """From a module that is given the mixture's input, a router say, to the one that returns its output."""
-        for out, made in self._around(self.region.down):
-            if not (self._inside(made) and self._gives_y(made) and self.recorded.gives_alone(out)):
-                continue
-            for entry, nodes in self._readers():
-                both = self._from(self.reads(nodes), self.closure.union(nodes, made))
-                if entry != out and len(self.reads(both)) == 1:
-                    takes, (path, exit_) = self.recorded.takes(entry) or 0, (self.recorded.paths[c] for c in (entry, out))
-                    binding = Binding(kind="span", entries=(path,), takes=takes, exit=exit_, alone=False)
-                    (x,), (y,) = self.reads(both), self.recorded.gives(made)
-                    return BoundRegion(binding, frozenset(both), x, y)
-            return self.unreachable("no module of its own is given its input")
-        return self.unreachable("no module of its own returns its output")
-
-    def _from(self, base: set[fx.Node], nodes: set[fx.Node]) -> set[fx.Node]:
-        """Nodes, with the casts and views between `base` and what they read of it."""
-        relays: set[fx.Node] = set()
-        for source in self.reads(nodes) - base:
-            chain = [source]
-            while (
-                chain[-1] not in base
-                and self.recorded.canonical_value(chain[-1]) is self.region.x
-                and chain[-1].all_input_nodes
-            ):
-                chain.append(chain[-1].all_input_nodes[0])
-            relays.update(chain[:-1] if chain[-1] in base else ())
-        return nodes | relays
-
-    def _readers(self) -> Iterator[tuple[str, list[fx.Node]]]:
-        """The modules inside that are given the region's input and nothing else."""
-        for node in sorted(self.closure, key=self.recorded.position.__getitem__):
-            if self._reads_x(node):
-                for call, nodes in self._around(node):
-                    if self._inside(nodes) and self._takes_x(nodes) and self.recorded.takes(call) is not None:
-                        yield call, nodes
-
-    def exit(self) -> str | None:
-        """The widest module inside the region that returns its output."""
-        for call, nodes in self._around(self.region.down):
-            if self._inside(nodes) and self._gives_y(nodes) and self._plain(call):
-                return call
-        return None
-
-    def _plain(self, call: str) -> bool:
-        return self.recorded.takes(call) == 0 and self.recorded.gives_alone(call)
-
-    def entry(self, up: fx.Node) -> str | None:
-        """The widest module inside the region, around a first matrix, that takes the region's input."""
-        for call, nodes in self._around(up):
-            one = len(self.recorded.gives(nodes)) == 1 and self._inside(nodes)
-            if one and self._takes_x(nodes) and not self._gives_y(nodes) and self._plain(call):
-                return call
-        return None
-
-    def width(self, call: str) -> int:
-        """Features of what a module returns."""
-        (given,) = self.recorded.gives(self.recorded.by_call[call])
-        value = self.recorded.canonical_value(given)  # there the features are last, wherever the model has them
-        return int(shape_of(given if value is None else value)[-1])
-
-    def _around(self, node: fx.Node) -> list[tuple[str, list[fx.Node]]]:
-        """Module calls around a canonical node, outermost first, the model itself and what is far too wide aside."""
-        calls = [call for call, _ in modules_of(node)]
-        made = [(call, self.recorded.by_call.get(call, [])) for call in calls if self.recorded.paths[call]]
-        return [(call, nodes) for call, nodes in made if nodes and len(nodes) <= self.limit]
-
-    def _inside(self, nodes: list[fx.Node]) -> bool:
-        """Whether a module's nodes belong to the region, or re-lay its input or output; none may make its input."""
-        ends, made = (self.region.x, self.region.down), self.recorded.twin.get
-        return all(
-            n in self.closure
-            or n in self.recorded.constant
-            or (self.recorded.canonical_value(n) in ends and made(n) is not ends[0])
-            for n in nodes
-        )
-
-    def _reads_x(self, node: fx.Node) -> bool:
-        return any(self.recorded.canonical_value(source) is self.region.x for source in node.all_input_nodes)
-
-    def _takes_x(self, nodes: list[fx.Node]) -> bool:
-        reads = self.reads(nodes)
-        return len(reads) == 1 and self.recorded.canonical_value(next(iter(reads))) is self.region.x
-
-    def _gives_y(self, nodes: list[fx.Node]) -> bool:
-        gives = self.recorded.gives(nodes)
-        return len(gives) == 1 and self.recorded.canonical_value(next(iter(gives))) is self.region.down
+def _routing(region: Region) -> set[CanonicalNode]:
+    """The region's extra inputs, and what these are computed from by elementwise ops, layout ops and look-ups."""
+    found, pending = set(region.given), list(region.given)
+    while pending:
+        node = pending.pop()
+        if is_pointwise(node) or op_name(node) in LAYOUT | LOOKS_UP:
+            pending.extend(source for source in inputs_of(node) if source not in found)
+            found.update(inputs_of(node))
+    return found

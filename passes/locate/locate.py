@@ -1,101 +1,98 @@
-"""Where a model's MLPs are, by dataflow alone.
+"""Finds a model's MLPs, by dataflow alone.
 
-Flow: every `linear` of the canonical graph is tried as a last matrix → its region is grown and held against the rules →
-the patterns name it → it is bound to the live module tree → regions of the same weights become one site with many calls.
+Flow: mixtures of experts are found first → every other `linear` of the canonical graph is tried as a last matrix: its region
+is grown and checked against the rules → the patterns name it → it is bound to the live module tree → regions of the same
+weights become one site with many calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import fx
-
-from memrewrite.passes.canonicalize.canonicalize import canonicalize
 from memrewrite.passes.capture.segment import Capture, Segment
-from memrewrite.passes.graphs.dataflow import Dataflow
+from memrewrite.passes.graphs.nodes import CanonicalNode, canonical_nodes
 from memrewrite.passes.graphs.provenance import path_of, source_line
-from memrewrite.passes.locate.binding import bind
+from memrewrite.passes.locate.binding import BoundRegion, bind
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
-from memrewrite.passes.locate.recorded_graph import RecordedGraph
-from memrewrite.passes.locate.sites import assemble, identity_of, module_types
+from memrewrite.passes.locate.one_block import in_two_blocks
+from memrewrite.passes.locate.recorded_graph import RecordedGraph, recorded_graph
+from memrewrite.passes.locate.sites import Recognized, assemble, identity_of, module_types
 from memrewrite.passes.locate.token_probe import mixes
 from memrewrite.passes.regions.activation import UNKNOWN, activation_of
 from memrewrite.passes.regions.experts import Mixture, mixtures
-from memrewrite.passes.regions.patterns import PATTERNS, Match
-from memrewrite.passes.regions.region import Region, grow
-from memrewrite.passes.regions.token_axes import Refusal
+from memrewrite.passes.regions.patterns import matched
+from memrewrite.passes.regions.region import Region, attempt
+from memrewrite.passes.regions.rejection import Rejection
 from memrewrite.site import NearMiss
 
 
 def locate(capture: Capture, *, fragment: bool = False) -> LocatedSites:
-    """Find every MLP of a captured model; regions that looked like one are near misses with a reason and a node.
+    """Find every MLP of a captured model; regions that looked like one are near misses with a rule, a reason and a node.
 
-    Of a `fragment`, a part of a model that its caller knows more about, nothing has to return to a residual stream.
+    In a `fragment`, a part of a model about which its caller knows more, no output has to return to a residual stream.
     """
-    groups: dict[frozenset[str], list[tuple[SiteCall, Match, str]]] = {}
+    groups: dict[frozenset[str], list[Recognized]] = {}
     misses: list[NearMiss] = []
     types: dict[str, str] = {}
     activations: dict[Any, str] = {}
+    graphs: dict[str, RecordedGraph] = {}
     for segment in capture.segments:
-        graph = canonicalize(segment.graph, segment.weights, segment.literals)
-        flow = Dataflow(graph, fragment=fragment)
-        recorded = RecordedGraph(segment, flow, capture.calls)
+        recorded = graphs[segment.path] = recorded_graph(segment, capture.calls, fragment=fragment)
         types |= module_types(recorded)
         for end, outcome in _outcomes(recorded):
-            if isinstance(outcome, Refusal):
-                misses.append(_near_miss(segment, end, outcome))
-            else:
-                region, match = outcome
-                found = SiteCall(segment, recorded, region, bind(recorded, region))
-                one = region.middle(flow) if isinstance(region, Mixture) else region
-                activation = activation_of(flow, one, activations) if one else UNKNOWN
-                groups.setdefault(identity_of(found), []).append((found, match, activation))
-    return assemble(capture, groups, misses, types)
+            one = _recognized(recorded, *outcome, types, activations) if isinstance(outcome, tuple) else outcome
+            if isinstance(one, Recognized):
+                groups.setdefault(identity_of(one.call), []).append(one)
+            elif one.near_miss:
+                misses.append(_near_miss(segment, end, one))
+    return assemble(capture, groups, misses, types, graphs)
 
 
-def _outcomes(recorded: RecordedGraph) -> Iterator[tuple[fx.Node, tuple[Region, Match] | Refusal]]:
-    """What ends at which node, in the order of the graph: mixtures of experts first, then MLPs outside of them."""
-    flow, outcomes, inside = recorded.flow, dict[fx.Node, tuple[Region, Match] | Refusal](), set[fx.Node]()
-    for ends in mixtures(flow, lambda mixture: not mixes(recorded, mixture)):  # and no attention that chooses what it sees
-        mixture = _widest_module(recorded, ends)
-        outcomes[mixture.down] = _match(flow, mixture)
+def _outcomes(recorded: RecordedGraph) -> Iterator[tuple[CanonicalNode, tuple[Region, BoundRegion | None] | Rejection]]:
+    """What ends at which node, in graph order. A mixture of experts comes with its binding, a smaller region without one."""
+    flow, inside = recorded.flow, set[CanonicalNode]()
+    found: dict[CanonicalNode, tuple[Region, BoundRegion | None]] = {}
+    for ends in mixtures(flow, lambda mixture: not mixes(recorded, mixture)):  # nor is it an attention that selects tokens
+        mixture, bound = _widest_module(recorded, ends)
+        found[mixture.down] = mixture, bound
         inside.update(mixture.inside)
-    for node in flow.graph.nodes:
-        if node in outcomes:
-            yield node, outcomes[node]
+    for node in canonical_nodes(flow.graph):
+        if node in found:
+            yield node, found[node]
         elif flow.is_linear(node) and node not in inside:
-            region = grow(flow, node)
-            if isinstance(region, Region):
-                yield node, _match(flow, region)
-            elif region is not None:
-                yield node, region
+            region = attempt(flow, node)
+            yield node, (region, None) if isinstance(region, Region) else region
 
 
-def _widest_module(recorded: RecordedGraph, ends: tuple[Mixture, ...]) -> Mixture:
-    """Of the ends a mixture may have, the last that a module returns, or that is the sum of what two modules do.
+def _widest_module(recorded: RecordedGraph, ends: tuple[Mixture, ...]) -> tuple[Mixture, BoundRegion]:
+    """Of the regions a mixture may be, the widest that one module or the sum of two returns, with its binding.
 
-    The first when there is none, which leaves most alone.
+    The first, which is the narrowest, when there is none.
     """
-    for mixture in reversed(ends):
-        binding = bind(recorded, mixture).binding
-        if (binding.kind == "module" or (binding.kind == "span" and binding.widths)) and (
-            mixture is ends[0] or not mixes(recorded, mixture)
-        ):
-            return mixture
-    return ends[0]
+    for mixture in reversed(ends[1:]):
+        bound = bind(recorded, mixture)
+        whole = bound.binding.kind == "module" or (bound.binding.kind == "span" and bool(bound.binding.widths))
+        if whole and not mixes(recorded, mixture):
+            return mixture, bound
+    return ends[0], bind(recorded, ends[0])
 
 
-def _match(flow: Dataflow, region: Region) -> tuple[Region, Match] | Refusal:
-    reasons = []
-    for pattern in PATTERNS:
-        verdict = pattern.match(flow, region)
-        if isinstance(verdict, Match):
-            return region, verdict
-        reasons.append(f"not {pattern.name}: {verdict}")
-    return Refusal("; ".join(reasons), region.down)
+def _recognized(
+    recorded: RecordedGraph, region: Region, bound: BoundRegion | None, types: Mapping[str, str], activations: dict[Any, str]
+) -> Recognized | Rejection:
+    """A region with its pattern and activation, or why it is no site."""
+    match = matched(recorded.flow, region)
+    if isinstance(match, Rejection):
+        return match
+    rejection = in_two_blocks(recorded, region, types)
+    if rejection is not None:
+        return rejection
+    one = region.middle(recorded.flow) if isinstance(region, Mixture) else region
+    activation = activation_of(recorded.flow, one, activations) if one else UNKNOWN
+    return Recognized(SiteCall(recorded.segment, recorded, region, bound or bind(recorded, region)), match, activation)
 
 
-def _near_miss(segment: Segment, down: fx.Node, refusal: Refusal) -> NearMiss:
-    path = f"{segment.path}.{path_of(down)}".strip(".")
-    return NearMiss(path=path, reason=refusal.reason, node=refusal.node.name, source=source_line(refusal.node))
+def _near_miss(segment: Segment, down: CanonicalNode, rejection: Rejection) -> NearMiss:
+    path, node = f"{segment.path}.{path_of(down)}".strip("."), rejection.node
+    return NearMiss(path=path, reason=rejection.reason, node=node.name, source=source_line(node), rule=rejection.rule)

@@ -1,9 +1,9 @@
-"""What `locate` found: sites, and the graph regions behind each."""
+"""What `locate` found: sites, and the graph regions that each of them consists of."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.locate.binding import BoundRegion
@@ -14,7 +14,7 @@ from memrewrite.site import Inspection, Site
 
 @dataclass(frozen=True)
 class SiteCall:
-    """One region found: where it is in which segment's recorded graph. A site has one for each call."""
+    """One region found, and where it is in a segment's recorded graph. A site has one for each call in a forward."""
 
     segment: Segment
     recorded: RecordedGraph
@@ -24,10 +24,14 @@ class SiteCall:
 
 @dataclass(frozen=True)
 class LocatedSites:
-    """What `locate` found, with the graph regions behind each site (`found[site.path]`, one for each call)."""
+    """What `locate` found, with the graph regions of each site (`found[site.path]`, one for each call).
+
+    `recorded` has the graphs of every segment, by the segment's path, whether a site is in it or not.
+    """
 
     located: Inspection
     found: Mapping[str, tuple[SiteCall, ...]]
+    recorded: Mapping[str, RecordedGraph] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[Site, ...]:

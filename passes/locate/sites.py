@@ -3,46 +3,56 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import takewhile
-from typing import Any
+from typing import NamedTuple
 
 from memrewrite.passes.capture.segment import Capture
+from memrewrite.passes.graphs.nodes import inputs_of
 from memrewrite.passes.graphs.ops import op_name
 from memrewrite.passes.graphs.provenance import modules_of
 from memrewrite.passes.graphs.shapes import shape_of
-from memrewrite.passes.locate.feature_axis import feature_axis
+from memrewrite.passes.locate.feature_axis import LAST, feature_axis
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
-from memrewrite.passes.models.block_stacks import places
+from memrewrite.passes.models.block_stacks import Place, places
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.patterns import Match
 from memrewrite.site import Binding, Inspection, NearMiss, Site
 
 
+class Recognized(NamedTuple):
+    """A region found, the pattern that it matches, and the name of its activation."""
+
+    call: SiteCall
+    match: Match
+    activation: str
+
+
 def weights_of(found: SiteCall) -> list[str]:
-    """The names of the weights a region uses, in order of use."""
+    """The names of the weights that a region uses, in order of use."""
     names: dict[str, None] = {}
     for node in found.region.inside:
-        for source in node.all_input_nodes:
+        for source in inputs_of(node):
             if source in found.recorded.flow.constant:
                 names |= dict.fromkeys(sorted(found.recorded.flow.weights(source)))
     return list(names)
 
 
 def identity_of(found: SiteCall) -> frozenset[str]:
-    """What tells a site from others: its weights and, of a weight that is a stack of matrices, which of them it takes.
+    """What distinguishes a site from others: its weights and, of a weight that is a stack of matrices, which one it selects.
 
-    A mixture takes what its tokens choose.
+    A mixture of experts uses whole stacks.
     """
     flow, picked = found.recorded.flow, set[str]()
     if isinstance(found.region, Mixture):
         return frozenset(weights_of(found))
-    for at in {s for node in found.region.inside for s in node.all_input_nodes if s in flow.constant}:
+    for at in {s for node in found.region.inside for s in inputs_of(node) if s in flow.constant}:
         picks: list[str] = []
         while at.op == "call_function" and at.all_input_nodes:
             if op_name(at) in ("select", "getitem", "index"):
                 picks.append(str(at.args[1:]))
-            at = at.all_input_nodes[0]
+            at = inputs_of(at)[0]
         picked.update([at.name + "".join(picks)] if picks else ())
     return frozenset((*weights_of(found), *picked))
 
@@ -50,7 +60,7 @@ def identity_of(found: SiteCall) -> frozenset[str]:
 def module_types(recorded: RecordedGraph) -> dict[str, str]:
     """The class of every module that runs, by path."""
     found: dict[str, str] = {}
-    for node in recorded.segment.graph.nodes:
+    for node in recorded.nodes:
         for call, (_, kind) in (node.meta.get("nn_module_stack") or {}).items():
             found[recorded.paths[str(call)]] = str(kind)
     return found
@@ -58,70 +68,78 @@ def module_types(recorded: RecordedGraph) -> dict[str, str]:
 
 def assemble(
     capture: Capture,
-    groups: dict[frozenset[str], list[tuple[SiteCall, Match, str]]],
+    groups: Mapping[frozenset[str], list[Recognized]],
     misses: list[NearMiss],
-    types: dict[str, str],
+    types: Mapping[str, str],
+    recorded: Mapping[str, RecordedGraph],
 ) -> LocatedSites:
     """One site for each group of regions that use the same weights, in the order they run."""
-    paths: dict[str, list[tuple[SiteCall, Match, str]]] = {}
+    paths: dict[str, list[Recognized]] = {}
     for group in groups.values():
-        path = _narrowest(group[0][0])
-        while path in paths:  # several MLPs in one module: told apart by their last matrix
-            path = f"{path}#{group[0][0].region.down.name}"
+        path = _narrowest(group[0].call)
+        while path in paths:  # several MLPs in one module: distinguished by their last matrices
+            path = f"{path}#{group[0].call.region.down.name}"
         paths[path] = group
     where = places([path.partition("#")[0] for path in paths], types)
     sites = [_site(path, group, where[path.partition("#")[0]]) for path, group in paths.items()]
     located = Inspection(sites=tuple(sites), near_misses=tuple(dict.fromkeys(misses)), captured=capture.how)
-    return LocatedSites(located, {path: tuple(found for found, _, _ in group) for path, group in paths.items()})
+    return LocatedSites(located, {path: tuple(one.call for one in group) for path, group in paths.items()}, recorded)
 
 
 def _narrowest(found: SiteCall) -> str:
-    """The innermost module that holds every matrix of the region.
+    """The innermost module that contains every matrix of the region.
 
-    The deeper of two answers: by calls, and by the tree, for a module whose `forward` was called past its `__call__`.
+    The deeper of two answers: by module calls, and by the module tree. They differ for a module whose `forward` was called
+    directly, without `__call__`.
     """
     matrices = (*found.region.ups, found.region.down)
     stacks = [[found.recorded.paths[call] for call, _ in modules_of(node)] for node in matrices]
     common = [step[0] for step in zip(*stacks, strict=False) if len(set(step)) == 1]
     parts = [(stack[-1] if stack else "").split(".") for stack in stacks]
-    held = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, zip(*parts, strict=False))]
-    return max(common[-1] if common else "", ".".join(held), key=len)
+    shared = [step[0] for step in takewhile(lambda step: len(set(step)) == 1, zip(*parts, strict=False))]
+    return max(common[-1] if common else "", ".".join(shared), key=len)
 
 
-def _site(path: str, group: list[tuple[SiteCall, Match, str]], place: Any) -> Site:
-    found, match, activation = group[0]
-    region, flow = found.region, found.recorded.flow
+def _site(path: str, group: list[Recognized], place: Place) -> Site:
+    (found, match, activation), region = group[0], group[0].call.region
+    value, axis = region.down.meta["val"], feature_axis(found.recorded.flow, region, found.bound)
+    bindings = _bindings(group, axis)
     names = weights_of(found)
-    sizes = {name: math.prod(flow.held[name].shape) for name in names}
-    matrices = {name for name in names if flow.held[name].ndim >= 2}
-    weights, value = sum(sizes[n] for n in matrices), region.down.meta["val"]
-    axis = feature_axis(flow, region, found.bound)
-    bindings = dict.fromkeys(f.bound.binding for f, _, _ in group)
-    if axis is None:
-        bindings = {
-            Binding(
-                kind="none", why="its features lie on several axes, or on another one in its input than in its output"
-            ): None
-        }
+    matrices, others = _entries(found, names)
     modules = dict.fromkeys(m for b in bindings if b.kind in ("module", "span") for m in (*b.entries[: len(b.widths)], b.exit))
     return Site(
         path=path,
         pattern=match.pattern,
         d_model=int(shape_of(region.down)[-1]),
-        d_in=int(shape_of(region.x)[-1 if axis is None else axis]),
+        d_in=int(shape_of(region.x)[LAST if axis is None else axis]),
         d_hidden=match.d_hidden,
         activation=activation,
-        axis=-1 if axis is None else axis,
+        axis=LAST if axis is None else axis,
         calls=len(group),
         parameters=tuple(names),
         modules=tuple(modules),
-        weights=weights,
-        active=region.active(flow) if isinstance(region, Mixture) else weights,
-        biases=sum(sizes[n] for n in sizes if n not in matrices),
+        weights=matrices,
+        active=region.active(found.recorded.flow) if isinstance(region, Mixture) else matrices,
+        biases=others,
         dtype=str(value.dtype).removeprefix("torch."),
         device=str(value.device),
         tower=place.tower,
         block=place.block,
         tower_blocks=place.blocks,
-        bindings=tuple(bindings),
+        bindings=bindings,
     )
+
+
+def _bindings(group: list[Recognized], axis: int | None) -> tuple[Binding, ...]:
+    """The distinct bindings of a site's calls; where its features are not on one axis, no module can be replaced."""
+    if axis is None:
+        why = "its features are on several axes, or on different axes in its input and its output"
+        return (Binding(kind="none", why=why),)
+    return tuple(dict.fromkeys(one.call.bound.binding for one in group))
+
+
+def _entries(found: SiteCall, names: list[str]) -> tuple[int, int]:
+    """The number of entries of a region's matrices, and of its other weights: biases, scales."""
+    tensors = [found.recorded.flow.held[name] for name in names]
+    matrices = sum(math.prod(tensor.shape) for tensor in tensors if tensor.ndim >= 2)
+    return matrices, sum(math.prod(tensor.shape) for tensor in tensors if tensor.ndim < 2)

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_map
 from memrewrite.passes.capture.operator_trace import captured_apart
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.evaluate import evaluate
+from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
 from memrewrite.passes.graphs.ops import op_of
 from memrewrite.passes.graphs.shapes import shape_of
-from memrewrite.passes.locate.recorded_graph import RecordedGraph, of_sizes_alone
+from memrewrite.passes.locate.recorded_graph import RecordedGraph, of_sizes_alone, origin_of
 from memrewrite.passes.locate.token_trial import Tokens, repeatable, run_repeatable, trial
 from memrewrite.passes.regions.region import Region
 
@@ -30,16 +31,16 @@ MOVED = 1e-4
 def mixes(recorded: RecordedGraph, region: Region) -> str:
     """Why one token's output depends on another token, or "". On meta tensors nothing is tested and "" is returned."""
     nodes = _needed(recorded, region)
-    leaves = {node: value for node in nodes if (value := value_of(recorded.segment, node)) is not None}
+    leaves: dict[fx.Node, Tensor] = {node: value for node in nodes if (value := value_of(recorded.segment, node)) is not None}
     if any(value.is_meta for value in leaves.values()):
         return ""
-    origin, generator = region.x.meta["origin"], torch.Generator().manual_seed(0)
+    origin, generator = origin_of(region.x), torch.Generator().manual_seed(0)
     like = origin.meta["val"]
     x, other = (
         torch.randn([int(n) for n in like.shape], generator=generator).to(dtype=like.dtype, device=like.device)
         for _ in range(2)
     )
-    outside = {origin, *recorded.reads(nodes)}
+    outside = {origin, *recorded.recorded_inputs(nodes)}
     # A graph of the operators that ran has its loops unrolled for the values of the example: they must be the same here.
     if recorded.segment.own_segments is not None and (values := _example_values(recorded, outside)):
         x = values[origin]
@@ -60,11 +61,11 @@ def mixes(recorded: RecordedGraph, region: Region) -> str:
     return "its output depends on nothing but what is chosen" if seen.own <= MOVED and before.any() else ""
 
 
-def _example_values(recorded: RecordedGraph, wanted: Collection[fx.Node]) -> dict[fx.Node, Any]:
+def _example_values(recorded: RecordedGraph, wanted: Collection[RecordedNode]) -> dict[fx.Node, Any]:
     """The values of a graph of operators that ran, up to the wanted ones; {} if a block in it is a segment by itself."""
     segment = recorded.segment
     last = max(recorded.position[node] for node in wanted)
-    nodes = [node for node in list(segment.graph.nodes)[: last + 1] if node.op == "call_function"]
+    nodes = [node for node in recorded.nodes[: last + 1] if node.op == "call_function"]
     if any(node.target is captured_apart for node in nodes):
         return {}
 
@@ -74,7 +75,7 @@ def _example_values(recorded: RecordedGraph, wanted: Collection[fx.Node]) -> dic
             raise KeyError(node)
         return value.clone()  # in-place ops, through views too, must not change the model's own
 
-    inputs = {node: segment.example(node) for node in segment.graph.nodes if node.op == "placeholder"}
+    inputs: dict[fx.Node, Any] = {node: segment.example(node) for node in recorded.nodes if node.op == "placeholder"}
     with repeatable(torch.device("cpu")):
         return evaluate(nodes, inputs, source=weight)
 
@@ -84,15 +85,15 @@ def value_of(segment: Segment, node: fx.Node) -> Tensor | None:
     return segment.literals[node.name] if node.name in segment.literals else segment.tensors.get(node.name)
 
 
-def _needed(recorded: RecordedGraph, region: Region) -> list[fx.Node]:
+def _needed(recorded: RecordedGraph, region: Region) -> list[RecordedNode]:
     """The recorded nodes of a region, in order, with the weights they read and the nodes that compute these."""
     needed = recorded.closure(region)
-    pending = [source for node in needed for source in node.all_input_nodes if source in recorded.constant]
+    pending = [source for node in needed for source in inputs_of(node) if source in recorded.constant]
     while pending:
         node = pending.pop()
         if node not in needed:
             needed.add(node)
-            pending.extend(node.all_input_nodes if of_sizes_alone(node) is None else ())
+            pending.extend(inputs_of(node) if of_sizes_alone(node) is None else ())
     return sorted(needed, key=recorded.position.__getitem__)
 
 
@@ -108,7 +109,7 @@ def _chooses_experts(node: fx.Node, tokens: int) -> bool:
 def _output(
     recorded: RecordedGraph,
     region: Region,
-    nodes: list[fx.Node],
+    nodes: list[RecordedNode],
     leaves: dict[fx.Node, Tensor],
     x: Tensor,
     chosen: dict[fx.Node, Any],
@@ -122,7 +123,7 @@ def _output(
         size = of_sizes_alone(node)
         if size is not None:
             return size
-        if recorded.canonical_value(node) is region.x:  # in one of its layouts
+        if recorded.canonical_value(RecordedNode(node)) is region.x:  # in one of its layouts
             return x.reshape([int(n) for n in node.meta["val"].shape])
         return torch.ones(shape_of(node), dtype=node.meta["val"].dtype, device=x.device)  # only helps to choose: any number
 
@@ -133,7 +134,8 @@ def _output(
             chosen[node] = tree_map(torch.clone, value)
         return tree_map(torch.clone, chosen[node])
 
-    sizes = {node: value for node in nodes if node not in leaves and (value := of_sizes_alone(node)) is not None}
-    values = evaluate(nodes, {**sizes, **leaves}, source=source, read_only=leaves, result=result)
-    out: Tensor = values[region.down.meta["origin"]]
+    known: dict[fx.Node, Any] = {**leaves}
+    known |= {node: value for node in nodes if node not in leaves and (value := of_sizes_alone(node)) is not None}
+    values = evaluate(nodes, known, source=source, read_only=leaves, result=result)
+    out: Tensor = values[origin_of(region.down)]
     return out

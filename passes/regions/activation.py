@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from memrewrite.passes.graphs.dataflow import LITERAL, Dataflow
 from memrewrite.passes.graphs.evaluate import evaluate
+from memrewrite.passes.graphs.nodes import CanonicalNode
 from memrewrite.passes.graphs.ops import op_name
 from memrewrite.passes.graphs.shapes import SAMPLE, shape_of
 from memrewrite.passes.regions.region import Region
@@ -56,7 +57,7 @@ def activation_of(flow: Dataflow, region: Region, cache: dict[Any, str]) -> str:
     return cache[key]
 
 
-def _key(flow: Dataflow, region: Region, middle: list[fx.Node]) -> Any:
+def _key(flow: Dataflow, region: Region, middle: list[CanonicalNode]) -> Any:
     """Equal for two middles that compute the same: their ops, with nodes numbered."""
     number = {node: i for i, node in enumerate((*region.ups, *middle))}
     numbered: Any = lambda node: f"%{number.get(node, 'outside')}"  # noqa: E731
@@ -64,7 +65,7 @@ def _key(flow: Dataflow, region: Region, middle: list[fx.Node]) -> Any:
     return tuple(shape_of(up) for up in region.ups), tuple(ops), numbered(region.down.all_input_nodes[0])
 
 
-def _evaluate(flow: Dataflow, region: Region, middle: list[fx.Node]) -> str:
+def _evaluate(flow: Dataflow, region: Region, middle: list[CanonicalNode]) -> str:
     constants = {source for node in middle for source in node.all_input_nodes if source in flow.constant}
     shapes = [shape_of(up, SAMPLE) for up in region.ups]
     size = sum(math.prod(shape) for shape in shapes)
@@ -101,7 +102,7 @@ def _halves(samples: list[Tensor], width: int) -> list[tuple[Tensor, Tensor]]:
     return [(low, high), (high, low), (even, odd), (odd, even)]
 
 
-def _hidden(flow: Dataflow, region: Region, middle: list[fx.Node], ups: dict[fx.Node, Tensor]) -> Tensor | None:
+def _hidden(flow: Dataflow, region: Region, middle: list[CanonicalNode], ups: dict[fx.Node, Tensor]) -> Tensor | None:
     """The value `down` reads, computed from outputs of the first matrices; None if the CPU cannot do so in float64."""
 
     def constant(node: fx.Node) -> Any:

@@ -14,6 +14,7 @@ from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.region import Region
+from memrewrite.passes.regions.rejection import Rejection
 
 # An MLP that is this many times narrower inside than at both ends is a bottleneck: an adapter after or in parallel with the
 # MLP of a block (test row "adapter").
@@ -117,3 +118,14 @@ class MixtureOfExperts:
 
 
 PATTERNS: tuple[Pattern, ...] = (MixtureOfExperts(), Plain(), Gated(), GatedPacked())
+
+
+def matched(flow: Dataflow, region: Region) -> Match | Rejection:
+    """The match of the first pattern that fits a region, or the reasons of all."""
+    reasons = []
+    for pattern in PATTERNS:
+        verdict = pattern.match(flow, region)
+        if isinstance(verdict, Match):
+            return verdict
+        reasons.append(f"not {pattern.name}: {verdict}")
+    return Rejection("arrangement", "; ".join(reasons), region.down)

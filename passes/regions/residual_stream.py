@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from memrewrite.passes.graphs.dataflow import Dataflow
+from memrewrite.passes.graphs.nodes import CanonicalNode, users_of
 from memrewrite.passes.graphs.ops import (
     ADDS_UP,
     ALONG,
@@ -40,7 +41,7 @@ def carries_features(node: fx.Node) -> bool:
     return is_pointwise(node) or op_name(node) in LAYOUT | ALONG | OTHER_NORMS
 
 
-def returns_to_stream(flow: Dataflow, x: fx.Node, down: fx.Node) -> bool:
+def returns_to_stream(flow: Dataflow, x: CanonicalNode, down: CanonicalNode) -> bool:
     """Whether `down`, through norms, gates and sums, is added to the value that `x` was normed or scaled from."""
     return flow.fragment or _Ring(flow, x, down).closes()
 
@@ -48,19 +49,19 @@ def returns_to_stream(flow: Dataflow, x: fx.Node, down: fx.Node) -> bool:
 class _Ring:
     """One input, one output, and the sums around them."""
 
-    def __init__(self, flow: Dataflow, x: fx.Node, down: fx.Node) -> None:
+    def __init__(self, flow: Dataflow, x: CanonicalNode, down: CanonicalNode) -> None:
         self.flow, self.x, self.down = flow, x, down
         self.size, self.widths = _size(down), {shape_of(down)[-1:], shape_of(x)[-1:]}
         self.stream = self.forms(x)
         # True: next to the stream on an axis of streams, which a later op sums (test row "returns: weighted stack").
-        self.seen: dict[fx.Node, bool] = {down: False}
+        self.seen: dict[CanonicalNode, bool] = {down: False}
 
     def closes(self) -> bool:
         """Forward from the output, to a sum with the stream."""
-        pending, apart = [self.down], list[fx.Node]()
+        pending, apart = [self.down], list[CanonicalNode]()
         while pending and len(self.seen) < MAX_WALK:
             node = pending.pop()
-            for user in node.users:
+            for user in users_of(node):
                 if user in self.seen or not self.carries(user) or self.shrinks(node, user):
                     continue
                 others = self.others(node, user)
@@ -73,7 +74,7 @@ class _Ring:
                 apart += others
         return self.crosses(apart)
 
-    def others(self, node: fx.Node, user: fx.Node) -> list[fx.Node]:
+    def others(self, node: CanonicalNode, user: CanonicalNode) -> list[CanonicalNode]:
         """What `user` adds to `node`, or joins to it."""
         name = op_name(user)
         if name in JOINS:
@@ -92,7 +93,7 @@ class _Ring:
             if other not in self.seen and other not in self.flow.constant
         ]
 
-    def forms(self, value: fx.Node) -> set[fx.Node]:
+    def forms(self, value: CanonicalNode) -> set[CanonicalNode]:
         """The values `value` may be a form of, as large as the output: back through `SUMS` sums, their terms included."""
         root = self.flow.unviewed(value)
         found, pending = {value, root}, deque([(value, 0), (root, 0)])
@@ -108,7 +109,7 @@ class _Ring:
                     pending.append((root, sums))
         return {node for node in found if not self.smaller(node)}
 
-    def carries(self, node: fx.Node) -> bool:
+    def carries(self, node: CanonicalNode) -> bool:
         """Whether a node hands feature vectors on, without a matrix over the features."""
         name, given = op_name(node), [shape_of(source)[-1:] for source in self.flow.activations(node)]
         if self.flow.is_linear(node):  # over an axis of streams: its widths are others
@@ -117,20 +118,20 @@ class _Ring:
             return shape_of(node)[-1:] in self.widths
         return carries_features(node) or name in MOVES | GATED_SUMS or _one_channel_each(self.flow, node)
 
-    def smaller(self, node: fx.Node) -> bool:
+    def smaller(self, node: CanonicalNode) -> bool:
         """Whether a value has fewer numbers than the output: a mask, a gate, a mean. Not told where sizes depend on data."""
         unknown = UNBACKED in shape_of(node) or UNBACKED in shape_of(self.down)
         return is_tensor(node) and not unknown and _size(node) < self.size
 
-    def shrinks(self, node: fx.Node, user: fx.Node) -> bool:
+    def shrinks(self, node: CanonicalNode, user: CanonicalNode) -> bool:
         """Whether `user` is one number for many of `node`'s, and neither some of them nor a mix of several streams."""
         known = is_tensor(user) and UNBACKED not in (*shape_of(node), *shape_of(user))
         if not known or _size(user) >= _size(node) or op_name(user) in LAYOUT | MOVES | MIXES | {"linear"}:
             return False
         return op_name(user) not in ADDS_UP or shape_of(user)[-1:] not in self.widths
 
-    def crosses(self, others: Iterable[fx.Node]) -> bool:
-        """Whether two streams update each other: the input is a sum `a + f(b)` that is used again, and `g(a)` is added to `b`.
+    def crosses(self, others: Iterable[CanonicalNode]) -> bool:
+        """True if two streams update each other: the input is a sum `a + f(b)` that is used again, and `g(a)` is added to `b`.
 
         Reversible blocks need it (test row "reversible").
         """
@@ -142,7 +143,7 @@ class _Ring:
         read = {node for term in self.flow.activations(total) if not self.carries(term) for node in self.read_by(term)}
         return any(read & self.forms(other) for other in others)
 
-    def read_by(self, branch: fx.Node) -> set[fx.Node]:
+    def read_by(self, branch: CanonicalNode) -> set[CanonicalNode]:
         """What a branch is computed from, back to the nearest sums."""
         found, pending = {branch}, deque([branch])
         while pending and len(found) < 2 * MAX_WALK:
@@ -162,8 +163,8 @@ def _counts(node: fx.Node) -> bool:
     return is_tensor(node) and not (value.is_floating_point() or value.is_complex())  # type: ignore[union-attr]
 
 
-def _at(node: fx.Node, places: tuple[int, ...]) -> list[fx.Node]:
-    return [arg for place in places for arg in node.args[place : place + 1] if isinstance(arg, fx.Node)]
+def _at(node: CanonicalNode, places: tuple[int, ...]) -> list[CanonicalNode]:
+    return [CanonicalNode(arg) for place in places for arg in node.args[place : place + 1] if isinstance(arg, fx.Node)]
 
 
 def _size(node: fx.Node) -> int:

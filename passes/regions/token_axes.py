@@ -1,55 +1,50 @@
-"""Whether a region works token by token: follows which axes are tokens and which are features through its ops.
+"""Whether a region works token by token: follows through its ops which axes are tokens and which are features.
 
-Flow: the axes of a linear's output are tokens but the last → each op carries, regroups or refuses them. A refusal is a
-value with the node, never an exception.
+Flow: all axes of a linear's output except the last are tokens → each op keeps, regroups or moves the axes, or mixes tokens →
+the first op that mixes them, or is not known, is a `Rejection`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from memrewrite.passes.graphs.dataflow import Dataflow
+from memrewrite.passes.graphs.nodes import CanonicalNode, inputs_of
 from memrewrite.passes.graphs.ops import REORDERS, Kind, axes_of, fixed_batch_norm, is_pointwise, op_name, op_of
 from memrewrite.passes.graphs.shapes import shape_of
+from memrewrite.passes.regions.rejection import Rejection
 
 Axes = tuple[bool, ...]  # one entry an axis: True where it counts tokens
-
-
-class Refusal(NamedTuple):
-    """Why something is not an MLP, and at which node."""
-
-    reason: str
-    node: fx.Node
 
 
 class _Mixed(Exception):  # noqa: N818 - control flow inside this file
     """An op that touches the token axes."""
 
 
-def mixes_tokens(flow: Dataflow, nodes: Iterable[fx.Node]) -> Refusal | None:
-    """The first of `nodes` (in order) that is not token-wise, or None."""
-    axes: dict[fx.Node, Axes] = {}
+def mixes_tokens(flow: Dataflow, nodes: Iterable[CanonicalNode]) -> Rejection | None:
+    """Reject the first of `nodes`, in graph order, that is not token-wise; None when all are."""
+    axes: dict[CanonicalNode, Axes] = {}
     for node in nodes:
         inputs = [source for source in flow.activations(node) if source in axes]
         try:
             if flow.is_linear(node):
-                x = node.all_input_nodes[0]
+                x = inputs_of(node)[0]
                 if x in axes and axes[x][-1]:
                     raise _Mixed("multiplies along the token axis")
                 axes[node] = (*(axes[x][:-1] if x in axes else (True,) * (len(shape_of(node)) - 1)), False)
             elif inputs:
                 axes[node] = _through(node, [axes[source] for source in inputs], inputs)
         except _Mixed as why:
-            return Refusal(f"`{op_name(node)}` {why}", node)
+            return Rejection("token by token", f"`{op_name(node)}` {why}", node)
     return None
 
 
-def _through(node: fx.Node, given: list[Axes], inputs: list[fx.Node]) -> Axes:
+def _through(node: fx.Node, given: list[Axes], inputs: Sequence[fx.Node]) -> Axes:
     name = op_name(node)
     if is_pointwise(node):
         return _broadcast(node, given, inputs)
@@ -63,7 +58,7 @@ def _through(node: fx.Node, given: list[Axes], inputs: list[fx.Node]) -> Axes:
     raise _Mixed("is not known to work token by token")
 
 
-def _broadcast(node: fx.Node, given: list[Axes], inputs: list[fx.Node]) -> Axes:
+def _broadcast(node: fx.Node, given: list[Axes], inputs: Sequence[fx.Node]) -> Axes:
     out = [False] * len(shape_of(node))
     for axes, source in zip(given, inputs, strict=True):
         shape = shape_of(source)

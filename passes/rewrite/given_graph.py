@@ -15,6 +15,7 @@ from torch import fx
 
 from memrewrite.errors import SelectError
 from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
@@ -60,7 +61,7 @@ class _Named:
     """The nodes that the given graphs have, by the value they carry."""
 
     def __init__(self) -> None:
-        self._by_value: dict[int, dict[fx.Node | None, list[fx.Node]]] = {}
+        self._by_value: dict[int, dict[fx.Node | None, list[RecordedNode]]] = {}
 
     def anchor(self, found: SiteCall) -> SiteCall | None:
         """The MLP between nodes that have a name; None when there are none."""
@@ -70,11 +71,11 @@ class _Named:
         for y in ys:
             for x in xs:
                 nodes = _between(recorded, x, y, own) if shape_of(x)[:-1] == shape_of(y)[:-1] else None
-                if nodes is not None and recorded.gives(nodes) == {y}:
+                if nodes is not None and recorded.recorded_outputs(nodes) == {y}:
                     return replace(found, bound=bound._replace(nodes=frozenset(nodes), x=x, y=y))
         return None
 
-    def _carrying(self, recorded: RecordedGraph, end: fx.Node) -> list[fx.Node]:
+    def _carrying(self, recorded: RecordedGraph, end: RecordedNode) -> list[RecordedNode]:
         """The nodes that carry the value of `end`, laid out as it is or otherwise; itself first."""
         by_value = self._by_value.get(id(recorded))
         if by_value is None:
@@ -87,11 +88,11 @@ class _Named:
         return sorted(same, key=lambda node: node is not end)
 
 
-def _between(recorded: RecordedGraph, x: fx.Node, y: fx.Node, own: set[fx.Node]) -> set[fx.Node] | None:
+def _between(recorded: RecordedGraph, x: RecordedNode, y: RecordedNode, own: set[RecordedNode]) -> set[RecordedNode] | None:
     """The nodes on the ways from `x` to `y`, weights' arithmetic aside; None when a way leaves `own`."""
     inside, pending = {y}, [y]
     while pending:
-        for source in pending.pop().all_input_nodes:
+        for source in inputs_of(pending.pop()):
             if source is x or source in inside or source in recorded.constant or isinstance(source.meta.get("val"), _SIZES):
                 continue
             if source not in own or source.op != "call_function":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
 from memrewrite.passes.graphs.ops import FILLS, op_name
 from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.locate.recorded_graph import of_sizes_alone
@@ -101,9 +102,9 @@ def held_by(model: nn.Module, segment: Segment, node: fx.Node) -> Tensor:
     return holder
 
 
-def _constants(nodes: frozenset[fx.Node], x: fx.Node) -> set[fx.Node]:
+def _constants(nodes: frozenset[RecordedNode], x: RecordedNode) -> set[RecordedNode]:
     """The weights and literals that nodes read, with the arithmetic behind them; sizes, without what they are taken of."""
-    found: set[fx.Node] = set()
+    found: set[RecordedNode] = set()
     pending = [source for node in nodes for source in _sources(node) if source not in nodes and source is not x]
     while pending:
         node = pending.pop()
@@ -113,8 +114,8 @@ def _constants(nodes: frozenset[fx.Node], x: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _sources(node: fx.Node) -> list[fx.Node]:
-    return [] if isinstance(node.meta.get("val"), torch.SymInt) or op_name(node) in FILLS else node.all_input_nodes
+def _sources(node: RecordedNode) -> list[RecordedNode]:
+    return [] if isinstance(node.meta.get("val"), torch.SymInt) or op_name(node) in FILLS else inputs_of(node)
 
 
 def _attach(root: nn.Module, name: str, value: Tensor) -> None:

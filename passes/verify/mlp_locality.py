@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from memrewrite.passes.graphs.dataflow import nodes_between
 from memrewrite.passes.graphs.evaluate import evaluate
+from memrewrite.passes.graphs.nodes import CanonicalNode, RecordedNode, inputs_of
 from memrewrite.passes.graphs.shapes import SAMPLE, shape_of, sizes_of
 from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
@@ -120,12 +121,11 @@ def _viewed(numbered: Tensor, value: fx.Node, view: fx.Node) -> Tensor:
     return moved
 
 
-def _twin(recorded: RecordedGraph, node: fx.Node) -> fx.Node:
+def _twin(recorded: RecordedGraph, node: RecordedNode) -> CanonicalNode:
     """The canonical node of a recorded one, or that of its input if `canonicalize` dropped it."""
     while node not in recorded.twin:
-        node = node.all_input_nodes[0]
-    twin: fx.Node = recorded.twin[node]
-    return twin
+        node = inputs_of(node)[0]
+    return recorded.twin[node]
 
 
 def _key(call: fx.GraphModule, found: SiteCall) -> Any:

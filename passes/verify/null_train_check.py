@@ -16,13 +16,12 @@ import torch
 from torch import fx
 
 from memrewrite.errors import CaptureError
-from memrewrite.passes.canonicalize.canonicalize import canonicalize
 from memrewrite.passes.capture.capture import recapture
-from memrewrite.passes.graphs.dataflow import Dataflow
+from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
 from memrewrite.passes.locate.binding import BoundRegion
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import SiteCall
-from memrewrite.passes.locate.recorded_graph import RecordedGraph
+from memrewrite.passes.locate.recorded_graph import RecordedGraph, recorded_graph
 from memrewrite.passes.models.fingerprints import differing
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.models.state_guard import StateGuard, in_train_mode, seeded
@@ -97,8 +96,7 @@ def _found_in_train_mode(evidence: Evidence) -> Calls:
     except CaptureError as error:
         raise _Skip(f"in train mode the model computes something else, which cannot be captured: {error.what}") from error
     again = replace(evidence.before, segments=segments)
-    graphs = {at.path: canonicalize(at.graph, at.weights, at.literals) for at in segments}
-    recorded = {at.path: RecordedGraph(at, Dataflow(graphs[at.path]), again.calls) for at in segments}
+    recorded = {at.path: recorded_graph(at, again.calls) for at in segments}
     sites = [substitution.site for substitution in evidence.plan.substitutions]
     held = {site.path for site in sites if any(binding.kind == "graph" for binding in site.bindings)}  # in no module's hands
     located = locate(again).found if held else {}
@@ -139,9 +137,9 @@ def _bound(recorded: RecordedGraph, binding: Binding, number: int) -> BoundRegio
     made = [recorded.by_call.get(call, []) for (call,) in calls]
     nodes = {node for some in made for node in some}
     if binding.kind == "span":
-        reads = {node for some in made[:-1] for node in recorded.reads(some)}
+        reads = {node for some in made[:-1] for node in recorded.recorded_inputs(some)}
         nodes |= _between(recorded, reads, made[-1])
-    reads, gives = recorded.reads(nodes), recorded.gives(nodes)
+    reads, gives = recorded.recorded_inputs(nodes), recorded.recorded_outputs(nodes)
     if len(reads) != 1 or len(gives) != 1:
         return None
     return BoundRegion(binding, frozenset(nodes), reads.pop(), gives.pop())
@@ -151,15 +149,15 @@ def _calls_of(recorded: RecordedGraph, path: str) -> list[str]:
     return [call for call, at in recorded.paths.items() if at == path]
 
 
-def _between(recorded: RecordedGraph, start: set[fx.Node], ends: list[fx.Node]) -> set[fx.Node]:
+def _between(recorded: RecordedGraph, start: set[RecordedNode], ends: list[RecordedNode]) -> set[RecordedNode]:
     """What is computed from `start` on the way to `ends`."""
-    found: set[fx.Node] = set()
-    pending = list(recorded.reads(ends))
+    found: set[RecordedNode] = set()
+    pending = list(recorded.recorded_inputs(ends))
     while pending:
         node = pending.pop()
         if node not in found and node not in start and node.op == "call_function":
             found.add(node)
-            pending.extend(source for source in node.all_input_nodes if source not in recorded.constant)
+            pending.extend(source for source in inputs_of(node) if source not in recorded.constant)
     return found
 
 

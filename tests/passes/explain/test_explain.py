@@ -163,10 +163,10 @@ def test_a_first_matrix_tells_what_became_of_the_last() -> None:
     ("path", "says"),
     [
         ("blocks.4.mlp", "with nothing nonlinear between"),
-        ("blocks.0.attention.qkv", "made from the input `ids`"),
+        ("blocks.0.attention.qkv", "computed from the input `ids`"),
         ("blocks.1.attention.qkv", "a sum of two streams"),
         ("blocks.0.attention.out", "`scaled_dot_product_attention` mixes several values"),
-        ("blocks.0.norm1", "no product with a weight happens in it"),
+        ("blocks.0.norm1", "it computes no product with a weight"),
         ("embed", "`embedding` uses a weight, and is no product"),
         ("gelu", ""),
         ("add", "it is a `add`"),
@@ -183,7 +183,7 @@ def test_no_candidate(path: str, says: str) -> None:
     ("path", "says"),
     [
         ("blocks.4.mlp.unused", "did not run on these inputs"),
-        ("blocks.4.mlp.unused.weight", "is not read in this forward"),
+        ("blocks.4.mlp.unused.weight", "is not used in this forward"),
         ("blocks.4.mlp.drop", ""),
     ],
 )
