@@ -20,7 +20,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from memrewrite.passes.canonicalize.linear_builder import LinearBuilder
 from memrewrite.passes.canonicalize.linear_forms import rewrite_as_linear
 from memrewrite.passes.canonicalize.sums import cut_of, take_part
-from memrewrite.passes.graphs.dataflow import LITERAL, ORIGIN, SPELLED, WEIGHT, Dataflow
+from memrewrite.passes.graphs.dataflow import LITERAL, MAX_ACTIVATION_OPS, ORIGIN, WEIGHT, Dataflow
 from memrewrite.passes.graphs.ops import ALIASES, ALONG, IDENTITY, LAYOUT, is_assertion, is_pointwise, op_name
 
 __all__ = ["ORIGIN", "PASSES", "DropIdentity", "Functionalize", "RewriteLinear", "SplitLinear", "canonicalize"]
@@ -182,7 +182,7 @@ class SplitLinear(_Pass):
 def _readers(flow: Dataflow, piece: fx.Node) -> set[fx.Node]:
     """The first nodes after `piece` that are not elementwise, layout ops, norms or reductions; empty if they are too far."""
     found, pending, seen = set[fx.Node](), [piece], {piece}
-    while pending and len(seen) < SPELLED:
+    while pending and len(seen) < MAX_ACTIVATION_OPS:
         for user in pending.pop().users:
             if not (is_pointwise(user) or op_name(user) in LAYOUT | ALONG) or flow.is_linear(user):
                 found.add(user)
