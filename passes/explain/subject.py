@@ -19,6 +19,7 @@ from memrewrite.passes.graphs.ops import is_assertion
 from memrewrite.passes.graphs.provenance import modules_of, path_of
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
+from memrewrite.passes.models.tensors import tensors_of
 
 ROOT_NAMES = ("", "(root)", ".")  # how the tables and people write the model itself
 
@@ -119,7 +120,7 @@ def subject_of(model: object, views: list[View], asked: str) -> Subject:
 def _tensors(model: object) -> dict[str, Any]:
     if not isinstance(model, nn.Module):
         return {}
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return dict(tensors_of(model))
 
 
 def _aliases(known: Mapping[str, object], wanted: str) -> frozenset[str]:

@@ -13,7 +13,7 @@ from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.feature_axis import feature_axis
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
-from memrewrite.passes.models.block_stacks import places
+from memrewrite.passes.models.block_stacks import block_positions
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.patterns import Match
 from memrewrite.site import Binding, Inspection, NearMiss, Site
@@ -69,7 +69,7 @@ def assemble(
         while path in paths:  # several MLPs in one module: told apart by their last matrix
             path = f"{path}#{group[0][0].region.down.name}"
         paths[path] = group
-    where = places([path.partition("#")[0] for path in paths], types)
+    where = block_positions([path.partition("#")[0] for path in paths], types)
     sites = [_site(path, group, where[path.partition("#")[0]]) for path, group in paths.items()]
     located = Inspection(sites=tuple(sites), near_misses=tuple(dict.fromkeys(misses)), captured=capture.how)
     return LocatedSites(located, {path: tuple(found for found, _, _ in group) for path, group in paths.items()})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from memrewrite.passes.capture.operator_trace import captured_apart
+from memrewrite.passes.capture.operator_trace import captured_separately
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.ops import op_name
 from memrewrite.passes.graphs.shapes import shape_of
@@ -64,7 +64,7 @@ def _seen(recorded: RecordedGraph, wanted: Collection[fx.Node]) -> dict[fx.Node,
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         for node in segment.graph.nodes:
-            if node.target is captured_apart:
+            if node.target is captured_separately:
                 return {}
             if node not in env and node.op == "call_function":
                 weights = {source: value_of(segment, source) for source in node.all_input_nodes if source not in env}

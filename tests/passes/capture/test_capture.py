@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import memrewrite
-from memrewrite.errors import CaptureError, ModelError, in_a_line
+from memrewrite.errors import CaptureError, ModelError, in_one_line
 from memrewrite.passes.capture.capture import capture, is_traced, recapture
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.locate.locate import locate
@@ -326,7 +326,7 @@ def test_a_symbolically_traced_module_is_lowered_to_be_understood() -> None:
 
 
 def test_a_symbolically_traced_module_may_be_taken_as_a_module_tree() -> None:
-    made = capture(fx.symbolic_trace(Doubled().eval()), (states(),), as_tree=True)
+    made = capture(fx.symbolic_trace(Doubled().eval()), (states(),), as_module_tree=True)
     assert made.how.startswith("whole model")
     (site,) = locate(made).sites
     assert site.bindings[0].kind != "none"
@@ -467,7 +467,7 @@ def test_a_model_on_meta_gives_the_sites_of_the_real_one() -> None:
 
 
 def test_a_long_message_of_torch_is_cut() -> None:
-    assert len(in_a_line(RuntimeError("word " * 500))) == 300
+    assert len(in_one_line(RuntimeError("word " * 500), kind=False)) == 300
 
 
 def test_a_model_on_meta_is_captured_block_by_block_too() -> None:

@@ -335,7 +335,7 @@ def test_an_empty_directory_and_missing_parents_will_do(out: Path) -> None:
     assert manifest.is_saved(out / "deep" / "er")
 
 
-@pytest.mark.parametrize("at", ["save_tensors", "write_manifest", "_open_to_readers"])
+@pytest.mark.parametrize("at", ["save_tensors", "write_manifest", "_set_default_permissions"])
 def test_a_failure_leaves_no_trace(at: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = rewritten("llama")
     memrewrite.save(model, out)
@@ -349,14 +349,14 @@ def test_a_failure_leaves_no_trace(at: str, out: Path, monkeypatch: pytest.Monke
 def test_a_failing_rename_brings_the_old_directory_back(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = rewritten("llama")
     memrewrite.save(model, out)
-    real = Path.rename
+    real = Path.replace
 
-    def rename(self: Path, target: Path) -> Path:
-        if Path(target) == out and not self.name.endswith(".old"):
+    def replace(self: Path, target: Path) -> Path:
+        if Path(target) == out and not self.parent.name.endswith(".old"):
             raise OSError("no")
         return real(self, target)
 
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", replace)
     with pytest.raises(OSError, match="no"):
         memrewrite.save(model, out, overwrite=True)
     assert [p.name for p in out.parent.iterdir()] == ["out"]
@@ -392,7 +392,7 @@ def _changed_config(out: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated weights": (lambda out: _truncate(out / "model.safetensors"), "model.safetensors"),
-    "truncated weights, mended manifest": (_cut_and_say_so, "no whole safetensors"),
+    "truncated weights, mended manifest": (_cut_and_say_so, "not a complete safetensors"),
     "changed plan": (lambda out: (out / "plan.json").write_text((out / "plan.json").read_text() + " "), "plan.json"),
     "changed config": (_changed_config, "config.json"),
     "missing weights": (lambda out: (out / "model.safetensors").unlink(), "missing"),
