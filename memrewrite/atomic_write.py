@@ -18,8 +18,8 @@ def replacing(*targets: Path) -> Iterator[list[Path]]:
     """Yield one draft path for each target; drafts replace their targets when the body ends without an error.
 
     The targets are in one directory, which exists. The body creates each draft, a file or a directory, with the permissions
-    that the target shall have. A target whose draft was not created is removed. When the last draft is a file, its target
-    exists at every moment: a reader sees the old content or the new one.
+    that the target shall have. A target whose draft was not created is removed. When the last draft replaces a file by a
+    file, the target exists at every moment: a reader gets the old content or the new one.
     """
     folder = Path(tempfile.mkdtemp(prefix=f".{targets[0].name}.", dir=targets[0].absolute().parent))
     drafts = [folder / target.name for target in targets]
@@ -41,8 +41,8 @@ def _replace_all(drafts: Sequence[Path], targets: Sequence[Path], backups: Path)
     backups.mkdir()
     try:
         for draft, target in zip(drafts, targets, strict=True):
-            one_step = draft.is_file() and target == targets[-1]  # nothing follows that could fail: no backup is needed
-            if target.exists() and not one_step:
+            one_step = draft.is_file() and not target.is_dir() and target == targets[-1]
+            if target.exists() and not one_step:  # the last rename needs no backup: nothing follows that could fail
                 rename(target, backups / target.name)
             if draft.exists():
                 rename(draft, target)
