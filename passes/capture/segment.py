@@ -38,7 +38,7 @@ class Segment:
 
     @property
     def is_given(self) -> bool:
-        """True if this is the graph of a model that was given as a graph."""
+        """True if this is the graph of a model that the user passed as a graph."""
         return isinstance(self.program, fx.GraphModule) and self.own_segments is None
 
     def example(self, placeholder: fx.Node) -> Any:
@@ -59,13 +59,13 @@ class Capture:
 
     segments: tuple[Segment, ...]
     inputs: Inputs
-    how: str  # how the graphs were made, for users
+    how: str  # how the graphs were captured, as users read it
     calls: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)  # of the live modules, by path
     outputs: Any = None  # of the recorded forward; None where nothing ran, as on meta
 
     @property
     def is_graph(self) -> bool:
-        """True if the model was given as a graph: a rewrite copies and edits the graph, and edits no module tree."""
+        """True if the user passed the model as a graph: a rewrite copies and edits the graph, and edits no module tree."""
         return any(segment.is_given for segment in self.segments)
 
 

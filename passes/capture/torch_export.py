@@ -1,7 +1,7 @@
 """`torch.export` of one module: several attempts, and the reasons when torch refuses all of them.
 
 Flow: non-strict and strict export with dynamic shapes (when requested), then both with static shapes → the program of the first
-attempt that works, and how it was made → otherwise `Refused` with the reason of each attempt.
+attempt that works, and how it was exported → otherwise `Refused` with the reason of each attempt.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from torch import nn
 
 from memrewrite.errors import ModelError
 from memrewrite.passes.models.example_inputs import example_inputs
-from memrewrite.passes.storage import source as sources
 from memrewrite.passes.storage.python_file import build_from_file
 from memrewrite.passes.storage.source import load_source
 
@@ -343,7 +342,7 @@ def test_empty_directory_and_several_ggufs(tmp_path: Path) -> None:
 
 def test_without_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda n: None if n == "transformers" else found(n))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "transformers" else found(n))
     assert "memrewrite[hf]" in str(refusal(llama).hint)
 
 
