@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).with_name("gpu")))
 
 from onnx_operators import Call, Inputs, Op, Outputs, bound, operator_file, outputs_of
 
-from memrewrite.errors import MemrewriteError, UserError, in_a_line
+from memrewrite.errors import MemrewriteError, UserError, in_one_line
 from memrewrite.kernels import ops, reference
 
 DRAWS = 64  # calls of a turn at one token, each on rows of its own: a row that was just read would lie in a cache
@@ -138,7 +138,7 @@ def model(args: argparse.Namespace) -> Contest:
             try:
                 return tuple(map(torch.from_numpy, session.run(None, feeds)))
             except Exception as error:  # onnxruntime has a class of exception for every kind of failure
-                what = f"onnxruntime cannot run the model: {in_a_line(error)}"
+                what = f"onnxruntime cannot run the model: {in_one_line(error, kind=False)}"
                 raise UserError(what, where=str(args.model), hint=GIVE_INPUTS) from error
 
         return call

@@ -18,7 +18,7 @@ from memrewrite.cli.arguments import Json, ModelArgument, RecipeArgument, Trust,
 from memrewrite.cli.session import EXIT_CODES, Session, Settings, session
 
 if TYPE_CHECKING:
-    from memrewrite.passes.storage.source import Source
+    from memrewrite.passes.storage.source import ModelSource
     from memrewrite.recipes.schema import Recipe
 
 app = typer.Typer(
@@ -90,7 +90,7 @@ def apply(
 
 def _apply(
     ours: Session,
-    source: Source,
+    source: ModelSource,
     recipe: Recipe,
     output: Path | None,
     emit: Emit,
@@ -188,7 +188,7 @@ for command in (onnx.export, onnx.check, onnx.build_op):
     app.command(epilog=EXIT_CODES)(command)
 
 
-def _show_plan(ours: Session, source: Source, recipe: Recipe) -> None:
+def _show_plan(ours: Session, source: ModelSource, recipe: Recipe) -> None:
     from memrewrite.cli import render
     from memrewrite.passes import pipeline
 
@@ -202,7 +202,7 @@ def _show_plan(ours: Session, source: Source, recipe: Recipe) -> None:
     ours.show(document, lambda out: render.planned(out, made))
 
 
-def _emitted(emit: Emit | None, source: Source) -> Emit:
+def _emitted(emit: Emit | None, source: ModelSource) -> Emit:
     """A program has no modules to edit; a live model is edited unless the graph is asked for."""
     from torch import nn
 

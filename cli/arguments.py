@@ -10,7 +10,7 @@ from memrewrite.cli import recipes
 
 if TYPE_CHECKING:
     from memrewrite.cli.session import Session
-    from memrewrite.passes.storage.source import Source
+    from memrewrite.passes.storage.source import ModelSource
     from memrewrite.recipes.schema import Recipe
 
 MODEL_HELP = (
@@ -39,7 +39,7 @@ def read_recipe(ours: Session, recipe: str) -> Recipe:
     return reader.read_recipe(recipe)
 
 
-def load_model(ours: Session, model: str, trust_code: bool, *, with_tokenizer: bool = False) -> Source:
+def load_model(ours: Session, model: str, trust_code: bool, *, with_tokenizer: bool = False) -> ModelSource:
     """The model that MODEL spells, and its example inputs."""
     ours.step("loading the model")
     from memrewrite.passes.storage.source import load_source

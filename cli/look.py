@@ -9,7 +9,7 @@ from memrewrite.errors import UserError
 
 if TYPE_CHECKING:
     from memrewrite.cli.session import Session
-    from memrewrite.passes.storage.source import Source
+    from memrewrite.passes.storage.source import ModelSource
     from memrewrite.recipes.schema import Recipe
 
 
@@ -25,7 +25,7 @@ def refuse(why: str | None, html: Path | None, recipe: str | None, *, overwrite:
         refuse_file(html, overwrite=overwrite, read=[*read, *([recipe] if recipe else [])])
 
 
-def tables(ours: Session, source: Source) -> None:
+def tables(ours: Session, source: ModelSource) -> None:
     """Every MLP and near miss."""
     from memrewrite.cli import render
     from memrewrite.passes import pipeline
@@ -34,7 +34,7 @@ def tables(ours: Session, source: Source) -> None:
     ours.show(located.model_dump(mode="json"), lambda out: render.inspected(out, located))
 
 
-def why(ours: Session, source: Source, path: str) -> None:
+def why(ours: Session, source: ModelSource, path: str) -> None:
     """What one path is, and which rule refused it."""
     from memrewrite.cli.why import explained
     from memrewrite.passes import pipeline
@@ -43,7 +43,7 @@ def why(ours: Session, source: Source, path: str) -> None:
     ours.show(answer.model_dump(mode="json"), lambda out: explained(out, answer))
 
 
-def page(ours: Session, source: Source, html: Path, recipe: Recipe | None) -> None:
+def page(ours: Session, source: ModelSource, html: Path, recipe: Recipe | None) -> None:
     """Every MLP and near miss, and the page in which they are drawn, with what a recipe would do."""
     from memrewrite.cli import render
     from memrewrite.cli.output import write_page

@@ -11,10 +11,16 @@ if TYPE_CHECKING:
     from memrewrite.report import Report
 
 
-def in_a_line(error: BaseException, limit: int = 300) -> str:
-    """What an error of a library says, its lines as one, cut at `limit` characters."""
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def in_one_line(error: BaseException, *, kind: bool = True, limit: int = 300) -> str:
+    """An error's class and its message without line breaks, cut at `limit` characters; `kind=False` omits the class.
+
+    Of a `MemrewriteError` the message is `what` alone. An error without a message is its class.
+    """
+    message = error.what if isinstance(error, MemrewriteError) else str(error)
+    text = " ".join(line.strip() for line in message.splitlines() if line.strip())
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    name = type(error).__name__
+    return (f"{name}: {text}" if kind else text) if text else name
 
 
 class MemrewriteError(Exception):

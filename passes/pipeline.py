@@ -204,7 +204,7 @@ def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, LocatedSites]:
         say("locating its MLPs")
         locations = locate(before)
         if before.is_graph and all_hidden(locations):  # a graph that only calls the modules that hold its MLPs
-            before = capture(model, inputs, as_tree=True)
+            before = capture(model, inputs, as_module_tree=True)
             locations = locate(before)
     return before, locations
 

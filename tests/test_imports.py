@@ -26,7 +26,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "canonicalize": ("graphs",),
     "regions": ("graphs",),
     "locate": ("capture", "canonicalize", "regions", "graphs", "models"),
-    "explain": ("locate", "regions", "capture", "graphs"),
+    "explain": ("locate", "regions", "capture", "graphs", "models"),
     "rewrite": ("locate", "capture", "graphs", "models"),
     "verify": ("rewrite", "locate", "regions", "capture", "graphs", "models"),
     "storage": ("rewrite", "capture", "models"),

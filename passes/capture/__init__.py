@@ -1,1 +1,1 @@
-"""In: a live module or a traced program, with example inputs. Out: a frozen `Capture` of one or more graphs."""
+"""In: a live module or a graph, with example inputs. Out: a frozen `Capture` of one or more graphs."""

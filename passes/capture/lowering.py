@@ -1,7 +1,7 @@
-"""A graph in torch's own functions and modules, as `fx.symbolic_trace` and `torch.compile` give it, beside its ATen graph.
+"""Lowers a graph of torch's own functions and modules, as `fx.symbolic_trace` and `torch.compile` make it, to an ATen graph.
 
-Flow: weights become inputs → the graph is interpreted, node by node, under `make_fx` before dispatch → which ATen node is
-the value of which node. MLPs are found in the ATen graph; the given one is edited, and keeps its modules and its sizes.
+Flow: weights become inputs → `make_fx` (pre-dispatch) traces an interpreter of the graph → for every node of the given graph,
+the ATen node with its value. MLPs are found in the ATen graph; the given graph is edited, and keeps its modules and sizes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.fx import traceback
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from memrewrite.errors import CaptureError
+from memrewrite.errors import CaptureError, in_one_line
 from memrewrite.passes.graphs.provenance import clean
 from memrewrite.passes.models.forward import Inputs
 
@@ -26,49 +26,50 @@ STACK = "nn_module_stack"
 
 
 class Lowered(NamedTuple):
-    """An ATen graph; nodes by name. `values` goes from the given graph's nodes to it, in the given order."""
+    """An ATen graph. All nodes are identified by name."""
 
     graph: fx.Graph
     weights: dict[str, str]  # placeholder -> parameter or buffer
     literals: dict[str, Tensor]  # get_attr -> a constant
-    values: dict[str, str]
-    written: tuple[str, ...]  # parameters and buffers that the graph writes into
+    values: dict[str, str]  # node of the given graph, in its order -> ATen node
+    written: tuple[str, ...]  # parameters and buffers that the graph mutates
 
 
 def lower(module: fx.GraphModule, inputs: Inputs) -> Lowered:
-    """The ATen graph of `module` on `inputs`; neither these nor the weights are written into.
+    """The ATen graph of `module` on `inputs`; neither inputs nor weights are mutated.
 
     Raises `CaptureError` when the graph cannot be traced.
     """
-    names, own = _own(module)
+    names, weights = _weights(module)
     leaves, spec = tree_flatten(_positional(module, inputs))
-    lifted = [*(t for t in leaves if isinstance(t, Tensor)), *own]
-    interpreter = _Interpreter(module, _located(module))
+    lifted = [*(t for t in leaves if isinstance(t, Tensor)), *weights]
+    interpreter = _Interpreter(module, _with_module_stacks(module))
 
     def flat(*tensors: Tensor) -> Any:
-        given = iter(tensors)
-        args = tree_unflatten([next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-        held = {f"module.{name}": tensor for name, tensor in zip(names, given, strict=True)}
+        values = iter(tensors)
+        args = tree_unflatten([next(values) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        state = {f"module.{name}": tensor for name, tensor in zip(names, values, strict=True)}
         with traceback.preserve_node_meta():
-            return functional_call(interpreter, held, tuple(args))
+            return functional_call(interpreter, state, tuple(args))
 
     try:
         with torch.inference_mode(False), torch.no_grad():
             copies = [t.detach().clone() for t in lifted]
             traced = make_fx(flat, pre_dispatch=True)(*copies)
     except Exception as error:
-        what = f"the graph could not be lowered to ATen: {type(error).__name__}: {str(error)[:300]}"
+        what = f"the graph could not be lowered to ATen: {in_one_line(error)}"
         raise CaptureError(what, where=interpreter.at, hint="does the graph module run on these inputs?") from error
-    made = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
-    weights = dict(zip(made[len(made) - len(own) :], names, strict=True))
+    placeholders = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+    first = len(lifted) - len(weights)  # the tensors among the arguments come before the weights
     constants = {n.name: attrgetter(str(n.target))(traced) for n in traced.graph.nodes if n.op == "get_attr"}
     literals = {name: value for name, value in constants.items() if isinstance(value, Tensor)}
-    written = tuple(name for name, copied in zip(names, copies[len(copies) - len(own) :], strict=True) if copied._version)
-    return Lowered(traced.graph, weights, literals, interpreter.values, written)
+    written = tuple(name for name, copied in zip(names, copies[first:], strict=True) if copied._version)
+    by_placeholder = dict(zip(placeholders[first:], names, strict=True))
+    return Lowered(traced.graph, by_placeholder, literals, interpreter.values, written)
 
 
 class _Interpreter(nn.Module):
-    """Runs a graph node by node, and notes which proxy each value has."""
+    """Runs a graph node by node, and records the proxy of each node's value."""
 
     def __init__(self, module: fx.GraphModule, graph: fx.Graph) -> None:
         super().__init__()
@@ -78,16 +79,16 @@ class _Interpreter(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """What the module returns."""
-        return _Noting(self).run(*args)
+        return _ProxyRecorder(self).run(*args)
 
 
-class _Noting(fx.Interpreter):
+class _ProxyRecorder(fx.Interpreter):
     def __init__(self, of: _Interpreter) -> None:
         super().__init__(of.module, graph=of.graph)
         self.of = of
 
     def run_node(self, n: fx.Node) -> Any:
-        """The node's value, noted."""
+        """The node's value; the name of its proxy is recorded."""
         self.of.at = n.name
         value = super().run_node(n)
         mode = get_proxy_mode()
@@ -98,9 +99,9 @@ class _Noting(fx.Interpreter):
         return value
 
 
-def _own(module: nn.Module) -> tuple[list[str], list[Tensor]]:
-    """The module's parameters and buffers, each once, by its first name."""
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+def _weights(module: nn.Module) -> tuple[list[str], list[Tensor]]:
+    """The names and values of the module's parameters and buffers; a tied tensor is one input, with its first name."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}  # torch omits duplicates
     return list(named), list(named.values())
 
 
@@ -110,18 +111,18 @@ def _positional(module: fx.GraphModule, inputs: Inputs) -> tuple[Any, ...]:
     return bound.args
 
 
-def _located(module: fx.GraphModule) -> fx.Graph:
-    """A copy of the graph, by name, whose nodes say which modules they belong to: plain paths, called modules included."""
-    graph, names = fx.Graph(), dict[fx.Node, fx.Node]()
+def _with_module_stacks(module: fx.GraphModule) -> fx.Graph:
+    """A copy of the graph whose nodes have a module stack of plain paths, with the modules that the graph calls."""
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in module.graph.nodes:
-        twin = names[node] = graph.node_copy(node, names.__getitem__)
-        stack = {str(key): (clean(str(path)), _class(kind)) for key, (path, kind) in (node.meta.get(STACK) or {}).items()}
+        copied = copies[node] = graph.node_copy(node, copies.__getitem__)
+        stack = {str(key): (clean(str(path)), _class_name(kind)) for key, (path, kind) in (node.meta.get(STACK) or {}).items()}
         if node.op == "call_module" and [path for path, _ in stack.values()][-1:] != [node.target]:
-            stack[node.name] = (str(node.target), _class(type(module.get_submodule(str(node.target)))))
-        twin.meta = {**node.meta, STACK: stack}
+            stack[node.name] = (str(node.target), _class_name(type(module.get_submodule(str(node.target)))))
+        copied.meta = {**node.meta, STACK: stack}
     graph.set_codegen(copy.copy(module.graph._codegen))
     return graph
 
 
-def _class(kind: Any) -> str:
+def _class_name(kind: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)

@@ -1,8 +1,8 @@
-"""A graph of what really ran: for modules whose forward decides by values, which `torch.export` cannot follow.
+"""A graph of the operators that ran: for modules with data-dependent control flow, which `torch.export` cannot trace.
 
-Flow: the module runs on its inputs under a dispatch mode → every operator becomes a node, its tensors known by identity →
-blocks that were captured by themselves stay single nodes. The graph holds for these inputs alone: loops are written out as
-often as they went, numbers read from tensors are literals. It witnesses where the MLPs are; nothing runs it instead.
+Flow: the module runs on its inputs under a dispatch mode → every operator becomes a node; tensors are identified by object
+identity → a block that was captured separately is a single node. The graph is valid for these inputs only: loops are unrolled,
+and numbers read from tensors are literals. It shows where the MLPs are; it is never run in place of the model.
 """
 
 from __future__ import annotations
@@ -22,75 +22,76 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from memrewrite.passes.graphs.provenance import TORCH
 from memrewrite.passes.models.forward import Inputs, run
+from memrewrite.passes.models.tensors import first_names
 
 
 def record(module: nn.Module, inputs: Inputs, opaque: Collection[str] = ()) -> fx.GraphModule:
     """The graph of one forward of `module`; calls of the modules at the paths `opaque` are one node each."""
-    tape = OperatorTrace(module, frozenset(opaque))
-    return tape.play(inputs)
+    return OperatorTrace(module, frozenset(opaque)).record(inputs)
 
 
 class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every operator that runs while it is entered."""
+    """While entered, records every operator that runs."""
 
     def __init__(self, module: nn.Module, opaque: frozenset[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.module, self.opaque = module, opaque
         self.graph = fx.Graph()
-        self.held: dict[str, Tensor] = {}  # what get_attr nodes name
+        self._tensors: dict[str, Tensor] = {}  # targets of get_attr nodes: weights and constants
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._node: Any = WeakTensorKeyDictionary()
-        self._names = {id(t): name for name, t in [*module.named_buffers(), *module.named_parameters()]}
+        self._names = first_names(module)
         self._stack: list[tuple[str, str, str]] = []  # call, path, class
-        self._counts: dict[str, int] = {}
-        self._muted = 0
+        self._calls: dict[str, int] = {}
+        self._inside_opaque = 0
 
-    def play(self, inputs: Inputs) -> fx.GraphModule:
-        """Run the module and return its graph, on its own weights."""
+    def record(self, inputs: Inputs) -> fx.GraphModule:
+        """Run the module on `inputs`; return the graph, which refers to the module's own weights."""
         out: Any = None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal out
             for number, leaf in enumerate(tree_leaves((args, kwargs))):
                 if isinstance(leaf, Tensor) and leaf not in self._node:
-                    self._note(leaf, self.graph.placeholder(f"input_{number}"))
+                    self._record_value(leaf, self.graph.placeholder(f"input_{number}"))
             with self:
                 out = self.module(*args, **kwargs)
             return out
 
         handles = [h for path, m in self.module.named_modules() for h in self._hooks(path, m)]
         try:
-            run(_Calling(self.module, forward), inputs)
+            run(_CallThrough(self.module, forward), inputs)
         finally:
             for handle in handles:
                 handle.remove()
         self.graph.output(tuple(self._of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
-        self.graph.eliminate_dead_code(is_impure_node=_counts)  # what Python alone looked at
-        return fx.GraphModule(dict(self.held), self.graph)
+        self.graph.eliminate_dead_code(is_impure_node=_mutates_used)  # values that only Python code read
+        return fx.GraphModule(dict(self._tensors), self.graph)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operator, and note it."""
+        """Run one operator, and record it."""
         out = func(*args, **(kwargs or {}))
-        if not self._muted and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
-            given = tree_map(self._of, (args, kwargs or {}))
-            self._note(out, self.graph.call_function(func, *given))
+        if not self._inside_opaque and any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+            node_args, node_kwargs = tree_map(self._of, (args, kwargs or {}))
+            self._record_value(out, self.graph.call_function(func, node_args, node_kwargs))
         return out
 
     def _of(self, leaf: Any) -> Any:
-        """The node of a tensor: what made it, or the weight or constant it is."""
+        """The node of a tensor: the operator that returned it, or the `get_attr` of a weight or constant."""
         if not isinstance(leaf, Tensor):
             return leaf
         if leaf not in self._node:
-            name = self._names.get(id(leaf), f"_constant_{len(self.held)}")
-            self.held[name] = leaf
+            name = self._names.get(id(leaf), f"_constant_{len(self._tensors)}")
+            self._tensors[name] = leaf
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
-                self._note(leaf, self.graph.get_attr(name))
+                self._record_value(leaf, self.graph.get_attr(name))
         return self._node[leaf]
 
-    def _note(self, value: Any, node: fx.Node) -> None:
+    def _record_value(self, value: Any, node: fx.Node) -> None:
+        """Record that `node` returned `value`, with its shape, modules and source line."""
         if node.op != "get_attr":
             node.meta["nn_module_stack"] = {call: (path, kind) for call, path, kind in self._stack}
-            node.meta["stack_trace"] = _where(sys._getframe(1))
+            node.meta["stack_trace"] = _source_of(sys._getframe(1))
         if isinstance(value, Tensor):
             self._node[value] = node
             node.meta["val"] = self._shape(value)
@@ -98,23 +99,23 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             node.meta["val"] = tree_map(self._shape, value)
             for number, item in enumerate(value):
                 if isinstance(item, (Tensor, tuple, list)):
-                    self._note(item, self.graph.call_function(getitem, (node, number)))
+                    self._record_value(item, self.graph.call_function(getitem, (node, number)))
 
     def _shape(self, value: Any) -> Any:
         return self._fake.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value
 
     def _hooks(self, path: str, module: nn.Module) -> list[Any]:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-            count = self._counts[path] = self._counts.get(path, -1) + 1
+            count = self._calls[path] = self._calls.get(path, -1) + 1
             self._stack.append((f"{path}@{count}" if count else path, path, type(module).__name__))
-            self._muted += path in self.opaque
+            self._inside_opaque += path in self.opaque
 
         def leave(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            self._muted -= path in self.opaque
-            if path in self.opaque and not self._muted:
-                given = [self._of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self._inside_opaque -= path in self.opaque
+            if path in self.opaque and not self._inside_opaque:
+                operands = [self._of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
                 leaves = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-                self._note(tuple(leaves), self.graph.call_function(captured_apart, (path, *given)))
+                self._record_value(tuple(leaves), self.graph.call_function(captured_separately, (path, *operands)))
             self._stack.pop()
 
         return [
@@ -123,29 +124,29 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
 
 
-def captured_apart(path: str, *tensors: Tensor) -> Any:
-    """Stands in a recorded graph for a block that has a graph of its own."""
-    raise RuntimeError(f"the block {path!r} was captured by itself: this graph is to be read, not run")
+def captured_separately(path: str, *tensors: Tensor) -> Any:
+    """The target of the node that represents a block with its own graph."""
+    raise RuntimeError(f"the block {path!r} was captured separately: this graph is not for running")
 
 
-def _counts(node: fx.Node) -> bool:
-    """Whether a node without readers counts: it writes into what others read."""
+def _mutates_used(node: fx.Node) -> bool:
+    """True if the node must be kept although its result is unused: it mutates a tensor that other nodes read."""
     if not isinstance(node.target, OpOverload):
         return node.op != "call_function"
-    into = node.all_input_nodes[0] if node.target._schema.is_mutable else None
-    return into is not None and (into.op != "call_function" or set(into.users) != {node})
+    mutated = node.all_input_nodes[0] if node.target._schema.is_mutable else None
+    return mutated is not None and (mutated.op != "call_function" or set(mutated.users) != {node})
 
 
-class _Calling(nn.Module):
-    """A module whose call is another's, so that `run` seeds and copies for both."""
+class _CallThrough(nn.Module):
+    """Has the parameters of `module` and another forward: `run` seeds, copies inputs and calls `forward`."""
 
     def __init__(self, module: nn.Module, forward: Any) -> None:
         super().__init__()
         self.module, self.forward = module, forward
 
 
-def _where(frame: FrameType | None) -> str:
-    """The innermost line of the model's own code."""
+def _source_of(frame: FrameType | None) -> str:
+    """The innermost frame outside of torch and of this file, as a line of a traceback."""
     while frame is not None and (frame.f_code.co_filename == __file__ or frame.f_code.co_filename.startswith(TORCH)):
         frame = frame.f_back
     return f'File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}' if frame else ""

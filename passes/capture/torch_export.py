@@ -1,15 +1,20 @@
-"""`torch.export` of one module: the attempts, and why torch refuses."""
+"""`torch.export` of one module: several attempts, and the reasons when torch refuses all of them.
+
+Flow: non-strict and strict export with dynamic shapes (when requested), then both with static shapes → the program of the first
+attempt that works, and how it was exported → otherwise `Refused` with the reason of each attempt.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import io
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -17,91 +22,107 @@ from torch._ops import HigherOrderOperator
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
-from memrewrite.errors import in_a_line
+from memrewrite.errors import in_one_line
 from memrewrite.passes.models.call_recorder import Recorder
 from memrewrite.passes.models.forward import Inputs
 
 log = logging.getLogger("memrewrite")
-PLAIN = (type(None), bool, int, float, str)  # besides tensors, what torch traces as an output
+PLAIN = (type(None), bool, int, float, str)  # the leaves of an output that torch can trace, with tensors
+REASONS = 600  # characters of torch that one refusal quotes, shared by its attempts
 
 
-class Refused(Exception):  # noqa: N818 - a verdict, turned into an error that names the place
-    """`torch.export` would not trace; the message is torch's own, shortened."""
+class Refused(Exception):  # noqa: N818 - a result, which callers turn into an error with a place
+    """`torch.export` refused a module. The message is one line: every attempt, with torch's own message, shortened."""
+
+
+class ExportResult(NamedTuple):
+    """A program and how it was exported: strict or not, with dynamic shapes or not, and which outputs it omits."""
+
+    program: ExportedProgram
+    how: str
 
 
 def export_program(
     model: nn.Module, inputs: Inputs, dynamic: bool, recorder: Recorder | None = None, *, axes: int = 2
-) -> tuple[ExportedProgram, str]:
-    """`torch.export` of a module, and how it went: dynamic shapes where asked and possible, non-strict, then strict.
+) -> ExportResult:
+    """Export `model` with `torch.export`; `inputs` are not modified.
 
-    Of every input the first `axes` axes may become dynamic. Raises `Refused` with torch's reasons.
+    `dynamic` makes the first `axes` axes of every input symbolic where torch can; when it cannot, all sizes are static.
+    `recorder` is entered during each non-strict attempt. Raises `Refused` with the reasons of all attempts.
     """
-    model = _as_module(model)
+    model = _as_plain_module(model)
     args, kwargs = copy.deepcopy(inputs)
     shapes = _auto_dims((args, kwargs), axes) if dynamic else None
-    attempts = [(False, shapes), (True, shapes)] if shapes else []
-    reasons = []
-    for strict, dims in [*attempts, (False, None), (True, None)]:
+    attempts = [(strict, dims) for dims in ((shapes, None) if shapes else (None,)) for strict in (False, True)]
+    reasons: dict[str, list[str]] = {}  # the reason, and the attempts that failed with it
+    for strict, dims in attempts:
         how = ("strict" if strict else "non-strict") + (", dynamic shapes" if dims else "")
-        dropped: set[str] = set()
-        seen = recorder if recorder and not strict else nullcontext()
+        omitted: set[str] = set()
+        outputs = nullcontext() if strict else _traceable_outputs(model, omitted)
+        recording = recorder if recorder and not strict else nullcontext()
         try:
-            with torch.no_grad(), hushed(), seen, nullcontext() if strict else _known_outputs(model, dropped):
+            with torch.no_grad(), quiet(), recording, outputs:
                 dynamic_shapes = None if dims is None else _by_argument(model, dims)
                 program = torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
-            _refuse_bodies(program)
-            return program, how + (f", outputs of kind {', '.join(sorted(dropped))} left aside" if dropped else "")
+            _refuse_nested_weights(program)
         except Exception as error:
             log.debug("torch.export %s refused %s", how, type(model).__name__, exc_info=True)
-            reasons.append(f"{how}: {type(error).__name__}: {in_a_line(error)}")
-    raise Refused("; ".join(reasons[-2:]))
+            reasons.setdefault(in_one_line(error, limit=REASONS // len(attempts)), []).append(how)
+        else:
+            how += f", outputs of class {', '.join(sorted(omitted))} omitted" if omitted else ""
+            log.debug("torch.export %s captured %s", how, type(model).__name__)
+            return ExportResult(program, how)
+    raise Refused("; ".join(f"{' / '.join(failed)}: {reason}" for reason, failed in reasons.items()))
 
 
-def _refuse_bodies(program: ExportedProgram) -> None:
-    """Raise `Refused` where weights are multiplied in graphs of their own, as under `torch.autocast`: it would hide MLPs."""
-    held = program.graph_signature.inputs_to_parameters
+def _refuse_nested_weights(program: ExportedProgram) -> None:
+    """Raise `Refused` for weights that nested graphs use, as `torch.autocast` makes them: MLPs in there would not be found."""
+    weights = program.graph_signature.inputs_to_parameters
     for node in program.graph.nodes:
-        if isinstance(node.target, HigherOrderOperator) and any(n.name in held for n in node.all_input_nodes):
-            raise Refused(f"`{node.target}` keeps a part of it in a graph of its own")
+        if isinstance(node.target, HigherOrderOperator) and any(n.name in weights for n in node.all_input_nodes):
+            raise Refused(f"`{node.target}` keeps a part of the model in a nested graph")
 
 
-def _as_module(model: nn.Module) -> nn.Module:
-    """A graph module as a module like any other: `torch.export` would interpret its nodes, past the modules it calls."""
+def _as_plain_module(model: nn.Module) -> nn.Module:
+    """A graph module as a module of another class, with the same state and forward.
+
+    `torch.export` would interpret the nodes of a `GraphModule`, and not record the modules that they call.
+    """
     if not isinstance(model, fx.GraphModule):
         return model
     plain: nn.Module = nn.Module.__new__(type("Generated", (nn.Module,), {"forward": type(model).forward}))
-    plain.__dict__ = model.__dict__  # one tree: what is edited in one is edited in the other
+    plain.__dict__ = model.__dict__  # one module tree: an edit of one is an edit of the other
     return plain
 
 
 @contextmanager
-def _known_outputs(model: nn.Module, dropped: set[str]) -> Iterator[None]:
-    """Have `model` return its tensors alone where it returns objects that torch cannot trace, such as caches.
+def _traceable_outputs(model: nn.Module, omitted: set[str]) -> Iterator[None]:
+    """Inside, `model` returns only the tensors of an output that contains objects which torch cannot trace, such as caches.
 
-    The tensors are the witness; what is left aside is named in `dropped`.
+    The class names of these objects are added to `omitted`.
     """
-    original, own = model.forward, "forward" in vars(model)
+    original, is_own = model.forward, "forward" in vars(model)
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         out = original(*args, **kwargs)
-        strange = {type(leaf).__name__ for leaf in tree_leaves(out) if not isinstance(leaf, (torch.Tensor, *PLAIN))}
-        dropped.update(strange)
-        return tuple(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)) if strange else out
+        unknown = {type(leaf).__name__ for leaf in tree_leaves(out) if not isinstance(leaf, (torch.Tensor, *PLAIN))}
+        omitted.update(unknown)
+        return tuple(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)) if unknown else out
 
     model.forward = forward
     try:
         yield
     finally:
-        if own:
+        if is_own:
             model.forward = original
         else:
             del model.forward
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
-    """A refused attempt is told in one line, not in torch's thousands: what it warns, logs and prints is dropped."""
+def quiet() -> Iterator[None]:
+    """Suppresses warnings, logs and prints of one attempt of torch; the caller reports its exception in one line."""
     before, nowhere = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.ERROR)
     try:
@@ -113,7 +134,7 @@ def hushed() -> Iterator[None]:
 
 
 def _auto_dims(inputs: Inputs, axes: int) -> Inputs:
-    """The first axes, batch and sequence, left to torch: it makes them symbolic or says they are fixed."""
+    """`Dim.AUTO` for the first `axes` axes (batch, sequence) of every tensor: torch makes them symbolic where it can."""
 
     def dims(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
@@ -126,7 +147,5 @@ def _auto_dims(inputs: Inputs, axes: int) -> Inputs:
 
 def _by_argument(model: nn.Module, dims: Inputs) -> Any:
     """`dims` by the names of the forward's arguments."""
-    import inspect
-
     positional = dict(inspect.signature(model.forward).bind_partial(*dims[0]).arguments)
     return {**positional, **dims[1]} or None

@@ -19,6 +19,7 @@ from memrewrite.passes.graphs.ops import is_assertion
 from memrewrite.passes.graphs.provenance import modules_of, path_of
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.locate.recorded_graph import origin_of
+from memrewrite.passes.models.tensors import tensors_of
 
 ROOT_NAMES = ("", "(root)", ".")  # ways to write the path of the model itself
 
@@ -132,7 +133,7 @@ def _named(view: View, name: str) -> set[RecordedNode]:
 def _tensors(model: object) -> dict[str, Any]:
     if not isinstance(model, nn.Module):
         return {}
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return dict(tensors_of(model))
 
 
 def _aliases(known: Mapping[str, object], wanted: str) -> frozenset[str]:

@@ -15,7 +15,7 @@ from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.feature_axis import LAST, feature_axis
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
-from memrewrite.passes.models.block_stacks import Place, places
+from memrewrite.passes.models.block_stacks import BlockPosition, block_positions
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.patterns import Match
 from memrewrite.site import Binding, Inspection, NearMiss, Site
@@ -80,7 +80,7 @@ def assemble(
         while path in paths:  # several MLPs in one module: distinguished by their last matrices
             path = f"{path}#{group[0].call.region.down.name}"
         paths[path] = group
-    where = places([path.partition("#")[0] for path in paths], types)
+    where = block_positions([path.partition("#")[0] for path in paths], types)
     sites = [_site(path, group, where[path.partition("#")[0]]) for path, group in paths.items()]
     located = Inspection(sites=tuple(sites), near_misses=tuple(dict.fromkeys(misses)), captured=capture.how)
     return LocatedSites(located, {path: tuple(one.call for one in group) for path, group in paths.items()}, recorded)
@@ -100,7 +100,7 @@ def _narrowest(found: SiteCall) -> str:
     return max(common[-1] if common else "", ".".join(shared), key=len)
 
 
-def _site(path: str, group: list[Recognized], place: Place) -> Site:
+def _site(path: str, group: list[Recognized], place: BlockPosition) -> Site:
     (found, match, activation), region = group[0], group[0].call.region
     value, axis = region.down.meta["val"], feature_axis(found.recorded.flow, region, found.bound)
     bindings = _bindings(group, axis)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from memrewrite.passes.capture.operator_trace import captured_apart
+from memrewrite.passes.capture.operator_trace import captured_separately
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.evaluate import evaluate
 from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
@@ -66,7 +66,7 @@ def _example_values(recorded: RecordedGraph, wanted: Collection[RecordedNode]) -
     segment = recorded.segment
     last = max(recorded.position[node] for node in wanted)
     nodes = [node for node in recorded.nodes[: last + 1] if node.op == "call_function"]
-    if any(node.target is captured_apart for node in nodes):
+    if any(node.target is captured_separately for node in nodes):
         return {}
 
     def weight(node: fx.Node) -> Tensor:

@@ -1,1 +1,1 @@
-"""In: a live module and its example inputs. Out: outputs, recorded calls, block stacks, fingerprints of its tensors."""
+"""In: a live module and its example inputs. Out: outputs, recorded calls, positions of blocks, hashes of its tensors."""

@@ -1,6 +1,6 @@
-"""Repeated blocks: which lists of a module tree are stacks of blocks, and which block of which tower a path belongs to.
+"""Repeated blocks: which containers of a module tree are stacks of blocks, and in which block of which tower a path is.
 
-A stack is a container of numbered children; its blocks are counted in order. Of names, only the numbers play a part.
+A stack is a container of numbered children; its blocks are counted in order. Of module names, only the numbers matter.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 from torch import nn
 
 
-class Place(NamedTuple):
-    """Where a path stands: its tower, the number of its block there, and how many blocks the tower has."""
+class BlockPosition(NamedTuple):
+    """Where a path is: its tower, the number of its block in the tower, and the number of blocks of the tower."""
 
     tower: str
     block: int | None
@@ -20,7 +20,7 @@ class Place(NamedTuple):
 
 
 def outermost_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Numbered containers (`ModuleList`, `Sequential`) that lie in no other one, with their paths."""
+    """Numbered containers (`ModuleList`, `Sequential`) that are in no other one, with their paths."""
     pending: list[tuple[str, nn.Module]] = [("", model)]
     while pending:
         path, module = pending.pop(0)
@@ -31,29 +31,30 @@ def outermost_lists(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             pending.extend((f"{path}.{name}" if path else name, child) for name, child in children)
 
 
-def places(paths: Iterable[str], types: Mapping[str, str]) -> dict[str, Place]:
-    """The place of every path. `types` gives the class name of every module path that runs.
+def block_positions(paths: Iterable[str], types: Mapping[str, str]) -> dict[str, BlockPosition]:
+    """The position of every path. `types` maps the path of every module that runs to its class name.
 
-    A tower is the stack at a path's first number (`encoder.layer.3.output` stands in block 3 of `encoder.layer`). Where
-    a stack's elements are stages that hold all their MLPs in stacks of alike blocks, the tower is the stack of those,
-    counted through the stages: block 5 of `stages.*.blocks`.
+    A tower is the stack at a path's first number: `encoder.layer.3.output` is in block 3 of `encoder.layer`. Where the
+    elements of a stack are stages, which contain all their MLPs in stacks of blocks of one class, the tower is made of those
+    inner stacks and its blocks are counted through the stages: block 5 of `stages.*.blocks`.
     """
     towers: dict[str, list[str]] = {}
     for path in paths:
         towers.setdefault(_tower(path, 1), []).append(path)
-    found: dict[str, Place] = {}
+    found: dict[str, BlockPosition] = {}
     for tower, members in towers.items():
         depth = 1
-        while tower and _is_stages(members, depth, types):
+        while tower and _are_stages(members, depth, types):
             depth += 1
         blocks = _blocks(depth, types, members)
         for path in members:
             block = _block(path, depth)
-            found[path] = Place(_tower(path, depth), blocks.index(block) if tower else None, len(blocks))
+            found[path] = BlockPosition(_tower(path, depth), blocks.index(block) if tower else None, len(blocks))
     return found
 
 
 def _numbers(path: str) -> list[int]:
+    """The indices of the numeric parts of a path."""
     return [i for i, part in enumerate(path.split(".")) if part.isdigit()]
 
 
@@ -69,8 +70,8 @@ def _tower(path: str, depth: int) -> str:
     return ".".join("*" if part.isdigit() else part for part in block.split(".")[:-1]) if block else ""
 
 
-def _is_stages(members: list[str], depth: int, types: Mapping[str, str]) -> bool:
-    """Whether all members lie one stack deeper, in one stack a stage, whose blocks are all of one class."""
+def _are_stages(members: list[str], depth: int, types: Mapping[str, str]) -> bool:
+    """True if all members are one stack deeper, in one stack per stage, and the blocks of these stacks have one class."""
     inner = {_tower(path, depth + 1) for path in members}
     if len(inner) != 1 or "" in inner:
         return False

@@ -1,4 +1,8 @@
-"""Example inputs for a model that came without: made from its config and forward signature, no model family known."""
+"""Example inputs for a Hugging Face model without any: created from its config and forward signature.
+
+No model family is known here. Flow: the main input's name → a tensor of the sizes that the config states → the other inputs
+that its forward needs.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,24 @@ from torch import Tensor
 from memrewrite.errors import ModelError
 from memrewrite.passes.models.forward import Inputs
 
-BATCH, SEQUENCE, DECODER_SEQUENCE, SAMPLES = 2, 16, 12, 8000  # distinct, so that no axis is taken for another
+BATCH, SEQUENCE, DECODER_SEQUENCE, SAMPLES = 2, 16, 12, 8000  # distinct, so that every axis can be recognized by its size
 SEED = 0
 
 
 def example_inputs(model: Any) -> Inputs:
-    """Random inputs of distinct sizes for a Hugging Face model, from its config and forward signature alone."""
+    """Random inputs of distinct sizes for a Hugging Face model.
+
+    Raises `ModelError` for another model, or one whose main input is of an unknown kind.
+    """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
         hint = "write a model.py with `build()` and `inputs()`"
-        raise ModelError(f"no example inputs can be made for a {type(model).__name__}", hint=hint)
+        raise ModelError(f"no example inputs can be created for a {type(model).__name__}", hint=hint)
     accepted = inspect.signature(model.forward).parameters
     make = _Maker(model, config)
     inputs: dict[str, Any] = {main: make.tensor(main)}
     both = hasattr(config, "vision_config") and not make.special_names("image_token")
-    if both and "pixel_values" in accepted:  # two towers, neither of which runs alone
+    if both and "pixel_values" in accepted:  # two towers, which run only together
         inputs["pixel_values"] = make.tensor("pixel_values")
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = make.ids(DECODER_SEQUENCE, decoder=True)
@@ -35,7 +42,7 @@ def example_inputs(model: Any) -> Inputs:
 
 
 class _Maker:
-    """Makes one tensor at a time, from one seed."""
+    """Creates one tensor at a time, from one RNG with a fixed seed."""
 
     def __init__(self, model: Any, config: Any) -> None:
         self.model, self.config = model, config
@@ -44,7 +51,7 @@ class _Maker:
         self.random = torch.Generator().manual_seed(SEED)
 
     def tensor(self, name: str) -> Tensor:
-        """An input by the name its forward gives it."""
+        """The input that the forward has under this name."""
         if name == "input_ids":
             return self.ids(SEQUENCE)
         if name == "pixel_values":
@@ -59,12 +66,12 @@ class _Maker:
         if name == "input_values":
             return self._floats(BATCH, SAMPLES)
         raise ModelError(
-            f"no example can be made for the input {name!r} of {type(self.model).__name__}",
+            f"no example can be created for the input {name!r} of {type(self.model).__name__}",
             hint="write a model.py with `build()` and `inputs()`",
         )
 
     def ids(self, length: int, *, decoder: bool = False) -> Tensor:
-        """Random token ids; those with a meaning of their own (padding, images) are left out."""
+        """Random token ids [batch, length], without special tokens (padding, images)."""
         text = self.config.get_text_config(decoder=decoder or None)
         vocabulary = int(getattr(text, "vocab_size", None) or self._number("vocab_size", 2))
         length = min(length, int(getattr(text, "max_position_embeddings", None) or length))
@@ -75,7 +82,7 @@ class _Maker:
         return usable[torch.randint(len(usable), (BATCH, length), generator=self.random)]
 
     def special_names(self, start: str) -> dict[str, int]:
-        """The configs' special tokens whose name begins with `start`."""
+        """The ids of the configs' special tokens whose names start with `start`."""
         everything = {name: value for config in self.configs for name, value in vars(config).items()}
         named = {n: v for n, v in everything.items() if n.endswith(("_token_id", "_token_index"))}
         return {n: v for n, v in named.items() if n.startswith(start) and isinstance(v, int) and v >= 0}

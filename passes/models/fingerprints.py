@@ -1,4 +1,8 @@
-"""Hashes of every tensor of a model, and how many elements of two outputs differ."""
+"""Bitwise comparison: a hash of every tensor of a model, and the number of elements in which two outputs differ.
+
+Flow: every parameter and buffer → a hash of its bits, dtype, shape and `requires_grad` → hashes before and after an edit are
+compared by name.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +14,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from memrewrite.passes.models.tensors import tensors_of
+
 
 class Fingerprint(NamedTuple):
-    """A hash of one tensor, and its first name: a tied tensor has several."""
+    """A hash of one tensor, and the tensor's first name: a tied tensor has several names."""
 
     bits: str
     first: str
 
 
 def fingerprints(model: nn.Module) -> dict[str, Fingerprint]:
-    """A hash of every parameter and buffer, bit by bit, and of its kind; of that alone on `meta`."""
+    """A hash of every parameter and buffer: bits, dtype, shape and `requires_grad`. On `meta` there are no bits to hash."""
     return hashed(tensors_of(model))
 
 
 def hashed(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Fingerprint]:
-    """A tensor with several names is read once."""
+    """A hash of every tensor by name; a tensor with several names is read once."""
     known: dict[int, Fingerprint] = {}
     for name, tensor in (named := list(tensors)):
         if id(tensor) not in known:
             known[id(tensor)] = Fingerprint(_hash(tensor), name)
     return {name: known[id(tensor)] for name, tensor in named}
-
-
-def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Every parameter and buffer, by each of its names."""
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def _hash(tensor: Tensor) -> str:
@@ -46,7 +47,7 @@ def _hash(tensor: Tensor) -> str:
 
 
 def differing(one: Any, other: Any) -> int:
-    """Elements in which two outputs differ, NaN equal to NaN; outputs of another structure differ in all."""
+    """The number of elements in which two outputs differ, NaN equal to NaN; with another structure, all of `other`'s."""
     a, b = ([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] for out in (one, other))
     if [(t.shape, t.dtype) for t in a] != [(t.shape, t.dtype) for t in b]:
         return max(1, sum(t.numel() for t in b))

@@ -1,6 +1,7 @@
-"""One forward, and what it shows: reference outputs, how every module was called, what every repeated block was given.
+"""Example inputs and one forward of a model with them.
 
-The forward starts from a fixed seed and leaves the caller's inputs and random state alone, so that two can be compared.
+Flow: example inputs as `(args, kwargs)` → moved to the model's device → one forward from a fixed seed, which changes neither
+the caller's inputs nor the RNG state, so that the outputs of two forwards can be compared.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ SEED = 0
 
 
 def as_inputs(inputs: Any) -> Inputs:
-    """Bring a tuple, a dict or `(args, kwargs)` to `(args, kwargs)`; a single tensor is one positional argument."""
+    """`(args, kwargs)` from a tensor (one positional argument), a tuple, a list, a dict, or `(args, kwargs)`.
+
+    Raises `ModelError` for anything else.
+    """
     if isinstance(inputs, torch.Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
@@ -34,7 +38,7 @@ def as_inputs(inputs: Any) -> Inputs:
 
 
 def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Move the example tensors to where the model's parameters are (so a model on `meta` is traced on `meta`)."""
+    """The inputs with every tensor on the device of the model's first parameter (`meta` included)."""
     device = next((p.device for p in model.parameters()), None)
     if device is None:
         return inputs
@@ -43,13 +47,13 @@ def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def on_meta(model: nn.Module) -> bool:
-    """Whether the model has shapes but no values."""
+    """True if a parameter is on `meta`: it has a shape and no values."""
     return any(p.is_meta for p in model.parameters())
 
 
 @contextmanager
 def evaluating(model: nn.Module | ExportedProgram) -> Iterator[None]:
-    """Eval mode while a model is traced and compared, every module's own mode back afterwards."""
+    """Context manager: every module is in eval mode inside, and has its own mode again after it."""
     modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
     try:
         for module in modes:
@@ -58,11 +62,11 @@ def evaluating(model: nn.Module | ExportedProgram) -> Iterator[None]:
     finally:
         if isinstance(model, nn.Module):
             for module in model.modules():
-                module.training = modes.get(module, modes[model])  # a new layer goes with the whole
+                module.training = modes.get(module, modes[model])  # a new layer gets the mode of the whole model
 
 
 def run(model: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Any:
-    """One forward from a fixed seed that leaves the caller's inputs and random state alone."""
+    """The outputs of one forward from a fixed seed, on copies of the inputs; the RNG state is restored afterwards."""
     args, kwargs = copy.deepcopy(inputs)
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=cuda):
@@ -71,7 +75,7 @@ def run(model: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Any:
 
 
 def first_run(model: nn.Module, inputs: Inputs) -> Any:
-    """`run`, whose failure is the user's: the model and the inputs do not fit. Raises `ModelError`."""
+    """`run` for the first time: raises `ModelError` when the model does not run on the inputs."""
     try:
         return run(model, inputs)
     except Exception as error:

@@ -1,6 +1,7 @@
-"""Forwards that leave no trace: what a module tree holds is put back, bit for bit, and so are the sources of random numbers.
+"""Forwards without side effects: the state of a module tree and the RNG states are restored, bit for bit.
 
-Train-mode forwards write: batch norms count, steps are numbered, some models turn their own weights.
+A forward in train mode may mutate state: batch norms update statistics, some models count steps or change their own weights.
+Flow: copy buffers and remember attributes → during forwards, copy every storage before an op mutates it → restore all of them.
 """
 
 from __future__ import annotations
@@ -20,52 +21,53 @@ from memrewrite.passes.models.forward import SEED
 
 
 class StateGuard:
-    """What a module tree held when this was made: every attribute and mode, every tensor, every bit.
+    """The state of a module tree at construction: every attribute, mode and tensor.
 
-    Buffers are copied at once: kernels of norms write to them unannounced. Everything else is copied when it is written to.
+    Buffers are copied at once: kernels of norms mutate them although their op schemas do not declare it. All other tensors are
+    copied just before they are mutated.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        held = _held(model)
-        self.aliases = [(tensor, tensor.data) for tensor in held]  # `tensor.data = other` gives a tensor another storage
-        self.copies = _Copies({s._cdata: s for s in (tensor.untyped_storage() for tensor in held)})
+        tensors = _tensors_in(model)
+        self.aliases = [(tensor, tensor.data) for tensor in tensors]  # `tensor.data = other` gives a tensor another storage
+        self.copies = _Copies({s._cdata: s for s in (tensor.untyped_storage() for tensor in tensors)})
         for buffer in model.buffers():
             self.copies.keep(buffer)
 
     @contextmanager
     def forwards(self) -> Iterator[None]:
-        """Forwards may run inside, of the tree as it is now; what they leave in it is put back."""
-        attributes = [_kept_attributes(module) for module in self.model.modules()]
+        """Context manager: forwards of the tree as it is now may run inside; their changes to its state are undone on exit."""
+        restorers = [_attribute_restorer(module) for module in self.model.modules()]
         try:
             with self.copies:
                 yield
         finally:
-            for put_back in attributes:
-                put_back()
+            for restore in restorers:
+                restore()
             for tensor, alias in self.aliases:
                 if tensor.untyped_storage()._cdata != alias.untyped_storage()._cdata:
                     tensor.data = alias
-            self.copies.put_back()
+            self.copies.restore()
 
 
 @contextmanager
 def in_train_mode(model: nn.Module) -> Iterator[StateGuard]:
-    """Every module in train mode, and whatever happens to attributes and modes inside, they are afterwards as they were."""
-    attributes = [_kept_attributes(module) for module in model.modules()]
-    kept = StateGuard(model)
+    """Context manager: every module is in train mode inside; all attributes and modes are restored on exit."""
+    restorers = [_attribute_restorer(module) for module in model.modules()]
+    guard = StateGuard(model)
     try:
         for module in model.modules():
             module.training = True
-        yield kept
+        yield guard
     finally:
-        for put_back in attributes:
-            put_back()
+        for restore in restorers:
+            restore()
 
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """Python's and NumPy's random numbers from a fixed seed, as `run` does with torch's; the caller's go on afterwards."""
+    """Context manager: fixed seeds for Python's and NumPy's RNGs, as `run` does for torch's; restores both states on exit."""
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(SEED)
     np.random.seed(SEED)
@@ -76,8 +78,8 @@ def seeded() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _held(model: nn.Module) -> list[Tensor]:
-    """Every tensor the modules hold with values of its own: parameters, buffers, and attributes that are neither."""
+def _tensors_in(model: nn.Module) -> list[Tensor]:
+    """Every strided tensor with values that the modules contain: parameters, buffers, and plain attributes."""
     attributes = [leaf for module in model.modules() for value in vars(module).values() for leaf in _shallow(value)]
     tensors = [*model.parameters(), *model.buffers(), *(leaf for leaf in attributes if isinstance(leaf, Tensor))]
     return [tensor for tensor in dict.fromkeys(tensors) if not tensor.is_meta and tensor.layout == torch.strided]
@@ -88,7 +90,7 @@ def _shallow(value: Any) -> list[Any]:
 
 
 class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, copies a watched storage before an op writes to it."""
+    """While entered, copies a watched storage before an op mutates it."""
 
     def __init__(self, watched: Mapping[int, UntypedStorage]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -100,20 +102,20 @@ class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func._schema.is_mutable:
             for number, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    written = args[number] if number < len(args) else kwargs.get(argument.name)
-                    for leaf in tree_leaves(written):
+                    mutated = args[number] if number < len(args) else kwargs.get(argument.name)
+                    for leaf in tree_leaves(mutated):
                         self.keep(leaf)
         return func(*args, **kwargs)
 
     def keep(self, value: Any) -> None:
-        """Copy a tensor's storage, when it is watched and was not copied yet."""
+        """Copy a tensor's storage if it is watched and was not copied before."""
         if type(value) in (Tensor, nn.Parameter) and not value.is_meta and value.layout == torch.strided:
             storage = value.untyped_storage()
             if storage._cdata in self.watched and storage._cdata not in self.copies:
                 self.copies[storage._cdata] = storage.clone()
 
-    def put_back(self) -> None:
-        """Give every storage that was written to its bits again; others may lie in memory that only can be read."""
+    def restore(self) -> None:
+        """Write the copies back where the bits changed; other storages may be in read-only memory."""
         for key, copy in self.copies.items():
             if not torch.equal(_bytes(self.watched[key]), _bytes(copy)):
                 self.watched[key].copy_(copy)
@@ -123,12 +125,12 @@ def _bytes(storage: UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _kept_attributes(module: nn.Module) -> Callable[[], None]:
-    """How a module gets its attributes back, those in its dicts and lists too."""
+def _attribute_restorer(module: nn.Module) -> Callable[[], None]:
+    """A function that restores the module's attributes as they are now, and the content of its dicts, lists and sets."""
     before = dict(vars(module))
     inside = [(value, value.copy()) for value in before.values() if isinstance(value, (dict, list, set))]
 
-    def put_back() -> None:
+    def restore() -> None:
         now = vars(module)
         for name in now.keys() - before.keys():
             del now[name]
@@ -140,4 +142,4 @@ def _kept_attributes(module: nn.Module) -> Callable[[], None]:
                 value.clear()
                 value.update(copy)
 
-    return put_back
+    return restore

@@ -125,6 +125,6 @@ def _traced(ready: Prepared) -> ExportedProgram:
         raise ExportError("the model has no example inputs", hint="give `inputs`: a tuple, a dict, or (args, kwargs)")
     model = ready.model.module(check_guards=False) if isinstance(ready.model, ExportedProgram) else ready.model
     try:
-        return export_program(model, ready.inputs, dynamic=True, axes=ready.axes)[0]
+        return export_program(model, ready.inputs, dynamic=True, axes=ready.axes).program
     except Refused as refusal:
         raise ExportError(f"torch.export refused the model: {refusal}", where=type(model).__name__) from refusal

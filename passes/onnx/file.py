@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memrewrite.errors import ExportError, in_a_line
+from memrewrite.atomic_write import replacing
+from memrewrite.errors import ExportError, in_one_line
 from memrewrite.frozen import Frozen
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.plans import ROOT, Plan
@@ -80,21 +80,9 @@ def write(model: onnx_ir.Model, target: Path) -> Path | None:
     import onnx_ir
 
     data = data_of(target) if weights_of(model) > LARGE else None
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.absolute().parent) as folder:
-        draft = Path(folder) / target.name
+    with replacing(data_of(target), target) as (_, draft):  # the file of weights of a replaced model is removed
         onnx_ir.save(model, draft, external_data=data.name if data else None)
         _check(draft, target)
-        aside = Path(folder) / "old.data"
-        if data_of(target).exists():
-            data_of(target).rename(aside)  # of a model that is replaced, and gone with the folder
-        try:
-            if data:
-                (Path(folder) / data.name).replace(data)
-            draft.replace(target)
-        except OSError:
-            if aside.exists():
-                aside.replace(data_of(target))
-            raise
     return data
 
 
@@ -105,7 +93,8 @@ def _check(draft: Path, target: Path) -> None:
         onnx.checker.check_model(os.fspath(draft), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         hint = "please report it, with the model: the exported graph is not valid ONNX"
-        raise ExportError(f"onnx.checker refuses the file: {in_a_line(error)}", where=str(target), hint=hint) from error
+        what = f"onnx.checker refuses the file: {in_one_line(error, kind=False)}"
+        raise ExportError(what, where=str(target), hint=hint) from error
 
 
 def read_graph(path: Path) -> onnx.ModelProto:

@@ -12,9 +12,9 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from memrewrite.errors import ExportError, in_a_line
+from memrewrite.errors import ExportError, in_one_line
 from memrewrite.kernels.onnx_functions import DOMAIN, functions
-from memrewrite.passes.capture.torch_export import hushed
+from memrewrite.passes.capture.torch_export import quiet
 from memrewrite.passes.onnx.attention import attention_spelled
 
 if TYPE_CHECKING:
@@ -63,13 +63,13 @@ def _translated(program: ExportedProgram) -> onnx_ir.Model:
             _plain(node, TAKEN[node.target])
     program = attention_spelled(program)
     try:
-        with hushed():
+        with quiet():
             made = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=TRANSLATIONS
             )
     except Exception as error:  # torch raises many kinds, each with a page of advice
         hint = "memrewrite --debug shows torch's report"
-        raise ExportError(f"torch.onnx cannot translate the model: {_reason(error)}", hint=hint) from error
+        raise ExportError(f"torch.onnx cannot translate the model: {in_one_line(_root_cause(error))}", hint=hint) from error
     if made is None:
         raise ExportError("torch.onnx returned no model")
     model: onnx_ir.Model = made.model
@@ -86,11 +86,11 @@ def _plain(node: fx.Node, taken: int) -> None:
     node.kwargs = {}
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost cause, in a line: what torch wraps around it says how to report a bug to torch."""
+def _root_cause(error: BaseException) -> BaseException:
+    """The innermost cause: the message of torch's outer error is about how to report a bug to torch."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {in_a_line(error)}"
+    return error
 
 
 def _attach(model: onnx_ir.Model) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from memrewrite.atomic_write import replacing
 from memrewrite.errors import MemrewriteError, UserError
 from memrewrite.kernels import onnx_functions
 
@@ -134,9 +135,8 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _move(made: Path, target: Path) -> None:
-    """Copied beside the target, then renamed: a session that loads it meanwhile sees the old file or the new one."""
+    """Copy the library next to the target, then rename it: a process that loads it gets the old or the new file."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, delete=False) as beside:
-        beside.write(made.read_bytes())
-    Path(beside.name).chmod(0o755)
-    Path(beside.name).replace(target)
+    with replacing(target) as (draft,):
+        shutil.copyfile(made, draft)
+        draft.chmod(0o755)

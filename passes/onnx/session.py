@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from memrewrite.errors import ExportError, in_a_line
+from memrewrite.errors import ExportError, in_one_line
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.onnx.file import read_graph
 from memrewrite.passes.onnx.native_library import built_library
@@ -65,7 +65,7 @@ def onnx_session(
         session = onnxruntime.InferenceSession(os.fspath(path), settings, providers=list(providers))
     except Exception as error:  # onnxruntime has a class of exception for every kind of damage
         raise ExportError(
-            f"onnxruntime cannot load the file: {in_a_line(error)}", where=str(path), hint="export it again"
+            f"onnxruntime cannot load the file: {in_one_line(error, kind=False)}", where=str(path), hint="export it again"
         ) from error
     if session.get_providers()[0] != wanted:
         what = f"{wanted} did not come up: onnxruntime fell back to {session.get_providers()[0]}"

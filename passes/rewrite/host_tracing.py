@@ -18,6 +18,7 @@ from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.call_recorder import Recorder
 from memrewrite.passes.models.forward import Inputs, first_run
+from memrewrite.passes.models.tensors import tensors_of
 from memrewrite.passes.rewrite.graph_host import ANY, CONSTANT, GraphHost, Trace
 from memrewrite.plans import Plan
 
@@ -40,7 +41,7 @@ def _host(model: nn.Module, path: str, plan: Plan, inputs: Inputs, before: Captu
     for training in (False, True):
         try:
             module.train(training)
-            program, _ = export_program(module, inputs, dynamic=True)
+            program = export_program(module, inputs, dynamic=True).program
         except Refused as refusal:
             raise SelectError(f"the module {path!r} cannot become a graph: {refusal}", hint="leave its MLPs out") from refusal
         finally:
@@ -64,7 +65,7 @@ def _ends(
     model: nn.Module, found: LocatedSites, sites: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[tuple[str, str], ...]]:
     """The input and output nodes of each wanted site, told by its weights, whatever name they go by here."""
-    held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    held = dict(tensors_of(model))
 
     def weights(names: tuple[str, ...]) -> frozenset[int]:
         return frozenset(id(held[name]) for name in names if name in held)

@@ -1,6 +1,7 @@
-"""The base of a rewritten model: what has to lie beside the weights so that the original architecture can be built again.
+"""The base of a rewritten model: what must be saved besides the weights so that the original architecture can be built again.
 
-A Hugging Face model is its config; a model from a Python file is that file and its builder; any other is given by the user.
+For a Hugging Face model that is its config; for a model from a Python file, the file and the name of its builder; any other
+base is passed to `load` by the user.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ Kind = Literal["huggingface", "python", "graph", "given"]
 
 @dataclass(frozen=True)
 class Base:
-    """How an original architecture is built again, and the files that go with it.
+    """How an original architecture is built again, and the files that this needs.
 
-    `files` are copied beside the weights (config, tokenizer, chat template); `code` is the Python file whose `builder` makes
-    the model; `tokenizer` is anything with `save_pretrained`.
+    `files` are copied next to the weights (config, tokenizer, chat template); `code` is the Python file whose `builder`
+    builds the model; `tokenizer` is any object with `save_pretrained`.
     """
 
     kind: Kind
@@ -37,7 +38,7 @@ class Base:
     tokenizer: Any = None
 
     def write(self, model: nn.Module, folder: Path) -> None:
-        """Put into `folder` what `build_base` needs."""
+        """Write to `folder` what `build_base` needs."""
         for file in self.files:
             shutil.copy2(file, folder / file.name)
         if self.kind == "huggingface":
@@ -63,13 +64,16 @@ class Base:
 
 
 def base_of(model: nn.Module) -> Base:
-    """The base of a live model: its Hugging Face config when it has one, else the user gives it again at `load`."""
+    """The base of a live model: its Hugging Face config if it has one, else a base that the user passes to `load`."""
     is_hf = type(model).__module__.startswith("transformers.") and hasattr(model, "config")
     return Base("huggingface" if is_hf else "given")
 
 
 def build_base(base: Base, folder: Path, *, trust_code: bool) -> nn.Module:
-    """The original architecture, its weights unset. Raises `CheckpointError` when it cannot be built from the directory."""
+    """The original architecture with arbitrary weights.
+
+    `trust_code` allows the saved Python file to run. Raises `CheckpointError` when the base cannot be built from the directory.
+    """
     if base.kind == "huggingface":
         return _from_config(folder)
     if base.kind == "python" and base.code is not None:
@@ -77,18 +81,18 @@ def build_base(base: Base, folder: Path, *, trust_code: bool) -> nn.Module:
             raise CheckpointError(
                 f"the base model is built by the saved file {base.code.name!r}, which is code and was not run",
                 where=str(folder / base.code.name),
-                hint="read it, then allow it: --trust-code, load(..., trust_code=True); or give the base: load(..., model)",
+                hint="read it, then allow it: --trust-code, load(..., trust_code=True); or pass the base: load(..., model)",
             )
         return build_from_file(folder / base.code.name, base.builder)
     raise CheckpointError(
-        "the saved directory does not say how its base model is built",
+        "the saved directory does not contain what its base model is built from",
         where=str(folder),
-        hint="build the original model yourself and give it: memrewrite.load(directory, model)",
+        hint="build the original model yourself and pass it: memrewrite.load(directory, model)",
     )
 
 
 def _from_config(folder: Path) -> nn.Module:
-    """The class a config names, built without drawing initial weights."""
+    """The class that a config names, built without random initial weights."""
     try:
         import transformers
         from transformers.initialization import no_init_weights
@@ -103,7 +107,7 @@ def _from_config(folder: Path) -> nn.Module:
         raise CheckpointError(
             f"transformers {transformers.__version__} has no class {name!r}",
             where=str(folder / "config.json"),
-            hint="upgrade transformers, or build the base yourself and give it: memrewrite.load(directory, model)",
+            hint="upgrade transformers, or build the base yourself and pass it: memrewrite.load(directory, model)",
         )
     with no_init_weights(), _default_dtype(getattr(config, "dtype", None)):
         built: nn.Module = kind(config)

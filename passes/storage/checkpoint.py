@@ -1,24 +1,22 @@
-"""Rewritten models on disk: a directory that loads again without capturing, and that says when it was changed.
+"""Saves a rewritten model to a directory, and loads it again without capturing; changes of the files are detected.
 
-Flow of save: weights to safetensors, the base's config, tokenizer and code beside them, recipe, plan, report and a manifest
-of every file → all in a temporary directory, renamed at the end. Flow of load: manifest → base model → the plan replayed →
-weights. Weights travel through safetensors only; nothing is unpickled.
+Flow of save: weights to safetensors, the base's config, tokenizer and code, the recipe, plan and report, and a manifest of
+every file → all in a temporary directory, which is renamed at the end. Flow of load: manifest → base model → the plan is
+applied again → weights. Weights are read from safetensors only; nothing is unpickled.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from pydantic import ValidationError
 from torch import fx, nn
 
+from memrewrite.atomic_write import replacing
 from memrewrite.errors import CheckpointError, MemrewriteError, ModelError
 from memrewrite.frozen import Frozen
 from memrewrite.passes.capture.torch_export import export_program
@@ -32,9 +30,6 @@ from memrewrite.passes.storage.tensor_files import fill, fill_transient, named_o
 from memrewrite.plans import Plan
 from memrewrite.report import Report
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 F = TypeVar("F", bound=Frozen)
 GRAPH = "model.pt2"
 
@@ -47,19 +42,38 @@ def save(
     overwrite: bool = False,
     step: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write a rewritten model so that `load(directory)` gives it back; a graph module is saved as an exported program.
+    """Save a rewritten model so that `load(directory)` returns it again.
 
-    `source` says how the base is built again (`memrewrite apply` knows; a Hugging Face model carries its config). Raises
-    `CheckpointError` when the directory is in use and `overwrite` is not set, `ModelError` for a model not rewritten here.
+    The directory contains the weights as safetensors (one file, or shards of 5 GB with an index), what the base model is built
+    from (config, generation config, tokenizer; or the Python file), `recipe.yaml`, `plan.json`, `report.json`, for modules that
+    became graphs `graphs.json`, and `memrewrite.json`, the manifest with the size and hash of every file. A graph module is
+    saved as an exported program, `model.pt2`, in place of weights and base.
+
+    Args:
+        model: a model that `memrewrite.apply` rewrote, or the graph module of its report.
+        directory: a new or empty directory; missing parents are created. It appears when all files are complete; after an
+            error everything is as before.
+        source: how `load` builds the base again. Without it, a Hugging Face model is built from its config, and any other
+            base must be passed to `load`. `memrewrite apply` passes it.
+        overwrite: replace a directory that is not empty, with all files in it.
+        step: receives a line before each step.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ModelError: the model was not rewritten by memrewrite.
+        CheckpointError: the directory is in use and `overwrite` is not set, or a tensor cannot be saved (on `meta`).
     """
-    target, say = Path(directory), step or (lambda _: None)
+    target, report_step = Path(directory), step or (lambda _: None)
     record = record_of(model)
     refuse_used(target, overwrite)
     base = source or base_of(model)
     tied: dict[str, str] = {}
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _renamed_at_the_end(target) as folder:
-        say("writing the weights")
+    with replacing(target) as (folder,):
+        folder.mkdir()
+        report_step("writing the weights")
         if isinstance(model, fx.GraphModule):
             base = Base(kind="graph")
             _save_graph(model, folder / GRAPH)
@@ -70,55 +84,34 @@ def save(
             save_transient(model, state.keys() | tied.keys(), folder)
         for name, text in record.items():
             (folder / name).write_text(text, encoding="utf-8")
-        say("writing the manifest")
+        report_step("writing the manifest")
         write_manifest(folder, base, tied)
+        _set_default_permissions(folder)
     return target
 
 
 def record_of(model: nn.Module) -> dict[str, str]:
-    """The recipe, plan and report a rewritten model carries, as files' texts."""
+    """The recipe, plan and report of a rewritten model, as file name -> text. Raises `ModelError` for another model."""
     record: dict[str, str] = pools_of(model).record
     if "plan.json" not in record:
-        raise ModelError("this model carries no plan", hint="rewrite it with memrewrite.apply, then save it")
+        raise ModelError("this model has no plan", hint="rewrite it with memrewrite.apply, then save it")
     return record
 
 
 def refuse_used(target: Path, overwrite: bool) -> None:
-    """Raise `CheckpointError` for a target that exists and is not empty, unless it may be overwritten."""
+    """Raise `CheckpointError` for a file, and, unless `overwrite` is set, for a directory that is not empty."""
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
         raise CheckpointError(
             f"the output directory {str(target)!r} is in use",
             where=str(target),
-            hint="give a new directory, or --overwrite to replace it whole",
+            hint="give a new directory, or --overwrite to replace the whole directory",
         )
 
 
-@contextmanager
-def _renamed_at_the_end(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its name when all went well, and leaves no trace otherwise."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield folder
-        _open_to_readers(folder)
-        old = folder.with_name(f"{folder.name}.old")
-        if target.exists():
-            target.rename(old)
-        try:
-            folder.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _open_to_readers(folder: Path) -> None:
-    """The rights that new files get here: temporary directories and safetensors' files start closed to others."""
+def _set_default_permissions(folder: Path) -> None:
+    """Give the files the permissions of new files here: safetensors creates files that only their owner can read."""
     umask = os.umask(0)
     os.umask(umask)
-    folder.chmod(0o777 & ~umask)
     for file in folder.iterdir():
         file.chmod(0o666 & ~umask)
 
@@ -127,11 +120,26 @@ def _open_to_readers(folder: Path) -> None:
 
 
 def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
-    """The rewritten model saved in `directory`, in eval mode, built from its config and plan; nothing is captured.
+    """Load a rewritten model: build its base, apply the saved plan to it, and load the weights. Nothing is captured.
 
-    `model` gives the base yourself (it is edited in place); else a Hugging Face config builds it, or the saved `model.py`
-    if you `trust_code` (an exported graph needs that too). Raises `CheckpointError` for a damaged directory or one whose
-    base cannot be built.
+    Before anything is loaded, the manifest is checked: the sizes of all files, and the hashes of all but the weights.
+
+    Args:
+        directory: a directory that `save` wrote. Weights are read from safetensors only, and nothing in it is run or unpickled,
+            except with `trust_code`.
+        model: the base model, when you build it yourself. It is edited in place; its own weights are overwritten. Default: the
+            class that the saved Hugging Face config names, or the builder of the saved Python file.
+        trust_code: allow code of the directory to run. It runs the saved Python file, which builds the base; for a saved graph
+            it reads `model.pt2`, a torch.export archive, which may contain pickles. Not needed for Hugging Face models, or
+            with `model`.
+
+    Returns:
+        The model in eval mode: `model` itself if it was passed. For a saved graph, its graph module.
+
+    Raises:
+        CheckpointError: the directory was not written by `save`, or was changed; it needs `trust_code` or `model`; the plan or
+            the weights do not fit `model`.
+        ModelError: the saved Python file fails.
     """
     folder = Path(directory)
     manifest = read_manifest(folder)
@@ -159,12 +167,12 @@ RECORD = ("recipe.yaml", "plan.json", "report.json", GRAPHS)
 
 
 def read_plan(directory: str | Path) -> Plan:
-    """The plan of a saved directory."""
+    """The plan of a saved directory. Raises `CheckpointError` when the file is damaged."""
     return _read(Path(directory) / "plan.json", Plan)
 
 
 def read_report(directory: str | Path) -> Report:
-    """The report that was saved with the model."""
+    """The report that was saved with the model. Raises `CheckpointError` when the file is damaged."""
     return _read(Path(directory) / "report.json", Report)
 
 
@@ -176,14 +184,13 @@ def _read(file: Path, kind: type[F]) -> F:
 
 
 def _save_graph(model: fx.GraphModule, file: Path) -> None:
-    program, _ = export_program(model, model.meta["inputs"], dynamic=True)
-    torch.export.save(program, file)
+    torch.export.save(export_program(model, model.meta["inputs"], dynamic=True).program, file)
 
 
 def _load_graph(folder: Path, trust_code: bool) -> nn.Module:
     if not trust_code:
         raise CheckpointError(
-            f"{GRAPH} is a torch.export archive, which may hold pickles",
+            f"{GRAPH} is a torch.export archive, which may contain pickles",
             where=str(folder / GRAPH),
             hint="if you trust the file, allow it: --trust-code, load(..., trust_code=True)",
         )

@@ -1,7 +1,6 @@
-"""Modules that became graphs, as JSON and back: a saved model replays its plan without capturing, and runs no saved code.
+"""Modules that became graphs, as JSON and back: loading a saved model captures nothing and runs no saved code.
 
-A graph is written node by node. Of functions only operators of `torch.ops` and Python's arithmetic can be named, so that a
-file can ask for nothing else.
+A graph is written node by node. The only functions that a file can name are operators of `torch.ops` and Python's arithmetic.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ KINDS: dict[str, type[Any]] = {
 
 
 def hosts_to_json(hosts: Mapping[str, GraphHost]) -> str:
-    """The graphs of `hosts` as a text. Raises `ModelError` for what cannot be written."""
+    """The graphs of `hosts` as JSON text. Raises `ModelError` for a function or value that cannot be written."""
     return json.dumps({"graphs": FORMAT, "hosts": [_host(host) for host in hosts.values()]}, indent=1)
 
 
 def hosts_from_json(text: str) -> dict[str, GraphHost]:
-    """The hosts of such a text, without layers. Raises `CheckpointError` when it is not one."""
+    """The hosts in a text of `hosts_to_json`, without layers, by path. Raises `CheckpointError` for any other text."""
     try:
         data = json.loads(text)
         if data["graphs"] != FORMAT:
@@ -70,17 +69,17 @@ def _trace(trace: Trace) -> dict[str, Any]:
 
 
 def _read_trace(data: Mapping[str, Any]) -> Trace:
-    graph, made = fx.Graph(), dict[str, fx.Node]()
+    graph, nodes = fx.Graph(), dict[str, fx.Node]()
     for name, op, target, args, kwargs in data["nodes"]:
         function = _function(target) if op == "call_function" else target
-        made[name] = graph.create_node(
-            op, function, tuple(_read(args, made)), {k: _read(v, made) for k, v in kwargs.items()}, name
+        nodes[name] = graph.create_node(
+            op, function, tuple(_read(args, nodes)), {k: _read(v, nodes) for k, v in kwargs.items()}, name
         )
-        if made[name].name != name:
-            raise ValueError(f"two nodes of one name, {name!r}")
+        if nodes[name].name != name:
+            raise ValueError(f"two nodes have the name {name!r}")
     ends = {site: tuple((x, y) for x, y in pairs) for site, pairs in data["ends"].items()}
     in_spec, out_spec = (treespec_loads(json.dumps(data[key])) for key in ("in", "out"))
-    return Trace(graph, in_spec, out_spec, tuple(_read(given, made) for given in data["given"]), ends)
+    return Trace(graph, in_spec, out_spec, tuple(_read(given, nodes) for given in data["given"]), ends)
 
 
 def _node(node: fx.Node) -> list[Any]:
@@ -108,11 +107,11 @@ def _function(name: str) -> Any:
         return getattr(MODULES[module], last)
     if module == "torch" and last in SYMBOLIC:
         return getattr(torch, last)
-    raise ValueError(f"it names {name!r}, which no graph of a model calls")
+    raise ValueError(f"it names the function {name!r}, which is not allowed")
 
 
 def _value(value: Any) -> Any:
-    """A value as JSON: lists and plain numbers as they are, the rest as an object that says what it is."""
+    """A value as JSON: lists and plain numbers unchanged, any other value as an object with one key, its kind."""
     if value is ANY:
         return {"any": True}
     if isinstance(value, fx.Node):
@@ -125,15 +124,15 @@ def _value(value: Any) -> Any:
         return [_value(item) for item in value] if isinstance(value, list) else {"tuple": [_value(item) for item in value]}
     if isinstance(value, torch.device):
         return {"device": str(value)}
-    for kind, made in KINDS.items():
-        if isinstance(value, made):
+    for kind, class_ in KINDS.items():
+        if isinstance(value, class_):
             return {kind: str(value).removeprefix("torch.")}
-    raise ModelError(f"a graph that holds {value!r} cannot be saved")
+    raise ModelError(f"a graph that contains {value!r} cannot be saved")
 
 
-def _read(value: Any, made: Mapping[str, fx.Node]) -> Any:
+def _read(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     if isinstance(value, list):
-        return [_read(item, made) for item in value]
+        return [_read(item, nodes) for item in value]
     if not isinstance(value, dict):
         return value
     ((kind, what),) = value.items()
@@ -144,9 +143,9 @@ def _read(value: Any, made: Mapping[str, fx.Node]) -> Any:
         return found
     readers: dict[str, Callable[[Any], Any]] = {
         "any": lambda _: ANY,
-        "node": made.__getitem__,
+        "node": nodes.__getitem__,
         "float": float,
-        "tuple": lambda items: tuple(_read(item, made) for item in items),
+        "tuple": lambda items: tuple(_read(item, nodes) for item in items),
         "device": torch.device,
     }
     return readers[kind](what)

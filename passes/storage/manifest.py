@@ -1,6 +1,6 @@
-"""What a saved directory says of itself: its format, its base, its ties, and the size and hash of every file.
+"""The manifest of a saved directory: format, base, tied names, and the size and hash of every file.
 
-Read before anything is loaded: a directory that was cut short or changed is refused with the file's name.
+It is read before anything else: a directory with a truncated, changed or missing file is refused, with the file's name.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ MANIFEST = "memrewrite.json"
 FORMAT = 1
 
 
-class _KeptFile(Frozen):
+class _SavedFile(Frozen):
     bytes: int
     sha256: str
 
 
-class _KeptBase(Frozen):
+class _SavedBase(Frozen):
     kind: Kind
     code: str
     builder: str
 
 
 class _Manifest(Frozen):
-    """What a manifest of this format holds."""
+    """The schema of a manifest of this format."""
 
     memrewrite: int
-    base: _KeptBase
+    base: _SavedBase
     versions: dict[str, str]
     tied: dict[str, str]
-    files: dict[str, _KeptFile]
+    files: dict[str, _SavedFile]
 
 
 def write_manifest(folder: Path, base: Base, tied: Mapping[str, str]) -> None:
-    """Write the manifest of everything in `folder`, and which names are tied to which."""
+    """Write the manifest of all files in `folder`; `tied` maps each tied name to the name under which its tensor is saved."""
     files = {p.name: {"bytes": p.stat().st_size, "sha256": digest(p)} for p in sorted(folder.iterdir())}
     versions = {name: metadata.version(name) for name in ("memrewrite", "torch", "safetensors")}
     manifest = {"memrewrite": FORMAT, "base": base.to_data(), "versions": versions, "tied": tied, "files": files}
@@ -65,19 +65,19 @@ def _digest(stream: Any) -> str:  # Python 3.10
 
 
 def is_saved(directory: str | Path) -> bool:
-    """Whether `save` wrote this directory."""
+    """True if `directory` has a manifest, which only `save` writes."""
     return (Path(directory) / MANIFEST).is_file()
 
 
 def read_manifest(directory: str | Path, *, every_bit: bool = False) -> dict[str, Any]:
-    """The manifest, held against the files: sizes of all, hashes of the small ones (`every_bit`: of all).
+    """The manifest, after a check of the files: the sizes of all, the hashes of all but weights (`every_bit`: of all).
 
-    Raises `CheckpointError` for a directory that is none of ours, or that was cut short or changed.
+    Raises `CheckpointError` for a directory that `save` did not write, or with a truncated, changed, missing or added file.
     """
     folder = Path(directory)
     if not is_saved(folder):
         raise CheckpointError(
-            f"{str(folder)!r} is no directory that memrewrite saved",
+            f"{str(folder)!r} is not a directory that memrewrite saved",
             where=str(folder / MANIFEST),
             hint="memrewrite apply MODEL RECIPE -o DIR",
         )
@@ -86,21 +86,21 @@ def read_manifest(directory: str | Path, *, every_bit: bool = False) -> dict[str
         version = manifest["memrewrite"]
         if version == FORMAT:
             _Manifest.model_validate(manifest)
-    except (ValueError, KeyError, TypeError) as error:  # pydantic's are ValueErrors
+    except (ValueError, KeyError, TypeError) as error:  # pydantic raises subclasses of ValueError
         raise tampered(folder / MANIFEST, f"it is not a manifest ({error})") from error
     if version != FORMAT:
         raise CheckpointError(
-            f"format {version!r} cannot be read here", where=str(folder / MANIFEST), hint="upgrade memrewrite"
+            f"format {version!r} cannot be read by this version", where=str(folder / MANIFEST), hint="upgrade memrewrite"
         )
     files = manifest["files"]
-    for name, kept in files.items():
+    for name, saved in files.items():
         file = folder / name
         if Path(name).name != name or not file.is_file():
             raise tampered(file, "it is missing")
-        if file.stat().st_size != kept["bytes"]:
-            raise tampered(file, f"it has {file.stat().st_size} bytes, and was saved with {kept['bytes']}")
+        if file.stat().st_size != saved["bytes"]:
+            raise tampered(file, f"it has {file.stat().st_size} bytes, and was saved with {saved['bytes']}")
         weights = file.suffix in (".safetensors", ".pt2")
-        if (every_bit or not weights) and digest(file) != kept["sha256"]:
+        if (every_bit or not weights) and digest(file) != saved["sha256"]:
             raise tampered(file, "its content was changed after it was saved")
     extra = {p.name for p in folder.glob("*.safetensors")} - set(files)
     if extra:
@@ -109,7 +109,9 @@ def read_manifest(directory: str | Path, *, every_bit: bool = False) -> dict[str
 
 
 def tampered(file: Path, why: str) -> CheckpointError:
-    """The error for a saved file that is not what it was."""
+    """The error for a saved file that was changed or is missing."""
     return CheckpointError(
-        f"the saved model is damaged: {file.name}: {why}", where=str(file), hint="save it again, or copy it again whole"
+        f"the saved model is damaged: {file.name}: {why}",
+        where=str(file),
+        hint="save it again, or copy the whole directory again",
     )

@@ -1,4 +1,8 @@
-"""A Hugging Face directory: the class its config names, weights from safetensors or gguf, nothing downloaded or unpickled."""
+"""Loads a Hugging Face directory: weights from safetensors or gguf; nothing is downloaded or unpickled.
+
+Flow: the files of the directory → gguf, safetensors, or a refusal with a hint → the class that the config names → the model,
+and the files that a saved result needs to be loaded again.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from memrewrite.errors import ModelError
+from memrewrite.errors import ModelError, in_one_line
 
 log = logging.getLogger("memrewrite")
 
@@ -24,7 +28,7 @@ WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A loaded model, the files beside its weights, and the tokenizer where it came out of a gguf file."""
+    """A loaded model, the files of its directory that are not weights, and the tokenizer if it was in a gguf file."""
 
     model: nn.Module
     config_files: tuple[Path, ...]
@@ -34,8 +38,11 @@ class Pretrained:
 def load_pretrained(
     directory: Path, *, gguf: str | None = None, trust_code: bool = False, with_tokenizer: bool = True
 ) -> Pretrained:
-    """Load a directory with config.json and safetensors, or with a gguf file. Raises `ModelError`."""
-    gguf = gguf or _judge(directory)
+    """Load a directory with config.json and safetensors, or with a gguf file. Raises `ModelError`.
+
+    `gguf` names the file where there are several. `trust_code` allows the Python code of the directory to run.
+    """
+    gguf = gguf or _gguf_in(directory)
     transformers = _transformers(gguf)
     options: dict[str, Any] = {"local_files_only": True, "dtype": "auto", "output_loading_info": True}
     if gguf:
@@ -50,9 +57,9 @@ def load_pretrained(
             model, info = loader.from_pretrained(directory, **options)
             if gguf and with_tokenizer:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=gguf, local_files_only=True)
-        except Exception as error:  # transformers raises many kinds; torch and safetensors add theirs
+        except Exception as error:  # transformers raises many classes, and passes on those of torch and safetensors
             raise ModelError(
-                f"transformers cannot load this model: {type(error).__name__}: {_first_line(error)}",
+                f"transformers cannot load this model: {in_one_line(error)}",
                 where=where,
                 hint="the files may be truncated or of another version: copy or download them again",
             ) from error
@@ -61,8 +68,8 @@ def load_pretrained(
     return Pretrained(model, () if gguf else _config_files(directory), tokenizer)
 
 
-def _judge(directory: Path) -> str | None:
-    """The gguf file to load, or `None` for safetensors; everything else is refused with the way out."""
+def _gguf_in(directory: Path) -> str | None:
+    """The gguf file to load, or None for safetensors. Raises `ModelError`, with a hint, when there is neither."""
     where = str(directory)
     names = sorted(p.name for p in directory.iterdir() if p.is_file())
     ggufs = [n for n in names if n.endswith(".gguf")]
@@ -72,13 +79,13 @@ def _judge(directory: Path) -> str | None:
         return None
     if len(ggufs) > 1:
         hint = f"name one: {directory / ggufs[0]}"
-        raise ModelError(f"the directory holds {len(ggufs)} gguf files", where=where, hint=hint)
+        raise ModelError(f"the directory contains {len(ggufs)} gguf files", where=where, hint=hint)
     if ggufs:
         return ggufs[0]
     if "config.json" not in names:
-        holds = "is empty" if not names else "has no config.json"
+        state = "is empty" if not names else "has no config.json"
         hint = "give a Hugging Face directory (config.json and safetensors), a gguf file, or a model.py"
-        raise ModelError(f"the directory {holds}: it is no saved model", where=where, hint=hint)
+        raise ModelError(f"the directory {state}: it is no saved model", where=where, hint=hint)
     if any(n.endswith(PICKLES) for n in names):
         hint = "convert: load the model once with transformers where you trust it, and call its save_pretrained"
         raise ModelError("the weights are pickles, which run code when they are loaded", where=where, hint=hint)
@@ -101,11 +108,11 @@ def _loader(transformers: Any, directory: Path, trust_code: bool) -> Any:
     known = getattr(transformers, name, None) if name else None
     if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
         return known
-    brought = config.get("auto_map") or {}
-    if brought and not trust_code:
+    own_classes = config.get("auto_map") or {}
+    if own_classes and not trust_code:
         hint = "read the Python files in the directory; if you trust them, add --trust-code"
         raise ModelError(f"the model's class {name!r} is Python code in the directory", where=str(directory), hint=hint)
-    for auto, target in brought.items():
+    for auto, target in own_classes.items():
         if auto.startswith("AutoModel") and str(target).rpartition(".")[2] == name:
             return getattr(transformers, auto)
     if name:
@@ -114,13 +121,13 @@ def _loader(transformers: Any, directory: Path, trust_code: bool) -> Any:
 
 
 def _config_files(directory: Path) -> tuple[Path, ...]:
-    """Everything beside the weights: configs, tokenizer, chat template, licence; no Python."""
-    kept = []
+    """All files except weights and Python code: configs, tokenizer, chat template, licence."""
+    found = []
     for file in sorted(directory.iterdir()):
         weights = file.name.endswith((*WEIGHTS, ".index.json"))
         if file.is_file() and not weights and file.suffix != ".py" and not file.name.startswith("."):
-            kept.append(file)
-    return tuple(kept)
+            found.append(file)
+    return tuple(found)
 
 
 def _transformers(gguf: str | None) -> Any:
@@ -135,7 +142,7 @@ def _transformers(gguf: str | None) -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No bars and no tables of transformers' own; what matters of them is logged here."""
+    """Suppresses progress bars and load reports of transformers; `load_pretrained` logs the missing tensors itself."""
     logging_ = transformers.utils.logging
     level, bars = logging_.get_verbosity(), logging_.is_progress_bar_enabled()
     logging_.set_verbosity_error()
@@ -152,12 +159,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        hint = "copy or download the file again"
-        raise ModelError(f"{file.name!r} cannot be read: {_first_line(error)}", where=str(file), hint=hint) from error
+        what, hint = f"{file.name!r} cannot be read: {in_one_line(error, kind=False)}", "copy or download the file again"
+        raise ModelError(what, where=str(file), hint=hint) from error
     if not isinstance(data, dict):
-        raise ModelError(f"{file.name!r} holds no JSON object", where=str(file), hint="copy or download the file again")
+        raise ModelError(f"{file.name!r} contains no JSON object", where=str(file), hint="copy or download the file again")
     return data
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,14 +1,14 @@
-"""What MODEL may be, from the shell: a Python file or module, a Hugging Face directory, a result of ours, a program.
+"""Loads MODEL of the command line: a Python file or module, a Hugging Face directory, a saved result, an exported program.
 
-Flow: the spelling says which kind → its loader builds the model and the example inputs → a frozen `Source`, which also
-names the files that a saved result needs to load again. Nothing is ever downloaded.
+Flow: the form of the argument selects a loader → the loader builds the model and the example inputs → a frozen `ModelSource`,
+which also names the files that a saved result needs to be loaded again. Nothing is ever downloaded.
 
 The contract of a Python file, `model.py`: it defines `build()`, which returns an `nn.Module`, or `model`, which is one;
 and `inputs`, the example inputs or a function that returns them: a tuple, a dict, or a pair `(args, kwargs)`.
-`model.py:tiny` takes the function or module named `tiny` instead, and `tiny_inputs` where it is defined, else `inputs`.
+`model.py:tiny` uses the function or module named `tiny` instead, and `tiny_inputs` if it is defined, else `inputs`.
 
-For a Hugging Face directory the class is the one its config names, weights come from safetensors or gguf only, and the
-inputs are made from config and forward signature. No model family is known here.
+For a Hugging Face directory the class is the one that its config names, weights come from safetensors or gguf only, and the
+inputs are created from config and forward signature. No model family is known here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from memrewrite.errors import ModelError
+from memrewrite.errors import ModelError, in_one_line
 from memrewrite.passes.models.example_inputs import example_inputs
 from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.storage.base_model import Base, base_of
@@ -34,27 +34,26 @@ from memrewrite.passes.storage.exported_program import read_program
 from memrewrite.passes.storage.manifest import is_saved, read_manifest
 from memrewrite.passes.storage.pretrained import load_pretrained
 from memrewrite.passes.storage.python_file import (
-    blame,
-    brief,
+    defined_inputs,
     import_file,
     importable,
     input_names,
-    inputs_of,
     location,
     model_and_inputs,
+    user_error,
 )
 
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model with example inputs, and what a saved result needs beside the weights to be loaded again.
+class ModelSource:
+    """A model with example inputs, and what a saved result needs besides the weights to be loaded again.
 
-    `config_files`: the files of a Hugging Face directory that hold no weights; `tokenizer`: when it lies inside a gguf
-    file; `code` and `builder`: the Python file, and the name in it that builds the model. `code` is `None` for a module
-    that was imported by its dotted name: `builder` is then `package.module:name`. `neighbours`: files that `code`
-    imports from its own directory, which are not saved with it. `inputs_made`: by us, from the model's config.
+    `config_files`: the files of a Hugging Face directory that are not weights. `tokenizer`: only if it was in a gguf file.
+    `code` and `builder`: the Python file, and the name in it that builds the model. `code` is None for a module that was
+    imported by its dotted name; `builder` is then `package.module:name`. `neighbours`: files that `code` imports from its
+    own directory, and that are not saved with it. `inputs_made`: True if the inputs were created from the model's config.
     """
 
     model: nn.Module | ExportedProgram
@@ -69,7 +68,7 @@ class Source:
 
     @property
     def base(self) -> Base:
-        """What `checkpoint.save` needs to have this model built again by `load`."""
+        """What `save` needs so that `load` can build this model again."""
         if self.code is not None:
             return Base("python", code=self.code, builder=self.builder)
         if not isinstance(self.model, nn.Module):
@@ -78,12 +77,18 @@ class Source:
         return Base(kind, files=self.config_files, tokenizer=self.tokenizer)
 
 
-def load_source(spec: str, *, trust_code: bool = False, with_tokenizer: bool = True) -> Source:
-    """Load the model that `spec` names, in one of the spellings of this module's docstring.
+def load_source(spec: str, *, trust_code: bool = False, with_tokenizer: bool = True) -> ModelSource:
+    """Load the model that `spec` names.
 
-    `trust_code` allows running code that came with files the user did not write: the Python of a Hugging Face or saved
-    directory, and the pickles in a `.pt2`. `with_tokenizer=False` leaves out the tokenizer, where only the model
-    matters. Raises `ModelError` (or `CheckpointError`, for a damaged directory of ours).
+    Args:
+        spec: one of the forms of this module's docstring.
+        trust_code: run the Python code of a Hugging Face or saved directory, and load a `.pt2`, which may contain pickles.
+            A Python file or module that `spec` names is always run.
+        with_tokenizer: also load the tokenizer of a gguf file.
+
+    Raises:
+        ModelError: there is no model, it cannot be loaded, or it needs `trust_code`.
+        CheckpointError: a saved directory is damaged.
     """
     path = Path(spec).expanduser()
     before, _, name = spec.rpartition(":")
@@ -103,22 +108,22 @@ def load_source(spec: str, *, trust_code: bool = False, with_tokenizer: bool = T
     raise ModelError(f"there is no model at {spec!r}: no such file or directory", hint=hint)
 
 
-def _is(path: Path, question: Callable[[Path], bool]) -> bool:
+def _is(path: Path, test: Callable[[Path], bool]) -> bool:
     try:
-        return question(path)
-    except (OSError, ValueError):  # a name too long, a zero byte, a directory that may not be read
+        return test(path)
+    except (OSError, ValueError):  # a long name, a zero byte, a directory without permission
         return False
 
 
-def _from_directory(path: Path, trust_code: bool, with_tokenizer: bool) -> Source:
+def _from_directory(path: Path, trust_code: bool, with_tokenizer: bool) -> ModelSource:
     if is_saved(path):
         return _from_saved(path, trust_code)
     loaded = load_pretrained(path, trust_code=trust_code, with_tokenizer=with_tokenizer)
     inputs = example_inputs(loaded.model)
-    return Source(loaded.model, inputs, str(path), loaded.config_files, tokenizer=loaded.tokenizer, inputs_made=True)
+    return ModelSource(loaded.model, inputs, str(path), loaded.config_files, tokenizer=loaded.tokenizer, inputs_made=True)
 
 
-def _from_file(path: Path, trust_code: bool, with_tokenizer: bool) -> Source:
+def _from_file(path: Path, trust_code: bool, with_tokenizer: bool) -> ModelSource:
     if path.suffix == ".py":
         return from_python(path)
     if path.suffix == ".pt2":
@@ -126,49 +131,49 @@ def _from_file(path: Path, trust_code: bool, with_tokenizer: bool) -> Source:
     if path.suffix == ".gguf":
         loaded = load_pretrained(path.parent, gguf=path.name, trust_code=trust_code, with_tokenizer=with_tokenizer)
         inputs = example_inputs(loaded.model)
-        return Source(loaded.model, inputs, str(path), tokenizer=loaded.tokenizer, inputs_made=True)
+        return ModelSource(loaded.model, inputs, str(path), tokenizer=loaded.tokenizer, inputs_made=True)
     raise ModelError(
-        f"{str(path)!r} is no model: a .py, .gguf or .pt2 file, or a directory, was expected",
-        hint="for weights, give the directory that holds them and their config.json",
+        f"{str(path)!r} is no model: a .py, .gguf or .pt2 file, or a directory was expected",
+        hint="for weights, give the directory that contains them and config.json",
     )
 
 
-def _from_saved(path: Path, trust_code: bool) -> Source:
-    """A result of ours: its inputs come from the Python file saved with it, its graph, or the model's own config."""
+def _from_saved(path: Path, trust_code: bool) -> ModelSource:
+    """A saved result. Its inputs come from the saved Python file, the exported program, or the model's config."""
     base = Base.from_data(read_manifest(path)["base"])
     if base.kind == "graph":
         return _from_program(path / GRAPH, trust_code)
     model = load(path, trust_code=trust_code)
     if base.code is None:
-        return Source(model, example_inputs(model), str(path), inputs_made=True)
+        return ModelSource(model, example_inputs(model), str(path), inputs_made=True)
     code = path / base.code.name
     with importable(code.parent):
-        inputs = inputs_of(import_file(code), input_names(base.builder), code, code.parent)
-    return Source(model, inputs, str(path), code=code, builder=base.builder)
+        inputs = defined_inputs(import_file(code), input_names(base.builder), code, code.parent)
+    return ModelSource(model, inputs, str(path), code=code, builder=base.builder)
 
 
-def _from_program(path: Path, trust_code: bool) -> Source:
+def _from_program(path: Path, trust_code: bool) -> ModelSource:
     if not trust_code:
         raise ModelError(
-            f"{path.name!r} may hold pickles, which run code when they are loaded",
+            f"{path.name!r} may contain pickles, which run code when they are loaded",
             where=str(path),
             hint="if you trust the file, add --trust-code",
         )
 
     try:
         program = read_program(path)
-    except Exception as error:  # torch raises many kinds for a damaged archive
-        what, hint = f"the exported program cannot be read: {brief(error)}", "save it again with torch.export.save"
+    except Exception as error:  # torch raises many classes for a damaged archive
+        what, hint = f"the exported program cannot be read: {in_one_line(error)}", "save it again with torch.export.save"
         raise ModelError(what, where=str(path), hint=hint) from error
     if program.example_inputs is None:
         hint = "export it again; keep `example_inputs`"
-        raise ModelError("the exported program carries no example inputs", where=str(path), hint=hint)
+        raise ModelError("the exported program contains no example inputs", where=str(path), hint=hint)
     args, kwargs = program.example_inputs
-    return Source(program, (tuple(args), dict(kwargs)), str(path))
+    return ModelSource(program, (tuple(args), dict(kwargs)), str(path))
 
 
-def from_python(file: Path, name: str | None = None) -> Source:
-    """Build the model that a Python file defines (see this module's docstring for the contract)."""
+def from_python(file: Path, name: str | None = None) -> ModelSource:
+    """Build the model that a Python file defines (the contract is in this module's docstring). Raises `ModelError`."""
     if not _is(file, Path.is_file):
         what = "is a directory" if _is(file, Path.is_dir) else "does not exist"
         raise ModelError(f"the file {str(file)!r} {what}", hint="give the path of a Python file that defines `build()`")
@@ -178,18 +183,18 @@ def from_python(file: Path, name: str | None = None) -> Source:
         module = import_file(file)
         model, builder, inputs = model_and_inputs(module, name, file, file.parent)
     imported = [getattr(sys.modules[m], "__file__", None) for m in sorted(set(sys.modules) - known)]
-    beside = tuple(Path(f) for f in imported if f and Path(f).parent == file.parent and Path(f) != file)
-    shown = f"{file}:{name}" if name else str(file)
-    return Source(model, inputs, shown, code=file, builder=builder, neighbours=beside)
+    neighbours = tuple(Path(f) for f in imported if f and Path(f).parent == file.parent and Path(f) != file)
+    spec = f"{file}:{name}" if name else str(file)
+    return ModelSource(model, inputs, spec, code=file, builder=builder, neighbours=neighbours)
 
 
-def _from_module(dotted: str, name: str) -> Source:
-    """Like `python -m`: the working directory is on the path."""
+def _from_module(dotted: str, name: str) -> ModelSource:
+    """The model of an importable module; as with `python -m`, the working directory is on `sys.path`."""
     with importable(Path.cwd()):
         try:
             module = importlib.import_module(dotted)
         except (Exception, SystemExit) as error:
-            raise blame(f"the module {dotted!r} cannot be imported", error, location(dotted), dotted) from error
+            raise user_error(f"the module {dotted!r} cannot be imported", error, location(dotted), dotted) from error
         file = Path(module.__file__ or dotted)
         model, builder, inputs = model_and_inputs(module, name, file, file.parent)
-    return Source(model, inputs, f"{dotted}:{name}", builder=f"{dotted}:{builder}")
+    return ModelSource(model, inputs, f"{dotted}:{name}", builder=f"{dotted}:{builder}")

@@ -1,6 +1,8 @@
-"""A model's tensors to safetensors and back: each stored once, in shards when large, tied names tied again.
+"""Writes a model's tensors to safetensors files and reads them back.
 
-Names and shapes must fit exactly; nothing is unpickled.
+Flow of saving: the state → each tensor once, and the names tied to it → one file, or shards of `SHARD_BYTES`. Flow of loading:
+every tensor is copied into the model → the names that were tied are tied again. Names and shapes must match exactly; nothing
+is unpickled.
 """
 
 from __future__ import annotations
@@ -19,25 +21,28 @@ if TYPE_CHECKING:
 
 from memrewrite.passes.storage.manifest import MANIFEST, tampered
 
-TRANSIENT = "buffers.safetensors"  # what is no part of a model's state, and of its function
-SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit: hubs and file systems like files no larger
+TRANSIENT = "buffers.safetensors"  # the non-persistent buffers, which `state_dict` omits
+SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit, which suits hubs and file systems
 
 
 def named_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state, each tensor under its first name only; and the other names, each with that first one."""
+    """The state with each tensor under its first name only; and the other names, mapped to the first.
+
+    Raises `CheckpointError` for a value that is no tensor, or is on `meta`.
+    """
     tied: dict[str, str] = {}
     seen: dict[Any, str] = {}
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"the model's state holds {name!r}, which is no tensor and cannot be saved", where=name)
+            raise CheckpointError(f"the model's state contains {name!r}, which is no tensor and cannot be saved", where=name)
         if value.is_meta:
             raise CheckpointError(f"{name!r} is on meta and has no values to save", where=name)
-        place = (value.untyped_storage()._cdata, value.storage_offset(), tuple(value.shape), value.stride())
-        if seen.setdefault(place, name) == name:
+        memory = (value.untyped_storage()._cdata, value.storage_offset(), tuple(value.shape), value.stride())
+        if seen.setdefault(memory, name) == name:
             state[name] = value
         else:
-            tied[name] = seen[place]
+            tied[name] = seen[memory]
     return state, tied
 
 
@@ -51,7 +56,7 @@ def save_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
         if shards[-1] and size + value.nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
-        shards[-1][name] = _whole(value)
+        shards[-1][name] = _contiguous(value)
         size += value.nbytes
     if len(shards) == 1:
         save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
@@ -66,31 +71,34 @@ def save_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def save_transient(model: nn.Module, saved: Set[str], folder: Path) -> None:
-    """The buffers that a state leaves out: `model.to(dtype)` rounded them too, and no config says so."""
+    """Write the non-persistent buffers: `model.to(dtype)` has cast them too, which no config records."""
     from safetensors.torch import save_file
 
     buffers = model.named_buffers(remove_duplicate=False)
-    kept = {name: b.cpu().contiguous().clone() for name, b in buffers if name not in saved and not b.is_meta}
-    if kept:
-        save_file(kept, folder / TRANSIENT)
+    transient = {name: b.cpu().contiguous().clone() for name, b in buffers if name not in saved and not b.is_meta}
+    if transient:
+        save_file(transient, folder / TRANSIENT)
 
 
 def fill_transient(model: nn.Module, folder: Path) -> None:
-    """Bring those buffers back where the model has them already: one that a forward makes is made again."""
+    """Load the non-persistent buffers that the model already has; a forward creates any others again."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
     for name, value in _tensors_in(folder / TRANSIENT) if (folder / TRANSIENT).is_file() else ():
         if name in buffers:
             buffers[name].data = value.to(buffers[name].device, copy=True)
 
 
-def _whole(value: Tensor) -> Tensor:
-    """On the CPU, and with a storage of its own when it saw only a part of one: safetensors refuses storages that overlap."""
+def _contiguous(value: Tensor) -> Tensor:
+    """The tensor on the CPU; a view of a part of a storage is copied, because safetensors refuses overlapping storages."""
     value = value.detach().cpu().contiguous()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def fill(model: nn.Module, folder: Path, tied: Mapping[str, str]) -> None:
-    """Copy the saved tensors into the model and tie what was tied; names and shapes must fit exactly."""
+    """Copy the saved tensors into the model, then tie each name in `tied`.
+
+    Raises `CheckpointError` unless names and shapes match exactly.
+    """
     wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     loaded: set[str] = set()
     with torch.no_grad():
@@ -105,11 +113,11 @@ def fill(model: nn.Module, folder: Path, tied: Mapping[str, str]) -> None:
         if name not in wanted or first not in loaded:
             raise tampered(folder / MANIFEST, f"it ties {name!r} to {first!r}, and one of them is missing")
         parent, _, leaf = name.rpartition(".")
-        held = model.get_submodule(parent)._parameters
+        parameters = model.get_submodule(parent)._parameters
         if wanted[name] is wanted[first]:
             continue
-        if leaf in held and isinstance(wanted[first], nn.Parameter):
-            held[leaf] = wanted[first]  # type: ignore[assignment]
+        if leaf in parameters and isinstance(wanted[first], nn.Parameter):
+            parameters[leaf] = wanted[first]  # type: ignore[assignment]
         else:
             wanted[name].data = wanted[first].data
 
@@ -123,21 +131,21 @@ def _tensors_in(file: Path) -> Iterator[tuple[str, Tensor]]:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 yield name, tensors.get_tensor(name)
     except SafetensorError as error:
-        raise tampered(file, f"it is no whole safetensors file ({error})") from error
+        raise tampered(file, f"it is not a complete safetensors file ({error})") from error
 
 
 def _copy_into(wanted: Mapping[str, Tensor], name: str, value: Tensor, file: Path) -> None:
     if name not in wanted:
-        raise tampered(file, f"it holds {name!r}, which the model does not have")
-    mine = wanted[name]
-    if mine.is_meta:
+        raise tampered(file, f"it contains {name!r}, which the model does not have")
+    target = wanted[name]
+    if target.is_meta:
         raise CheckpointError(
-            f"the base model's {name!r} is on meta: there is no memory to load it into",
-            hint="model.to_empty(device='cpu') gives it some, before load(directory, model)",
+            f"the base model's {name!r} is on meta: it has no storage to load into",
+            hint="call model.to_empty(device='cpu') before load(directory, model)",
         )
-    if mine.shape != value.shape:
-        raise tampered(file, f"{name!r} is {tuple(value.shape)}, and the model's is {tuple(mine.shape)}")
-    if mine.dtype == value.dtype and 0 not in mine.stride():  # an expanded buffer cannot be written to
-        mine.copy_(value)
+    if target.shape != value.shape:
+        raise tampered(file, f"{name!r} has the shape {tuple(value.shape)}, and the model's has {tuple(target.shape)}")
+    if target.dtype == value.dtype and 0 not in target.stride():  # an expanded buffer cannot be written to
+        target.copy_(value)
     else:
-        mine.data = value.to(mine.device, copy=True)  # kept in another dtype than its model's; a file's memory is unaligned
+        target.data = value.to(target.device, copy=True)  # in the saved dtype; a copy: the memory of a file is unaligned

@@ -20,6 +20,7 @@ from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.forward import run
+from memrewrite.passes.models.tensors import tensors_of
 from memrewrite.passes.pipeline import RecipeLike
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import narrowed, select
@@ -178,7 +179,7 @@ class Backend:
         return select(located, recipe.model_copy(update={"replace": tuple(rules.values()), "pools": pools}), live=False)
 
     def _proved(self, made: Plan, part: GraphPart, before: Capture, locations: LocatedSites) -> fx.GraphModule:
-        weights = dict(part.module.named_parameters()) | dict(part.module.named_buffers())
+        weights = dict(tensors_of(part.module))
         built_before = [self.memory.known(weights, s) is not None for s in made.substitutions]
         if not self._allow_large and not all(built_before):
             refuse_too_large(made)

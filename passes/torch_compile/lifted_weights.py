@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from memrewrite.passes.models.block_stacks import places
+from memrewrite.passes.models.block_stacks import block_positions
 from memrewrite.passes.models.forward import Inputs
+from memrewrite.passes.models.tensors import tensors_of
 from memrewrite.site import Inspection, Site
 
 STACK = "nn_module_stack"
@@ -124,7 +125,7 @@ def source_of(node: fx.Node) -> Any:
 
 def sites_as_stored(located: Inspection, part: GraphPart) -> Inspection:
     """The sites, in the type of their weights where autocast computes in a smaller one: a layer is cast as they are."""
-    held = dict(part.module.named_parameters()) | dict(part.module.named_buffers())
+    held = dict(tensors_of(part.module))
 
     def as_stored(site: Site) -> Site:
         stored = held[site.parameters[0]].dtype
@@ -137,7 +138,7 @@ def sites_as_stored(located: Inspection, part: GraphPart) -> Inspection:
 def sites_numbered(located: Inspection, model: nn.Module) -> Inspection:
     """The sites with the numbers their blocks have in the model, of which a graph may hold some only."""
     types = {path: type(module).__qualname__ for path, module in model.named_modules() if path}
-    where = places([site.path.partition("#")[0] for site in located.sites], types)
+    where = block_positions([site.path.partition("#")[0] for site in located.sites], types)
 
     def renumbered(site: Site) -> Site:
         tower, block, blocks = where[site.path.partition("#")[0]]
@@ -152,8 +153,7 @@ def _names(
     """The names of the weights among the placeholders; and where in `model` the frame's modules are, by path."""
     known: dict[int, list[str]] = {}
     if model is not None:
-        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        for name, tensor in tensors:
+        for name, tensor in tensors_of(model):
             known.setdefault(id(tensor), []).append(name)
     names: dict[str, str] = {}
     moved: dict[str, str] = {}

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from memrewrite.errors import CaptureError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.passes.capture.capture import recapture
-from memrewrite.passes.models.fingerprints import differing, hashed, tensors_of
+from memrewrite.passes.models.fingerprints import differing, hashed
 from memrewrite.passes.models.forward import run
+from memrewrite.passes.models.tensors import tensors_of
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.verify import graph_equivalence as frames
 from memrewrite.passes.verify.evidence import Evidence, checked, new_modules, skipped

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memrewrite.errors import CaptureError
+from memrewrite.errors import CaptureError, in_one_line
 from memrewrite.passes.capture.capture import recapture
 from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
 from memrewrite.passes.locate.binding import BoundRegion
@@ -69,7 +69,7 @@ def _reference(evidence: Evidence, kept: StateGuard) -> Any:
         outputs, again = (_run_once(evidence, kept) for _ in range(2))
     except Exception as error:
         log.debug("the model does not run in train mode", exc_info=True)
-        raise _Skip(f"the model does not run in train mode: {_first_line(error)}") from error
+        raise _Skip(f"the model does not run in train mode: {in_one_line(error)}") from error
     different = differing(outputs, again)
     if different:
         raise _Skip(f"the model's own outputs in train mode differ between two runs from one seed, in {different} elements")
@@ -170,7 +170,3 @@ def _drawn_within(call: SiteCall) -> fx.Node | None:
 
 def _draws(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"

@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from memrewrite.errors import ExportError, ModelError
+from memrewrite.errors import ExportError, ModelError, in_one_line
 from memrewrite.frozen import Frozen
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.onnx.check.draws import PAST, Draw, draws, following, given_feeds, text_inputs
-from memrewrite.passes.onnx.check.reference import Reference, reason
+from memrewrite.passes.onnx.check.reference import Reference
 from memrewrite.passes.onnx.check.routes import ROUTES, OnnxFile, Route, RouteChecked, RouteName, opened, read_file
 from memrewrite.passes.onnx.check.slot_choices import Ties, same_sets
 from memrewrite.passes.onnx.file import of_rewrite
@@ -160,9 +160,9 @@ def _compared(draw: Draw, reference: Reference, routes: Sequence[Route], toleran
         outputs, choices = reference(draw.feeds)
     except Exception as error:
         if draw.given:
-            what = f"the model does not run on {draw.name}: {reason(error)}"
+            what = f"the model does not run on {draw.name}: {in_one_line(error)}"
             raise ModelError(what, where=type(reference.model).__name__, hint="give inputs that fit") from error
-        return [], reason(error)
+        return [], in_one_line(error)
     for route in routes:
         found = route.run(draw)
         if found is None or not route.fits(draw, found, (outputs, choices.slots)):

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflatten
 
-from memrewrite.errors import in_a_line
 from memrewrite.kernels import ops  # noqa: F401 - registers the operators
 from memrewrite.passes.models.example_inputs import example_inputs
 from memrewrite.passes.models.forward import Inputs, run
@@ -77,8 +76,3 @@ def _argument_names(model: nn.Module | ExportedProgram, args: Sequence[Any]) -> 
         many = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
         names += [f"{name}_{place}" for place in range(len(value))] if many else [name]
     return names
-
-
-def reason(error: Exception) -> str:
-    """An error of torch or a runtime, its kind first."""
-    return f"{type(error).__name__}: {in_a_line(error)}"

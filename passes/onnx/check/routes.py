@@ -18,11 +18,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from memrewrite.errors import ExportError
+from memrewrite.errors import ExportError, in_one_line
 from memrewrite.frozen import Frozen
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.onnx.check.draws import Draw
-from memrewrite.passes.onnx.check.reference import reason
 from memrewrite.passes.onnx.check.slot_choices import Ties
 from memrewrite.passes.onnx.file import PREFIX, Port, read_graph
 from memrewrite.passes.onnx.graph import SELECTION
@@ -161,7 +160,7 @@ class Route:
         try:
             found = self.session.run(None, {name: value.cpu().numpy() for name, value in draw.feeds.items()})
         except Exception as error:  # noqa: BLE001 - onnxruntime has a class of exception for every kind of failure
-            self.failures.append(f"{draw.name}: {reason(error)}")
+            self.failures.append(f"{draw.name}: {in_one_line(error)}")
             return None
         tensors = [torch.from_numpy(array) for array in found]
         return tensors[: len(self.worst)], tensors[len(self.worst) :]

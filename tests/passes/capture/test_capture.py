@@ -1,4 +1,4 @@
-"""How a model becomes graphs: whole, strict, block by block or as given; what is left untouched; what is said when it fails."""
+"""How a model becomes graphs: whole, strict, block by block or as given; what stays unchanged; the errors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import memrewrite
-from memrewrite.errors import CaptureError, ModelError, in_a_line
+from memrewrite.errors import CaptureError, ModelError
 from memrewrite.passes.capture.capture import capture, is_traced, recapture
 from memrewrite.passes.capture.segment import Capture
+from memrewrite.passes.capture.torch_export import Refused, export_program
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.models.forward import as_inputs, run
 from memrewrite.passes.pipeline import inspect
@@ -27,7 +28,7 @@ def build() -> nn.Module:
 
 
 class Undecided(Stack):
-    """Whether the blocks run hangs on a value: torch cannot trace the whole model, and each block it can."""
+    """Runs its blocks or not, depending on a value: torch can trace each block, but not the whole model."""
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -39,7 +40,7 @@ class Undecided(Stack):
 
 
 class UndecidedBlock(Block):
-    """A block that decides by a value."""
+    """A block with data-dependent control flow."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if x.abs().sum() > 0 else x
@@ -68,7 +69,7 @@ def paths(made: Capture) -> list[str]:
 # ------------------------------------------------------------------------------------------------------ how it is captured
 
 
-def test_a_model_is_captured_whole_and_not_strictly() -> None:
+def test_a_model_is_captured_whole_and_non_strict() -> None:
     made = capture(build(), ids())
     assert made.how == "whole model, torch.export non-strict"
     assert [segment.path for segment in made.segments] == [""]
@@ -79,7 +80,7 @@ def test_strict_is_tried_when_non_strict_fails(monkeypatch: pytest.MonkeyPatch) 
 
     def only_strict(*args: Any, strict: bool = False, **kwargs: Any) -> Any:
         if not strict:
-            raise RuntimeError("not today")
+            raise RuntimeError("non-strict does not work")
         return export(*args, strict=False, **kwargs)
 
     monkeypatch.setattr(torch.export, "export", only_strict)
@@ -94,11 +95,11 @@ def test_a_model_that_cannot_be_captured_whole_is_captured_block_by_block() -> N
     assert [(segment.path, segment.own_segments) for segment in made.segments] == [
         ("blocks.0", None),
         ("blocks.1", None),
-        ("", ("blocks.0", "blocks.1")),  # what is around them, as it ran
+        ("", ("blocks.0", "blocks.1")),  # the operators that ran around the blocks
     ]
 
 
-def test_sites_of_blocks_carry_their_full_paths() -> None:
+def test_sites_of_blocks_have_their_full_paths() -> None:
     model = Wrapper(undecided(Block(Up()), Block(Up()))).eval()
     (first, second) = locate(capture(model, {"ids": tokens()})).sites
     assert (first.path, second.path) == ("inner.blocks.0.mlp", "inner.blocks.1.mlp")
@@ -128,9 +129,9 @@ def test_a_block_that_cannot_be_exported_is_recorded_as_it_ran() -> None:
     assert (second.pattern, second.activation, second.d_hidden) == (first.pattern, first.activation, first.d_hidden)
 
 
-def test_an_mlp_outside_of_the_blocks_is_not_lost_when_the_whole_is_refused() -> None:
+def test_an_mlp_outside_of_the_blocks_is_found_when_torch_refuses_the_whole_model() -> None:
     model = undecided(Block(Up()))
-    model.embed = nn.Sequential(model.embed, Block(Up()))  # a list as well, called as a whole
+    model.embed = nn.Sequential(model.embed, Block(Up()))  # also a stack, which is called as a whole
     model.first = Block(Up())
     model.head.register_forward_pre_hook(lambda _, args: (model.first(*args),))
     assert paths(capture(model, ids())) == ["embed.1.mlp", "blocks.0.mlp", "first.mlp"]
@@ -164,7 +165,7 @@ def test_on_meta_a_block_that_cannot_be_captured_is_named(caplog: pytest.LogCapt
     assert paths(made) == ["blocks.0.mlp"]
 
 
-def test_blocks_that_do_not_run_are_passed_over() -> None:
+def test_blocks_that_do_not_run_are_ignored() -> None:
     model = undecided(Block(Up()))
     model.others = nn.ModuleList([Block(Up())])
     assert [segment.path for segment in capture(model, ids()).segments] == ["blocks.0", ""]
@@ -192,7 +193,7 @@ def test_a_model_without_blocks_is_recorded_as_it_ran() -> None:
     assert (site.path, site.bindings[0].kind, site.activation) == ("mlp", "module", "gelu")
 
 
-def test_torchs_own_messages_are_kept_off_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+def test_messages_of_torch_are_not_printed(capfd: pytest.CaptureFixture[str]) -> None:
     capture(undecided(Block(Up())), ids())
     assert capfd.readouterr() == ("", "")
 
@@ -218,8 +219,8 @@ def test_an_edited_model_is_captured_again_by_its_block() -> None:
 # ------------------------------------------------------------------------------------------------------------ the inputs
 
 
-class Asks(nn.Module):
-    """Takes a tensor by position, and two things by name."""
+class Scaled(nn.Module):
+    """Takes a tensor, an optional mask and a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,8 +244,8 @@ class Asks(nn.Module):
     ],
     ids=["tensor", "tuple", "list", "dict", "args and kwargs", "kwargs alone", "two by position"],
 )
-def test_inputs_come_in_every_shape(inputs: Any) -> None:
-    assert paths(capture(Asks().eval(), inputs)) == ["block.mlp"]
+def test_inputs_in_every_form(inputs: Any) -> None:
+    assert paths(capture(Scaled().eval(), inputs)) == ["block.mlp"]
 
 
 @pytest.mark.parametrize(
@@ -287,14 +288,14 @@ def test_inputs_that_do_not_fit_are_the_users_error(inputs: Any, quoted: str) ->
 # ------------------------------------------------------------------------------------------------------ already traced
 
 
-def test_an_exported_program_is_taken_as_it_is() -> None:
+def test_an_exported_program_is_captured_as_it_is() -> None:
     program = torch.export.export(build(), ids())
     made = capture(program, None)
     assert made.how == "an exported program, as given"
     assert paths(made) == ["blocks.0.mlp", "blocks.1.mlp"]
 
 
-def test_a_graph_module_of_operators_is_taken_as_it_is() -> None:
+def test_a_graph_module_of_operators_is_captured_as_it_is() -> None:
     module = torch.export.export(build(), ids()).module()
     assert is_traced(module)
     made = capture(module, ids())
@@ -313,7 +314,7 @@ class Doubled(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
-def test_a_symbolically_traced_module_is_lowered_to_be_understood() -> None:
+def test_a_symbolically_traced_module_is_lowered() -> None:
     traced = fx.symbolic_trace(Doubled().eval())
     assert is_traced(traced)
     made = capture(traced, (states(),))
@@ -325,8 +326,8 @@ def test_a_symbolically_traced_module_is_lowered_to_be_understood() -> None:
     assert set(site.parameters) == {f"mlp.{name}" for name, _ in Up().named_parameters()}
 
 
-def test_a_symbolically_traced_module_may_be_taken_as_a_module_tree() -> None:
-    made = capture(fx.symbolic_trace(Doubled().eval()), (states(),), as_tree=True)
+def test_a_symbolically_traced_module_can_be_captured_as_a_module_tree() -> None:
+    made = capture(fx.symbolic_trace(Doubled().eval()), (states(),), as_module_tree=True)
     assert made.how.startswith("whole model")
     (site,) = locate(made).sites
     assert site.bindings[0].kind != "none"
@@ -334,11 +335,11 @@ def test_a_symbolically_traced_module_may_be_taken_as_a_module_tree() -> None:
 
 def test_a_traced_program_runs_on_its_own_example_inputs() -> None:
     program = torch.export.export(build(), ids())
-    given, kept = capture(program, ids()), capture(program, None)
-    assert torch.equal(given.outputs, kept.outputs)
+    passed, own = capture(program, ids()), capture(program, None)
+    assert torch.equal(passed.outputs, own.outputs)
 
 
-# ------------------------------------------------------------------------------------------------- what is left untouched
+# ------------------------------------------------------------------------------------------------- what stays unchanged
 
 
 @pytest.fixture(params=["whole", "block by block", "refused"])
@@ -354,8 +355,8 @@ def look(model: nn.Module, inputs: Any) -> None:
         return
 
 
-def test_random_state_is_left_alone(model: nn.Module) -> None:
-    model.blocks[0].mlp.act = lambda h: F.gelu(h) + 0 * torch.rand_like(h)  # the forward itself draws
+def test_the_rng_states_stay_unchanged(model: nn.Module) -> None:
+    model.blocks[0].mlp.act = lambda h: F.gelu(h) + 0 * torch.rand_like(h)  # the forward itself consumes random numbers
     torch.manual_seed(7)
     before = torch.get_rng_state(), random.getstate()
     look(model, ids())
@@ -363,7 +364,7 @@ def test_random_state_is_left_alone(model: nn.Module) -> None:
     assert random.getstate() == before[1]
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_stay_unchanged() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -374,13 +375,13 @@ def test_inputs_are_left_alone() -> None:
             return self.block(x.mul_(2))
 
     inputs = (states(), {"count": torch.zeros(())})
-    kept = copy.deepcopy(inputs)
+    before = copy.deepcopy(inputs)
     capture(Writes().eval(), inputs)
-    assert torch.equal(inputs[0], kept[0])
-    assert inputs[1] == kept[1]
+    assert torch.equal(inputs[0], before[0])
+    assert inputs[1] == before[1]
 
 
-def test_a_block_that_writes_into_its_input_is_captured_with_what_it_was_given() -> None:
+def test_a_block_that_mutates_its_input_is_captured_with_the_original_input() -> None:
     class Writes(Block):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.mul_(0.5))
@@ -390,7 +391,7 @@ def test_a_block_that_writes_into_its_input_is_captured_with_what_it_was_given()
     assert torch.equal(segment.inputs[0][0], model.embed(tokens()))
 
 
-def test_parameters_and_modules_are_left_alone(model: nn.Module) -> None:
+def test_parameters_and_modules_stay_unchanged(model: nn.Module) -> None:
     state, modules = copy.deepcopy(model.state_dict()), dict(model.named_modules())
     look(model, ids())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -398,21 +399,21 @@ def test_parameters_and_modules_are_left_alone(model: nn.Module) -> None:
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_no_hook_stays(model: nn.Module) -> None:
+def test_no_hook_remains(model: nn.Module) -> None:
     look(model, ids())
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
 
 
-def test_hooks_go_when_the_inputs_do_not_fit() -> None:
+def test_hooks_are_removed_when_the_inputs_do_not_fit() -> None:
     model = build()
     with pytest.raises(ModelError):
         capture(model, (states(),))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_every_modules_mode_comes_back(model: nn.Module) -> None:
+def test_every_modules_mode_is_restored(model: nn.Module) -> None:
     model.train()
     model.blocks[0].norm1.eval()
     modes = [module.training for module in model.modules()]
@@ -434,7 +435,7 @@ def test_two_runs_of_a_random_forward_agree() -> None:
     assert torch.equal(run(Noisy(), inputs), run(Noisy(), inputs))
 
 
-# ------------------------------------------------------------------------------------------------------------ what is kept
+# ----------------------------------------------------------------------------------------------------- what is recorded
 
 
 def test_the_recorded_forward_is_the_models() -> None:
@@ -443,7 +444,7 @@ def test_the_recorded_forward_is_the_models() -> None:
     assert torch.equal(made.outputs, model(*ids()))
 
 
-def test_every_call_of_every_module_is_noted() -> None:
+def test_every_call_of_every_module_is_recorded() -> None:
     shared = Up()
     made = capture(Stack(lambda: Block(shared)).eval(), ids())
     (call,) = made.calls["blocks.1"]
@@ -466,10 +467,6 @@ def test_a_model_on_meta_gives_the_sites_of_the_real_one() -> None:
         assert other == one.model_copy(update={"device": "meta"})
 
 
-def test_a_long_message_of_torch_is_cut() -> None:
-    assert len(in_a_line(RuntimeError("word " * 500))) == 300
-
-
 def test_a_model_on_meta_is_captured_block_by_block_too() -> None:
     class UndecidedHead(Stack):
         def forward(self, ids: Tensor) -> Tensor:
@@ -481,10 +478,74 @@ def test_a_model_on_meta_is_captured_block_by_block_too() -> None:
     assert paths(made) == ["blocks.0.mlp", "blocks.1.mlp"]
 
 
-def test_a_model_on_meta_that_decides_before_its_blocks_says_so() -> None:
+def test_a_model_on_meta_with_control_flow_before_its_blocks_is_an_error() -> None:
     with pytest.raises(CaptureError, match="data-dependent") as caught:
         capture(undecided(Block(Up())).to("meta"), ids())
     assert caught.value.where == "Undecided"
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "messages", "reasons"),
+    [
+        (False, {}, "non-strict / strict: RuntimeError: no"),
+        (False, {"strict": "other"}, "non-strict: RuntimeError: no; strict: RuntimeError: other"),
+        (
+            True,
+            {"strict": "other"},
+            "non-strict, dynamic shapes / non-strict: RuntimeError: no; strict, dynamic shapes / strict: ",
+        ),
+        (
+            True,
+            {"non-strict, dynamic shapes": "1", "strict, dynamic shapes": "2", "non-strict": "3", "strict": "4"},
+            "non-strict, dynamic shapes: RuntimeError: 1; strict, dynamic shapes: RuntimeError: 2; "
+            "non-strict: RuntimeError: 3; strict: RuntimeError: 4",
+        ),
+    ],
+)
+def test_a_refusal_has_the_reasons_of_all_attempts(
+    dynamic: bool, messages: dict[str, str], reasons: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, strict: bool, dynamic_shapes: Any, **__: Any) -> Any:
+        mode = "strict" if strict else "non-strict"
+        how = f"{mode}, dynamic shapes" if dynamic_shapes else mode
+        raise RuntimeError(messages.get(how, messages.get(mode, "no")))
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(Refused) as caught:
+        export_program(build(), as_inputs(ids()), dynamic)
+    assert str(caught.value).startswith(reasons)
+
+
+def test_the_reasons_of_a_refusal_have_a_bounded_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts = iter("abcd")
+    long = lambda *_, **__: (_ for _ in ()).throw(RuntimeError(next(attempts) * 5000))  # noqa: E731
+    monkeypatch.setattr(torch.export, "export", long)
+    with pytest.raises(Refused) as caught:
+        export_program(build(), as_inputs(ids()), dynamic=True)
+    assert len(str(caught.value)) < 800
+    assert all(f": {letter * 100}" in str(caught.value) for letter in "abcd")
+
+
+def test_outputs_that_torch_cannot_trace_are_omitted_and_named() -> None:
+    class Cache:
+        pass
+
+    class Cached(Stack):
+        def forward(self, ids: Tensor) -> Any:
+            return super().forward(ids), Cache()
+
+    made = capture(Cached(lambda: Block(Up())).eval(), ids())
+    assert made.how == "whole model, torch.export non-strict, outputs of class Cache omitted"
+
+
+def test_which_captures_are_of_a_given_graph() -> None:
+    program, traced = torch.export.export(build(), ids()), fx.symbolic_trace(Doubled().eval())
+    assert capture(program, None).is_graph
+    assert capture(traced, (states(),)).is_graph
+    assert not capture(traced, (states(),), as_module_tree=True).is_graph
+    assert not capture(build(), ids()).is_graph
+    assert not capture(undecided(UndecidedBlock(Up())), ids()).is_graph
+    assert not Capture((), ((), {}), "nothing").is_graph
 
 
 def test_a_given_graph_module_keeps_its_guards() -> None:

@@ -44,7 +44,7 @@ from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.graphs.provenance import clean, modules_of
 from memrewrite.passes.locate.locate import locate
-from memrewrite.passes.models.block_stacks import Place, outermost_lists, places
+from memrewrite.passes.models.block_stacks import BlockPosition, block_positions, outermost_lists
 from memrewrite.site import Inspection, Site
 
 
@@ -708,10 +708,10 @@ def test_blocks_without_an_mlp_count_too() -> None:
 
 def test_stages_of_unlike_blocks_are_blocks_themselves() -> None:
     paths = ["stages.0.parts.0", "stages.0.parts.1", "stages.1.parts.0", "stages.1.parts.1"]
-    alike = places(paths, dict.fromkeys(paths, "Layer"))
-    unlike = places(paths, {path: path[-1] for path in paths})
-    assert [alike[path] for path in paths] == [Place("stages.*.parts", i, 4) for i in range(4)]
-    assert [unlike[path] for path in paths] == [Place("stages", i, 2) for i in (0, 0, 1, 1)]
+    alike = block_positions(paths, dict.fromkeys(paths, "Layer"))
+    unlike = block_positions(paths, {path: path[-1] for path in paths})
+    assert [alike[path] for path in paths] == [BlockPosition("stages.*.parts", i, 4) for i in range(4)]
+    assert [unlike[path] for path in paths] == [BlockPosition("stages", i, 2) for i in (0, 0, 1, 1)]
 
 
 def test_only_outermost_numbered_containers_are_stacks() -> None:

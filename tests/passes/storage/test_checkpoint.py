@@ -1,4 +1,4 @@
-"""What is saved loads again to the last bit, without capturing; what was damaged says so; what failed leaves nothing."""
+"""A saved model loads again bit for bit, without capturing; damage is an error; a failed save changes nothing."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ from memrewrite.errors import CheckpointError, ModelError
 from memrewrite.passes import pipeline
 from memrewrite.passes.capture import capture
 from memrewrite.passes.rewrite.build_layers import pools_of
-from memrewrite.passes.storage import base_model as bases
-from memrewrite.passes.storage import checkpoint, manifest
-from memrewrite.passes.storage import python_file as user_code
-from memrewrite.passes.storage import tensor_files as tensors
+from memrewrite.passes.storage import base_model, checkpoint, manifest, python_file, tensor_files
 from memrewrite.passes.storage.base_model import Base
 
 HF = ["llama", "bert", "gpt2", "t5", "albert", "vit"]
@@ -73,7 +70,7 @@ def names_of(file: Path) -> list[str]:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", HF)
-def test_a_hugging_face_model_comes_back(name: str, placement: str, out: Path) -> None:
+def test_a_hugging_face_model_loads_again(name: str, placement: str, out: Path) -> None:
     model, inputs = rewritten(name, placement)
     loaded = memrewrite.load(memrewrite.save(model, out))
     assert type(loaded) is type(model)
@@ -83,7 +80,7 @@ def test_a_hugging_face_model_comes_back(name: str, placement: str, out: Path) -
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("name", BY_HAND)
-def test_a_model_of_your_own_comes_back_in_a_base_you_give(name: str, placement: str, out: Path) -> None:
+def test_a_model_of_your_own_loads_into_a_base_that_you_pass(name: str, placement: str, out: Path) -> None:
     model, inputs = rewritten(name, placement)
     base = blank(BY_HAND[name])
     loaded = memrewrite.load(memrewrite.save(model, out), base)
@@ -91,7 +88,7 @@ def test_a_model_of_your_own_comes_back_in_a_base_you_give(name: str, placement:
     assert_same(model, loaded, inputs)
 
 
-def test_without_a_base_it_says_what_to_give(out: Path) -> None:
+def test_without_a_base_the_error_names_what_to_pass(out: Path) -> None:
     memrewrite.save(rewritten("modular")[0], out)
     with pytest.raises(CheckpointError, match=r"memrewrite\.load\(directory, model\)"):
         memrewrite.load(out)
@@ -122,21 +119,21 @@ def inputs():
 def of_code(out: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[nn.Module, torch.Tensor]:
     code = out.with_name("model.py")
     code.write_text(CODE)
-    model, x = user_code.build_from_file(code, "build"), torch.randn(2, 3, 8)
+    model, x = python_file.build_from_file(code, "build"), torch.randn(2, 3, 8)
     memrewrite.apply(model, tiny.recipe(verify="off"), (x,))
     memrewrite.save(model, out, source=Base(kind="python", code=code, builder="build"))
     code.unlink()
     return model.eval(), x
 
 
-def test_a_python_file_is_run_when_it_is_trusted(out: Path, of_code: tuple[nn.Module, torch.Tensor]) -> None:
+def test_a_python_file_runs_when_it_is_trusted(out: Path, of_code: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = of_code
     assert torch.equal(memrewrite.load(out, trust_code=True)(x), model(x))
 
 
 @pytest.mark.usefixtures("of_code")
-def test_a_python_file_is_not_run_when_it_is_not(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bases, "build_from_file", lambda *_: pytest.fail("it was run"), raising=False)
+def test_a_python_file_does_not_run_without_trust(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model, "build_from_file", lambda *_: pytest.fail("it ran"), raising=False)
     with pytest.raises(CheckpointError, match="--trust-code"):
         memrewrite.load(out)
 
@@ -160,7 +157,7 @@ def test_weights_tied_later_are_tied_in_a_base_that_did_not(out: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_a_model_cast_after_it_was_built(name: str, out: Path) -> None:
-    """The config still says float32; rotary frequencies, which no state holds, were rounded too."""
+    """The config still states float32; rotary frequencies, which are in no state, were cast too."""
     model, inputs = tiny.named(name)
     memrewrite.apply(model.to(torch.bfloat16), tiny.recipe(verify="off"), inputs)
     loaded = memrewrite.load(memrewrite.save(model, out))
@@ -196,7 +193,7 @@ def test_other_dtypes_than_the_bases(out: Path) -> None:
 
 
 def test_shards_and_their_index(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensors, "SHARD_BYTES", 5000)
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 5000)
     model, inputs = rewritten("llama")
     memrewrite.save(model, out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -207,7 +204,7 @@ def test_shards_and_their_index(out: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert_same(model, memrewrite.load(out), inputs)
 
 
-def test_a_graph_module_comes_back_when_it_is_trusted(out: Path) -> None:
+def test_a_graph_module_loads_again_when_it_is_trusted(out: Path) -> None:
     model, inputs = tiny.named("modular")
     report = memrewrite.apply(torch.export.export(model, (), inputs), tiny.recipe("parallel"), inputs)
     memrewrite.save(report.model, out)
@@ -262,7 +259,7 @@ def test_a_copy_saves_like_the_original(out: Path) -> None:
     assert_same(model, memrewrite.load(out, blank(tiny.loose)), inputs)
 
 
-def test_recipe_plan_and_report_lie_beside_the_weights(out: Path) -> None:
+def test_recipe_plan_and_report_are_saved_with_the_weights(out: Path) -> None:
     model, inputs = tiny.named("modular")
     report = memrewrite.apply(model, tiny.recipe(), inputs)
     memrewrite.save(model, out)
@@ -272,13 +269,13 @@ def test_recipe_plan_and_report_lie_beside_the_weights(out: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["modular", "loose"])
-def test_a_state_goes_into_a_second_rewritten_model(name: str) -> None:
+def test_a_state_loads_into_a_second_rewritten_model(name: str) -> None:
     (model, inputs), (other, _) = rewritten(name), tiny.rewritten(name)
     other.load_state_dict(model.state_dict(), strict=True)
     assert_same(model, other, inputs)
 
 
-def test_training_goes_on_after_loading(out: Path) -> None:
+def test_a_loaded_model_can_be_trained(out: Path) -> None:
     model, inputs = rewritten("llama")
     loaded: Any = memrewrite.load(memrewrite.save(model, out)).train()
     loaded(**inputs).logits.square().mean().backward()
@@ -327,7 +324,7 @@ def test_a_used_directory_is_refused_and_overwritten_whole(out: Path) -> None:
     assert [p.name for p in out.parent.iterdir()] == ["out"]
 
 
-def test_an_empty_directory_and_missing_parents_will_do(out: Path) -> None:
+def test_an_empty_directory_and_missing_parents_are_accepted(out: Path) -> None:
     model, _ = rewritten("modular")
     out.mkdir()
     memrewrite.save(model, out)
@@ -335,8 +332,8 @@ def test_an_empty_directory_and_missing_parents_will_do(out: Path) -> None:
     assert manifest.is_saved(out / "deep" / "er")
 
 
-@pytest.mark.parametrize("at", ["save_tensors", "write_manifest", "_open_to_readers"])
-def test_a_failure_leaves_no_trace(at: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", ["save_tensors", "write_manifest", "_set_default_permissions"])
+def test_a_failure_changes_nothing(at: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = rewritten("llama")
     memrewrite.save(model, out)
     monkeypatch.setattr(checkpoint, at, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
@@ -346,17 +343,17 @@ def test_a_failure_leaves_no_trace(at: str, out: Path, monkeypatch: pytest.Monke
     assert_same(model, memrewrite.load(out), inputs)
 
 
-def test_a_failing_rename_brings_the_old_directory_back(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failing_rename_the_old_directory_is_back(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = rewritten("llama")
     memrewrite.save(model, out)
-    real = Path.rename
+    real = Path.replace
 
-    def rename(self: Path, target: Path) -> Path:
-        if Path(target) == out and not self.name.endswith(".old"):
+    def replace(self: Path, target: Path) -> Path:
+        if Path(target) == out and not self.parent.name.endswith(".old"):
             raise OSError("no")
         return real(self, target)
 
-    monkeypatch.setattr(Path, "rename", rename)
+    monkeypatch.setattr(Path, "replace", replace)
     with pytest.raises(OSError, match="no"):
         memrewrite.save(model, out, overwrite=True)
     assert [p.name for p in out.parent.iterdir()] == ["out"]
@@ -379,8 +376,8 @@ def _edit_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], 
     return edit
 
 
-def _cut_and_say_so(out: Path) -> None:
-    """Weights cut short by someone who mended the manifest."""
+def _truncate_with_manifest(out: Path) -> None:
+    """Truncated weights, and a manifest with their new size."""
     _truncate(out / "model.safetensors")
     size = (out / "model.safetensors").stat().st_size
     _edit_manifest(lambda m: m["files"]["model.safetensors"].update(bytes=size))(out)
@@ -392,7 +389,7 @@ def _changed_config(out: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated weights": (lambda out: _truncate(out / "model.safetensors"), "model.safetensors"),
-    "truncated weights, mended manifest": (_cut_and_say_so, "no whole safetensors"),
+    "truncated weights, corrected manifest": (_truncate_with_manifest, "not a complete safetensors"),
     "changed plan": (lambda out: (out / "plan.json").write_text((out / "plan.json").read_text() + " "), "plan.json"),
     "changed config": (_changed_config, "config.json"),
     "missing weights": (lambda out: (out / "model.safetensors").unlink(), "missing"),
@@ -414,10 +411,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_one_clear_error(damage: str, out: Path) -> None:
-    do, says = DAMAGES[damage]
+    do, message = DAMAGES[damage]
     memrewrite.save(rewritten("llama")[0], out)
     do(out)
-    with pytest.raises(CheckpointError, match=says) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         memrewrite.load(out)
     assert caught.value.exit_code == 2
     assert caught.value.where
@@ -449,7 +446,7 @@ def test_a_missing_tensor_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -
         memrewrite.load(out, tiny.modular())
 
 
-def test_the_pools_record_travels(out: Path) -> None:
+def test_the_record_of_the_pools_is_saved(out: Path) -> None:
     model, inputs = tiny.named("llama")
     memrewrite.apply(model, tiny.recipe(verify="off"), inputs)
     loaded = memrewrite.load(memrewrite.save(model, out))

@@ -1,9 +1,13 @@
-"""What MODEL may be: every spelling loads, every mistake gives one clear error, and nothing is left behind."""
+"""What MODEL may be: every form loads, every mistake gives one clear error, and nothing is left behind."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,6 @@ from torch import nn
 
 from memrewrite.errors import ModelError
 from memrewrite.passes.models.example_inputs import example_inputs
-from memrewrite.passes.storage import source as sources
 from memrewrite.passes.storage.python_file import build_from_file
 from memrewrite.passes.storage.source import load_source
 
@@ -42,6 +45,7 @@ def write(tmp_path: Path) -> Any:
 
 
 def refusal(spec: object, **options: Any) -> ModelError:
+    """The error of `load_source`, which has a hint."""
     with pytest.raises(ModelError) as caught:
         load_source(str(spec), **options)
     assert caught.value.hint
@@ -69,7 +73,7 @@ def test_a_module_object_and_an_inputs_value(write: Any) -> None:
     assert list(source.inputs[1]) == ["input"]
 
 
-def test_a_name_takes_its_own_inputs_else_the_common_ones(write: Any) -> None:
+def test_a_builder_has_its_own_inputs_or_the_common_ones(write: Any) -> None:
     file = write(GOOD + "small = nn.Linear(2, 2)\nsmall_inputs = (torch.ones(5, 2),)\ndef other():\n    return build()\n")
     assert load_source(f"{file}:small").inputs[0][0].shape == (5, 2)
     other = load_source(f"{file}:other")
@@ -78,7 +82,7 @@ def test_a_name_takes_its_own_inputs_else_the_common_ones(write: Any) -> None:
     assert isinstance(build_from_file(file, "small"), nn.Linear)
 
 
-def test_neighbours_import_and_nothing_stays_on_the_path(write: Any, tmp_path: Path) -> None:
+def test_a_file_imports_from_its_directory_and_sys_path_is_restored(write: Any, tmp_path: Path) -> None:
     write("WIDTH = 6\n", "memrewrite_test_neighbour.py")
     file = write("from memrewrite_test_neighbour import WIDTH\n" + GOOD.replace("8", "WIDTH"))
     before = list(sys.path)
@@ -107,7 +111,7 @@ def test_a_dotted_module(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ("import not_installed_anywhere\n", "cannot be imported: ModuleNotFoundError"),
         ("def build(:\n", "cannot be imported: SyntaxError"),
@@ -123,34 +127,128 @@ def test_a_dotted_module(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         (GOOD.replace("return (torch.ones(2, 4),)", "return 1 / 0"), "inputs() of 'model.py' failed: ZeroDivision"),
     ],
 )
-def test_mistakes_in_a_file(write: Any, tmp_path: Path, text: str, says: str) -> None:
+def test_mistakes_in_a_file(write: Any, tmp_path: Path, text: str, message: str) -> None:
     path, modules = list(sys.path), len([m for m in sys.modules if m.startswith("_memrewrite_")])
     error = refusal(write(text))
-    assert says in error.what
+    assert message in error.what
     assert "model.py" in str(error.where)
     assert sys.path == path
-    if "cannot be imported" in says:
+    if "cannot be imported" in message:
         assert len([m for m in sys.modules if m.startswith("_memrewrite_")]) == modules
     assert [p.name for p in tmp_path.iterdir()] == ["model.py"]
 
 
-def test_the_traceback_is_trimmed_to_the_users_frames(write: Any) -> None:
-    text = "import torch\ndef helper():\n    torch.nn.Linear('wide', 2)\ndef build():\n    helper()\ninputs = ()\n"
-    where = str(refusal(write(text)).where)
-    assert where.startswith(str(write(text)) + ":3")
-    assert where.count("File ") == 2
-    assert "in build" in where
-    assert "in helper" in where
-    assert "site-packages" not in where
-    assert "sources.py" not in where
+INPUTS = "\ninputs = ()\n"
+CALLS = INPUTS + "def build():\n    helper()\n"
+BAD_RECIPE = """
+import memrewrite, torch
+def helper():
+    memrewrite.apply(torch.nn.Linear(2, 2), {"memrewrite": 1, "replace": [{"with": "nothing"}]}, (torch.ones(1, 2),))
+"""
+RAISES: dict[str, tuple[str, list[str], str]] = {  # model.py, the frames shown (file:function), the class of the error
+    "in the builder": (INPUTS + "def build():\n    1 / 0\n", ["model.py:build"], "ZeroDivisionError"),
+    "in torch": (
+        "import torch\ndef helper():\n    torch.nn.Linear('wide', 2)\n" + CALLS,
+        ["model.py:build", "model.py:helper"],
+        "TypeError",
+    ),
+    "in memrewrite": (BAD_RECIPE + CALLS, ["model.py:build", "model.py:helper"], "RecipeError"),
+    "in memrewrite, while it is imported": (
+        BAD_RECIPE + CALLS + "build()\n",
+        ["model.py:<module>", "model.py:build", "model.py:helper"],
+        "RecipeError",
+    ),
+    "in memrewrite, in a forward that it calls": (
+        "import memrewrite, torch\nclass Fails(torch.nn.Linear):\n    def forward(self, x):\n        return 1 / 0\n"
+        "def helper():\n    memrewrite.inspect(Fails(2, 2), (torch.ones(1, 2),))\n" + CALLS,
+        ["model.py:build", "model.py:helper"],
+        "ModelError",
+    ),
+    "in Python's library": (
+        "import json\ndef helper():\n    json.loads('{')\n" + CALLS,
+        ["model.py:build", "model.py:helper"],
+        "JSONDecodeError",
+    ),
+    "in a helper module": (
+        "from memrewrite_test_helper import helper\n" + CALLS,
+        ["model.py:build", "memrewrite_test_helper.py:helper"],
+        "ZeroDivisionError",
+    ),
+    "in a helper module's syntax": ("import memrewrite_test_syntax\n", ["model.py:<module>"], "SyntaxError"),
+    "in the syntax": ("x = (\n", [], "SyntaxError"),
+    "in generated code": (
+        "def helper():\n    exec('1 / 0')\n" + CALLS,
+        ["model.py:build", "model.py:helper"],
+        "ZeroDivisionError",
+    ),
+    "in the inputs": (
+        "import torch\ndef inputs():\n    return torch.ones(-1)\ndef build():\n    pass\n",
+        ["model.py:inputs"],
+        "RuntimeError",
+    ),
+    "in the call of the builder": (INPUTS + "def build(size):\n    pass\n", [], "TypeError"),
+}
 
 
-def test_an_unknown_name_lists_what_there_is(write: Any) -> None:
+def frames_in(where: str) -> list[str]:
+    """The frames of a traceback, as file:function."""
+    lines = [line.strip() for line in where.splitlines() if line.startswith('  File "') and ", in " in line]
+    return [f"{Path(line.split(chr(34))[1]).name}:{line.rpartition(', in ')[2]}" for line in lines]
+
+
+@pytest.mark.parametrize("case", RAISES)
+def test_a_traceback_has_the_users_frames_only(case: str, write: Any) -> None:
+    text, frames, kind = RAISES[case]
+    write("def helper():\n    1 / 0\n", "memrewrite_test_helper.py")
+    write("x = (\n", "memrewrite_test_syntax.py")
+    error = refusal(write(text))
+    where = str(error.where)
+    assert frames_in(where) == frames
+    assert f": {kind}: " in error.what
+    assert "\n" not in error.what
+    first = where.splitlines()[0].partition(":")[0]
+    assert Path(first).parent == write("").parent
+
+
+def test_the_place_of_an_error_is_the_innermost_line_of_the_user(write: Any) -> None:
+    file = write("import torch\ndef helper():\n    torch.nn.Linear('wide', 2)\n" + CALLS)
+    assert str(refusal(file).where).startswith(f"{file}:3\n")
+    file = write("x = 1\nx = (\n")
+    assert str(refusal(file).where).startswith(f"{file}:2\n")
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_the_frames_of_a_package_that_is_installed_in_another_way_are_omitted(form: str, write: Any, tmp_path: Path) -> None:
+    """As from a wheel, and in a zip file."""
+    installed = tmp_path / "installed"
+    for name in ("memrewrite", *(f"memrewrite.{part}" for part in ("passes", "kernels", "recipes"))):
+        source = Path(next(iter(importlib.import_module(name).__path__)))
+        shutil.copytree(source, installed / name.replace(".", "/"), ignore=shutil.ignore_patterns("__pycache__"))
+    if form == "zip":
+        installed = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", installed))
+    code = f"""
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
+import memrewrite.passes.pipeline
+from memrewrite.passes.storage.source import load_source
+assert memrewrite.passes.pipeline.__file__.startswith({str(installed)!r})
+try:
+    load_source({str(write(BAD_RECIPE + CALLS))!r})
+except memrewrite.MemrewriteError as error:
+    print(error.where)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert frames_in(done.stdout) == ["model.py:build", "model.py:helper"], done.stderr
+
+
+def test_for_an_unknown_name_the_hint_lists_the_names_in_the_file(write: Any) -> None:
     assert "build" in str(refusal(f"{write(GOOD)}:biuld").hint)
 
 
 @pytest.mark.parametrize("spec", ["nowhere.py", "nowhere.py:build", "gpt2", "org/model", "", "a\0b", "x" * 5000])
-def test_what_is_not_there(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_does_not_exist(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     refusal(spec)
 
@@ -221,10 +319,10 @@ def test_damaged_directories(copied: Path) -> None:
     assert "no config.json" in refusal(copied).what
 
 
-def test_code_in_a_directory_is_not_run_unasked(copied: Path) -> None:
+def test_code_in_a_directory_is_not_run_without_trust(copied: Path) -> None:
     config = json.loads((copied / "config.json").read_text())
-    brought = {"architectures": ["Own"], "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
-    (copied / "config.json").write_text(json.dumps({**config, **brought}))
+    own_class = {"architectures": ["Own"], "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    (copied / "config.json").write_text(json.dumps({**config, **own_class}))
     assert "--trust-code" in str(refusal(copied).hint)
 
 
@@ -244,7 +342,7 @@ def test_empty_directory_and_several_ggufs(tmp_path: Path) -> None:
 
 def test_without_transformers(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda n: None if n == "transformers" else found(n))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "transformers" else found(n))
     assert "memrewrite[hf]" in str(refusal(llama).hint)
 
 
