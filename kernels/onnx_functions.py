@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 DOMAIN = "memrewrite"
 VERSION = 1  # of the domain
 
-# Rows are gathered, converted to fp32 and summed by a product of [1, K] and [K, D]. Gather counts a negative index from the end,
-# so it is replaced by one past the end, which is an error.
+# Rows are gathered, converted to fp32 and summed by a product of [1, K] and [K, D]. Gather counts a negative index from the
+# end, so it is replaced by one past the end, which is an error.
 SPARSE_LOOKUP = """
 SparseLookup (values, indices, weights) => (y)
 {
@@ -44,8 +44,8 @@ SparseLookup (values, indices, weights) => (y)
 }
 """
 
-# Of the two sorted halves, only pairs of ranks with i * j <= k (from 1) can be among the k best. These ranks depend only on k, so
-# a runtime folds them into constants.
+# Of the two sorted halves, only pairs of ranks with i * j <= k (from 1) can be among the k best. These ranks depend only on k,
+# so a runtime folds them into constants.
 PRODUCT_KEY_TOPK = """
 ProductKeyTopk <k, softmax: int = 0> (scores1, scores2) => (scores, indices)
 {
