@@ -1,14 +1,15 @@
-"""What the operators mean in ONNX: a function of standard operators for each, by which a file runs where no kernel is known.
+"""The memory operators in ONNX: a function of standard operators for each, which runtimes without a native kernel execute.
 
-A runtime that has a kernel for a node of the domain `memrewrite` takes it (`kernels/onnxruntime/`); any other expands the
-function. Both keep one contract:
+A runtime with a kernel for a node of the domain `memrewrite` runs that kernel (`kernels/onnxruntime/`); others inline the
+function. Kernel and function follow the same contract:
 
 `SparseLookup(values [N, D], indices [T, K], weights [T, K]) -> [T, D]`: values and weights of one type (float, float16,
-bfloat16), indices int64 or int32, sums in fp32. An index outside [0, N) is an error; a negative one does not count from
+bfloat16), indices int64 or int32, sums in fp32. An index outside [0, N) is an error; a negative index does not count from
 the end.
 
 `ProductKeyTopk(scores1 [..., n1], scores2 [..., n2]; k, softmax = 0) -> scores [..., k], indices [..., k]`: the k best sums of
-one score of each half, downward, and their slots `i * n2 + j` (int64); with `softmax` its weights. Scores come back in fp32.
+one score of each half, in descending order, and their slots `i * n2 + j` (int64). With `softmax`, scores are the softmax of the
+sums. Scores are fp32.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 DOMAIN = "memrewrite"
 VERSION = 1  # of the domain
 
-# Rows are gathered, widened and summed by a product of [1, K] with [K, D]. Gather counts a negative index from the end, so
-# it is sent past the end instead.
+# Rows are gathered, converted to fp32 and summed by a product of [1, K] and [K, D]. Gather counts a negative index from the
+# end, so it is replaced by one past the end, which is an error.
 SPARSE_LOOKUP = """
 SparseLookup (values, indices, weights) => (y)
 {
@@ -43,8 +44,8 @@ SparseLookup (values, indices, weights) => (y)
 }
 """
 
-# Of the two sorted halves only pairs of ranks with i * j <= k (from 1) can be among the k best. These ranks follow from k
-# alone, so a runtime folds them into constants.
+# Of the two sorted halves, only pairs of ranks with i * j <= k (from 1) can be among the k best. These ranks depend only on k,
+# so a runtime folds them into constants.
 PRODUCT_KEY_TOPK = """
 ProductKeyTopk <k, softmax: int = 0> (scores1, scores2) => (scores, indices)
 {

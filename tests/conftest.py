@@ -1,4 +1,4 @@
-"""Fixtures that several files of tests take."""
+"""Fixtures that several test files use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is made once for all processes of one run: libraries, exported files."""
+    """A directory that all processes of one run share, for exported files."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     (base / "shared").mkdir(exist_ok=True)
@@ -30,12 +30,10 @@ def exported(folder: Path) -> Callable[..., object]:
 
 
 @pytest.fixture(scope="session")
-def library(folder: Path) -> Path:
-    """The native kernels for the CPU, compiled once in a run."""
-    from native_models import built
-
-    from memrewrite.passes.onnx.native_library import build_op
+def library() -> Path:
+    """The native library for the CPU. It is compiled only if its sources or the compiler changed since an earlier run."""
+    import native_builds
 
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("there is no C++ compiler")
-    return built(folder, "native.so", lambda path: build_op(path, cuda=False))
+    return native_builds.native()

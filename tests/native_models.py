@@ -1,12 +1,11 @@
-"""Models of one operator, sessions, and what numpy says of them: for the tests of the native operators and for their fuzzing.
+"""Models of one operator, sessions, and numpy references, for the tests of the native operators and for their fuzzing.
 
-Imports nothing of memrewrite but the operators' functions, so that it also runs beside other versions of ONNX Runtime.
+Imports nothing of memrewrite, so that it also runs with other versions of ONNX Runtime.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def array(x: Any, kind: str) -> np.ndarray:
 
 
 def model(op: str, inputs: dict[str, str], outputs: dict[str, str], functions: Sequence[Any] = (), **attributes: Any) -> Any:
-    """One node of `op` between inputs and outputs (name → type), of unnamed shapes unless an input's name says `name:A,B`."""
+    """A model of one node (inputs and outputs: name → type). An input `name:A,B` has the axes A and B, others have no shape."""
     from onnx import helper
 
     def value(name: str, kind: str) -> Any:
@@ -64,17 +63,17 @@ def session(proto: Any, library: Path | str | None, threads: int = 1) -> Any:
     return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
-def run(made: Any, feeds: dict[str, np.ndarray], *outputs: tuple[str, Sequence[int]]) -> list[np.ndarray]:
-    """Run with every output bound to memory of ours, of these types and shapes, full of NaN (or -1) beforehand."""
-    binding = made.io_binding()
+def run(session: Any, feeds: dict[str, np.ndarray], *outputs: tuple[str, Sequence[int]]) -> list[np.ndarray]:
+    """Run with every output bound to an array of this type and shape that is filled with NaN (or -1)."""
+    binding = session.io_binding()
     for name, x in feeds.items():
         binding.bind_input(name, "cpu", 0, _element(x.dtype), x.shape, x.ctypes.data)
     found = []
-    for output, (kind, shape) in zip(made.get_outputs(), outputs, strict=True):
+    for output, (kind, shape) in zip(session.get_outputs(), outputs, strict=True):
         y = array(np.full(tuple(shape), -1 if kind.startswith("int") else np.nan), kind)
         binding.bind_output(output.name, "cpu", 0, _element(y.dtype), y.shape, y.ctypes.data)
         found.append(y)
-    made.run_with_iobinding(binding)
+    session.run_with_iobinding(binding)
     return found
 
 
@@ -88,12 +87,12 @@ def lookup_reference(values: np.ndarray, indices: np.ndarray, weights: np.ndarra
 
 
 def ranked(x: np.ndarray) -> np.ndarray:
-    """The places of a row's numbers from the best on: NaN above all, equal ones as they stand."""
+    """The indices of a row's numbers, best first: NaN is above all others, equal numbers keep their order."""
     return np.lexsort((np.arange(len(x)), np.where(np.isnan(x), 0, -x), ~np.isnan(x)))
 
 
 def topk_reference(scores1: np.ndarray, scores2: np.ndarray, k: int, soft: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Row by row in fp32: only pairs of ranks with i * j <= k (from 1) are looked at, the first of equal sums is the better."""
+    """Row by row in fp32: only pairs of ranks with i * j <= k (from 1) are considered; of equal sums the first is better."""
     scores1, scores2 = scores1.astype(np.float32), scores2.astype(np.float32)
     rest, n2 = scores1.shape[:-1], scores2.shape[-1]
     pairs = np.array([(i, j) for i in range(k) for j in range(k // (i + 1))])
@@ -112,16 +111,28 @@ def topk_reference(scores1: np.ndarray, scores2: np.ndarray, k: int, soft: bool)
     return best, slots
 
 
-TOLERANCE = {"float": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}  # relative: of fp32 sums, and of one rounding to the type
+TOLERANCE = {"float": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}  # of norms: fp32 sums, and one rounding to the type
+SUBNORMAL = 6e-8  # step of the subnormal numbers of float16
+
+
+def near(found: np.ndarray, expected: np.ndarray, tolerance: float) -> bool:
+    """Whether ‖found − expected‖ <= tolerance · ‖expected‖, in float64."""
+    found, expected = (np.asarray(x).astype(np.float64) for x in (found, expected))
+    return found.shape == expected.shape and bool(np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected))
 
 
 def check_lookup(y: np.ndarray, kind: str, values: np.ndarray, indices: np.ndarray, weights: np.ndarray) -> None:
-    """`y` within rounding of what it should be, in every element."""
+    """Assert that every row of `y` is the lookup, within the tolerance of `kind` relative to the norm of the row.
+
+    Two terms are added to that bound: a sum of terms of both signs has an error relative to the magnitudes of the terms, and
+    numbers below the normal ones of a 16-bit type are rounded to a fixed step.
+    """
     exact = lookup_reference(values, indices, weights)
-    scale = lookup_reference(np.abs(values.astype(np.float64)), indices, np.abs(weights.astype(np.float64)))
-    near = np.abs(y.astype(np.float64) - exact) <= TOLERANCE[kind] * np.abs(exact) + 2e-6 * scale + 1e-7
     assert y.shape == exact.shape
-    assert near.all(), f"{(~near).sum()} of {near.size} elements differ"
+    terms = lookup_reference(np.abs(values.astype(np.float64)), indices, np.abs(weights.astype(np.float64)))
+    error, norm, magnitude = (np.linalg.norm(x, axis=-1) for x in (y.astype(np.float64) - exact, exact, terms))
+    wrong = ~(error <= TOLERANCE[kind] * norm + TOLERANCE["float"] * magnitude + SUBNORMAL * y.shape[-1] ** 0.5)
+    assert not wrong.any(), f"{wrong.sum()} of {wrong.size} rows differ"
 
 
 def check_topk(found: Sequence[np.ndarray], scores1: np.ndarray, scores2: np.ndarray, k: int, soft: bool) -> None:
@@ -129,24 +140,3 @@ def check_topk(found: Sequence[np.ndarray], scores1: np.ndarray, scores2: np.nda
     best, slots = topk_reference(scores1, scores2, k, soft)
     np.testing.assert_array_equal(found[1], slots)
     np.testing.assert_allclose(found[0], best, rtol=1e-5 if soft else 0, atol=1e-7 if soft else 0)
-
-
-def built(shared: Path, name: str, build: Callable[[Path], object]) -> Path:
-    """What `build` makes at a path, once for all workers who share a folder: the first makes it, the others wait for it."""
-    target, begun, failed = shared / name, shared / f"{name}.begun", shared / f"{name}.failed"
-    if target.exists():
-        return target
-    try:
-        begun.touch(exist_ok=False)
-    except FileExistsError:
-        while not target.exists():
-            assert not failed.exists(), f"{name} was not built; its error is another worker's"
-            time.sleep(0.1)
-        return target
-    try:
-        build(begun)
-        begun.rename(target)
-    finally:
-        if not target.exists():
-            failed.touch()
-    return target

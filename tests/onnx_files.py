@@ -1,4 +1,4 @@
-"""Exported models that tests share, each made once in a run: an export takes seconds."""
+"""Exported models that tests share. Each is exported once per run, since an export takes seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tiny
 import torch
-from native_models import built
+from native_builds import built
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from memrewrite.passes.onnx.export import Exported
 
 
 class File(NamedTuple):
-    """An exported file, the model it came from, and the inputs it was traced with."""
+    """An exported file, its model, and the inputs with which it was traced."""
 
     path: Path
     model: Any
@@ -30,8 +30,8 @@ class File(NamedTuple):
 
 @cache
 def model_of(name: str) -> tuple[Any, dict[str, Any]]:
-    """A rewritten model of `tiny.MODELS` whose layers say something, and its inputs. Not to be changed."""
-    if name == "t5":  # a layer for each tower: an export takes a second for every few
+    """A rewritten model of `tiny.MODELS` whose memory layers are not zero, and its inputs. Tests must not change it."""
+    if name == "t5":  # one layer for each tower, to keep the export short
         model, (_, inputs) = tiny.t5(num_layers=1), tiny.named("t5")
         memrewrite.apply(model, tiny.recipe() | {"verify": "off"}, inputs)
     else:
@@ -44,19 +44,19 @@ def model_of(name: str) -> tuple[Any, dict[str, Any]]:
 
 
 def exported(folder: Path, name: str, **options: Any) -> File:
-    """`model_of(name)` as a file in `folder`, which processes may share; `options` go to `export_onnx`."""
+    """`model_of(name)` as a file in `folder`, which several processes may use; `options` are passed to `export_onnx`."""
     model, inputs = model_of(name)
     file = folder / f"{'-'.join(map(str, (name, *options.values())))}.onnx"
 
-    def export(told: Path) -> None:
-        told.write_text(memrewrite.export_onnx(model, file, inputs, overwrite=True, **options).model_dump_json())
+    def export(summary: Path) -> None:
+        summary.write_text(memrewrite.export_onnx(model, file, inputs, overwrite=True, **options).model_dump_json())
 
-    told = built(folder, f"{file.stem}.json", export)
-    return File(file, model, inputs, Exported.model_validate_json(told.read_text()))
+    summary = built(folder / f"{file.stem}.json", export)
+    return File(file, model, inputs, Exported.model_validate_json(summary.read_text()))
 
 
 class Layers(nn.Module):
-    """Two memory layers on one table, and nothing else: quickly exported."""
+    """Two memory layers with one table and no other layers, so that an export is fast."""
 
     def __init__(self, **spec: Any) -> None:
         super().__init__()
@@ -75,17 +75,17 @@ class Layers(nn.Module):
 
 
 def layers(**spec: Any) -> tuple[Layers, dict[str, Tensor]]:
-    """`Layers`, whose pool has these options too, and inputs."""
+    """`Layers`, with these options of its pool, and inputs."""
     return Layers(**spec).eval(), {"x": torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))}
 
 
 def arrays(inputs: dict[str, Any]) -> dict[str, NDArray[Any]]:
-    """What onnxruntime is fed: the tensors among the inputs."""
+    """The tensors among the inputs, as onnxruntime takes them."""
     return {name: value.numpy() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 
 
 def difference(found: NDArray[Any], wanted: Any) -> float:
-    """The largest difference, relative to the largest magnitude of what is wanted."""
+    """‖found − wanted‖ / ‖wanted‖, in float64."""
     reference = np.asarray(wanted.detach().double() if isinstance(wanted, torch.Tensor) else wanted, dtype=np.float64)
     assert found.shape == reference.shape
-    return float(np.abs(found - reference).max() / np.abs(reference).max())
+    return float(np.linalg.norm(found.astype(np.float64) - reference) / np.linalg.norm(reference))

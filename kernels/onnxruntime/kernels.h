@@ -1,4 +1,5 @@
-// What a kernel is told, checked beforehand, and how it is started: between `ops.cpp` and the kernels of each provider.
+// The interface between `ops.cpp` and the kernels of each provider: their arguments, which are already checked, and their
+// declarations.
 #pragma once
 
 #include <cstddef>
@@ -27,12 +28,12 @@ struct Topk {
   bool softmax;
 };
 
-// A place in a half, and the number of a pair, are kept in 32 bits.
+// An index into a half, and the number of a pair, are stored in 32 bits.
 constexpr int64_t kMostScores = INT32_MAX;
 constexpr int64_t kMostK = int64_t(1) << 26;  // 1.2e9 pairs
-constexpr int64_t kMostKCuda = 1024;          // what one block sorts
+constexpr int64_t kMostKCuda = 1024;          // the most that one block can sort
 
-// A runtime's threads: `run` calls work(user, i) for every i below `total`, in any order, and returns when all are done.
+// A runtime's thread pool: `run` calls work(i) for every i below `total`, in any order, and returns when all calls are done.
 struct Threads {
   const void* context;
   void (*start)(const void* context, void (*work)(void* user, size_t index), size_t total, void* user);
@@ -46,23 +47,23 @@ struct Threads {
 template <class T, class I>
 void lookup_cpu(const Lookup<T, I>& job, const Threads& threads);
 
-// Before the first lookup in a table of `bytes` that stays where it is.
+// Called once before the first lookup in a table of `bytes` that is not moved afterwards.
 void prepare_cpu(const void* table, size_t bytes);
 
 template <class T>
 void topk_cpu(const Topk<T>& job, const Threads& threads);  // throws std::bad_alloc
 
-// Queued on a stream; returns nullptr, or what CUDA has against it.
+// Launched on a stream; returns nullptr, or CUDA's error message.
 template <class T, class I>
 const char* lookup_cuda(const Lookup<T, I>& job, void* stream);
 
 template <class T>
 const char* topk_cuda(const Topk<T>& job, void* stream);
 
-// The types that both operators come in, for explicit instantiation.
+// The element types of both operators, for explicit instantiation.
 #define MEMREWRITE_FOR_TYPES(DO) DO(float) DO(Half) DO(BFloat16)
 
-// One body, compiled for several instruction sets; the best is chosen as the library loads. Not where the loader cannot.
+// One function, compiled for several instruction sets; the dynamic loader chooses the best. Only on platforms that support it.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && \
     !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define MEMREWRITE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

@@ -1,5 +1,5 @@
-// SparseLookup on the CPU: a few rows at a time are added to a token's sums, which stay in the first cache, while the next few
-// are fetched line by line: random rows of a large table are in no cache.
+// SparseLookup on the CPU: a few rows at a time are added to a token's sums, which stay in the L1 cache, while the next rows
+// are prefetched line by line, since random rows of a large table are not in a cache.
 #include <algorithm>
 
 #ifdef __linux__
@@ -11,14 +11,15 @@
 namespace {
 
 constexpr int64_t kTile = 1024;           // columns summed at once, at most: 4 KiB of sums
-constexpr int64_t kLeastTile = 128;       // below this a row's lines are too few to be fetched in a stream
-constexpr int64_t kFewUnits = 16;         // fewer would leave threads idle: then tiles are made smaller
-constexpr int64_t kRows = 4;              // added at once: each sum is loaded and stored once for so many
+constexpr int64_t kLeastTile = 128;       // a narrower tile has too few cache lines for prefetching
+constexpr int64_t kFewUnits = 16;         // with fewer units, threads would be idle: tiles are made smaller
+constexpr int64_t kRows = 4;              // added at once, so that a sum is loaded and stored once for them
 constexpr int64_t kLine = 64;             // bytes of a cache line
-constexpr int64_t kPieceBytes = 1 << 15;  // read for one piece of work: less is not worth waking a thread
+constexpr int64_t kPieceBytes = 1 << 15;  // read by one task at least: waking a thread takes longer than reading less
 constexpr int64_t kMostPieces = 256;
 
-// Add the R rows read at `at` and after to the sums of some columns, in order, and fetch those that come next before `end`.
+// Adds R rows, from read number `at` on, to the sums of `width` columns, in order, and prefetches the R rows after them
+// (before `end`).
 template <int R, class T, class I>
 MEMREWRITE_INLINE void add_rows(const Lookup<T, I>& job, int64_t at, int64_t end, int64_t column, int64_t width, float* sums) {
   constexpr int64_t kStep = kLine / int64_t(sizeof(T));
@@ -53,7 +54,7 @@ MEMREWRITE_CLONES void units(const Lookup<T, I>& job, int64_t tile, int64_t tile
     const int64_t token = unit / tiles, column = unit % tiles * tile;
     const int64_t width = std::min(tile, job.width - column);
     const int64_t first = token * job.reads, last = first + job.reads;
-    const int64_t known = tiles == 1 ? job.tokens * job.reads : last;  // whose rows may be fetched: the next token's, too
+    const int64_t known = tiles == 1 ? job.tokens * job.reads : last;  // end of the reads to prefetch: also the next token's
     std::fill(sums, sums + width, 0.0f);
     int64_t at = first;
     for (; at + kRows <= last; at += kRows) add_rows<kRows>(job, at, known, column, width, sums);
@@ -81,12 +82,12 @@ void lookup_cpu(const Lookup<T, I>& job, const Threads& threads) {
   });
 }
 
-// Every row that is read lies in another page, and a processor remembers where few of them are: large ones are asked for. Where
-// there are none, as of a table that is mapped from its file, nothing changes.
+// Every row that is read is in another page, and the TLB has few entries: this requests huge pages. If the system has none for
+// this memory, for example because the table is mapped from a file, nothing changes.
 void prepare_cpu(const void* table, size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kLargePage = 1 << 21;
-  constexpr int kCollapse = 25;  // MADV_COLLAPSE, now and not some day; of Linux 6.1, newer than many headers
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE of Linux 6.1, missing in older headers: takes effect immediately
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(table) + kLargePage - 1) / kLargePage * kLargePage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(table) + bytes) / kLargePage * kLargePage;
   if (begin >= end) return;

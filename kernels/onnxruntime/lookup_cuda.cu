@@ -1,16 +1,16 @@
-// SparseLookup on CUDA: one block a token and a range of its columns; groups of threads share the token's rows.
+// SparseLookup on CUDA: one block for each token and range of its columns; groups of threads share the token's rows.
 //
-// A block is `across` threads wide, each summing one vector of columns, and kThreads / across groups deep; group g sums every
-// rows g, g + groups, ... and the groups' sums are added at the end. Indices and weights come through shared memory, kThreads at
-// a time.
+// A block has kThreads / across groups of `across` threads, and each thread sums one vector of columns. Group g sums the rows
+// g, g + groups, ..., and the groups' sums are added at the end. Indices and weights are staged in shared memory, kThreads at a
+// time.
 #include "kernels.h"
 
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kFlying = 8;         // rows that a thread reads before it sums: random rows take long to come
+constexpr int kFlying = 8;         // loads in flight per thread: random rows have a high latency
 constexpr int kMostGroups = 32;    // with kThreads / kMostGroups = 8 threads across
-constexpr int kFewBlocks = 512;    // fewer would leave multiprocessors idle
+constexpr int kFewBlocks = 512;    // with fewer blocks, multiprocessors would be idle
 constexpr int64_t kMostBlocks = INT32_MAX;
 
 template <int Bytes>
@@ -28,8 +28,8 @@ struct Packed<2> {
   using Type = uint16_t;
 };
 
-// One vector, or zeros where there is none to be read. Without a branch, so that several are under way at once, and past the
-// first cache, since no other block waits for the same row.
+// One vector, or zeros if `present` is false. There is no branch, so that several loads are in flight, and the load bypasses
+// the L1 cache, since no other block is likely to read the same row.
 __device__ __forceinline__ uint4 read(const uint4* from, bool present) {
 #ifdef __CUDA_ARCH__
   uint4 bits{};
@@ -53,14 +53,14 @@ template <int V, class T, class I>
 struct Launch {
   Lookup<T, I> job;
   int across;      // threads, a power of two
-  int64_t ranges;  // of columns: blocks a token
+  int64_t ranges;  // of columns: blocks for each token
 };
 
-// V columns a thread: 16 bytes, or one where rows do not begin at multiples of 16 bytes.
+// V columns for each thread: 16 bytes, or one column if rows are not aligned to 16 bytes.
 template <int V, class T, class I>
 __global__ void __launch_bounds__(kThreads) lookup(Launch<V, T, I> launch) {
   using Vector = typename Packed<V * sizeof(T)>::Type;
-  __shared__ int64_t rows[kThreads + kFlying * kMostGroups];  // where a row begins, or -1
+  __shared__ int64_t rows[kThreads + kFlying * kMostGroups];  // offset of a row, or -1
   __shared__ float weights[kThreads + kFlying * kMostGroups];
   __shared__ float sums[kThreads][V];
   const Lookup<T, I>& job = launch.job;
@@ -74,13 +74,13 @@ __global__ void __launch_bounds__(kThreads) lookup(Launch<V, T, I> launch) {
     float sum[V] = {};
     for (int64_t begin = 0; begin < job.reads; begin += kThreads) {
       const int count = int(job.reads - begin < kThreads ? job.reads - begin : kThreads);
-      __syncthreads();  // what the last chunk, or the last unit, still reads
+      __syncthreads();  // other threads may still read the previous chunk or unit
       for (int j = thread; j < kThreads + kFlying * groups; j += kThreads) {
         const int64_t at = token * job.reads + begin + j;
         const int64_t index = j < count ? int64_t(job.indices[at]) : -1;
         const bool valid = uint64_t(index) < uint64_t(job.slots);
         rows[j] = valid ? index * job.width : -1;
-        weights[j] = valid ? widen(job.weights[at]) : j < count ? NAN : 0.0f;  // of no row: NaN shows it
+        weights[j] = valid ? widen(job.weights[at]) : j < count ? NAN : 0.0f;  // an index outside the table: NaN
       }
       __syncthreads();
       for (int j = group; j < count; j += kFlying * groups) {
@@ -126,7 +126,7 @@ const char* start(const Lookup<T, I>& job, void* stream) {
   const auto blocks = [&](int across) { return job.tokens * ((vectors + across - 1) / across); };
   int across = kThreads / kMostGroups;
   while (across < kThreads && across < vectors && blocks(2 * across) >= kFewBlocks) across *= 2;
-  while (across < 32 && across < vectors) across *= 2;  // a warp reads one row, however few the tokens
+  while (across < 32 && across < vectors) across *= 2;  // a warp reads one row, even with few tokens
   Launch<V, T, I> launch{job, across, (vectors + across - 1) / across};
   const int64_t units = blocks(across);
   void* arguments[] = {&launch};

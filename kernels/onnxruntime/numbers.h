@@ -1,4 +1,4 @@
-// Number types of the operators and the order of scores, for the CPU and for CUDA: 16-bit floats are kept as their bits.
+// Number types of the operators and the order of scores, for the CPU and CUDA. 16-bit floats are stored as bits.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ MEMREWRITE_BOTH float widen(float x) { return x; }
 
 MEMREWRITE_BOTH float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 
-// Without branches and tables, so that compilers make vectors of it.
+// Without branches and tables, so that compilers can vectorize it.
 MEMREWRITE_BOTH float widen(Half x) {
 #ifdef __CUDA_ARCH__
   float wide;
@@ -41,8 +41,8 @@ MEMREWRITE_BOTH float widen(Half x) {
   const uint32_t moved = (uint32_t(x.bits) & 0x7fffu) << 13;
   const uint32_t bits = moved + ((127u - 15u) << 23);
   const uint32_t special = bits + ((128u - 16u) << 23);  // infinity and NaN: the largest exponent
-  // A subnormal counts in steps of 2^-24: as the fraction of 2^-14 + x, which is normal, it stays exact even where the runtime
-  // flushes subnormals to zero.
+  // A subnormal x is a multiple of 2^-24. It is read from the fraction of 2^-14 + x, which is a normal number, so that the
+  // result is exact even if the runtime flushes subnormals to zero.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits + (1u << 23)) - bit_cast<float>(113u << 23));
   const uint32_t found = moved & exponent;
   const uint32_t magnitude = found == exponent ? special : found == 0 ? subnormal : bits;
@@ -50,7 +50,7 @@ MEMREWRITE_BOTH float widen(Half x) {
 #endif
 }
 
-// To the nearest number of the type, ties to even. A NaN stays one.
+// Rounds to the nearest number of the type, ties to even. NaN stays NaN.
 MEMREWRITE_BOTH void narrow(float x, float* y) { *y = x; }
 
 MEMREWRITE_BOTH void narrow(float x, BFloat16* y) {
@@ -69,22 +69,22 @@ MEMREWRITE_BOTH void narrow(float x, Half* y) {
     half = 0x7e00u;
   } else if (magnitude >= 0x47800000u) {  // 2^16 and more
     half = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // less than 2^-14: adding 0.5 leaves the subnormal's bits, rounded, at the end
+  } else if (magnitude < 0x38800000u) {  // less than 2^-14: adding 0.5 leaves the rounded bits of the subnormal in the low bits
     half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
   } else {
-    half = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;  // may carry into infinity, as it should
+    half = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;  // may carry into infinity, which is correct
   }
   y->bits = uint16_t(sign | half);
 #endif
 }
 
-// Scores in one order: as numbers, -0 with +0, every NaN above all else.
+// An integer with the order of the scores: -0 equals +0, and NaN is above all other scores.
 MEMREWRITE_BOTH int32_t order(float x) {
   const int32_t bits = bit_cast<int32_t>(x + 0.0f);  // -0 becomes +0
   return x != x ? INT32_MAX : bits ^ ((bits >> 31) & INT32_MAX);
 }
 
-// A score and its place as one number: the larger the better, and of equal scores the one that comes first. No two are equal.
+// A score and its index as one key: larger is better; of equal scores the one with the lower index is larger. Keys are unique.
 MEMREWRITE_BOTH int64_t sort_key(int32_t ordered, uint32_t place) {
   return int64_t(uint64_t(uint32_t(ordered)) << 32 | (UINT32_MAX - place));
 }

@@ -1,7 +1,7 @@
-// The operators as ONNX Runtime sees them: their registration, and every check before a kernel reads its inputs.
+// The interface of the operators to ONNX Runtime: their registration, and every check before a kernel reads its inputs.
 //
-// RegisterCustomOps hands over one OrtCustomOp for each operator, type combination and provider; a session asks it for shapes,
-// for a kernel (attributes), and then calls the kernel (inputs, checks, start).
+// RegisterCustomOps registers one OrtCustomOp for each operator, type combination and provider. A session calls it to infer
+// shapes, to create a kernel (attributes), and to run the kernel (inputs, checks, launch).
 #include <atomic>
 #include <map>
 #include <mutex>
@@ -44,7 +44,7 @@ struct Kernel {
 
 // --------------------------------------------------------------------------------------------------------------- SparseLookup
 
-// On the CPU alone: a GPU's indices cannot be seen without waiting for it, so its kernel answers with NaN.
+// Only on the CPU: reading a GPU's indices would need a synchronization, so the CUDA kernel returns NaN instead.
 template <class I>
 void check_indices(const I* indices, int64_t tokens, int64_t reads, int64_t slots) {
   for (int64_t i = 0; i < tokens * reads; ++i) {
@@ -92,7 +92,7 @@ void topk(const Kernel& kernel, OrtKernelContext* context) {
   require(n1 <= kMostScores && n2 <= kMostScores, [&] { return shapes() + ": a half may have 2^31 - 1"; }, ORT_NOT_IMPLEMENTED);
   const auto limit = [&] { return "k is " + std::to_string(k) + ": at most " + std::to_string(most) + " on " + kProviders[P]; };
   require(k <= most, limit, ORT_NOT_IMPLEMENTED);
-  uint64_t rows = 1;  // unsigned: an empty batch may have any lengths beside its 0
+  uint64_t rows = 1;  // unsigned: if one length is 0, the product of the others may overflow
   for (int64_t dim : rest1) rows *= uint64_t(dim);
   rest1.push_back(k);
   float* scores = output<float>(kernel.api, context, 0, rest1);
@@ -124,7 +124,7 @@ void infer_topk(const OrtApi* api, OrtShapeInferContext* context) {
   OrtStatus* status = api->ShapeInferContext_GetAttribute(context, "k", &attribute);
   if (status == nullptr) status = api->ReadOpAttr(attribute, ORT_ATTRIBUTE_INT, &shape.dims.back(), sizeof(int64_t), &written);
   if (status != nullptr) api->ReleaseStatus(status);
-  if (status != nullptr || shape.dims.back() < 1) return;  // refused with the kernel
+  if (status != nullptr || shape.dims.back() < 1) return;  // `create` reports the error
   shape.names.back() = "";
   infer(api, context, 0, ORT_FLOAT, shape);
   infer(api, context, 1, ORT_INT64, shape);
@@ -208,7 +208,7 @@ void append(std::vector<Op>& ops, const OrtApi* api) {
   ops.push_back(operation(api, TOPK, P, {t, t}, {ORT_FLOAT, ORT_INT64}, topk<T, P>, infer_topk));
 }
 
-// The domain for one runtime; a process may hold several. It lives as long as the process: sessions keep a bare pointer.
+// The domain for one runtime; a process may load several. It is never freed: sessions keep a raw pointer to it.
 struct Domain {
   std::vector<Op> ops;
   OrtCustomOpDomain* domain = nullptr;
@@ -235,14 +235,15 @@ OrtCustomOpDomain* domain_of(const OrtApi* api) {
 
 }  // namespace
 
-// What ONNX Runtime calls in a library of custom operators.
+// The entry point that ONNX Runtime calls in a library of custom operators.
 EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   const OrtApi* api = base->GetApi(kOrtVersion);
   if (api == nullptr) return base->GetApi(1)->CreateStatus(ORT_FAIL, "memrewrite needs ONNX Runtime 1.17 or newer");
   return guarded(api, kDomain, [&] { check(api->AddCustomOpDomain(options, domain_of(api))); });
 }
 
-// Calls that an operator has answered in this process, by provider ("CPUExecutionProvider", ...); -1 where there is no such one.
+// The number of successful calls of an operator on a provider ("CPUExecutionProvider", ...) in this process; -1 if either is
+// unknown.
 EXPORT int64_t memrewrite_calls(const char* op, const char* provider) {
   for (int number = 0; number < 2; ++number) {
     for (int of = 0; of < 2; ++of) {

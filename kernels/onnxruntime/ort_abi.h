@@ -1,5 +1,5 @@
-// The part of ONNX Runtime's C ABI that the operators use, declared by hand: its headers come with no package, and the ABI only
-// ever grows at its end. Slots were counted over the headers of 1.15 to 1.29; none has moved.
+// The part of ONNX Runtime's C ABI that the operators use, declared by hand: no package contains its headers, and new functions
+// are only added at its end. The slots were counted in the headers of 1.15 to 1.29; none has moved.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ struct OrtSessionOptions;
 struct OrtCustomOpDomain;
 struct OrtCustomOp;
 
-constexpr uint32_t kOrtVersion = 17;  // the oldest that infers shapes (slot 267 on) and lends its threads (274)
+constexpr uint32_t kOrtVersion = 17;  // the oldest with shape inference (from slot 267) and parallel-for (274)
 
 enum OrtErrorCode : int { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2, ORT_NOT_IMPLEMENTED = 9 };
 enum OrtElementType : int { ORT_FLOAT = 1, ORT_INT32 = 6, ORT_INT64 = 7, ORT_FLOAT16 = 10, ORT_BFLOAT16 = 16 };
@@ -24,7 +24,7 @@ enum OrtAttributeType : int { ORT_ATTRIBUTE_INT = 1 };
 
 using Unused = void (*)();
 
-// Functions return nullptr, or a status that the caller hands on or releases.
+// Functions return nullptr, or a status that the caller returns or releases.
 struct OrtApi {
   OrtStatus* (*CreateStatus)(int code, const char* message);
   Unused slots_1[26 - 1];
@@ -61,7 +61,7 @@ struct OrtApi {
   Unused slots_250[267 - 250];
   OrtStatus* (*ShapeInferContext_GetInputCount)(const OrtShapeInferContext* context, size_t* count);
   OrtStatus* (*ShapeInferContext_GetInputTypeShape)(const OrtShapeInferContext* context, size_t index,
-                                                    OrtTensorTypeAndShapeInfo** info);  // lent: not to be released
+                                                    OrtTensorTypeAndShapeInfo** info);  // borrowed: must not be released
   OrtStatus* (*ShapeInferContext_GetAttribute)(const OrtShapeInferContext* context, const char* name, const OrtOpAttr** value);
   OrtStatus* (*ShapeInferContext_SetOutputTypeShape)(const OrtShapeInferContext* context, size_t index,
                                                      const OrtTensorTypeAndShapeInfo* info);
@@ -73,11 +73,11 @@ struct OrtApi {
 };
 
 struct OrtApiBase {
-  const OrtApi* (*GetApi)(uint32_t version);  // nullptr where the runtime is older
+  const OrtApi* (*GetApi)(uint32_t version);  // nullptr if the runtime is older
   const char* (*GetVersionString)();
 };
 
-// What a library says of one operator. Fields after `GetEndVersion` came with 1.18, which reads them: they stay null.
+// The description of one operator. Fields after `GetEndVersion` were added in 1.18, which reads them: they are null.
 struct OrtCustomOp {
   uint32_t version;
   Unused CreateKernel;
@@ -91,7 +91,7 @@ struct OrtCustomOp {
   void (*KernelDestroy)(void* kernel);
   int (*GetInputCharacteristic)(const OrtCustomOp* op, size_t index);   // 0: required
   int (*GetOutputCharacteristic)(const OrtCustomOp* op, size_t index);  // 0: required
-  int (*GetInputMemoryType)(const OrtCustomOp* op, size_t index);       // 0: the provider's own
+  int (*GetInputMemoryType)(const OrtCustomOp* op, size_t index);       // 0: memory of the provider
   int (*GetVariadicInputMinArity)(const OrtCustomOp* op);
   int (*GetVariadicInputHomogeneity)(const OrtCustomOp* op);
   int (*GetVariadicOutputMinArity)(const OrtCustomOp* op);

@@ -1,4 +1,4 @@
-// A kernel's dealings with the runtime: errors as its statuses, inputs, outputs, threads, shapes known before a run.
+// What a kernel uses of the runtime: errors as OrtStatus, inputs, outputs, threads, and shape inference.
 #pragma once
 
 #include <new>
@@ -10,7 +10,7 @@
 
 using Dims = std::vector<int64_t>;
 
-// An error on its way to the runtime: its own status, or one to be made.
+// An error to return to the runtime: a status that it returned, or the code and message of a new one.
 struct Failure {
   OrtStatus* status;
   int code;
@@ -66,7 +66,7 @@ Input<T> tensor(const OrtApi* api, const OrtValue* value) {
   api->ReleaseTensorTypeAndShapeInfo(info);
   check(status);
   void* data = nullptr;
-  check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // the one without Mutable is younger; only read
+  check(api->GetTensorMutableData(const_cast<OrtValue*>(value), &data));  // GetTensorData is too new; only read
   return {static_cast<const T*>(data), dims};
 }
 
@@ -78,7 +78,7 @@ Input<T> input(const OrtApi* api, OrtKernelContext* context, size_t index, const
   return tensor<T>(api, value);
 }
 
-// An input that is the same in every run, where it is known before the first: a model's weights.
+// An input that is constant over all runs, such as a weight of the model; nullptr if it is not constant.
 inline const OrtValue* constant(const OrtApi* api, const OrtKernelInfo* info, size_t index) {
   int is_constant = 0;
   const OrtValue* value = nullptr;
@@ -101,7 +101,7 @@ struct Lent {
   const OrtKernelContext* context;
 };
 
-// The runtime's own threads; `lent` must outlive them.
+// The runtime's thread pool; `lent` must outlive the result.
 inline Threads threads(const Lent& lent) {
   return {&lent, [](const void* context, void (*work)(void*, size_t), size_t total, void* user) {
             const Lent* of = static_cast<const Lent*>(context);
@@ -121,7 +121,7 @@ inline void launched(const char* error) {
 }
 #endif
 
-// What is known of a shape before a run: of each axis its length, or -1 and perhaps a name.
+// An inferred shape: for each axis its length, or -1 and possibly a name.
 struct Shape {
   int type;
   Dims dims;
@@ -137,7 +137,7 @@ inline Shape known(const OrtApi* api, OrtShapeInferContext* context, size_t inde
   OrtTensorTypeAndShapeInfo* info = nullptr;
   check(api->ShapeInferContext_GetInputTypeShape(context, index, &info));
   size_t rank = 0;
-  check(api->GetDimensionsCount(info, &rank));  // 0 also where nothing is known
+  check(api->GetDimensionsCount(info, &rank));  // also 0 if the shape is unknown
   Shape shape{0, Dims(rank), std::vector<const char*>(rank)};
   check(api->GetTensorElementType(info, &shape.type));
   check(api->GetDimensions(info, shape.dims.data(), rank));
@@ -148,7 +148,7 @@ inline Shape known(const OrtApi* api, OrtShapeInferContext* context, size_t inde
 inline void infer(const OrtApi* api, OrtShapeInferContext* context, size_t index, int type, Shape shape) {
   for (size_t axis = 0; axis < shape.dims.size(); ++axis) {
     const bool named = shape.names[axis] != nullptr && *shape.names[axis] != 0;
-    if (shape.dims[axis] < 0 && !named) return;  // the runtime would take -1 for a length
+    if (shape.dims[axis] < 0 && !named) return;  // the runtime would read -1 as a length
     if (shape.names[axis] == nullptr) shape.names[axis] = "";
   }
   OrtTensorTypeAndShapeInfo* info = nullptr;

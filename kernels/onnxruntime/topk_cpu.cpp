@@ -1,4 +1,4 @@
-// ProductKeyTopk on the CPU: one routine, the k best of a list of scores, for each half and for the sums of their best.
+// ProductKeyTopk on the CPU: one routine, the k best of a list of scores, is used for each half and for the sums of their best.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -10,11 +10,11 @@
 namespace {
 
 constexpr int64_t kBlock = 16;         // scores compared at once
-constexpr int64_t kFew = 160;          // up to here, counting for every key those above it beats sorting
-constexpr int64_t kPieceScores = 4096;  // for one piece of work: fewer are not worth waking a thread
+constexpr int64_t kFew = 160;          // up to here, counting the larger keys of each key is faster than sorting
+constexpr int64_t kPieceScores = 4096;  // of one task at least: waking a thread takes longer than computing fewer
 constexpr int64_t kMostPieces = 256;
 
-// What one thread works in, kept from call to call.
+// Working memory of one thread, reused by later calls.
 struct Scratch {
   std::vector<int32_t> ordered, maxima;
   std::vector<int64_t> keys, best;
@@ -37,8 +37,8 @@ MEMREWRITE_INLINE int32_t kth_largest(int32_t* numbers, int64_t count, int64_t k
   return kth;
 }
 
-// A number that at least k of the scores reach, and few more: each lane holds the largest of every lanes-th score, and k lanes
-// reach the k-th largest of these. A short list has a lane for every score.
+// A threshold that at least k scores reach, and few others: lane i is the maximum of the scores i, i + lanes, ..., and the
+// result is the k-th largest lane. A short list has one lane for each score.
 MEMREWRITE_INLINE int32_t threshold(const int32_t* ordered, int64_t n, int64_t k, std::vector<int32_t>& maxima) {
   const int64_t enough = (2 * k + kBlock - 1) / kBlock * kBlock;
   const int64_t lanes = n < 2 * enough ? n : enough;
@@ -52,15 +52,15 @@ MEMREWRITE_INLINE int32_t threshold(const int32_t* ordered, int64_t n, int64_t k
   return kth_largest(largest, lanes, k);
 }
 
-// The keys of all scores that reach `least`. `ordered` is filled up to whole blocks by what reaches nothing, and `keys` has room
-// for one more than all.
+// Writes the keys of all scores that reach `least`. `ordered` is padded to whole blocks with INT32_MIN, and `keys` has room for
+// n + 1.
 MEMREWRITE_INLINE int64_t keys_from(const int32_t* ordered, int64_t n, int32_t least, int64_t* keys) {
   int64_t count = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     int32_t reached = 0;
     for (int64_t i = begin; i < begin + kBlock; ++i) reached |= ordered[i] >= least;
     if (!reached) continue;
-    for (int64_t i = begin; i < begin + kBlock; ++i) {  // without a branch: which of them reach it is anyone's guess
+    for (int64_t i = begin; i < begin + kBlock; ++i) {  // without a branch, which would be unpredictable
       keys[count] = sort_key(ordered[i], uint32_t(i));
       count += ordered[i] >= least;
     }
@@ -68,7 +68,7 @@ MEMREWRITE_INLINE int64_t keys_from(const int32_t* ordered, int64_t n, int32_t l
   return count;
 }
 
-// The k largest of the keys, downward.
+// The k largest keys, in descending order.
 MEMREWRITE_INLINE void k_largest(std::vector<int64_t>& keys, int64_t count, int64_t k, int64_t* best) {
   if (count > kFew) {
     std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.begin() + count, std::greater<>());
@@ -83,7 +83,7 @@ MEMREWRITE_INLINE void k_largest(std::vector<int64_t>& keys, int64_t count, int6
   }
 }
 
-// The places of the k best scores, as keys in `scratch.best`, the best first.
+// Writes the keys of the k best scores to `scratch.best`, best first.
 template <class T>
 MEMREWRITE_CLONES void k_best(const T* scores, int64_t n, int64_t k, Scratch& scratch) {
   const int64_t whole = (n + kBlock - 1) / kBlock * kBlock;
@@ -116,7 +116,8 @@ void softmax(float* scores, int64_t k) {
   for (int64_t r = 0; r < k; ++r) scores[r] /= total;
 }
 
-// `first[i]` is the number of the first pair of rank i in half 1; only pairs with (i + 1) * (j + 1) <= k can be among the k best.
+// `first[i]` is the number of the first pair of rank i in half 1; only pairs with (i + 1) * (j + 1) <= k can be among the k
+// best.
 template <class T>
 void one_row(const Topk<T>& job, const std::vector<int64_t>& first, int64_t row, Scratch& scratch) {
   half(job.scores1 + row * job.n1, job.n1, job.k, scratch, scratch.half1, scratch.place1);
@@ -150,7 +151,7 @@ void topk_cpu(const Topk<T>& job, const Threads& threads) {
   threads.run(size_t((job.rows + each - 1) / each), [&](size_t piece) {
     thread_local Scratch scratch;
     const int64_t begin = int64_t(piece) * each, end = std::min(begin + each, job.rows);
-    try {  // nothing may be thrown through the runtime's threads
+    try {  // an exception must not leave a thread of the runtime
       for (int64_t row = begin; row < end; ++row) one_row(job, first, row, scratch);
     } catch (const std::exception&) {
       failed = true;

@@ -1,6 +1,7 @@
-// ProductKeyTopk on CUDA: one block a row, and one routine, the k best of a stream of scores, for each half and for the sums.
+// ProductKeyTopk on CUDA: one block for each row. One routine, the k best of a list of scores, is used for each half and for
+// the sums.
 //
-// Keys are sorted in shared memory, those kept so far together with as many new ones as there is room for, until the stream ends.
+// Shared memory has room for kRoom keys: the best keys so far are sorted together with new ones, until all scores are read.
 #include "kernels.h"
 
 namespace {
@@ -16,7 +17,7 @@ struct Launch {
   uint16_t first[kMostKCuda + 1];  // the number of the first pair of each rank in half 1; k = 1024 has 7,000 pairs
 };
 
-// Downward, `count` keys: a power of two. (Batcher's bitonic sort)
+// Sorts `count` keys (a power of two) in descending order, by Batcher's bitonic sort.
 __device__ void sort(int64_t* keys, int count) {
   for (int size = 2; size <= count; size *= 2) {
     for (int distance = size / 2; distance > 0; distance /= 2) {
@@ -32,7 +33,7 @@ __device__ void sort(int64_t* keys, int count) {
   __syncthreads();
 }
 
-// The k best of `score(0)` to `score(n - 1)` as the first k of `keys`, downward. Every thread takes part.
+// Writes the k best of `score(0)` to `score(n - 1)` to the first k of `keys`, in descending order. All threads must call it.
 template <class Score>
 __device__ void k_best(Score score, int64_t n, int k, int64_t* keys) {
   int kept = 0;
@@ -47,7 +48,7 @@ __device__ void k_best(Score score, int64_t n, int k, int64_t* keys) {
   }
 }
 
-// The k best of one half: their scores, and where they stood.
+// The k best of one half: their scores and their indices.
 struct Best {
   float scores[kMostKCuda];
   uint32_t places[kMostKCuda];
@@ -61,10 +62,10 @@ __device__ void best_of(const T* scores, int64_t n, int k, int64_t* keys, Best* 
     best->places[r] = place_of(keys[r]);
     best->scores[r] = widen(scores[best->places[r]]);
   }
-  __syncthreads();  // before the keys are written again
+  __syncthreads();  // before the keys are overwritten
 }
 
-// The scores' softmax, downward as they are; `terms` has room for k numbers.
+// The exponentials of the scores, which are in descending order, and their sum in terms[0]. `terms` has room for k numbers.
 __device__ void softmax(float* scores, int k, float* terms) {
   const float largest = scores[0];
   int half = 1;
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kThreads) topk(Launch<T> launch) {
   const uint16_t* first = launch.first;
   const int k = int(job.k);
 
-  // The rank in half 1 of a pair: the last one whose first pair is not past it.
+  // The rank in half 1 of a pair: the last rank whose first pair is not after it.
   const auto rank1 = [first, k](int64_t pair) {
     int low = 0, high = k;
     while (high - low > 1) {
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) topk(Launch<T> launch) {
     float* terms = reinterpret_cast<float*>(keys);
     if (job.softmax) softmax(scores, k, terms);
     for (int r = threadIdx.x; r < k; r += kThreads) job.scores[row * k + r] = job.softmax ? scores[r] / terms[0] : scores[r];
-    __syncthreads();  // before the next row's keys
+    __syncthreads();  // before the next row overwrites the keys
   }
 }
 

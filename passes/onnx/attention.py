@@ -1,8 +1,11 @@
-"""Attention as `torch.onnx` can translate it, and as torch computes it.
+"""Rewrites attention so that `torch.onnx` translates it, with the results of torch.
 
-It has no translation where there is no axis of heads: there attention is written out. It traces a graph twice, with other
-strides of what attention returns, so that a view of the first is none in the second: a copy settles them, and views reshape.
-And a token that may look at no other gets zeros from torch, but a mean, or NaN, from the translation: zeros are put there.
+`torch.onnx` differs from torch in three ways:
+1. It has no translation for attention without an axis of heads. Such attention is decomposed into products and a softmax.
+2. It traces the graph twice, and attention returns other strides the second time, so that a `view` that is valid in the first
+   trace fails in the second. Attention's output is copied to contiguous memory, and every view becomes a reshape.
+3. For a token that may attend to no token, torch returns zeros, but the translation returns a mean or NaN. A `where` sets these
+   rows to zero.
 """
 
 from __future__ import annotations
@@ -16,49 +19,50 @@ from torch.export import ExportedProgram
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
-HEADED = 4  # axes of a query with heads: batch, head, token, width
+RANK_WITH_HEADS = 4  # axes of a query with heads: batch, head, token, width
 
 
-def attention_spelled(program: ExportedProgram) -> ExportedProgram:
-    """`program`, edited in place, or a new one where attention had to be written out."""
-    graph, headless, reached = program.graph, False, dict[fx.Node, fx.Node]()
+def prepare_attention(program: ExportedProgram) -> ExportedProgram:
+    """Edit `program` in place for `torch.onnx`; returns it, or a new program if attention had to be decomposed."""
+    graph, without_heads, attending = program.graph, False, dict[fx.Node, fx.Node]()
     for node in list(graph.nodes):
         if node.target in VIEWS:
             node.target = torch.ops.aten.reshape.default
         if node.target is not ATTENTION:
             continue
-        headless |= node.args[0].meta["val"].dim() != HEADED
+        without_heads |= node.args[0].meta["val"].dim() != RANK_WITH_HEADS
         users, mask = list(node.users), dict(enumerate(node.args)).get(3, node.kwargs.get("attn_mask"))
         with graph.inserting_after(node):
             out = _call(graph, torch.ops.aten.clone.default, node, memory_format=torch.contiguous_format)
         if isinstance(mask, fx.Node):
-            if mask not in reached:
+            if mask not in attending:
                 with graph.inserting_after(mask):
-                    reached[mask] = _reached(graph, mask)
+                    attending[mask] = _attending_tokens(graph, mask)
             with graph.inserting_after(out):
-                out = _call(graph, torch.ops.aten.where.ScalarOther, reached[mask], out, 0.0)
+                out = _call(graph, torch.ops.aten.where.ScalarOther, attending[mask], out, 0.0)
         for user in users:
             user.replace_input_with(node, out)
-    return program.run_decompositions({ATTENTION: _spelled}) if headless else program
+    return program.run_decompositions({ATTENTION: _decomposed}) if without_heads else program
 
 
 def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A node, with the shape and type that it has."""
+    """A call node whose `meta["val"]` has the shape and dtype of its result."""
     node = graph.call_function(target, args, kwargs)
     node.meta["val"] = target(*(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args), **kwargs)
     return node
 
 
-def _reached(graph: fx.Graph, mask: fx.Node) -> fx.Node:
-    """Which tokens may look at any other, [..., tokens, 1]."""
+def _attending_tokens(graph: fx.Graph, mask: fx.Node) -> fx.Node:
+    """True for tokens that may attend to at least one token, [..., tokens, 1]."""
     if mask.meta["val"].dtype == torch.bool:
         return _call(graph, torch.ops.aten.any.dim, mask, -1, True)
-    seen = _call(graph, torch.ops.aten.gt.Scalar, mask, -math.inf)
-    with graph.inserting_after(seen):
-        return _call(graph, torch.ops.aten.any.dim, seen, -1, True)
+    visible = _call(graph, torch.ops.aten.gt.Scalar, mask, -math.inf)
+    with graph.inserting_after(visible):
+        return _call(graph, torch.ops.aten.any.dim, visible, -1, True)
 
 
-def _spelled(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0, *rest: Any, **named: Any) -> Any:
-    if q.dim() == HEADED:
+def _decomposed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0, *rest: Any, **named: Any) -> Any:
+    """Attention without heads as products and a softmax; attention with heads stays one op."""
+    if q.dim() == RANK_WITH_HEADS:
         return NotImplemented
     return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, mask, p, *rest, **named)[0]

@@ -1,6 +1,7 @@
-"""An ONNX file: what it says of itself, and how it is written, whole or not at all, and read.
+"""Reads and writes ONNX files and their metadata. A file is replaced as a whole or not at all.
 
-Flow of writing: into a directory beside the target, weights apart when they are large → checked by `onnx.checker` → renamed.
+Flow of writing: into a temporary directory next to the target, large weights in a second file → checked by `onnx.checker` →
+renamed.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir
 
-LARGE = 2**30  # bytes of weights; more go to a file of their own: a protobuf ends at 2 GiB, and loading one takes it twice
-PREFIX = "memrewrite."  # of the keys in a file's metadata
+LARGE = 2**30  # bytes of weights; more go to a second file: a protobuf is limited to 2 GiB, and is in memory twice when loaded
+PREFIX = "memrewrite."  # of our keys in a file's metadata
 
 
 class Port(Frozen):
-    """An input or output of a file: its name, element type and axes; a name stands for a dynamic axis."""
+    """An input or output of a file: its name, element type and axes. A dynamic axis is a name, a fixed one its length."""
 
     name: str
     dtype: str
@@ -35,14 +36,14 @@ class Port(Frozen):
 
 
 def describe(model: onnx_ir.Model, notes: Mapping[str, str]) -> None:
-    """Write who made the file, with what, and `notes`, into its metadata."""
+    """Write the producer, the versions of the packages that it used, and `notes` into the metadata of the file."""
     versions = {name: metadata.version(name) for name in ("memrewrite", "torch", "onnx", "onnxscript")}
     model.producer_name, model.producer_version = "memrewrite", versions["memrewrite"]
     model.metadata_props.update({PREFIX + key: value for key, value in {"versions": json.dumps(versions), **notes}.items()})
 
 
 def of_rewrite(model: object) -> dict[str, str]:
-    """The recipe and the plan's digest of a rewritten model, as a file's metadata hold them; of another, nothing."""
+    """Metadata of a rewritten model: its recipe and the digest of its plan. Empty for a model that was not rewritten."""
     record: Mapping[str, str] = getattr(getattr(model, ROOT, None), "record", {})
     notes = {"recipe": record["recipe.yaml"]} if "recipe.yaml" in record else {}
     if "plan.json" in record:
@@ -51,31 +52,31 @@ def of_rewrite(model: object) -> dict[str, str]:
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise `ExportError` for a target that exists and may not be replaced, or whose directory is none."""
+    """Raise `ExportError` if the target exists and may not be replaced, or if its directory does not exist."""
     where = str(target)
     if target.is_dir():
         raise ExportError(f"{where!r} is a directory", where=where, hint="give a file, such as model.onnx")
     if not target.absolute().parent.is_dir():
-        raise ExportError(f"the directory of {where!r} does not exist", where=where, hint="make it, or give another file")
+        raise ExportError(f"the directory of {where!r} does not exist", where=where, hint="create it, or give another file")
     for file in (target, data_of(target)):
         if file.exists() and not overwrite:
             raise ExportError(f"the file {str(file)!r} exists", where=where, hint="give a new name, or allow --overwrite")
 
 
 def data_of(target: Path) -> Path:
-    """The file of weights that lies beside a large model."""
+    """The file with the weights of a large model, next to it."""
     return target.with_name(target.name + ".data")
 
 
 def weights_of(model: onnx_ir.Model) -> int:
-    """Bytes of all initializers."""
+    """Size of all initializers in bytes."""
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
 def write(model: onnx_ir.Model, target: Path) -> Path | None:
-    """Write `model`, check it, and give it its name; returns the file of weights, if there is one.
+    """Write `model`, check it, and rename it to `target`; returns the file of weights, if there is one.
 
-    Raises `ExportError` when `onnx.checker` refuses the file; the target is then as it was.
+    Raises `ExportError` if `onnx.checker` refuses the file; the target is then unchanged.
     """
     import onnx_ir
 
@@ -98,7 +99,7 @@ def _check(draft: Path, target: Path) -> None:
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """A file without the weights beside it. Raises `ExportError` where there is none, it is damaged, or these are missing."""
+    """A file without its external weights. Raises `ExportError` if the file or these weights are missing, or it is damaged."""
     try:
         import onnx
         from google.protobuf.message import DecodeError
@@ -110,32 +111,33 @@ def read_graph(path: Path) -> onnx.ModelProto:
         raise ExportError(f"there is no file {str(path)!r}", hint="memrewrite export MODEL -o model.onnx") from error
     except (DecodeError, OSError) as error:
         raise ExportError(f"the file cannot be read as ONNX: {error}", where=str(path), hint="export it again") from error
-    kept = {entry.value for value in model.graph.initializer for entry in value.external_data if entry.key == "location"}
-    for name in sorted(kept):
+    locations = {entry.value for value in model.graph.initializer for entry in value.external_data if entry.key == "location"}
+    for name in sorted(locations):
         if not (path.parent / name).is_file():
             hint = "a large model is two files: move and copy them together"
-            raise ExportError(f"the file's weights are missing: {name!r} does not lie beside it", where=str(path), hint=hint)
+            raise ExportError(f"the file's weights are missing: {name!r} is not next to it", where=str(path), hint=hint)
     return model
 
 
 def inputs_of(model: onnx_ir.Model) -> tuple[Port, ...]:
-    """What a graph takes."""
-    return tuple(_port(value) for value in model.graph.inputs)
+    """The inputs of a graph."""
+    return tuple(port_of(value) for value in model.graph.inputs)
 
 
 def outputs_of(model: onnx_ir.Model) -> tuple[Port, ...]:
-    """What a graph gives."""
-    return tuple(_port(value) for value in model.graph.outputs)
+    """The outputs of a graph."""
+    return tuple(port_of(value) for value in model.graph.outputs)
 
 
-def _port(value: onnx_ir.Value) -> Port:
+def port_of(value: onnx_ir.Value) -> Port:
+    """The name, element type and axes of an input or output; "?" is an unknown type or axis."""
     dims = () if value.shape is None else tuple(dim if isinstance(dim, int) else dim.value or "?" for dim in value.shape)
     dtype = "?" if value.dtype is None else value.dtype.name.lower()
     return Port(name=str(value.name), dtype=dtype, shape=dims)
 
 
 def memory_nodes(model: onnx_ir.Model) -> dict[str, int]:
-    """How many nodes of each memory operator a graph holds; written out, they are none."""
+    """The number of nodes of each memory operator in a graph; empty if their functions were inlined."""
     counts: dict[str, int] = {}
     for node in model.graph:
         if node.domain == DOMAIN:

@@ -1,7 +1,7 @@
-"""An exported program as an ONNX graph, the memory operators as nodes of their own domain.
+"""An exported program as an ONNX graph, with the memory operators as nodes of the domain `memrewrite`.
 
-Flow: what an operator is told beside its arguments is dropped → `torch.onnx.export` with our translations → a function of
-standard operators for each operator, by which any runtime can run its nodes; or the nodes written out.
+Flow: drop the arguments that ONNX does not have (backend, gradient) → `torch.onnx.export` with our translations → add a
+function of standard operators for each memory operator, so that any runtime can run its nodes; or inline these functions.
 """
 
 from __future__ import annotations
@@ -15,86 +15,89 @@ from torch.export import ExportedProgram
 from memrewrite.errors import ExportError, in_one_line
 from memrewrite.kernels.onnx_functions import DOMAIN, functions
 from memrewrite.passes.capture.torch_export import quiet
-from memrewrite.passes.onnx.attention import attention_spelled
+from memrewrite.passes.onnx.attention import prepare_attention
 
 if TYPE_CHECKING:
     import onnx_ir
 
 Operators = Literal["both", "standard", "native"]
-OPSET = 20  # of standard operators: ONNX Runtime 1.17 reads it, which is where the native library begins too
-IR_VERSION = 9  # of the file: what that runtime reads; nothing newer is used
-SELECTION = "memory.{}.{}"  # names of what a top-k chose: its place among them, and "scores" or "slots"
+OPSET = 20  # of the standard operators: ONNX Runtime 1.17 reads it, the oldest runtime that the native library supports
+IR_VERSION = 9  # of the file: the newest that ONNX Runtime 1.17 reads; no newer feature is used
+SELECTION = "memory.{}.{}"  # names of a top-k's outputs: its number in the graph, and "scores" or "slots"
 
 
-def onnx_graph(program: ExportedProgram, operators: Operators = "both") -> onnx_ir.Model:
-    """`program` in ONNX. `operators`: "both" gives every memory operator its function, "native" leaves it to a library,
-    "standard" writes it out. Raises `ExportError` with torch's reason.
+def onnx_graph(program: ExportedProgram, operators: Operators = "both") -> tuple[onnx_ir.Model, int]:
+    """`program` in ONNX, and how many product-key top-ks it has; their outputs are named by `SELECTION`.
+
+    `operators`: "both" adds a function for every memory operator, "native" leaves the nodes to a library, "standard" inlines
+    the functions. Raises `ExportError` with torch's reason if `torch.onnx` cannot translate the program.
     """
     model = _translated(program)
     model.ir_version = IR_VERSION
-    chosen = [node for node in model.graph if node.op_type == "ProductKeyTopk" and node.domain == DOMAIN]
-    for place, node in enumerate(chosen):
-        for value, what in zip(node.outputs, ("scores", "slots"), strict=True):
-            value.name = SELECTION.format(place, what)
+    selections = _name_selections(model)
     if operators != "native":
-        _attach(model)
+        _attach_functions(model)
     if operators == "standard":
         from onnx_ir.passes.common import InlinePass
 
         InlinePass()(model)
         model.opset_imports.pop(DOMAIN, None)
-    _tidy(model)
-    return model
+    _remove_metadata(model)
+    return model, selections
 
 
-def selections(model: onnx_ir.Model) -> int:
-    """How many top-ks of product keys a graph of ours holds, whether written out or not."""
-    names = {value.name for node in model.graph for value in node.outputs}
-    return next(place for place in range(len(names) + 1) if SELECTION.format(place, "slots") not in names)
+def _name_selections(model: onnx_ir.Model) -> int:
+    """Name the outputs of every top-k by its number in the graph; returns the number of top-ks."""
+    topks = [node for node in model.graph if node.op_type == "ProductKeyTopk" and node.domain == DOMAIN]
+    for number, node in enumerate(topks):
+        for value, what in zip(node.outputs, ("scores", "slots"), strict=True):
+            value.name = SELECTION.format(number, what)
+    return len(topks)
 
 
 def _translated(program: ExportedProgram) -> onnx_ir.Model:
+    """`program` translated by `torch.onnx`; its memory operators are nodes without functions."""
     try:
-        from memrewrite.passes.onnx.translations import TAKEN, TRANSLATIONS
+        from memrewrite.passes.onnx.translations import ARGUMENTS, TRANSLATIONS
     except ImportError as error:
         raise ExportError(f"writing ONNX needs more packages ({error})", hint="pip install 'memrewrite[onnx]'") from error
     for node in program.graph.nodes:
-        if node.target in TAKEN:
-            _plain(node, TAKEN[node.target])
-    program = attention_spelled(program)
+        if node.target in ARGUMENTS:
+            _drop_arguments(node, ARGUMENTS[node.target])
+    program = prepare_attention(program)
     try:
         with quiet():
-            made = torch.onnx.export(
+            translated = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=TRANSLATIONS
             )
-    except Exception as error:  # torch raises many kinds, each with a page of advice
+    except Exception as error:  # torch raises many types, each with a page of advice
         hint = "memrewrite --debug shows torch's report"
         raise ExportError(f"torch.onnx cannot translate the model: {in_one_line(_root_cause(error))}", hint=hint) from error
-    if made is None:
+    if translated is None:
         raise ExportError("torch.onnx returned no model")
-    model: onnx_ir.Model = made.model
+    model: onnx_ir.Model = translated.model
     return model
 
 
-def _plain(node: fx.Node, taken: int) -> None:
-    """Which backend runs an operator, and how its table learns, is no part of what it computes."""
+def _drop_arguments(node: fx.Node, count: int) -> None:
+    """Keep the first `count` arguments of a memory operator; the others (backend, gradient) do not change its result."""
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    if given.get("scale") is not None:
+    passed = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if passed.get("scale") is not None:
         raise ExportError("the graph reads a table of 8 bits", where=node.name, hint="export the module it was traced from")
-    node.args = tuple(given[name] for name in names[:taken] if name in given)
+    node.args = tuple(passed[name] for name in names[:count] if name in passed)
     node.kwargs = {}
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    """The innermost cause: the message of torch's outer error is about how to report a bug to torch."""
+    """The innermost cause: the outer exceptions explain how to report a bug to torch."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
-def _attach(model: onnx_ir.Model) -> None:
-    """A function for every memory operator that the graph calls."""
+def _attach_functions(model: onnx_ir.Model) -> None:
+    """Add a function for every memory operator that the graph calls."""
     import onnx_ir
 
     called = {node.op_type for node in model.graph if node.domain == DOMAIN}
@@ -104,8 +107,8 @@ def _attach(model: onnx_ir.Model) -> None:
             model.functions[function.identifier()] = function
 
 
-def _tidy(model: onnx_ir.Model) -> None:
-    """Drop what torch notes on every node and value, stack traces with the paths of this machine among it."""
+def _remove_metadata(model: onnx_ir.Model) -> None:
+    """Remove the metadata that torch adds to every node and value, such as stack traces with paths of this machine."""
     kept = "namespace"  # the module a node came from: viewers fold the graph by it
     for node in model.graph.all_nodes():
         for name in [name for name in node.metadata_props if name != kept]:

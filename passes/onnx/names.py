@@ -1,18 +1,20 @@
-"""Names in an exported file: inputs and outputs as the model's forward calls them, dynamic axes by what they count.
+"""Names in an exported file: inputs and outputs are named as in the model's forward, dynamic axes by what they count.
 
-A nested input or output is named by its path, as `past_key_values.0.key`. A dynamic axis, `s53` to torch, becomes `batch`,
-`sequence`, or is named after its input. Axes stay apart where torch keeps them apart, for runtimes plan memory by their
-names; only the first axes of inputs that were equally long are one batch.
+A nested input or output is named by its path, such as `past_key_values.0.key`. A dynamic axis, `s53` in torch, becomes `batch`
+or `sequence`, or is named after its input. Two axes have the same name only if torch proved their lengths equal, because
+runtimes plan memory by these names. One exception: the first axes of inputs that have equal lengths in the example are all
+`batch`.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import GetAttrKey, MappingKey, SequenceKey, tree_flatten_with_path, tree_unflatten
 
@@ -25,20 +27,20 @@ SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def name_values(model: onnx_ir.Model, program: ExportedProgram, lengths: Mapping[int, str]) -> None:
-    """Name inputs, outputs and axes of `model`, in place; `lengths` name axes by how long they were in the example.
+    """Name the inputs, outputs and axes of `model`, in place; `lengths` maps an axis' length in the example to its name.
 
-    Raises `ExportError` when the graph's inputs or outputs are not those of `program`.
+    Raises `ExportError` if the graph's inputs or outputs are not those of `program`.
     """
     inputs = _inputs(program)
     outputs: list[str] = []
     for name in _outputs(program):
-        free = f"output_{name}" if name.isdigit() or name in inputs else name or "output"
-        outputs.append(free if free not in outputs else f"{free}_{len(outputs)}")
+        unused = f"output_{name}" if name.isdigit() or name in inputs else name or "output"
+        outputs.append(unused if unused not in outputs else f"{unused}_{len(outputs)}")
     for what, values, names in (("inputs", model.graph.inputs, [*inputs]), ("outputs", model.graph.outputs, outputs)):
         if len(values) != len(names):
             found = ", ".join(str(value.name) for value in values)
             raise ExportError(f"the graph has the {what} {found}; the model's are {', '.join(names) or 'none'}")
-    _apart(model)
+    _separate_outputs(model)
     inner = [*model.graph.initializers.values(), *(value for node in model.graph for value in node.outputs)]
     for value in inner:
         if value.name in {*inputs, *outputs}:
@@ -62,17 +64,30 @@ def dotted(path: Sequence[Any]) -> str:
     return ".".join(parts)
 
 
+def argument_names(model: nn.Module | ExportedProgram, args: Sequence[Any]) -> list[str]:
+    """Names of the forward's positional arguments, as `torch.export` gives them: those of `*args` are numbered."""
+    if isinstance(model, ExportedProgram):
+        return list(model.module_call_graph[0].signature.forward_arg_names or ())
+    signature, names = inspect.signature(model.forward), list[str]()
+    for name, value in signature.bind_partial(*args).arguments.items():
+        is_variadic = signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+        names += [f"{name}_{number}" for number in range(len(value))] if is_variadic else [name]
+    return names
+
+
+def input_name(path: Sequence[Any], positional: Sequence[str]) -> str:
+    """Name of a leaf of `(args, kwargs)` in the file: its path, which begins with 0 for args, or with 1 for kwargs."""
+    kind, first, *rest = path
+    return dotted([positional[first.idx] if kind.idx == 0 else first, *rest])
+
+
 def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
-    """Every input that is a tensor, as it was traced, by its name and in order."""
+    """Name → traced value of every tensor input, in order."""
     traced = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     leaves, _ = tree_flatten_with_path(tree_unflatten(program.graph_signature.user_inputs, program.call_spec.in_spec))
-    names = program.module_call_graph[0].signature.forward_arg_names or []
-    found = {}
-    for (kind, first, *rest), leaf in leaves:  # a path begins with 0, positional, or 1, by keyword
-        root = names[int(dotted([first]))] if dotted([kind]) == "0" else dotted([first])
-        if isinstance(value := traced.get(leaf), Tensor):
-            found[".".join(filter(None, [root, dotted(rest)]))] = value
-    return found
+    positional = argument_names(program, ())
+    values = ((path, traced.get(leaf)) for path, leaf in leaves)
+    return {input_name(path, positional): value for path, value in values if isinstance(value, Tensor)}
 
 
 def _outputs(program: ExportedProgram) -> list[str]:
@@ -82,17 +97,17 @@ def _outputs(program: ExportedProgram) -> list[str]:
     return [dotted(path) for path, leaf in leaves if leaf in tensors]
 
 
-def _apart(model: onnx_ir.Model) -> None:
-    """Give every output a value of its own: one that is an input, a weight or another output too cannot have two names."""
+def _separate_outputs(model: onnx_ir.Model) -> None:
+    """Copy outputs that are also an input, a weight or another output: one value cannot have two names."""
     import onnx_ir
 
     seen = {id(value) for value in (*model.graph.inputs, *model.graph.initializers.values())}
-    for place, value in enumerate(model.graph.outputs):
+    for index, value in enumerate(model.graph.outputs):
         if id(value) in seen:
             copy = onnx_ir.node("Identity", inputs=[value])
             copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
             model.graph.append(copy)
-            model.graph.outputs[place] = copy.outputs[0]
+            model.graph.outputs[index] = copy.outputs[0]
         seen.add(id(value))
 
 
@@ -104,17 +119,17 @@ def _axes(inputs: Mapping[str, Tensor], lengths: Mapping[int, str]) -> dict[str,
         if axis == 0 and batch is None:
             batch = length
         word = name.split("_")[0]
-        wanted = [f"{name}_axis{axis}"]
+        candidates = [f"{name}_axis{axis}"]
         if axis == 1 and inputs[name].dim() <= 3:  # ids, masks, features; not images
-            wanted = ["sequence", f"{word}_sequence", *wanted]
-        free = [label for label in wanted if label not in names.values()]
+            candidates = ["sequence", f"{word}_sequence", *candidates]
+        unused = [label for label in candidates if label not in names.values()]
         shared = lengths.get(length) or ("batch" if axis == 0 and length == batch else None)
-        names.setdefault(symbol, shared or free[0])
+        names.setdefault(symbol, shared or unused[0])
     return names
 
 
 def _dynamic(inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, int, str, int]]:
-    """Input, axis, symbol, and length in the example."""
+    """Every dynamic axis: name of the input, axis, symbol, and length in the example."""
     for name, value in inputs.items():
         sizes: list[Any] = list(value.shape)
         for axis, size in enumerate(sizes):
@@ -123,14 +138,14 @@ def _dynamic(inputs: Mapping[str, Tensor]) -> Iterator[tuple[str, int, str, int]
 
 
 def _name_axes(model: onnx_ir.Model, names: Mapping[str, str]) -> None:
-    """Rename symbols in the shape of every value."""
+    """Rename the symbols in the shape of every value."""
     import onnx_ir
 
     def renamed(dim: Any) -> Any:
         if not isinstance(dim, onnx_ir.SymbolicDim) or dim.value is None:
             return dim
         text = " + ".join(sorted(SYMBOL.sub(lambda found: names.get(found[0], found[0]), dim.value).split(" + ")))
-        return int(text) if text.isdigit() else onnx_ir.SymbolicDim(text)  # torch may find out late that an axis is fixed
+        return int(text) if text.isdigit() else onnx_ir.SymbolicDim(text)  # torch may prove late that an axis is fixed
 
     values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
     for value in values:

@@ -1,7 +1,7 @@
-"""Compiles the operators for ONNX Runtime: C++ for the CPU, CUDA as well where its compiler is.
+"""Compiles the operators for ONNX Runtime: C++ for the CPU, and CUDA if its compiler is installed.
 
-The sources lie in `kernels/onnxruntime/`. Each is compiled by itself, all at once; the library is linked in a temporary
-directory and moved into place. Its default name carries a hash of the sources, so no stale one is ever taken.
+The sources are in `kernels/onnxruntime/`. They are compiled in parallel and linked in a temporary directory, and the library is
+moved to its path. The default file name contains a hash of the sources, so that a library of older sources is never used.
 """
 
 from __future__ import annotations
@@ -23,55 +23,71 @@ from memrewrite.kernels import onnx_functions
 
 SOURCES = Path(onnx_functions.__file__).with_name("onnxruntime")
 NVCC_PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
-ARCHITECTURES = (80, 90, 100)  # the last also as PTX, for GPUs to come
+ARCHITECTURES = (80, 90, 100)  # the last one also as PTX, for newer GPUs
 
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 _CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O0")
-_SHOWN_LINES = 12  # of what a compiler says
-
-Step = Callable[[str], None]
+_SHOWN_LINES = 12  # of a compiler's messages
 
 
-def build_op(output: Path | None = None, *, cuda: bool | None = None, sanitize: bool = False, step: Step | None = None) -> Path:
-    """Compile the library to `output`, or to `default_library()`, and return its path.
+def build_op(
+    output: Path | None = None,
+    *,
+    cuda: bool | None = None,
+    sanitize: bool = False,
+    step: Callable[[str], None] | None = None,
+) -> Path:
+    """Compile the native library of the memory operators, a shared library for ONNX Runtime 1.17 and newer.
 
-    `cuda`: with CUDA kernels, which need nvcc; None takes them in where nvcc is found. `sanitize`: with the address and
-    undefined-behaviour sanitizers, CPU kernels only. `step` is told what is being compiled.
-    Raises UserError where a compiler is missing, MemrewriteError where it fails.
+    Args:
+        output: The file to write, which is replaced if it exists; if None, `default_library()`.
+        cuda: True adds CUDA kernels, for which nvcc is needed; None adds them if nvcc is found.
+        sanitize: Add the address and undefined-behaviour sanitizers, for tests; CPU kernels only.
+        step: Receives a message before compilation starts.
+
+    Returns:
+        The path of the library.
+
+    Raises:
+        UserError: No C++ compiler was found, or no nvcc with `cuda=True`; or `cuda` and `sanitize` are both True.
+        MemrewriteError: A compiler or the linker failed.
     """
-    nvcc = None if cuda is False or sanitize else find_nvcc()
     if cuda and sanitize:
         raise UserError("a library with sanitizers has no CUDA kernels", hint="cuda=False")
+    nvcc = None if cuda is False or sanitize else find_nvcc()
     if cuda and nvcc is None:
-        hint = "install CUDA's toolkit, put its bin folder on PATH, or build for the CPU alone"
+        hint = "install CUDA's toolkit, put its bin folder on PATH, or build for the CPU only"
         raise UserError(f"nvcc was found neither on PATH nor in {' or '.join(NVCC_PLACES)}", hint=hint)
     target = output or default_library(cuda=nvcc is not None)
     compiler = find_compiler()
-    flags = [*_FLAGS, *(_SANITIZE if sanitize else ()), *(["-DMEMREWRITE_CUDA"] if nvcc else [])]
     with tempfile.TemporaryDirectory(prefix="memrewrite-") as folder:
-        commands, objects = [], []
-        for source in sources(cuda=nvcc is not None):
-            made = Path(folder, source.name + ".o")
-            on_cuda = source.suffix == ".cu"
-            cuda_head = [str(nvcc), "-ccbin", compiler, *_CUDA_FLAGS, *architecture_flags()]
-            head = cuda_head if on_cuda else [compiler, *flags]
-            commands.append([*head, "-c", str(source), "-o", str(made)])
-            objects.append(str(made))
+        commands = _compile_commands(compiler, nvcc, Path(folder), sanitize=sanitize)
         if step:
-            step(f"compiling {len(objects)} file{'s'[: len(objects) > 1]} for {'the CPU and CUDA' if nvcc else 'the CPU'}")
+            step(f"compiling {len(commands)} file{'s'[: len(commands) > 1]} for {'the CPU and CUDA' if nvcc else 'the CPU'}")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, commands))
-        made = Path(folder, target.name)
-        _run([*_link(compiler, nvcc, sanitize=sanitize), *objects, "-o", str(made)])
-        _move(made, target)
+            list(pool.map(_run, commands.values()))
+        linked = Path(folder, target.name)
+        _run([*_link(compiler, nvcc, sanitize=sanitize), *commands, "-o", str(linked)])
+        _move(linked, target)
     return target
 
 
-def default_library(*, cuda: bool | None = None) -> Path:
-    """Where the library lies unless told otherwise: in the user's cache, named after its sources.
+def _compile_commands(compiler: str, nvcc: str | None, folder: Path, *, sanitize: bool) -> dict[str, list[str]]:
+    """Object file in `folder` → the command that compiles it."""
+    head = [compiler, *_FLAGS, *(_SANITIZE if sanitize else ()), *(["-DMEMREWRITE_CUDA"] if nvcc else [])]
+    cuda_head = [str(nvcc), "-ccbin", compiler, *_CUDA_FLAGS, *architecture_flags()]
+    commands = {}
+    for source in sources(cuda=nvcc is not None):
+        target = str(folder / f"{source.name}.o")
+        commands[target] = [*(cuda_head if source.suffix == ".cu" else head), "-c", str(source), "-o", target]
+    return commands
 
-    `cuda`: with CUDA kernels; None where nvcc is found.
+
+def default_library(*, cuda: bool | None = None) -> Path:
+    """The default path of the library: in the user's cache, with a hash of its sources and flags in its name.
+
+    `cuda`: the library with CUDA kernels; None means True if nvcc is found.
     """
     with_cuda = find_nvcc() is not None if cuda is None else cuda
     digest = hashlib.sha256(repr((platform.machine(), _FLAGS, _CUDA_FLAGS, ARCHITECTURES)).encode())
@@ -82,17 +98,17 @@ def default_library(*, cuda: bool | None = None) -> Path:
 
 
 def built_library() -> Path | None:
-    """The library of these sources, if it was built: the one with CUDA kernels before the one without."""
+    """The library of the current sources, or None if it is not built; the one with CUDA kernels is preferred."""
     return next((path for path in (default_library(cuda=True), default_library(cuda=False)) if path.is_file()), None)
 
 
 def sources(*, cuda: bool) -> list[Path]:
-    """The files to compile."""
+    """The source files to compile."""
     return sorted([*SOURCES.glob("*.cpp"), *(SOURCES.glob("*.cu") if cuda else ())])
 
 
 def find_compiler() -> str:
-    """The C++ compiler: $CXX, else c++ or g++ or clang++ on PATH. Raises UserError where there is none."""
+    """Path of the C++ compiler: $CXX, else c++, g++ or clang++ on PATH. Raises `UserError` if there is none."""
     named = os.environ.get("CXX")
     for name in [named] if named else ["c++", "g++", "clang++"]:
         if found := shutil.which(name):
@@ -102,12 +118,12 @@ def find_compiler() -> str:
 
 
 def find_nvcc() -> str | None:
-    """CUDA's compiler, on PATH or where its installers put it."""
+    """Path of nvcc, on PATH or in the directories of its installers; None if it is not there."""
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(NVCC_PLACES))
 
 
 def architecture_flags() -> list[str]:
-    """What nvcc compiles for: machine code for each architecture, PTX of the newest."""
+    """Options of nvcc: machine code for each architecture, and PTX for the newest."""
     flags = []
     for number in ARCHITECTURES:
         code = f"[sm_{number},compute_{number}]" if number == ARCHITECTURES[-1] else f"sm_{number}"
@@ -116,8 +132,11 @@ def architecture_flags() -> list[str]:
 
 
 def _link(compiler: str, nvcc: str | None, *, sanitize: bool) -> list[str]:
-    """CUDA's runtime is linked in, so that the library loads where there is none. It is never unloaded: counters and
-    scratch memory of the runtime's threads stay valid."""
+    """The command that links the library, without its objects.
+
+    CUDA's runtime is linked statically, so that the library loads on machines without CUDA. The library is never unloaded:
+    its counters, and its scratch memory in the threads of ONNX Runtime, stay valid.
+    """
     stay = "-z,nodelete" if sys.platform == "linux" else ""
     if nvcc:
         return [nvcc, "-shared", "-cudart", "static", "-ccbin", compiler, *(["-Xlinker", stay] if stay else [])]
@@ -125,12 +144,12 @@ def _link(compiler: str, nvcc: str | None, *, sanitize: bool) -> list[str]:
 
 
 def _run(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (a compiler that we looked up)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 (a compiler found on PATH)
     if done.returncode == 0:
         return
     lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
-    said = "\n".join(f"  {line}" for line in lines[:_SHOWN_LINES])
-    what = f"{Path(command[0]).name} could not compile the operators:\n{said}"
+    shown = "\n".join(f"  {line}" for line in lines[:_SHOWN_LINES])
+    what = f"{Path(command[0]).name} could not compile the operators:\n{shown}"
     raise MemrewriteError(what, where=" ".join(command), hint="g++ 9 or newer; CUDA 12.8 or newer; another compiler by $CXX")
 
 

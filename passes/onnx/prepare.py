@@ -1,7 +1,7 @@
-"""A model as it is exported, and as an exported file is compared with: its numbers, its inputs, its cache.
+"""Prepares a model for export, and for the comparison with an exported file: its data type, its inputs, its cache.
 
-Flow: example inputs where none are given → numbers of a type that runtimes compute with, on a copy → one step of a decoder,
-where its cache is asked for.
+Flow: generate example inputs if there are none → convert numbers to a type that runtimes support, on a copy → wrap a decoder
+as one step, if its cache is requested.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ log = logging.getLogger("memrewrite")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is exported: `lengths` name axes by how long they are in the example, `axes` of every input may be dynamic."""
+    """What is exported. `lengths` maps an axis' length in the example to its name.
+
+    The first `axes` axes of every input may be dynamic.
+    """
 
     model: nn.Module | ExportedProgram
     inputs: Inputs
@@ -46,7 +49,7 @@ class Prepared:
 def prepared(
     model: nn.Module | ExportedProgram, inputs: Any = None, dtype: Float | None = None, *, with_past: bool = False
 ) -> Prepared:
-    """`model` ready for export; the caller's is left as it is. Raises `ExportError` for what cannot be converted."""
+    """`model` ready for export; the caller's model is not changed. Raises `ExportError` if it cannot be converted."""
     lengths: Mapping[int, str] = {}
     if with_past and is_traced(model):
         raise ExportError("a graph cannot be exported with its cache", hint="export the live module")
@@ -60,7 +63,7 @@ def prepared(
 
 
 def _arguments(model: nn.Module | ExportedProgram, inputs: Any) -> Inputs:
-    """The given inputs; or made ones, with the mask that batches of texts need."""
+    """The inputs of the caller or of the graph; otherwise generated ones, with the mask that batches of texts need."""
     if inputs is not None:
         return as_inputs(inputs)
     if isinstance(model, ExportedProgram):
@@ -77,7 +80,10 @@ def _arguments(model: nn.Module | ExportedProgram, inputs: Any) -> Inputs:
 def _converted(
     model: nn.Module | ExportedProgram, inputs: Inputs, dtype: Float | None
 ) -> tuple[nn.Module | ExportedProgram, Inputs, str]:
-    """A copy in `dtype`, or what is given where that will do. A table of 8 or 64 bits becomes one of the model's type."""
+    """The model and inputs converted to `dtype` as a copy, or unchanged if no conversion is needed; and the name of the dtype.
+
+    A table of 8 or 64 bits is converted to the model's type, since the memory operators in ONNX have none of these.
+    """
     pools = [pool for pool in model.modules() if isinstance(pool, Pool)] if isinstance(model, nn.Module) else []
     tables = {id(pool.values) for pool in pools} | {id(pool.scale) for pool in pools}
     own = {t.dtype for t in _tensors(model) if t.is_floating_point() and id(t) not in tables}
@@ -95,10 +101,10 @@ def _converted(
     table = target or (min(own, key=str) if len(own) == 1 else torch.float32)
     for pool in copied.modules():
         if isinstance(pool, Pool) and pool.values.dtype not in TABLES:
-            _as_numbers(pool, table)
+            _convert_table(pool, table)
     if target is not None:
         if dtype is None:
-            log.warning("the model computes in %s, which runtimes do not: it is exported as float32", _named(own))
+            log.warning("the model computes in %s, which runtimes do not support: it is exported as float32", _named(own))
         inputs = tree_map(lambda x: x.to(target) if isinstance(x, Tensor) and x.is_floating_point() else x, inputs)
         _convert(copied, target, inputs)
         own = {target}
@@ -106,37 +112,37 @@ def _converted(
 
 
 def _tensors(model: nn.Module | ExportedProgram) -> list[Tensor]:
-    """Parameters and buffers; not those that no checkpoint holds, which are computed and may be finer."""
+    """Parameters and persistent buffers. Non-persistent buffers are omitted: they are computed, and may have a wider type."""
     return list((model.state_dict if isinstance(model, ExportedProgram) else model.state_dict(keep_vars=True)).values())
 
 
 def _convert(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> None:
-    """All numbers of `model` to `dtype`, but what it computed in fp32 and no checkpoint holds: angles of positions, halved in
-    precision, are other positions. Where the model does not run with these, they are converted too.
+    """Convert `model` to `dtype`, except its non-persistent fp32 buffers, such as the angles of rotary positions, which would
+    represent other positions in half precision. If the model does not run with these buffers in fp32, they are converted too.
     """
     computed = [(module, name) for module in model.modules() for name in module._non_persistent_buffers_set]
-    held = {place: buffer for place in computed if (buffer := place[0]._buffers[place[1]]) is not None}
-    fine = {place: buffer for place, buffer in held.items() if buffer.dtype == torch.float32 and dtype.itemsize < 4}
+    buffers = {key: buffer for key in computed if (buffer := key[0]._buffers[key[1]]) is not None}
+    kept = {key: buffer for key, buffer in buffers.items() if buffer.dtype == torch.float32 and dtype.itemsize < 4}
     model.to(dtype)
-    rounded = {place: place[0]._buffers[place[1]] for place in fine}
-    for (module, name), buffer in fine.items():
+    rounded = {key: key[0]._buffers[key[1]] for key in kept}
+    for (module, name), buffer in kept.items():
         module._buffers[name] = buffer
-    if not fine or not tree_leaves(inputs):
+    if not kept or not tree_leaves(inputs):
         return
     try:
         run(model, inputs)
     except RuntimeError as error:
-        log.warning("computed buffers are rounded to %s, for the model does not run on finer ones: %s", _named({dtype}), error)
+        log.warning("computed buffers are rounded to %s, since the model fails with fp32 ones: %s", _named({dtype}), error)
         for (module, name), buffer in rounded.items():
             module._buffers[name] = buffer
 
 
-def _as_numbers(pool: Pool, dtype: torch.dtype) -> None:
-    """A table of a type that no native kernel has, as `dtype`; one of 8 bits times its factor a row."""
+def _convert_table(pool: Pool, dtype: torch.dtype) -> None:
+    """Convert a table of a type that no native kernel supports to `dtype`; rows of 8 bits are multiplied by their scales."""
     log.warning("a table of %s is exported as %s", _named({pool.values.dtype}), _named({dtype}))
-    factor = 1.0 if pool.scale is None else pool.scale.unsqueeze(-1)
+    scale = 1.0 if pool.scale is None else pool.scale.unsqueeze(-1)
     with torch.no_grad():
-        pool.values = nn.Parameter((pool.values.to(torch.promote_types(dtype, torch.float32)) * factor).to(dtype))
+        pool.values = nn.Parameter((pool.values.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype))
     pool.scale = None
 
 

@@ -1,7 +1,7 @@
-"""`onnx_session`: an exported file in ONNX Runtime, on the provider that was asked for and with the kernels it says.
+"""`onnx_session`: an exported file in ONNX Runtime, on the requested provider and with the requested kernels.
 
-Flow: which memory operators the file holds → whether the native library serves this provider → a session, whose provider is
-held against the wish.
+Flow: read which memory operators the file has → decide whether the native library has kernels for the provider → create the
+session, and check that it runs on that provider.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from memrewrite.passes.onnx.native_library import built_library
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
 
-Route = Literal["auto", "native", "standard"]
+Kernels = Literal["auto", "native", "standard"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 Provider = str | tuple[str, Mapping[str, Any]]
 
@@ -32,32 +32,60 @@ def onnx_session(
     path: str | Path,
     providers: Sequence[Provider] = (CPU,),
     *,
-    op: Route = "auto",
+    op: Kernels = "auto",
     library: str | Path | None = None,
     options: SessionOptions | None = None,
 ) -> InferenceSession:
-    """An `onnxruntime.InferenceSession` of `path`, whose first provider is the first of `providers`, or an error.
+    """Open an exported file in ONNX Runtime. Unlike `onnxruntime.InferenceSession`, it never falls back to another provider.
 
-    `op`: "native" runs the memory operators by the kernels of `library` (left out: the one that `memrewrite build-op`
-    built), "standard" by the functions in the file; "auto" takes the library where it is built and has kernels for the
-    provider. Which it was is logged, and is `session.memory_kernels`: operator → "native" or "standard". `options` are
-    registered with the library, so they serve one session. Raises `ExportError`: no such file, provider, library or
-    function; a provider that does not come up.
+    Args:
+        path: The ONNX file; a file of weights must be next to it.
+        providers: Execution providers as for `onnxruntime.InferenceSession`; the session runs on the first one.
+        op: Which kernels run the memory operators: "native" those of the native library, "standard" the functions of
+            standard operators in the file. "auto" uses the library if it is built and has kernels for the provider.
+        library: The native library; if None, the one that `memrewrite build-op` built.
+        options: Session options. The library is registered with them, so use them for one session only.
+
+    Returns:
+        The session. Its `memory_kernels` maps each memory operator of the file to "native" or "standard"; the log has the same.
+
+    Raises:
+        ExportError: onnxruntime is not installed or has no such provider, the provider does not start, the file or the library
+            is missing or cannot be loaded, or the file has no functions and no library can run its operators.
     """
+    provider = first_of(providers)
+    _require_provider(provider, path)
+    operators, has_functions = _memory_operators(Path(path))
+    native = _library(library, provider, op) if operators and op != "standard" else None
+    if operators and native is None and not has_functions:
+        hint = "memrewrite build-op, or export with --op both"
+        raise ExportError("the file's memory operators have no functions: they need the library", where=str(path), hint=hint)
+    session = _opened(path, providers, native, options)
+    session.memory_kernels = dict.fromkeys(operators, "standard" if native is None else "native")
+    for name, count in operators.items():
+        kernel = "its function of standard operators" if native is None else f"the native kernel of {native.name}"
+        log.info("%s (%d nodes) runs on %s by %s", name, count, provider, kernel)
+    return session
+
+
+def _require_provider(provider: str, path: str | Path) -> None:
+    """Raise `ExportError` if onnxruntime is not installed or has no such provider."""
     try:
         import onnxruntime
     except ImportError as error:
         raise ExportError(f"running ONNX needs onnxruntime ({error})", hint="pip install 'memrewrite[onnx]'") from error
-    wanted = first_of(providers)
     available = onnxruntime.get_available_providers()
-    if wanted not in available:
-        what = f"this onnxruntime has no {wanted}: it has {', '.join(available)}"
-        raise ExportError(what, where=str(path), hint="pip install 'memrewrite[gpu]' for CUDA, or ask for another provider")
-    used, has_functions = _memory_operators(Path(path))
-    native = _library(library, wanted, op) if used and op != "standard" else None
-    if used and native is None and not has_functions:
-        hint = "memrewrite build-op, or export with --op both"
-        raise ExportError("the file's memory operators have no functions: they need the library", where=str(path), hint=hint)
+    if provider not in available:
+        what = f"this onnxruntime has no {provider}: it has {', '.join(available)}"
+        raise ExportError(what, where=str(path), hint="pip install 'memrewrite[gpu]' for CUDA, or request another provider")
+
+
+def _opened(
+    path: str | Path, providers: Sequence[Provider], native: Path | None, options: SessionOptions | None
+) -> InferenceSession:
+    """A session that runs on the first of `providers`. Raises `ExportError` if the file or the provider cannot be loaded."""
+    import onnxruntime
+
     settings = options or onnxruntime.SessionOptions()
     try:
         if native is not None:
@@ -67,32 +95,29 @@ def onnx_session(
         raise ExportError(
             f"onnxruntime cannot load the file: {in_one_line(error, kind=False)}", where=str(path), hint="export it again"
         ) from error
-    if session.get_providers()[0] != wanted:
-        what = f"{wanted} did not come up: onnxruntime fell back to {session.get_providers()[0]}"
-        raise ExportError(what, where=str(path), hint="look at onnxruntime's log above: a library of that provider is missing")
-    session.memory_kernels = dict.fromkeys(used, "standard" if native is None else "native")
-    for name, count in used.items():
-        which = "its function of standard operators" if native is None else f"the native kernel of {native.name}"
-        log.info("%s (%d nodes) runs on %s by %s", name, count, wanted, which)
+    used = session.get_providers()[0]
+    if used != first_of(providers):
+        what = f"{first_of(providers)} did not start: onnxruntime fell back to {used}"
+        raise ExportError(what, where=str(path), hint="see onnxruntime's log above: a library of that provider is missing")
     return session
 
 
 def first_of(providers: Sequence[Provider]) -> str:
-    """The name of the provider that is to run the file. Raises `ExportError` for none."""
+    """The name of the provider that runs the file. Raises `ExportError` if `providers` is empty."""
     if not providers:
-        raise ExportError("no execution provider was asked for", hint=f"providers=[{CPU!r}]")
+        raise ExportError("no execution provider was requested", hint=f"providers=[{CPU!r}]")
     return providers[0] if isinstance(providers[0], str) else providers[0][0]
 
 
 def calls_of(library: Path, operator: str, provider: str = CPU) -> int:
-    """How often the native kernel of `operator` has run on `provider` in this process."""
+    """How many times the native kernel of `operator` has run on `provider` in this process."""
     counter = _loaded(library).memrewrite_calls
     counter.restype, counter.argtypes = ctypes.c_int64, (ctypes.c_char_p, ctypes.c_char_p)
     return int(counter(operator.encode(), provider.encode()))
 
 
 def _memory_operators(path: Path) -> tuple[dict[str, int], bool]:
-    """The memory operators of a file, counted, and whether it holds functions for them."""
+    """The number of nodes of each memory operator in a file, and whether it contains functions for all of them."""
     model = read_graph(path)
     names = [node.op_type for node in model.graph.node if node.domain == DOMAIN]
     functions = {function.name for function in model.functions if function.domain == DOMAIN}
@@ -100,7 +125,7 @@ def _memory_operators(path: Path) -> tuple[dict[str, int], bool]:
 
 
 def unserved(library: Path | None, provider: str) -> str:
-    """Why native kernels cannot run on `provider`, or "". Raises `ExportError` for a library that is none."""
+    """Why native kernels cannot run on `provider`, or "". Raises `ExportError` if `library` is missing or cannot be loaded."""
     if library is None:
         return "the native library is not built (memrewrite build-op)"
     if not library.is_file():
@@ -117,13 +142,13 @@ def _loaded(library: Path) -> ctypes.CDLL:
         raise ExportError(f"the native library cannot be loaded: {error}", hint="memrewrite build-op") from error
 
 
-def _library(given: str | Path | None, provider: str, op: Route) -> Path | None:
-    """The library to register, or None where the functions serve better: they at least run on the provider."""
+def _library(given: str | Path | None, provider: str, op: Kernels) -> Path | None:
+    """The library to register, or None if it has no kernels for the provider, so that the functions run."""
     library = built_library() if given is None else Path(given)
     why = unserved(library, provider)
     if not why and library is not None:
         return library.resolve()
     if op == "native":
         raise ExportError(why, hint='build it, with nvcc for CUDA; or op="standard"')
-    log.warning("memory operators run by their functions of standard operators: %s", why)
+    log.warning("memory operators run as functions of standard operators: %s", why)
     return None

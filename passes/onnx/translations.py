@@ -1,7 +1,8 @@
-"""How `torch.onnx` is to write the operators `torch.ops.memrewrite.*`: each as one node of the domain `memrewrite`.
+"""How `torch.onnx` writes the operators `torch.ops.memrewrite.*`: each as one node of the domain `memrewrite`.
 
-The exporter expands every function it is given, so that one with a body would leave no node for a native kernel. These are
-one-line functions of a domain of their own: what is left after the expansion is the line. Imported by the first export.
+The exporter inlines every function that a translation calls, so a function with the operator's body would leave no node for a
+native kernel. These functions have one line each, and belong to another domain: after inlining, that line remains, which is the
+node. The module is imported by the first export.
 """
 # No postponed annotations here: onnxscript reads them as types.
 
@@ -18,15 +19,15 @@ Number = TypeVar("Number", bound=Union[FLOAT, FLOAT16, BFLOAT16])  # noqa: UP007
 Index = TypeVar("Index", bound=Union[INT64, INT32])  # noqa: UP007
 
 _memory = onnxscript.values.Opset(DOMAIN, VERSION)
-_expanded = onnxscript.script(onnxscript.values.Opset(f"{DOMAIN}.export", 1), default_opset=onnxscript.opset18)
+_inlined = onnxscript.script(onnxscript.values.Opset(f"{DOMAIN}.export", 1), default_opset=onnxscript.opset18)
 
 
-@_expanded
+@_inlined
 def _sparse_lookup(values: Number, indices: Index, weights: Number) -> Number:
     return _memory.SparseLookup(values, indices, weights)  # type: ignore[no-any-return]
 
 
-@_expanded
+@_inlined
 def _product_key_topk(scores1: Number, scores2: Number, k: int, softmax: bool = False) -> tuple[FLOAT, INT64]:
     scores, slots = _memory.ProductKeyTopk(scores1, scores2, k=k, softmax=softmax)
     return scores, slots
@@ -36,4 +37,4 @@ TRANSLATIONS: dict[Any, Any] = {
     torch.ops.memrewrite.sparse_lookup.default: _sparse_lookup,
     torch.ops.memrewrite.product_key_topk.default: _product_key_topk,
 }
-TAKEN = {target: len(function.op_signature.params) for target, function in TRANSLATIONS.items()}  # arguments that are written
+ARGUMENTS = {target: len(function.op_signature.params) for target, function in TRANSLATIONS.items()}  # how many ONNX has

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from onnx import numpy_helper
 from typer.testing import CliRunner
 
 from memrewrite.cli.app import app
+from memrewrite.passes.onnx import native_library
 from memrewrite.passes.onnx import session as onnx_session
 from memrewrite.passes.onnx.check import routes as onnx_routes
 
@@ -33,7 +35,7 @@ def inputs():
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path) -> Callable[..., Any]:
-    """Runs the command line in a directory that holds model.py, where the native library is built."""
+    """Runs the command line in a directory that contains model.py, as if the native library were built."""
     (tmp_path / "model.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     for module in (onnx_routes, onnx_session):
@@ -41,14 +43,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path) -> Calla
     return lambda *arguments: CliRunner().invoke(app, list(arguments))
 
 
-def test_a_model_is_exported_and_checked_and_a_wrong_file_is_found(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_model_is_exported_and_checked_and_a_fault_in_the_file_is_found(run: Callable[..., Any], tmp_path: Path) -> None:
     done = run("export", "model.py", "-o", "model.onnx", "--json")
     assert done.exit_code == 0, done.stderr
     exported = json.loads(done.stdout)["exported"]
     assert exported["nodes"] == {"ProductKeyTopk": 2, "SparseLookup": 2}
     assert exported["inputs"] == [{"name": "x", "dtype": "float", "shape": ["batch", "sequence", 16]}]
 
-    done = run("check", "model.onnx")  # the file says what it was exported from, and that is code
+    done = run("check", "model.onnx")  # the file's metadata name its source, which is code
     assert done.exit_code == 2
     assert "--trust-code" in done.stderr
     assert "the user's own print" not in done.stderr
@@ -74,7 +76,7 @@ def test_a_model_is_exported_and_checked_and_a_wrong_file_is_found(run: Callable
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("export", "model.py", "-o", "model.py"), "is what is read"),
         (("export", "model.py", "-o", "there.onnx"), "exists"),
@@ -85,21 +87,25 @@ def test_a_model_is_exported_and_checked_and_a_wrong_file_is_found(run: Callable
         (("check", "there.onnx"), "cannot be read as ONNX"),
     ],
 )
-def test_bad_input_is_told_and_nothing_is_left(
-    run: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...], said: str
+def test_bad_input_is_reported_and_no_file_is_left(
+    run: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "there.onnx").write_text("not ONNX")
     done = run(*arguments)
     assert done.exit_code == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["model.py", "there.onnx"]
 
 
-def test_a_library_is_built_where_it_is_wanted(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_library_is_built_at_the_given_path(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one small source, since the `library` fixture compiles the real ones."""
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "one.cpp").write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }')
+    monkeypatch.setattr(native_library, "SOURCES", tmp_path / "sources")
     done = run("build-op", "--no-cuda", "-o", "ops.so", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout) == {"library": "ops.so"}
-    assert (tmp_path / "ops.so").stat().st_size > 10_000
+    assert ctypes.CDLL(str(tmp_path / "ops.so")).one() == 1
     done = run("build-op", "-o", "model.py")
     assert done.exit_code == 2
     assert "exists" in done.stderr

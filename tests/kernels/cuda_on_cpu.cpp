@@ -1,7 +1,7 @@
 // Runs the CUDA kernels on the CPU over the cases of a file: `cuda_on_cpu CASES RESULTS`.
 //
-// A case is ten numbers (operator, element type, index type, misplacement in elements, and sizes), then its arrays; arrays stand
-// in memory blocks of exactly their length, so that the sanitizer sees every read past an end.
+// A case is ten numbers (operator, element type, index type, misalignment in elements, and sizes), then its arrays. Each array
+// has a memory block of exactly its length, so that the sanitizer finds every read past its end.
 #include "cuda_on_cpu.h"
 
 #include <cstring>
@@ -12,7 +12,7 @@ namespace {
 
 using Bytes = std::vector<char>;
 
-// An array at a place that is a multiple of its elements' size, and of 16 bytes only where `misplaced` is 0.
+// An array that is aligned to the size of its elements, and to 16 bytes only if `misplaced` is 0.
 template <class T>
 struct Array {
   Array(size_t count, int64_t misplaced) : memory(static_cast<char*>(malloc((count + misplaced) * sizeof(T)))), count(count) {

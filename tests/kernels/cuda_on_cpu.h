@@ -1,6 +1,6 @@
-// As much of CUDA as the kernels use, on the CPU: blocks run one after another, the threads of a block as fibers that change at
-// every barrier. A barrier that some threads miss ends the process; threads run upward or downward between barriers, so that
-// a missing one shows as a different result.
+// The part of CUDA that the kernels use, on the CPU: blocks run one after another, and the threads of a block are fibers that
+// switch at every barrier. A barrier that some threads miss aborts the process. Between barriers, threads run in ascending or
+// descending order, so that a missing barrier changes the result.
 #pragma once
 
 #include <ucontext.h>
@@ -53,7 +53,7 @@ inline ucontext_t scheduler;
 inline Fiber* running;
 inline std::function<void()> body;
 
-// The address sanitizer is told which stack is in use.
+// The address sanitizer must know which stack is in use.
 inline const void* scheduler_stack;
 inline size_t scheduler_size;
 

@@ -1,6 +1,6 @@
-"""Throws random inputs, attributes and files at the native operators: each must end in numpy's result or in an error.
+"""Runs the native operators on random inputs, attributes and files: the result must be that of numpy, or an error.
 
-`python native_fuzz.py LIBRARY CASES SEED`, under AddressSanitizer: inputs are numpy's memory, which is read in place.
+`python native_fuzz.py LIBRARY CASES SEED`, under AddressSanitizer. Inputs are arrays of numpy, which are read in place.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ topk_session = functools.cache(lambda kind, k, soft: session(topk_model(kind, k=
 
 
 def refused(call: Callable[[], Any]) -> str:
-    """The error that a call ends in: of the runtime's own kinds."""
+    """The error that a call raises, with its type."""
     try:
         call()
-    except Exception as error:  # noqa: BLE001 (any kind will do, as long as the process lives)
+    except Exception as error:  # noqa: BLE001 (any type is accepted; the process must not crash)
         return f"{type(error).__name__}: {error}"
     raise AssertionError("not refused")
 
@@ -41,12 +41,12 @@ def size(most: int) -> int:
 
 
 def scores(kind: str, *shape: int) -> np.ndarray:
-    """Normal ones, or with many equal, infinite or not-a-number among them."""
+    """Normal scores, or scores with many that are equal, infinite or NaN."""
     x = rng.standard_normal(shape)
-    draw = rng.random()
-    if draw < 0.3:
+    chance = rng.random()
+    if chance < 0.3:
         x = np.round(x)
-    if draw < 0.15:
+    if chance < 0.15:
         x = np.where(rng.random(shape) < 0.2, rng.choice([np.nan, -np.inf, 0.0, -0.0], shape), x)
     return array(x, kind)
 
@@ -73,9 +73,9 @@ def bad_index() -> None:
     beyond = [values.shape[0], *(b for b in BEYOND if np.iinfo(index).min <= b <= np.iinfo(index).max)]
     indices.reshape(-1)[rng.integers(indices.size)] = int(rng.choice(np.array(beyond, dtype=np.int64)))
     feeds = {"values": values, "indices": indices, "weights": weights}
-    said = refused(lambda: lookup_session("float", index).run(None, feeds))
-    assert "SparseLookup: index" in said, said
-    assert "is out of range for a table of" in said, said
+    message = refused(lambda: lookup_session("float", index).run(None, feeds))
+    assert "SparseLookup: index" in message, message
+    assert "is out of range for a table of" in message, message
 
 
 @functools.cache
@@ -86,21 +86,21 @@ def shapeless(op: str) -> Any:
 
 
 def bad_shapes() -> None:
-    """Any ranks and lengths: a right one by chance is run."""
+    """Any ranks and lengths; shapes that are valid by chance must run."""
     op = str(rng.choice(["SparseLookup", "ProductKeyTopk"]))
     shapes = [tuple(int(n) for n in rng.integers(0, 5, rng.integers(0, 4))) for _ in range(3)]
     a, b, c = (array(rng.standard_normal(shape), "float") for shape in shapes)
     if op == "ProductKeyTopk":
-        right = bool(a.ndim and b.ndim and a.shape[:-1] == b.shape[:-1] and min(a.shape[-1], b.shape[-1]) >= 3)
+        valid = bool(a.ndim and b.ndim and a.shape[:-1] == b.shape[:-1] and min(a.shape[-1], b.shape[-1]) >= 3)
         feeds = {"a": a, "b": b}
     else:
-        right = a.ndim == 2 and b.ndim == 2 and b.shape == c.shape and (b.size == 0 or a.shape[0] > 0)
+        valid = a.ndim == 2 and b.ndim == 2 and b.shape == c.shape and (b.size == 0 or a.shape[0] > 0)
         feeds = {"a": a, "b": np.zeros(b.shape, np.int64), "c": c}
-    if right:
+    if valid:
         shapeless(op).run(None, feeds)
     else:
-        said = refused(lambda: shapeless(op).run(None, feeds))
-        assert f"{op}: " in said, said
+        message = refused(lambda: shapeless(op).run(None, feeds))
+        assert f"{op}: " in message, message
 
 
 def good_topk() -> None:
@@ -114,12 +114,12 @@ def good_topk() -> None:
 
 def bad_attributes() -> None:
     wrong = [{}, {"k": 0}, {"k": -1}, {"k": -(2**63)}, {"k": 1.5}, {"k": "4"}, {"k": [4]}]
-    late = [{"k": 2**63 - 1}, {"k": 2**31}, {"k": 6}]  # known to be wrong only when the scores are there
+    late = [{"k": 2**63 - 1}, {"k": 2**31}, {"k": 6}]  # refused only when the scores are known
     feeds = {name: array(rng.standard_normal((2, 5)), "float") for name in ("scores1", "scores2")}
     choice = int(rng.integers(len(wrong) + len(late)))
     proto = topk_model("float", **[*wrong, *late][choice])
-    said = refused(lambda: session(proto, LIBRARY).run(None, feeds))
-    assert "ProductKeyTopk: " in said, said
+    message = refused(lambda: session(proto, LIBRARY).run(None, feeds))
+    assert "ProductKeyTopk: " in message, message
 
 
 def small_files() -> list[tuple[bytes, dict[str, np.ndarray]]]:
@@ -130,7 +130,7 @@ def small_files() -> list[tuple[bytes, dict[str, np.ndarray]]]:
 
 
 def attempt(proto: Any, feeds: dict[str, np.ndarray]) -> None:
-    with contextlib.suppress(Exception):  # any error will do, as long as the process lives
+    with contextlib.suppress(Exception):  # any error is accepted; the process must not crash
         session(proto, LIBRARY).run(None, feeds)
 
 
@@ -143,20 +143,20 @@ def edited_bytes() -> None:
 
 
 def edited_nodes() -> None:
-    """Inputs and outputs that are missing, empty, double or of other types."""
+    """Inputs and outputs that are missing, empty, duplicated or of other types."""
     import onnx
 
     data, feeds = small_files()[rng.integers(2)]
     proto = onnx.load_model_from_string(data)
     node, graph = proto.graph.node[0], proto.graph
     names = node.input if rng.random() < 0.5 else node.output
-    edit, place = int(rng.integers(5)), int(rng.integers(len(names)))
+    edit, position = int(rng.integers(5)), int(rng.integers(len(names)))
     if edit == 0:
-        del names[place]
+        del names[position]
     elif edit == 1:
-        names[place] = ""
+        names[position] = ""
     elif edit == 2:
-        names.append(names[place] if names is node.input else "more")
+        names.append(names[position] if names is node.input else "more")
     elif edit == 3:
         graph.input[rng.integers(len(graph.input))].type.tensor_type.elem_type = int(rng.integers(17))
     else:

@@ -1,6 +1,6 @@
-"""The CUDA kernels for ONNX Runtime without a GPU: run on the CPU, thread by thread, and read as machine code.
+"""The CUDA kernels for ONNX Runtime without a GPU: run on the CPU, thread by thread, and checked as machine code.
 
-`cuda_on_cpu.h` lets g++ compile them under the sanitizers: every block runs with barriers as CUDA's, in two orders of threads.
+With `cuda_on_cpu.h`, g++ compiles them with sanitizers. Every block runs with the barriers of CUDA, in two orders of threads.
 """
 
 from __future__ import annotations
@@ -17,38 +17,45 @@ import pytest
 
 pytest.importorskip("ml_dtypes", reason="onnx, which brings bfloat16 for numpy, is not installed")
 
-from native_models import array, built, check_lookup, check_topk
+from native_builds import cached
+from native_models import array, check_lookup, check_topk
 
-from memrewrite.passes.onnx import native_library as build_op
+from memrewrite.passes.onnx import native_library
 
 GXX = shutil.which("g++")
-NVCC = build_op.find_nvcc()
+NVCC = native_library.find_nvcc()
 HERE = Path(__file__).parent
 KINDS = ("float", "float16", "bfloat16")
-LIMITS = {"indices": 256, "keys": 2048}  # what the kernels hold in shared memory at once
+CUDA_SOURCES = ("lookup_cuda", "topk_cuda")
+LIMITS = {"indices": 256, "keys": 2048}  # how many fit into a block's shared memory
+WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O0")
 
 
 @pytest.fixture(scope="session")
-def emulator(folder: Path) -> Path:
+def emulator() -> Path:
     if GXX is None:
-        pytest.skip("g++ is not there to build the kernels for the CPU")
-    return built(folder, "cuda_on_cpu", emulate)
+        pytest.skip("g++ is not installed, which builds the kernels for the CPU")
+    files = [HERE / "cuda_on_cpu.cpp", HERE / "cuda_on_cpu.h", *native_library.SOURCES.iterdir()]
+    return cached("cuda_on_cpu", emulate, files=files, compilers=[GXX], flags=[*WARNINGS, *SANITIZED])
 
 
 def emulate(program: Path) -> None:
-    """The kernels and what drives them as one program, all warnings on."""
-    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-include", str(HERE / "cuda_on_cpu.h")]
-    head = [str(GXX), *flags, *SANITIZED, f"-I{build_op.SOURCES}", "-x", "c++", "-c"]
-    files = [HERE / "cuda_on_cpu.cpp", *sorted(build_op.SOURCES.glob("*.cu"))]
+    """Compile the kernels and the code that runs them into one program."""
+    options = ["-include", str(HERE / "cuda_on_cpu.h"), f"-I{native_library.SOURCES}", "-x", "c++", "-c"]
+    files = [HERE / "cuda_on_cpu.cpp", *sorted(native_library.SOURCES.glob("*.cu"))]
     objects = [f"{program}.{path.name}.o" for path in files]
+    commands = [
+        [str(GXX), *WARNINGS, *SANITIZED, *options, str(path), "-o", target]
+        for path, target in zip(files, objects, strict=True)
+    ]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda path, made: subprocess.run([*head, str(path), "-o", made], check=True), files, objects))
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
     subprocess.run([str(GXX), *SANITIZED, *objects, "-o", str(program)], check=True)
 
 
 class Cases:
-    """What is to be run, as bytes; and what came of it."""
+    """The cases to run, as bytes, and their results."""
 
     def __init__(self, emulator: Path, folder: Path) -> None:
         self.emulator, self.folder = emulator, folder
@@ -78,7 +85,7 @@ def cases(emulator: Path, tmp_path: Path) -> Cases:
     return Cases(emulator, tmp_path)
 
 
-LOOKUPS = [  # slots, width, tokens, reads, elements off a place that is a multiple of 16 bytes
+LOOKUPS = [  # slots, width, tokens, reads, offset from an address aligned to 16 bytes, in elements
     (1, 1, 1, 1, 0),
     (9, 8, 3, 0, 0),
     (9, 8, 3, 2, 0),
@@ -89,29 +96,29 @@ LOOKUPS = [  # slots, width, tokens, reads, elements off a place that is a multi
     (20, 1032, 1, 7, 3),
     (300, 264, 2, LIMITS["indices"], 0),
     (300, 8, 2, 2 * LIMITS["indices"] + 5, 0),
-    (40, 128, 260, 2, 0),  # many tokens: wider blocks, and one group where they are widest
+    (40, 128, 260, 2, 0),  # many tokens: wider blocks; the widest have one group
     (4, 1024, 513, 1, 0),
 ]
 
 
 def test_lookup(cases: Cases) -> None:
     rng = np.random.default_rng(0)
-    given = []
+    expected = []
     for number, (slots, width, tokens, reads, misplaced) in enumerate(LOOKUPS):
         for kind in KINDS if tokens < 100 else ("float",):
             index = ("int64", "int32")[(number + KINDS.index(kind)) % 2]
             values, weights = (array(rng.standard_normal(shape), kind) for shape in [(slots, width), (tokens, reads)])
             indices = array(rng.integers(0, slots, (tokens, reads)), index)
             cases.add(0, kind, index, misplaced, (slots, width, tokens, reads), values, indices, weights)
-            given.append((kind, values, indices, weights))
+            expected.append((kind, values, indices, weights))
     cases.run()
-    for kind, values, indices, weights in given:
+    for kind, values, indices, weights in expected:
         check_lookup(cases.take(kind, len(indices), values.shape[1]), kind, values, indices, weights)
     assert not cases.results
 
 
 @pytest.mark.parametrize("index", ["int64", "int32"])
-def test_an_index_of_no_row_gives_nan_and_reads_nothing(cases: Cases, index: str) -> None:
+def test_an_index_outside_the_table_gives_nan_and_reads_nothing(cases: Cases, index: str) -> None:
     beyond = [-1, 5, np.iinfo(index).min, np.iinfo(index).max]
     for kind in KINDS:
         values, weights = array(np.ones((5, 24)), kind), array(np.ones((6, 3)), kind)
@@ -140,14 +147,14 @@ TOPKS = [  # rows, n1, n2, k
 @pytest.mark.parametrize("soft", [0, 1])
 def test_topk(cases: Cases, soft: int) -> None:
     rng = np.random.default_rng(soft)
-    given = []
+    expected = []
     for number, (rows, n1, n2, k) in enumerate(TOPKS):
         for kind in KINDS if n1 < 1000 else KINDS[number % 3 :][: 1 - soft]:
             one, two = (array(rng.standard_normal((rows, n)), kind) for n in (n1, n2))
             cases.add(1, kind, "int64", number % 2, (rows, n1, n2, k, soft), one, two)
-            given.append((one, two, k))
+            expected.append((one, two, k))
     cases.run()
-    for one, two, k in given:
+    for one, two, k in expected:
         check_topk([cases.take("float", len(one), k), cases.take("int64", len(one), k)], one, two, k, bool(soft))
     assert not cases.results
 
@@ -155,37 +162,38 @@ def test_topk(cases: Cases, soft: int) -> None:
 def test_topk_of_ties_infinities_and_nan(cases: Cases) -> None:
     rng = np.random.default_rng(0)
     numbers = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, 1.0, -1.0, 2.5], np.float32)
-    given = []
+    expected = []
     for k in (1, 4, 20):
         one, two = rng.choice(numbers, (8, 20)), rng.choice(numbers[int(k < 5) :], (8, 25))
         cases.add(1, "float", "int64", 0, (8, 20, 25, k, 0), one, two)
-        given.append((one, two, k))
+        expected.append((one, two, k))
     cases.run()
-    for one, two, k in given:
+    for one, two, k in expected:
         check_topk([cases.take("float", 8, k), cases.take("int64", 8, k)], one, two, k, soft=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- machine code
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not there")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("architecture", [80, *(pytest.param(number, marks=pytest.mark.slow) for number in (90, 100))])
-def test_machine_code(tmp_path: Path, architecture: int) -> None:
-    """No spills, and rows are read by 16 bytes, several before the first is used."""
-    assert set(build_op.ARCHITECTURES) == {80, 90, 100}
-    head = [str(NVCC), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
-    for name in ("lookup_cuda", "topk_cuda"):
-        made = tmp_path / f"{name}.cubin"
-        done = subprocess.run([*head, str(build_op.SOURCES / f"{name}.cu"), "-o", str(made)], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+def test_machine_code(architecture: int) -> None:
+    """No register spills; rows are read 16 bytes at a time, several reads before the first use."""
+    assert set(native_library.ARCHITECTURES) == {80, 90, 100}
+    flags = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
+    compilers = [str(NVCC), native_library.find_compiler()]
+    files = [*native_library.SOURCES.iterdir()]
+    compiled = cached("machine_code", lambda path: compile_cubins(path, flags), files=files, compilers=compilers, flags=flags)
+    for name in CUDA_SOURCES:
+        log = (compiled / f"{name}.log").read_text()
+        spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert spilled
         assert set(spilled) == {("0", "0")}
-        assert max(int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)) <= 64
+        assert max(int(n) for n in re.findall(r"Used (\d+) registers", log)) <= 64
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
-        pytest.skip("cuobjdump is not there to read the instructions")
-    text = subprocess.check_output([cuobjdump, "-sass", str(tmp_path / "lookup_cuda.cubin")], text=True)
+        pytest.skip("cuobjdump is not installed, which prints the instructions")
+    text = subprocess.check_output([cuobjdump, "-sass", str(compiled / "lookup_cuda.cubin")], text=True)
     functions = re.split(r"Function : ", text)[1:]
     wide = [len(re.findall(r"LDG\.E\.\S*128", function)) for function in functions]
     assert len(functions) == 12
@@ -193,8 +201,18 @@ def test_machine_code(tmp_path: Path, architecture: int) -> None:
     assert min(sorted(wide)[6:]) >= 8
 
 
+def compile_cubins(folder: Path, flags: Sequence[str]) -> None:
+    """Compile every CUDA source to a `.cubin` in `folder`, with a `.log` of the registers and spills that ptxas reports."""
+    folder.mkdir()
+    for name in CUDA_SOURCES:
+        command = [str(NVCC), *flags, str(native_library.SOURCES / f"{name}.cu"), "-o", str(folder / f"{name}.cubin")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        (folder / f"{name}.log").write_text(done.stderr)
+
+
 def find_cuobjdump() -> str | None:
-    """CUDA's, or the one that Triton brings."""
+    """The path of Triton's cuobjdump, or else of CUDA's."""
     try:
         import triton
     except ImportError:

@@ -1,7 +1,8 @@
-"""`check_onnx`: an exported file held against the PyTorch model that it was made from, by each way a runtime may take.
+"""`check_onnx`: compares an exported file with the PyTorch model that it was exported from, for each way to run the file.
 
-Flow: what the file says of itself → the model brought to its form → draws of inputs, at other lengths too → PyTorch and every
-route of the file on each → outputs compared, once PyTorch has read the slots that the file chose → a frozen `Checked`.
+Flow: read the file's metadata → prepare the model as for the export → choose sets of inputs, at other lengths too → run
+PyTorch and every route of the file on each set → compare the outputs, after PyTorch has read the slots that the file chose → a
+frozen `Checked`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.export import ExportedProgram
 from memrewrite.errors import ExportError, ModelError, in_one_line
 from memrewrite.frozen import Frozen
 from memrewrite.passes.models.forward import evaluating
-from memrewrite.passes.onnx.check.draws import PAST, Draw, draws, following, given_feeds, text_inputs
+from memrewrite.passes.onnx.check.input_sets import PAST, InputSet, following, input_sets, real_inputs, text_inputs
 from memrewrite.passes.onnx.check.reference import Reference
 from memrewrite.passes.onnx.check.routes import ROUTES, OnnxFile, Route, RouteChecked, RouteName, opened, read_file
 from memrewrite.passes.onnx.check.slot_choices import Ties, same_sets
@@ -25,11 +26,11 @@ from memrewrite.passes.onnx.file import of_rewrite
 from memrewrite.passes.onnx.session import CPU, Provider, first_of
 from memrewrite.passes.storage.source import load_source
 
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2}  # some hundred roundings of the largest number
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2}  # relative to the largest magnitude of an output: some hundred roundings
 
 
-class DrawChecked(Frozen):
-    """One set of inputs: how long its dynamic axes were, and why PyTorch would not have it."""
+class InputSetChecked(Frozen):
+    """One set of inputs: the lengths of its dynamic axes, and why PyTorch does not run on it, or ""."""
 
     name: str
     lengths: dict[str, int]
@@ -37,20 +38,20 @@ class DrawChecked(Frozen):
 
 
 class Checked(Frozen):
-    """A file held against its model."""
+    """The comparison of a file with its model. `draws` are the input sets; the name is a key of the JSON output."""
 
     path: str
     dtype: str
-    plan: str  # the rewrite's digest, "" where there was none
+    plan: str  # digest of the rewrite's plan, "" if there was no rewrite
     provider: str
     tolerance: float
     routes: tuple[RouteChecked, ...]
-    draws: tuple[DrawChecked, ...]
+    draws: tuple[InputSetChecked, ...]
     seconds: float
 
     @property
     def ok(self) -> bool:
-        """Whether every route that ran gives what PyTorch gives."""
+        """True if every route that ran computes what PyTorch computes."""
         return all(route.ok for route in self.routes)
 
 
@@ -67,34 +68,49 @@ def check_onnx(
     trust_code: bool = False,
     step: Callable[[str], None] | None = None,
 ) -> Checked:
-    """Run the file at `path` and `model` on the same inputs, and compare every output.
+    """Run an exported file and its model on the same inputs, and compare every output.
 
-    `model` is live, or what `load_source` takes; left out, what the file says that it was exported from. Inputs are the
-    example (`inputs`, or made as for the export), `real` ones (arrays by input name, or `.npz` files of these),
-    sentences where the model's directory holds a tokenizer, and draws at other lengths. `routes`: "standard" runs the
-    functions in the file, "native" the kernels of `library`; left out, both as far as they are there.
+    The inputs are the example, the `real` ones, sentences if the model's directory has a tokenizer, and random values at other
+    lengths of the dynamic axes. A length that the model does not support is skipped. Rounding may make a top-k of the file
+    choose another slot than PyTorch. Each such choice is judged, and PyTorch is run again on the slots that the file chose.
 
-    `tolerance` bounds an output's largest difference relative to its largest magnitude, and how far below the k-th best
-    sum a slot's may lie, relative to the spread of the sums. Left out it is 1e-4, for a float32 model's sums in another
-    order differ by 1e-6 or so and every layer adds to it; 1e-2 with float16, which rounds by 5e-4. What is out of
-    tolerance is in the result, not an error. Raises `ExportError` where file and model do not belong together or a route
-    cannot be taken, `ModelError` where the model does not run on given inputs.
+    Args:
+        path: A file that `export_onnx` wrote.
+        model: The model, or a path or text that `load_source` accepts; if None, the source named in the file's metadata.
+        inputs: The example inputs of the export: a tensor, a tuple, a dict, or `(args, kwargs)`; if None, those of the model's
+            source, or generated ones.
+        real: More inputs: dicts of arrays by input name, or `.npz` files of such arrays.
+        routes: "standard" runs the functions in the file, "native" the kernels of `library`; if None, those available.
+        providers: Execution providers as for `onnx_session`.
+        tolerance: Largest difference of an output relative to its largest magnitude, and largest distance of a chosen slot's
+            sum below the k-th best sum relative to the range of the sums. If None, 1e-4 for float32: summation in another order
+            causes about 1e-6, which grows with each layer. With float16, whose rounding is 5e-4, it is 1e-2.
+        library: The native library; if None, the one that `memrewrite build-op` built.
+        trust_code: Allow running Python code to load `model`.
+        step: Receives a short message before each stage.
+
+    Returns:
+        The comparison. Differences above the tolerance are in it, and are no error.
+
+    Raises:
+        ExportError: The file cannot be read or run as requested, or it was not exported from this model.
+        ModelError: The model cannot be loaded, or does not run on the example or real inputs.
     """
-    begun, say, file = time.perf_counter(), step or (lambda _: None), read_file(Path(path))
+    begin, report, file = time.perf_counter(), step or (lambda _: None), read_file(Path(path))
     if not isinstance(model, (nn.Module, ExportedProgram)):
-        say("loading the model")
+        report("loading the model")
         model = _source(file, trust_code) if model is None else model
         real = [*real, *text_inputs(model, file.inputs, trust_code=trust_code)]
         model, inputs = _loaded(str(model), inputs, trust_code)
-    _of_one_plan(file, model)
+    _require_same_plan(file, model)
     bound = TOLERANCES.get(file.dtype or "", max(TOLERANCES.values())) if tolerance is None else tolerance
     with evaluating(model):
         reference = Reference(model, inputs, file.dtype, {port.name for port in file.inputs}, with_past=file.with_past)
-        given = given_feeds(real, file.inputs, reference.example)
-        say("loading the file")
-        taken, skipped = opened(file, routes, providers, library)
-        tried = _tried(file, reference, given, taken, bound, say)
-    results = {result.name: result for result in (*(route.result() for route in taken), *skipped)}
+        required = real_inputs(real, file.inputs, reference.example)
+        report("loading the file")
+        available, skipped = opened(file, routes, providers, library)
+        tried = _tried(file, reference, required, available, bound, report)
+    results = {result.name: result for result in (*(route.result() for route in available), *skipped)}
     return Checked(
         path=str(path),
         dtype=file.notes["dtype"],
@@ -103,74 +119,76 @@ def check_onnx(
         tolerance=bound,
         routes=tuple(results[name] for name in ROUTES if name in results),
         draws=tuple(tried),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - begin,
     )
 
 
-def _loaded(spec: str, inputs: Any, trust_code: bool) -> tuple[nn.Module | ExportedProgram, Any]:
-    """The model that `spec` names. Example inputs that nobody wrote down are made anew, as for the export."""
-    source = load_source(spec, trust_code=trust_code)
-    return source.model, source.inputs if inputs is None and not source.inputs_made else inputs
-
-
 def _source(file: OnnxFile, trust_code: bool) -> Path:
-    """What the file says that it was exported from. Raises `ExportError` where it does not, that is gone, or it is code."""
+    """The source in the file's metadata. Raises `ExportError` if there is none, it does not exist, or it may be code."""
     source = file.path.resolve().parent / file.notes["source"] if "source" in file.notes else None
     if source is None or not source.exists():
-        what = "the file does not say what it was exported from" if source is None else f"{str(source)!r} is gone"
+        what = "the file's metadata name no source" if source is None else f"the file's source {str(source)!r} does not exist"
         raise ExportError(what, where=str(file.path), hint="give the model")
     if source.is_file() and not trust_code:
-        what = f"the file says that it was exported from {file.notes['source']!r}, which may be code and was not run"
+        what = f"the file was exported from {file.notes['source']!r}, which may be code and was not run"
         raise ExportError(what, where=str(file.path), hint="give the model yourself, or --trust-code")
     return source
 
 
-def _of_one_plan(file: OnnxFile, model: nn.Module | ExportedProgram) -> None:
-    """Raise `ExportError` when file and model are of two rewrites."""
-    ours, theirs = of_rewrite(model).get("plan"), file.notes.get("plan")
-    if ours and theirs and ours != theirs:
-        what = f"the file was exported from another rewrite: its plan is {theirs[:12]}, the model's {ours[:12]}"
-        raise ExportError(what, where=str(file.path), hint="export this model again, or give the one that the file was made of")
+def _loaded(spec: str, inputs: Any, trust_code: bool) -> tuple[nn.Module | ExportedProgram, Any]:
+    """The model that `spec` names, and its inputs; None for generated inputs, which are generated again as for the export."""
+    source = load_source(spec, trust_code=trust_code)
+    return source.model, source.inputs if inputs is None and not source.inputs_made else inputs
+
+
+def _require_same_plan(file: OnnxFile, model: nn.Module | ExportedProgram) -> None:
+    """Raise `ExportError` if file and model are from two rewrites."""
+    of_model, of_file = of_rewrite(model).get("plan"), file.notes.get("plan")
+    if of_model and of_file and of_model != of_file:
+        what = f"the file was exported from another rewrite: its plan is {of_file[:12]}, the model's {of_model[:12]}"
+        raise ExportError(
+            what, where=str(file.path), hint="export this model again, or give the one that the file was exported from"
+        )
 
 
 def _tried(
     file: OnnxFile,
     reference: Reference,
-    given: Sequence[Draw],
+    required: Sequence[InputSet],
     routes: Sequence[Route],
     tolerance: float,
-    say: Callable[[str], None],
-) -> list[DrawChecked]:
-    """Every draw, run and compared. After a first step comes the next, on the cache that PyTorch got from it."""
-    example, *others = draws(file.inputs, reference.example, reference.elements)
-    queue, tried = [example, *given, *others], []
-    for draw in queue:  # which grows by the next step
-        say(f"comparing: {draw.name}")
-        outputs, why = _compared(draw, reference, routes, tolerance)
-        tried.append(DrawChecked(name=draw.name, lengths=dict(draw.lengths), skipped=why))
-        if outputs and draw.lengths.get(PAST) == 0 and not draw.given:
+    report: Callable[[str], None],
+) -> list[InputSetChecked]:
+    """Run and compare every input set. A first step is followed by the next step, on the cache that PyTorch returned."""
+    example, *others = input_sets(file.inputs, reference.example, reference.elements)
+    queue, tried = [example, *required, *others], []
+    for inputs in queue:  # the loop appends the next step
+        report(f"comparing: {inputs.name}")
+        outputs, why = _compared(inputs, reference, routes, tolerance)
+        tried.append(InputSetChecked(name=inputs.name, lengths=dict(inputs.lengths), skipped=why))
+        if outputs and inputs.lengths.get(PAST) == 0 and not inputs.required:
             named = dict(zip(file.outputs, outputs, strict=True))
-            queue.append(following(draw, named, file.inputs, reference.elements))
+            queue.append(following(inputs, named, file.inputs, reference.elements))
     return tried
 
 
-def _compared(draw: Draw, reference: Reference, routes: Sequence[Route], tolerance: float) -> tuple[list[Tensor], str]:
-    """Run `draw` by PyTorch and by every route; PyTorch's outputs, or why there are none."""
+def _compared(inputs: InputSet, reference: Reference, routes: Sequence[Route], tolerance: float) -> tuple[list[Tensor], str]:
+    """Run PyTorch and every route on `inputs`; returns PyTorch's outputs, or none and the reason."""
     try:
-        outputs, choices = reference(draw.feeds)
+        outputs, choices = reference(inputs.feeds)
     except Exception as error:
-        if draw.given:
-            what = f"the model does not run on {draw.name}: {in_one_line(error)}"
+        if inputs.required:
+            what = f"the model does not run on {inputs.name}: {in_one_line(error)}"
             raise ModelError(what, where=type(reference.model).__name__, hint="give inputs that fit") from error
         return [], in_one_line(error)
     for route in routes:
-        found = route.run(draw)
-        if found is None or not route.fits(draw, found, (outputs, choices.slots)):
+        found = route.run(inputs)
+        if found is None or not route.fits(inputs, found, (outputs, choices.slots)):
             continue
         expected, ties = outputs, Ties(rows=sum(slots[..., 0].numel() for slots in choices.slots))
         if not all(same_sets(*pair).all() for pair in zip(choices.slots, found[1], strict=True)):
-            expected, forced = reference(draw.feeds, found[1], tolerance)
+            expected, forced = reference(inputs.feeds, found[1], tolerance)
             ties = forced.ties
         route.ties += ties
-        route.note(draw.name, found[0], expected, tolerance)
+        route.compare(inputs.name, found[0], expected, tolerance)
     return outputs, ""

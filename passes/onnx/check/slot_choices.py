@@ -1,4 +1,4 @@
-"""Which slots a file chose: PyTorch reads the same, and judges each choice."""
+"""Which slots a file chose: PyTorch can read the same slots, and checks that each choice is as good as its own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from memrewrite.kernels import ops  # noqa: F401 - registers the operators
 
 TOPK = torch.ops.memrewrite.product_key_topk.default
 ARGUMENTS = tuple(argument.name for argument in TOPK._schema.arguments)
-ULPS = 16  # of the sums: keys that are all the same are told apart by rounding alone
+ULPS = 16  # of the sums: equal keys have scores that differ by rounding only
 
 
 class Ties(Frozen):
-    """Rows of slots (one a token and head) which file and torch chose.
+    """Comparison of the slots that the file and torch chose, in rows: one row for each token and head.
 
-    `differing` of `rows` are not the same sets. `gap` is the most that a slot's sum lies below torch's k-th best, in parts
-    of what counts as equal: up to 1 it does. `wrong` rows are no choice of k slots as good as torch's.
+    `differing` of `rows` are different sets. `gap` is the largest distance of a slot's sum below torch's k-th best sum,
+    divided by the allowed distance: up to 1 the two sums count as equal. `wrong` rows are no choice of k slots as good as
+    torch's.
     """
 
     rows: int = 0
@@ -39,15 +40,15 @@ class Ties(Frozen):
 
 
 class Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, notes the slots that torch's top-ks choose, in order; given the slots of `other`, has them read.
+    """Dispatch mode that records the slots that each top-k chooses, in order, or makes each top-k return `forced` slots.
 
-    Rows in which both chose one set of slots stay torch's to the last bit. `tolerance` is relative to the spread of a
-    row's sums.
+    A row in which both chose the same set keeps torch's scores and order, bit for bit. `tolerance` is relative to the range of
+    a row's sums.
     """
 
-    def __init__(self, other: Sequence[Tensor] | None = None, tolerance: float = 0.0) -> None:
+    def __init__(self, forced: Sequence[Tensor] | None = None, tolerance: float = 0.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.other, self.tolerance = other, tolerance
+        self.forced, self.tolerance = forced, tolerance
         self.slots: list[Tensor] = []
         self.ties = Ties()
 
@@ -57,28 +58,28 @@ class Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out
         scores, slots = out
         self.slots.append(slots.cpu())
-        if self.other is None:
+        if self.forced is None:
             return out
-        given = dict(zip(ARGUMENTS, args, strict=False)) | dict(kwargs or {})
-        theirs = self.other[len(self.slots) - 1].to(slots.device)
-        sums, differs, ties = _judged(given["scores1"], given["scores2"], slots, theirs, self.tolerance)
+        passed = dict(zip(ARGUMENTS, args, strict=False)) | dict(kwargs or {})
+        forced = self.forced[len(self.slots) - 1].to(slots.device)
+        sums, differs, ties = _judged(passed["scores1"], passed["scores2"], slots, forced, self.tolerance)
         self.ties += ties
-        forced = sums.softmax(-1) if given.get("softmax", False) else sums
-        return torch.where(differs, forced, scores), torch.where(differs, theirs, slots)
+        forced_scores = sums.softmax(-1) if passed.get("softmax", False) else sums
+        return torch.where(differs, forced_scores, scores), torch.where(differs, forced, slots)
 
 
 def same_sets(one: Tensor, other: Tensor) -> Tensor:
-    """Rows of slots, `[..., k]` twice: in which the same were chosen, in whatever order, `[..., 1]`."""
+    """True for rows of the two `[..., k]` tensors that have the same slots in any order, `[..., 1]`."""
     return (one.sort(-1).values == other.sort(-1).values).all(-1, keepdim=True)
 
 
-def _judged(scores1: Tensor, scores2: Tensor, own: Tensor, theirs: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Ties]:
-    """The sums at the slots `theirs` `[..., k]`, the rows `[..., 1]` that chose others than `own`, and how good these are.
+def _judged(scores1: Tensor, scores2: Tensor, own: Tensor, forced: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Ties]:
+    """The sums of the slots `forced`, `[..., k]`; the rows in which they differ from `own`, `[..., 1]`; and the comparison.
 
-    A row whose scores are not all numbers has no best ones: it differs in nothing.
+    A row with a NaN has no defined best slots, and never counts as different.
     """
     n2, wide = scores2.shape[-1], torch.promote_types(scores1.dtype, torch.float32)
-    inside = theirs.clamp(0, scores1.shape[-1] * n2 - 1)
+    inside = forced.clamp(0, scores1.shape[-1] * n2 - 1)
 
     def sums_at(slots: Tensor) -> Tensor:
         return scores1.gather(-1, slots // n2).to(wide) + scores2.gather(-1, slots % n2).to(wide)  # [..., k]
@@ -88,10 +89,10 @@ def _judged(scores1: Tensor, scores2: Tensor, own: Tensor, theirs: Tensor, toler
     bottom = (scores1.amin(-1, keepdim=True) + scores2.amin(-1, keepdim=True)).to(wide)
     rounding = ULPS * torch.finfo(scores1.dtype).eps * torch.maximum(top.abs(), bottom.abs())
     allowed = (tolerance * (top - bottom) + rounding).clamp_min(torch.finfo(wide).tiny)
-    differs = ~same_sets(own, theirs) & ~(top + bottom).isnan()
+    differs = ~same_sets(own, forced) & ~(top + bottom).isnan()
     gap = ((last - sums.amin(-1, keepdim=True)) / allowed).clamp_min(0)
-    ordered = theirs.sort(-1).values
-    twice = (ordered[..., 1:] == ordered[..., :-1]).any(-1, keepdim=True)
-    wrong = differs & (~(gap <= 1) | twice | (theirs != inside).any(-1, keepdim=True))
+    ordered = forced.sort(-1).values
+    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(-1, keepdim=True)
+    wrong = differs & (~(gap <= 1) | repeated | (forced != inside).any(-1, keepdim=True))
     largest = float(gap[differs].max()) if differs.any() else 0.0
     return sums, differs, Ties(rows=differs.numel(), differing=int(differs.sum()), gap=largest, wrong=int(wrong.sum()))

@@ -1,4 +1,4 @@
-"""An exported file is held against its model: what is right passes at every length, and whatever is wrong is found."""
+"""The comparison of an exported file with its model: a correct file passes at every length, every fault is found."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from memrewrite.errors import ExportError, ModelError
 from memrewrite.kernels import ops
 from memrewrite.passes.onnx import file as onnx_file
 from memrewrite.passes.onnx.check.check import Checked, check_onnx
-from memrewrite.passes.onnx.check.draws import draws, evaluated, lengths_of, text_inputs
+from memrewrite.passes.onnx.check.input_sets import evaluated, input_sets, lengths_of, text_inputs
 from memrewrite.passes.onnx.check.routes import RouteChecked, compared
 from memrewrite.passes.onnx.check.slot_choices import Choices
 from memrewrite.passes.onnx.export import export_onnx
@@ -36,12 +36,12 @@ FOUR_TIMES = [0, 0, 0, 0, 4, 4, 4, 4]
 
 
 def exported(folder: Path, name: str, **options: Any) -> Path:
-    """The file of `model_of(name)`, made once."""
+    """The path of the file that was exported from `model_of(name)`, once per run."""
     return onnx_files.exported(folder, name, **options).path
 
 
 def edited(file: Path, target: Path, edit: Callable[[onnx.ModelProto], None]) -> Path:
-    """A changed copy of a file."""
+    """An edited copy of a file."""
     model = onnx.load(file)
     edit(model)
     onnx.save(model, target)
@@ -53,11 +53,11 @@ def route_of(checked: Checked, name: str = "standard") -> RouteChecked:
 
 
 def lengths_tried(checked: Checked) -> dict[str, set[int]]:
-    tried = [draw.lengths for draw in checked.draws if not draw.skipped]
+    tried = [inputs.lengths for inputs in checked.draws if not inputs.skipped]
     return {axis: {lengths[axis] for lengths in tried} for axis in tried[0]}
 
 
-# ------------------------------------------------------------------------------------------------- what is right passes
+# ------------------------------------------------------------------------------------------------- correct files pass
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def lengths_tried(checked: Checked) -> dict[str, set[int]]:
     [("modular", {}), ("vit", {}), ("t5", {}), ("llama", {"with_past": True}), ("modular", {"dtype": "float16"})],
     ids=["modular", "vit", "t5", "llama with past", "float16"],
 )
-def test_a_file_gives_what_its_model_gives(folder: Path, library: Path, name: str, options: dict[str, Any]) -> None:
+def test_a_file_computes_what_its_model_computes(folder: Path, library: Path, name: str, options: dict[str, Any]) -> None:
     model, inputs = model_of(name)
     file = exported(folder, name, **options)
     before, state = file.read_bytes(), tiny.Photograph(model)
@@ -73,7 +73,7 @@ def test_a_file_gives_what_its_model_gives(folder: Path, library: Path, name: st
     checked = check_onnx(file, model, inputs, library=library)
 
     assert checked.ok
-    assert not [draw for draw in checked.draws if draw.skipped]
+    assert not [inputs for inputs in checked.draws if inputs.skipped]
     assert all(1 in lengths and len(lengths) >= 3 for axis, lengths in lengths_tried(checked).items()), lengths_tried(checked)
     standard, native = route_of(checked), route_of(checked, "native")
     assert set(standard.kernels.values()) == {"standard"}
@@ -89,12 +89,12 @@ def test_a_file_gives_what_its_model_gives(folder: Path, library: Path, name: st
     assert tiny.Photograph(model).differences(state) == []
 
 
-def test_a_cache_is_empty_at_first_and_handed_on(folder: Path) -> None:
+def test_a_cache_is_empty_at_first_and_passed_to_the_next_step(folder: Path) -> None:
     model, _ = model_of("llama")
 
     checked = check_onnx(exported(folder, "llama", with_past=True), model)
 
-    steps = {draw.name: draw.lengths for draw in checked.draws}
+    steps = {inputs.name: inputs.lengths for inputs in checked.draws}
     first, following = steps["first step"], steps["next step"]
     assert first["past_sequence"] == 0
     assert following == {**first, "past_sequence": first["sequence"], "sequence": 1}
@@ -103,7 +103,7 @@ def test_a_cache_is_empty_at_first_and_handed_on(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "options"), [("modular", {}), ("llama", {"with_past": True})])
-def test_a_model_is_left_in_the_modes_it_had(folder: Path, name: str, options: dict[str, Any]) -> None:
+def test_train_and_eval_modes_are_unchanged(folder: Path, name: str, options: dict[str, Any]) -> None:
     model, inputs = tiny.rewritten(name)
     tiny.open_up(model)
     model.train()
@@ -115,7 +115,7 @@ def test_a_model_is_left_in_the_modes_it_had(folder: Path, name: str, options: d
     assert [module.training for module in model.modules()] == modes
 
 
-def test_weights_in_a_file_of_their_own_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_external_weights_are_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "LARGE", 1000)
     model, inputs = model_of("vit")
     export_onnx(model, tmp_path / "large.onnx", inputs)
@@ -126,7 +126,7 @@ def test_weights_in_a_file_of_their_own_are_found(folder: Path, tmp_path: Path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large.onnx", "large.onnx.data"]
 
 
-# ------------------------------------------------------------------------------------------------- what is wrong is found
+# ------------------------------------------------------------------------------------------------- faults are found
 
 
 def test_a_weight_off_by_a_percent_is_found(folder: Path, tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_weight_off_by_a_percent_is_found(folder: Path, tmp_path: Path) -> Non
     assert output.draw
 
 
-def test_a_huge_number_hides_nothing(tmp_path: Path) -> None:
+def test_a_huge_value_hides_no_difference(tmp_path: Path) -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -164,7 +164,7 @@ def test_a_huge_number_hides_nothing(tmp_path: Path) -> None:
     assert not check_onnx(wrong, model, inputs, routes=STANDARD).ok
 
 
-def test_a_model_that_counts_its_calls_is_left_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_counts_its_calls_is_not_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -176,12 +176,12 @@ def test_a_model_that_counts_its_calls_is_left_as_it_was(tmp_path: Path, caplog:
 
     model, inputs = Counting(), {"x": torch.randn(3, 6), "scale": torch.tensor(2.0)}
     export_onnx(model, tmp_path / "model.onnx", inputs)
-    assert "writes to its buffers calls" in caplog.text
+    assert "mutates its buffers calls" in caplog.text
     assert check_onnx(tmp_path / "model.onnx", model, inputs, routes=STANDARD).ok
     assert model.calls == 0
 
 
-def test_an_additive_mask_is_drawn_as_one(tmp_path: Path) -> None:
+def test_an_additive_mask_is_sampled_with_its_infinities(tmp_path: Path) -> None:
     class Additive(nn.Module):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             return (x + mask).softmax(-1).nan_to_num()
@@ -189,8 +189,8 @@ def test_an_additive_mask_is_drawn_as_one(tmp_path: Path) -> None:
     inputs = {"x": torch.randn(3, 6), "mask": torch.zeros(3, 6).masked_fill(torch.ones(3, 6).tril() == 0, -torch.inf)}
     export_onnx(Additive(), tmp_path / "model.onnx", inputs)
     ports = (Port(name="mask", dtype="float", shape=("batch", "sequence")),)
-    for draw in draws(ports, {"mask": inputs["mask"]}, {"mask": inputs["mask"]}):
-        assert not draw.feeds["mask"].isnan().any()
+    for one in input_sets(ports, {"mask": inputs["mask"]}, {"mask": inputs["mask"]}):
+        assert not one.feeds["mask"].isnan().any()
     assert check_onnx(tmp_path / "model.onnx", Additive(), inputs, routes=STANDARD).ok
 
 
@@ -202,20 +202,20 @@ def test_another_rewrite_is_refused(folder: Path) -> None:
 
 
 def negated(model: onnx.ModelProto) -> None:
-    """The worst sums are chosen instead of the best."""
+    """Choose the smallest sums instead of the largest."""
     node = next(node for node in model.graph.node if node.op_type == "ProductKeyTopk")
-    for place in (0, 1):
-        model.graph.node.insert(0, helper.make_node("Neg", [node.input[place]], [f"minus{place}"]))
-        node.input[place] = f"minus{place}"
+    for half in (0, 1):
+        model.graph.node.insert(0, helper.make_node("Neg", [node.input[half]], [f"minus{half}"]))
+        node.input[half] = f"minus{half}"
     _sorted(model)
 
 
 def shifted(model: onnx.ModelProto) -> None:
-    """The slots beside the best."""
+    """Choose the slots after the best ones."""
     for node in model.graph.node:
-        for place, name in enumerate(node.input):
+        for position, name in enumerate(node.input):
             if name == "memory.0.slots":
-                node.input[place] = "shifted"
+                node.input[position] = "shifted"
     model.graph.initializer.append(numpy_helper.from_array(np.array(1), "one"))
     model.graph.initializer.append(numpy_helper.from_array(np.array(64), "all"))
     model.graph.node.append(helper.make_node("Add", ["memory.0.slots", "one"], ["more"]))
@@ -224,7 +224,7 @@ def shifted(model: onnx.ModelProto) -> None:
 
 
 def repeated(model: onnx.ModelProto) -> None:
-    """The best slot, k times: no sum is too low."""
+    """Choose the best slot k times: no sum is too small."""
     node = next(node for node in model.graph.node if node.op_type == "ProductKeyTopk")
     node.output[1] = "before"
     model.graph.initializer.append(numpy_helper.from_array(np.zeros(4, np.int64), "first"))
@@ -233,23 +233,23 @@ def repeated(model: onnx.ModelProto) -> None:
 
 
 def outside(model: onnx.ModelProto) -> None:
-    """Slots past the table: the runtime must refuse."""
+    """Choose slots outside of the table: the runtime must raise an error."""
     shifted(model)
     next(w for w in model.graph.initializer if w.name == "all").CopyFrom(numpy_helper.from_array(np.array(10**6), "all"))
     next(w for w in model.graph.initializer if w.name == "one").CopyFrom(numpy_helper.from_array(np.array(10**5), "one"))
 
 
 def _sorted(model: onnx.ModelProto) -> None:
-    """Every node after those it reads, as ONNX wants it."""
-    known = {value.name for value in (*model.graph.input, *model.graph.initializer)} | {""}
-    waiting, done = [*model.graph.node], []
-    while waiting:
-        node = next(node for node in waiting if set(node.input) <= known)
-        waiting.remove(node)
-        done.append(node)
-        known |= set(node.output)
+    """Sort the nodes topologically, as ONNX requires."""
+    available = {value.name for value in (*model.graph.input, *model.graph.initializer)} | {""}
+    remaining, ordered = [*model.graph.node], []
+    while remaining:
+        node = next(node for node in remaining if set(node.input) <= available)
+        remaining.remove(node)
+        ordered.append(node)
+        available |= set(node.output)
     del model.graph.node[:]
-    model.graph.node.extend(done)
+    model.graph.node.extend(ordered)
 
 
 @pytest.mark.parametrize("edit", [negated, shifted, repeated, outside])
@@ -271,7 +271,7 @@ def test_a_wrong_choice_is_found(folder: Path, tmp_path: Path, edit: Callable[[o
 
 
 def test_equal_sums_may_be_chosen_either_way(folder: Path, tmp_path: Path) -> None:
-    """Every key four times: which of 16 slots of one sum are read is chance, and their values differ."""
+    """Every key occurs four times, so 16 slots have the same sum but different values; any of them may be chosen."""
     model, inputs = tiny.rewritten("modular")
     tiny.open_up(model)
     layers = [layer for layer in model.modules() if hasattr(layer, "product_keys")]
@@ -283,12 +283,12 @@ def test_equal_sums_may_be_chosen_either_way(folder: Path, tmp_path: Path) -> No
 
     def edit(file: onnx.ModelProto) -> None:
         folded = [weight for weight in file.graph.initializer if list(weight.dims) == [4, 4, 8]]
-        assert len(folded) == 3  # the keys, turned for the product: [2 · heads, key_dim / 2, keys]
+        assert len(folded) == 3  # the keys, transposed for the product: [2 · heads, key_dim / 2, keys]
         for weight in folded:
             array = np.ascontiguousarray(numpy_helper.to_array(weight)[..., FOUR_TIMES])
             weight.CopyFrom(numpy_helper.from_array(array, weight.name))
-        for place in range(3):  # keys in another order: of equal sums a runtime takes the first it meets
-            reversed_choice(file, place)
+        for number in range(3):  # keys in reverse order: a runtime chooses the first of equal sums
+            reverse_choice(file, number)
 
     file = edited(exported(folder, "modular"), tmp_path / "twice.onnx", edit)
 
@@ -302,35 +302,36 @@ def test_equal_sums_may_be_chosen_either_way(folder: Path, tmp_path: Path) -> No
     assert max(output.relative for output in route_of(checked).outputs) < 1e-5
 
 
-def reversed_choice(model: onnx.ModelProto, place: int) -> None:
-    """Have top-k number `place` see its keys in reverse, and turn its slots back."""
-    node = next(node for node in model.graph.node if f"memory.{place}.slots" in node.output)
-    fresh = [f"keys{place}.{half}" for half in (0, 1)]
+def reverse_choice(model: onnx.ModelProto, number: int) -> None:
+    """Reverse the keys of a top-k, and map its slots back."""
+    node = next(node for node in model.graph.node if f"memory.{number}.slots" in node.output)
+    reversed_keys = [f"keys{number}.{half}" for half in (0, 1)]
     constants = {"end": [-1], "start": [np.iinfo(np.int64).min], "axis": [-1], "step": [-1], "last": [63]}
-    known = {weight.name for weight in model.graph.initializer}
+    present = {weight.name for weight in model.graph.initializer}
     for name, value in constants.items():
-        if name not in known:
+        if name not in present:
             model.graph.initializer.append(numpy_helper.from_array(np.array(value), name))
     for half in (0, 1):
-        model.graph.node.append(helper.make_node("Slice", [node.input[half], "end", "start", "axis", "step"], [fresh[half]]))
-        node.input[half] = fresh[half]
-    node.output[1] = f"backward{place}"
-    model.graph.node.append(helper.make_node("Sub", ["last", f"backward{place}"], [f"memory.{place}.slots"]))
+        inputs = [node.input[half], "end", "start", "axis", "step"]
+        model.graph.node.append(helper.make_node("Slice", inputs, [reversed_keys[half]]))
+        node.input[half] = reversed_keys[half]
+    node.output[1] = f"backward{number}"
+    model.graph.node.append(helper.make_node("Sub", ["last", f"backward{number}"], [f"memory.{number}.slots"]))
     _sorted(model)
 
 
-def brute(scores1: np.ndarray, scores2: np.ndarray) -> np.ndarray:
-    """All sums, by slot."""
+def all_sums(scores1: np.ndarray, scores2: np.ndarray) -> np.ndarray:
+    """The sums of all slots."""
     return (scores1[..., :, None] + scores2[..., None, :]).reshape(*scores1.shape[:-1], -1).astype(np.float64)
 
 
 @settings(max_examples=40, deadline=None)
 @given(n1=st.integers(2, 6), n2=st.integers(2, 6), k=st.integers(1, 2), seed=st.integers(0, 999), softmax=st.booleans())
-def test_a_forced_choice_is_judged_by_all_sums(n1: int, n2: int, k: int, seed: int, softmax: bool) -> None:
+def test_a_forced_choice_is_compared_with_all_sums(n1: int, n2: int, k: int, seed: int, softmax: bool) -> None:
     random = np.random.default_rng(seed)
-    scores1, scores2 = (random.integers(-2, 3, (3, n)).astype(np.float32) for n in (n1, n2))  # whole numbers: many ties
+    scores1, scores2 = (random.integers(-2, 3, (3, n)).astype(np.float32) for n in (n1, n2))  # integers: many ties
     chosen = np.stack([random.choice(n1 * n2, k, replace=False) for _ in range(3)])
-    sums = brute(scores1, scores2)
+    sums = all_sums(scores1, scores2)
     legitimate = [np.sort(sums[row, chosen[row]])[0] >= np.sort(sums[row])[-k] for row in range(3)]
 
     with Choices([torch.from_numpy(chosen)], tolerance=1e-4) as choices:
@@ -347,7 +348,7 @@ def test_a_forced_choice_is_judged_by_all_sums(n1: int, n2: int, k: int, seed: i
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6)
 
 
-def test_a_row_without_numbers_has_no_best_slots() -> None:
+def test_a_row_with_nan_has_no_best_slots() -> None:
     scores = torch.tensor([[0.0, torch.nan, 1.0], [0.0, 2.0, 1.0]])
 
     with Choices([torch.tensor([[0, 4], [4, 5]])], tolerance=1e-4) as choices:
@@ -359,16 +360,16 @@ def test_a_row_without_numbers_has_no_best_slots() -> None:
 # ----------------------------------------------------------------------------------------------------------------- inputs
 
 
-def test_a_length_that_the_model_does_not_take_is_told(folder: Path) -> None:
-    """Positions are a table of 32 rows."""
+def test_a_length_that_the_model_does_not_support_is_reported(folder: Path) -> None:
+    """The table of positions has 32 rows."""
     model, _ = model_of("modular")
 
     checked = check_onnx(exported(folder, "modular"), model, {"ids": tiny.tokens(2, 30)})
 
-    (draw,) = [draw for draw in checked.draws if draw.skipped]
-    assert draw.name == "longer"
-    assert draw.lengths["sequence"] > 32
-    assert "must match the size" in draw.skipped
+    (skipped,) = [inputs for inputs in checked.draws if inputs.skipped]
+    assert skipped.name == "longer"
+    assert skipped.lengths["sequence"] > 32
+    assert "must match the size" in skipped.skipped
     assert checked.ok
 
 
@@ -378,32 +379,32 @@ def test_real_inputs_are_dicts_or_files(folder: Path, tmp_path: Path) -> None:
 
     checked = check_onnx(exported(folder, "modular"), model, inputs, real=[{"ids": tiny.tokens(3, 7)}, tmp_path / "real.npz"])
 
-    assert [(draw.lengths["batch"], draw.lengths["sequence"]) for draw in checked.draws[1:3]] == [(3, 7), (1, 9)]
+    assert [(one.lengths["batch"], one.lengths["sequence"]) for one in checked.draws[1:3]] == [(3, 7), (1, 9)]
     assert checked.draws[2].name.endswith("real.npz")
 
 
 @pytest.mark.parametrize(
-    ("real", "error", "said"),
+    ("real", "error", "message"),
     [
-        ({"tokens": tiny.tokens()}, ExportError, "takes ids, and real input 0 gives tokens"),
+        ({"tokens": tiny.tokens()}, ExportError, "inputs of the file are ids, those of real input 0 are tokens"),
         ({"ids": tiny.tokens().float()}, ExportError, "int64 in the file, and torch.float32"),
         ({"ids": tiny.tokens()[0]}, ExportError, r"\[batch, sequence\] in the file, and \[5\]"),
         ({"ids": tiny.tokens(1, 40)}, ModelError, "does not run on real input 0"),
         ("nothing.npz", ExportError, "cannot be read"),
     ],
 )
-def test_real_inputs_that_do_not_fit_are_refused(folder: Path, real: Any, error: type[Exception], said: str) -> None:
+def test_real_inputs_that_do_not_fit_are_refused(folder: Path, real: Any, error: type[Exception], message: str) -> None:
     model, inputs = model_of("modular")
 
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         check_onnx(exported(folder, "modular"), model, inputs, real=[real])
 
 
 def test_an_example_of_another_model_is_refused(folder: Path) -> None:
     model, inputs = tiny.rewritten("llama")
-    pools_of(model).record = {}  # the plan, by which the file would be told apart first
+    pools_of(model).record = {}  # without the plan, which would be compared first
 
-    with pytest.raises(ExportError, match="the file takes ids, and the example gives input_ids"):
+    with pytest.raises(ExportError, match="inputs of the file are ids, those of the example are input_ids"):
         check_onnx(exported(folder, "modular"), model, inputs)
 
 
@@ -415,21 +416,21 @@ def test_equally_long_axes_stay_equally_long_and_padding_is_tried() -> None:
     ]
     example = {"ids": tiny.tokens(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.int64), "twice": torch.randn(11, 3)}
 
-    made = draws(ports, example, example)
+    sets = input_sets(ports, example, example)
 
-    for draw in made:
-        assert lengths_of(ports, draw.feeds, "") == draw.lengths
-        assert draw.lengths["sequence"] == draw.lengths["mask_sequence"]
-        assert draw.feeds["twice"].shape == (2 * draw.lengths["sequence"] + 1, 3)
-        assert set(draw.feeds["ids"].unique().tolist()) <= set(example["ids"].unique().tolist())
-    padded = {draw.name: draw.feeds["attention_mask"] for draw in made if "padded" in draw.name}
+    for one in sets:
+        assert lengths_of(ports, one.feeds, "") == one.lengths
+        assert one.lengths["sequence"] == one.lengths["mask_sequence"]
+        assert one.feeds["twice"].shape == (2 * one.lengths["sequence"] + 1, 3)
+        assert set(one.feeds["ids"].unique().tolist()) <= set(example["ids"].unique().tolist())
+    padded = {one.name: one.feeds["attention_mask"] for one in sets if "padded" in one.name}
     assert all(mask.diff(dim=-1).ge(0).all() and (mask[:, -1] == 1).all() for n, mask in padded.items() if "left" in n)
     assert all(mask.diff(dim=-1).le(0).all() and (mask[:, 0] == 1).all() for n, mask in padded.items() if "right" in n)
     assert len(padded) == 2
     assert not any(mask.all() for mask in padded.values())
 
 
-def test_lengths_follow_from_sums_of_products() -> None:
+def test_lengths_are_computed_from_sums_of_products() -> None:
     lengths = {"a": 3, "b": 0, "past.0_axis1": 5}
 
     assert [evaluated(dim, lengths) for dim in (7, "a", "a + b", "2*a + 1", "a*past.0_axis1")] == [7, 3, 3, 7, 15]
@@ -437,11 +438,11 @@ def test_lengths_follow_from_sums_of_products() -> None:
 
 
 def tokenizer_in(directory: Path, *, pad: bool) -> None:
-    """A tokenizer of words of one letter, as transformers saves one."""
+    """Save a tokenizer whose words are single letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = {chr(32 + place): place for place in range(64)} | {"?": 31}
+    letters = {chr(32 + number): number for number in range(64)} | {"?": 31}
     own = Tokenizer(models.WordLevel(letters, unk_token="?"))
     own.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     special = {"pad_token": " ", "padding_side": "left"} if pad else {}
@@ -449,7 +450,7 @@ def tokenizer_in(directory: Path, *, pad: bool) -> None:
 
 
 @pytest.mark.parametrize("pad", [True, False])
-def test_texts_are_tried_where_a_tokenizer_lies(folder: Path, tmp_path: Path, pad: bool) -> None:
+def test_texts_are_compared_if_there_is_a_tokenizer(folder: Path, tmp_path: Path, pad: bool) -> None:
     tokenizer_in(tmp_path, pad=pad)
     file = onnx.load(exported(folder, "llama", with_past=True))
     names = [value.name for value in file.graph.input]
@@ -478,26 +479,26 @@ def test_texts_are_tried_where_a_tokenizer_lies(folder: Path, tmp_path: Path, pa
 # ----------------------------------------------------------------------------------------------------- routes and numbers
 
 
-def test_a_route_that_is_not_there_is_skipped_or_refused(folder: Path, tmp_path: Path) -> None:
+def test_an_unavailable_route_is_skipped_or_refused(folder: Path, tmp_path: Path) -> None:
     model, inputs = model_of("vit")
 
-    def written_out(file: onnx.ModelProto) -> None:
+    def inline(file: onnx.ModelProto) -> None:
         file.CopyFrom(onnx.inliner.inline_local_functions(file))
 
-    plain = edited(exported(folder, "vit"), tmp_path / "plain.onnx", written_out)
+    plain = edited(exported(folder, "vit"), tmp_path / "plain.onnx", inline)
     checked = check_onnx(plain, model, inputs)
     assert checked.ok
     assert route_of(checked).kernels == {}
     assert "no memory operators" in route_of(checked, "native").skipped
-    with pytest.raises(ExportError, match="native: the file holds no memory operators"):
+    with pytest.raises(ExportError, match="native: the file has no memory operators"):
         check_onnx(plain, model, inputs, routes=("native",))
 
     native = edited(exported(folder, "vit"), tmp_path / "native.onnx", lambda file: file.ClearField("functions"))
-    with pytest.raises(ExportError, match="standard: the file holds no function for ProductKeyTopk, SparseLookup"):
+    with pytest.raises(ExportError, match="standard: the file has no function for ProductKeyTopk, SparseLookup"):
         check_onnx(native, model, inputs, routes=("standard",))
 
 
-def test_files_that_are_not_ours_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_files_of_other_tools_are_refused(folder: Path, tmp_path: Path) -> None:
     model, inputs = model_of("vit")
     with pytest.raises(ExportError, match="there is no file"):
         check_onnx(tmp_path / "nothing.onnx", model, inputs)
@@ -505,11 +506,11 @@ def test_files_that_are_not_ours_are_refused(folder: Path, tmp_path: Path) -> No
     with pytest.raises(ExportError, match="cannot be read as ONNX"):
         check_onnx(tmp_path / "cut.onnx", model, inputs)
     other = edited(exported(folder, "vit"), tmp_path / "other.onnx", lambda file: file.ClearField("metadata_props"))
-    with pytest.raises(ExportError, match="does not say its dtype"):
+    with pytest.raises(ExportError, match="metadata have no 'dtype'"):
         check_onnx(other, model, inputs)
 
 
-def test_a_program_is_checked_too(folder: Path, tmp_path: Path) -> None:
+def test_a_program_is_checked(folder: Path, tmp_path: Path) -> None:
     class Small(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -526,9 +527,9 @@ def test_a_program_is_checked_too(folder: Path, tmp_path: Path) -> None:
     export_onnx(program, tmp_path / "program.onnx")
     checked = check_onnx(tmp_path / "program.onnx", program)
     assert checked.ok
-    at_its_lengths, others = checked.draws[:2], checked.draws[2:]  # traced without dynamic axes, it takes no other lengths
-    assert not any(draw.skipped for draw in at_its_lengths)
-    assert all("to be equal to 3" in draw.skipped for draw in others)
+    same_lengths, others = checked.draws[:2], checked.draws[2:]  # the program has no dynamic axes
+    assert not any(inputs.skipped for inputs in same_lengths)
+    assert all("to be equal to 3" in inputs.skipped for inputs in others)
 
 
 @pytest.mark.parametrize(
@@ -544,20 +545,20 @@ def test_a_program_is_checked_too(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_differences(found: list[float], expected: list[float], relative: float, misplaced: int) -> None:
-    made = compared("y", torch.tensor(found), torch.tensor(expected), "example", 1e-4)
+    result = compared("y", torch.tensor(found), torch.tensor(expected), "example", 1e-4)
 
-    assert (made.relative, made.misplaced) == (relative, misplaced)
-    assert made.ok == (not relative and not misplaced)
-
-
-def test_whole_numbers_must_be_equal() -> None:
-    made = compared("y", torch.tensor([100_000, 3]), torch.tensor([100_001, 3]), "example", 1e-4)
-
-    assert made.misplaced == 1
-    assert not made.ok
+    assert (result.relative, result.misplaced) == (relative, misplaced)
+    assert result.ok == (not relative and not misplaced)
 
 
-def test_a_saved_directory_is_a_model(folder: Path, tmp_path: Path) -> None:
+def test_integers_must_be_equal() -> None:
+    result = compared("y", torch.tensor([100_000, 3]), torch.tensor([100_001, 3]), "example", 1e-4)
+
+    assert result.misplaced == 1
+    assert not result.ok
+
+
+def test_a_saved_directory_is_accepted_as_the_model(folder: Path, tmp_path: Path) -> None:
     model, _ = tiny.rewritten("llama")
     tiny.open_up(model)
     memrewrite.save(model, tmp_path / "saved")
@@ -567,10 +568,10 @@ def test_a_saved_directory_is_a_model(folder: Path, tmp_path: Path) -> None:
     assert checked.ok
     assert checked.plan
 
-    def say_source(file: onnx.ModelProto) -> None:
+    def add_source(file: onnx.ModelProto) -> None:
         file.metadata_props.add(key="memrewrite.source", value="saved")
 
-    said = edited(exported(folder, "llama", with_past=True), tmp_path / "said.onnx", say_source)
-    assert check_onnx(said).ok
-    with pytest.raises(ExportError, match="does not say what it was exported from"):
+    with_source = edited(exported(folder, "llama", with_past=True), tmp_path / "with_source.onnx", add_source)
+    assert check_onnx(with_source).ok
+    with pytest.raises(ExportError, match="metadata name no source"):
         check_onnx(exported(folder, "llama", with_past=True))

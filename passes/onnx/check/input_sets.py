@@ -1,7 +1,7 @@
-"""What an exported file and its model are run on: the example, other values at other lengths, texts, a cache handed on.
+"""The inputs on which an exported file and its model are compared: the example, random values at other lengths, texts, a cache.
 
-Flow: the lengths of the file's dynamic axes in the example → other lengths, every axis by its name → values in the manner of
-the example: whole numbers are taken from it, so that ids stay ids and a mask of ones stays one.
+Flow: read the lengths of the dynamic axes from the example → choose other lengths, equal names get equal lengths → sample
+values; integers are sampled from the values of the example, so that token ids stay valid and a mask of ones stays all ones.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 from memrewrite.errors import ExportError
 from memrewrite.passes.onnx.file import Port
 
-PLAIN = re.compile(r"[^\s+*/()-]+")  # an axis of its own; others, as "past_sequence + sequence", follow from these
-PAST, NEW = "past_sequence", "sequence"  # axes of a decoder with its cache
-STEP = 16  # by how much an axis grows at most: attention over twice a long text may not fit
+PLAIN = re.compile(r"[^\s+*/()-]+")  # one symbolic axis; others, such as "past_sequence + sequence", are computed from these
+PAST, NEW = "past_sequence", "sequence"  # axes of a decoder that is exported with its cache
+STEP = 16  # largest increase of an axis: attention over a text twice as long might not fit into memory
 SENTENCES = (
     "A memory layer reads a few rows.",
     "Short.",
@@ -34,21 +34,21 @@ Feeds = Mapping[str, Tensor]  # a value for every input of a file
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One set of inputs. `given`: it must run; others may be of lengths that the model does not take."""
+class InputSet:
+    """One set of inputs. `required`: the model must run on it; other sets may have lengths that the model does not support."""
 
     name: str
     lengths: Mapping[str, int]
     feeds: Feeds
-    given: bool = False
+    required: bool = False
 
 
 def lengths_of(ports: Sequence[Port], feeds: Feeds, where: str) -> dict[str, int]:
-    """How long every dynamic axis is. Raises `ExportError` where `feeds` are not what the file takes."""
+    """The length of every dynamic axis. Raises `ExportError` if names or shapes of `feeds` do not fit the file."""
     if {port.name for port in ports} != set(feeds):
         wanted, found = (", ".join(names) or "nothing" for names in ((port.name for port in ports), feeds))
         hint = "give the inputs, by these names, that the file was exported with"
-        raise ExportError(f"the file takes {wanted}, and {where} gives {found}", hint=hint)
+        raise ExportError(f"the inputs of the file are {wanted}, those of {where} are {found}", hint=hint)
     lengths: dict[str, int] = {}
     for port in ports:
         shape = tuple(feeds[port.name].shape)
@@ -62,15 +62,15 @@ def lengths_of(ports: Sequence[Port], feeds: Feeds, where: str) -> dict[str, int
     return lengths
 
 
-def draws(ports: Sequence[Port], example: Feeds, elements: Feeds) -> list[Draw]:
-    """The example and draws of other values: at its lengths, at others, at 1, and with padding where there is a mask.
+def input_sets(ports: Sequence[Port], example: Feeds, elements: Feeds) -> list[InputSet]:
+    """The example, and sets of random values: at its lengths, at other lengths, at 1, and with padding if there is a mask.
 
-    `elements` are what values are taken from: the example, or more of the same kind. A file with an axis `past_sequence`
-    is also tried at its first step, and with one new token.
+    Random values are sampled from `elements`: the example, or more values of the same inputs. If the file has an axis
+    `past_sequence`, there is also a set with an empty cache, and one with one new token.
     """
     start = lengths_of(ports, example, "the example")
     chance = random.Random(0)  # noqa: S311 - lengths, no secrets
-    ranks = {length: rank for rank, length in enumerate(sorted(set(start.values())))}  # what was equally long stays so
+    ranks = {length: rank for rank, length in enumerate(sorted(set(start.values())))}  # axes of equal length stay equal
     shorter = {length: chance.randint(1, max(1, length - 1)) for length in ranks}
     plans = {"other values": start}
     if start:
@@ -80,25 +80,27 @@ def draws(ports: Sequence[Port], example: Feeds, elements: Feeds) -> list[Draw]:
     if PAST in start:
         plans["first step"] = {**plans["longer"], PAST: 0}
         plans["one new token"] = {**start, "batch": 1, NEW: 1}
-    made = [Draw("example", start, example, given=True)]
     generator = torch.Generator().manual_seed(0)
-    made += [_drawn(name, ports, lengths, elements, generator) for name, lengths in plans.items()]
-    return made + _padded(made[1], generator)
+    sampled = [_sampled(name, ports, lengths, elements, generator) for name, lengths in plans.items()]
+    return [InputSet("example", start, example, required=True), *sampled, *_padded(sampled[0], generator)]
 
 
-def following(draw: Draw, outputs: Mapping[str, Tensor], ports: Sequence[Port], elements: Feeds) -> Draw:
-    """The step after `draw`: one new token, and for the cache what that step gave."""
-    lengths = {**draw.lengths, PAST: draw.lengths[PAST] + draw.lengths[NEW], NEW: 1}
-    made = _drawn("next step", ports, lengths, elements, torch.Generator().manual_seed(1))
+def following(inputs: InputSet, outputs: Mapping[str, Tensor], ports: Sequence[Port], elements: Feeds) -> InputSet:
+    """The generation step after `inputs`: one new token, and the cache among `outputs`."""
+    lengths = {**inputs.lengths, PAST: inputs.lengths[PAST] + inputs.lengths[NEW], NEW: 1}
+    sampled = _sampled("next step", ports, lengths, elements, torch.Generator().manual_seed(1))
     cache = {name.replace("present", "past_key_values", 1): value for name, value in outputs.items()}
-    return Draw(made.name, lengths, {name: cache.get(name, value) for name, value in made.feeds.items()})
+    return InputSet(sampled.name, lengths, {name: cache.get(name, value) for name, value in sampled.feeds.items()})
 
 
-def _drawn(name: str, ports: Sequence[Port], lengths: Mapping[str, int], elements: Feeds, generator: torch.Generator) -> Draw:
+def _sampled(
+    name: str, ports: Sequence[Port], lengths: Mapping[str, int], elements: Feeds, generator: torch.Generator
+) -> InputSet:
+    """Random values for every input, whose dynamic axes have these lengths."""
     feeds = {}
     for port in ports:
         known = elements[port.name]
-        # an axis whose length follows from nothing we know keeps the example's
+        # an axis whose length cannot be computed keeps its length in the example
         shape = [
             size if (length := evaluated(dim, lengths)) is None else length
             for dim, size in zip(port.shape, known.shape, strict=True)
@@ -106,15 +108,16 @@ def _drawn(name: str, ports: Sequence[Port], lengths: Mapping[str, int], element
         if port.name.endswith("position_ids"):
             feeds[port.name] = (torch.arange(shape[-1]) + lengths.get(PAST, 0)).expand(shape).to(known.dtype).contiguous()
         elif PAST in port.shape:
-            feeds[port.name] = _chosen(known, shape, generator)
+            feeds[port.name] = _sample_slices(known, shape, generator)
         else:
-            feeds[port.name] = _like(known, shape, generator)
-    return Draw(name, lengths, feeds)
+            feeds[port.name] = _sample_elements(known, shape, generator)
+    return InputSet(name, lengths, feeds)
 
 
-def _chosen(known: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Slices of `known`, drawn on every axis of another length or of texts: a cache of numbers that no model would make has
-    rounding grow beyond what any text shows.
+def _sample_slices(known: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Slices of `known`, sampled along the batch axis and along every axis with another length.
+
+    For a cache: rounding errors are much larger on random numbers than on the keys and values that a model computes.
     """
     for axis, size in enumerate(shape):
         if axis == 0 or size != known.shape[axis]:
@@ -122,39 +125,41 @@ def _chosen(known: Tensor, shape: Sequence[int], generator: torch.Generator) -> 
     return known
 
 
-def _like(known: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Whole numbers, truths and what is infinite from the elements of `known`; other numbers of its mean and spread."""
+def _sample_elements(known: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Integers, booleans and infinities are sampled from the elements of `known`; finite floats are normal with its mean and
+    standard deviation.
+    """
     flat = known.flatten()
     if not len(flat):
         return known.new_zeros(shape)
     if not known.is_floating_point():
         return flat[torch.randint(len(flat), tuple(shape), generator=generator)]
     finite = flat[flat.isfinite()].float()
-    spread, mean = (finite.std(correction=0), finite.mean()) if len(finite) else (torch.tensor(1.0), torch.tensor(0.0))
-    drawn = (torch.randn(tuple(shape), generator=generator) * spread + mean).to(known.dtype)
+    std, mean = (finite.std(correction=0), finite.mean()) if len(finite) else (torch.tensor(1.0), torch.tensor(0.0))
+    normal = (torch.randn(tuple(shape), generator=generator) * std + mean).to(known.dtype)
     if len(finite) == len(flat):
-        return drawn
-    marks = flat[torch.randint(len(flat), tuple(shape), generator=generator)]  # as an additive mask has
-    return torch.where(marks.isfinite(), drawn, marks)
+        return normal
+    elements = flat[torch.randint(len(flat), tuple(shape), generator=generator)]  # e.g. the -inf of an additive mask
+    return torch.where(elements.isfinite(), normal, elements)
 
 
-def _padded(draw: Draw, generator: torch.Generator) -> list[Draw]:
-    """`draw` with its texts shortened, from the left and from the right, where it has masks of ones."""
-    masks = {name: mask for name, mask in draw.feeds.items() if name.endswith("attention_mask") and mask.dim() == 2}
+def _padded(inputs: InputSet, generator: torch.Generator) -> list[InputSet]:
+    """`inputs` with padding on the left and on the right, if its attention masks are all ones; otherwise nothing."""
+    masks = {name: mask for name, mask in inputs.feeds.items() if name.endswith("attention_mask") and mask.dim() == 2}
     masks = {name: mask for name, mask in masks.items() if mask.shape[1] > 1 and not mask.is_floating_point() and mask.all()}
     if not masks:
         return []
-    left, right = dict(draw.feeds), dict(draw.feeds)
+    left, right = dict(inputs.feeds), dict(inputs.feeds)
     for name, mask in masks.items():
         width = mask.shape[1]
         padding = torch.randint(1, width, (len(mask), 1), generator=generator)
         left[name] = (torch.arange(width) >= padding).to(mask.dtype)
         right[name] = left[name].flip(-1).contiguous()
-    return [Draw("padded on the left", draw.lengths, left), Draw("padded on the right", draw.lengths, right)]
+    return [InputSet("padded on the left", inputs.lengths, left), InputSet("padded on the right", inputs.lengths, right)]
 
 
 def evaluated(dim: int | str, lengths: Mapping[str, int]) -> int | None:
-    """The length of an axis: a number, a name, or a sum of products of these; None where it does not follow."""
+    """The length of an axis, which is a number, a name, or a sum of products of these; None if it cannot be computed."""
     if isinstance(dim, int):
         return dim
     if dim in lengths:
@@ -165,18 +170,19 @@ def evaluated(dim: int | str, lengths: Mapping[str, int]) -> int | None:
     return sum(math.prod(lengths.get(factor) or int(factor.isdecimal() and factor) for factor in term) for term in terms)
 
 
-def given_feeds(real: Sequence[str | Path | Mapping[str, Any]], ports: Sequence[Port], example: Feeds) -> list[Draw]:
-    """Inputs of the user's own, arrays by input name or `.npz` files of these. Raises `ExportError` where they do not fit."""
+def real_inputs(real: Sequence[str | Path | Mapping[str, Any]], ports: Sequence[Port], example: Feeds) -> list[InputSet]:
+    """The user's inputs: arrays by input name, or `.npz` files of arrays. Raises `ExportError` if they do not fit the file."""
     found = []
-    for place, given in enumerate(real):
-        where = f"real input {place}" if isinstance(given, Mapping) else str(given)
-        arrays = given if isinstance(given, Mapping) else _from_file(Path(given))
+    for number, source in enumerate(real):
+        where = f"real input {number}" if isinstance(source, Mapping) else str(source)
+        arrays = source if isinstance(source, Mapping) else _from_file(Path(source))
         feeds = {name: torch.as_tensor(array) for name, array in arrays.items()}
         lengths = lengths_of(ports, feeds, where)
         for name, known in example.items():
             if feeds[name].is_floating_point() != known.is_floating_point():
                 raise ExportError(f"{name} is {known.dtype} in the file, and {feeds[name].dtype} in {where}")
-        found.append(Draw(where, lengths, {name: feeds[name].to(example[name].dtype) for name in example}, given=True))
+        converted = {name: feeds[name].to(example[name].dtype) for name in example}
+        found.append(InputSet(where, lengths, converted, required=True))
     return found
 
 
@@ -190,10 +196,10 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def text_inputs(directory: str | Path, ports: Sequence[Port], *, trust_code: bool = False) -> list[dict[str, Tensor]]:
-    """Built-in sentences as the tokenizer of `directory` spells them, for a file that takes nothing but texts (and a cache).
+    """Built-in sentences, encoded by the tokenizer in `directory`, for a file whose inputs are only texts and a cache.
 
-    A batch padded to the longest, or one sentence at a time without a token to pad with; `[]` where no text is taken or
-    no tokenizer lies there.
+    One batch padded to the longest sentence, or one set for each sentence if padding is not possible. `[]` if the file has
+    other inputs or the directory has no tokenizer.
     """
     names = {port.name for port in ports if not port.name.startswith("past_key_values.")}
     known = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
@@ -210,10 +216,10 @@ def text_inputs(directory: str | Path, ports: Sequence[Port], *, trust_code: boo
 
 
 def _as_text(encoded: Mapping[str, Tensor], ports: Sequence[Port]) -> dict[str, Tensor]:
-    """What a file takes of a tokenized batch: positions that count what is no padding, an empty cache."""
+    """All inputs of a file for a tokenized batch: positions count the tokens that are not padding, and the cache is empty."""
     ids = encoded["input_ids"]
     mask = encoded.get("attention_mask", torch.ones_like(ids))
-    made = {
+    values = {
         "input_ids": ids,
         "attention_mask": mask,
         "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
@@ -221,4 +227,4 @@ def _as_text(encoded: Mapping[str, Tensor], ports: Sequence[Port]) -> dict[str, 
     }
     lengths = {"batch": len(ids), NEW: ids.shape[1], PAST: 0}
     empty = {port.name: torch.zeros([evaluated(dim, lengths) or 0 for dim in port.shape]) for port in ports}
-    return {port.name: made.get(port.name, empty[port.name]) for port in ports}
+    return {port.name: values.get(port.name, empty[port.name]) for port in ports}
