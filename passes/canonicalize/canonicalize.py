@@ -19,6 +19,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from memrewrite.passes.canonicalize.linear_forms import spell
 from memrewrite.passes.canonicalize.sums import cut_of, take_part
 from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.copying import COPY, copied
 from memrewrite.passes.graphs.dataflow import LITERAL, ORIGIN, SPELLED, WEIGHT, Dataflow
 from memrewrite.passes.graphs.ops import ALONG, IDENTITY, LAYOUT, is_assertion, is_pointwise, op_name
 
@@ -36,16 +37,15 @@ def canonicalize(segment: Segment) -> fx.Graph:
 
 def _copy(segment: Segment) -> fx.Graph:
     """A copy in which weights are placeholders marked with their names."""
-    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in segment.graph.nodes:
-        weight = node.op == "get_attr"
-        twin = graph.placeholder(node.name) if weight else graph.node_copy(node, made.__getitem__)
-        twin.meta = {**node.meta, ORIGIN: node}
+    graph, copies = copied(
+        segment.graph.nodes, instead=lambda new, node: new.placeholder(node.name) if node.op == "get_attr" else COPY
+    )
+    for node, copy in copies.items():
+        copy.meta = {**node.meta, ORIGIN: node}
         if node.name in segment.weights:
-            twin.meta[WEIGHT] = segment.weights[node.name]
+            copy.meta[WEIGHT] = segment.weights[node.name]
         if node.name in segment.literals:
-            twin.meta[LITERAL] = segment.literals[node.name]
-        made[node] = twin
+            copy.meta[LITERAL] = segment.literals[node.name]
     return graph
 
 

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from memrewrite.errors import CaptureError
+from memrewrite.passes.graphs.copying import copied
 from memrewrite.passes.graphs.provenance import clean
 from memrewrite.passes.models.forward import Inputs
 
@@ -112,13 +113,12 @@ def _positional(module: fx.GraphModule, inputs: Inputs) -> tuple[Any, ...]:
 
 def _located(module: fx.GraphModule) -> fx.Graph:
     """A copy of the graph, by name, whose nodes say which modules they belong to: plain paths, called modules included."""
-    graph, names = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in module.graph.nodes:
-        twin = names[node] = graph.node_copy(node, names.__getitem__)
+    graph, copies = copied(module.graph.nodes)
+    for node, copied_node in copies.items():
         stack = {str(key): (clean(str(path)), _class(kind)) for key, (path, kind) in (node.meta.get(STACK) or {}).items()}
         if node.op == "call_module" and [path for path, _ in stack.values()][-1:] != [node.target]:
             stack[node.name] = (str(node.target), _class(type(module.get_submodule(str(node.target)))))
-        twin.meta = {**node.meta, STACK: stack}
+        copied_node.meta = {**node.meta, STACK: stack}
     graph.set_codegen(copy.copy(module.graph._codegen))
     return graph
 
