@@ -114,7 +114,7 @@ def test_a_file_says_where_it_came_from_and_nothing_of_this_machine(exported: Ma
     file = exported("modular", op="standard")
     model = onnx.load(file.path)
     told = {p.key.removeprefix(onnx_file.PREFIX): p.value for p in model.metadata_props}
-    assert told["recipe"] == file.model.memory.record["recipe.yaml"]
+    assert told["recipe"] == file.model.memory.record.recipe
     assert told["plan"] == tiny.plan_of("modular").digest()
     assert {"memrewrite", "torch", "onnx"} <= json.loads(told["versions"]).keys()
     assert (told["op"], told["dtype"], told["with_past"], told["selections"]) == ("standard", "float32", "false", "3")
