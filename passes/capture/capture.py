@@ -51,6 +51,17 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
     return replace(made, calls=recorder.calls, outputs=outputs)
 
 
+def as_graph(captured: Capture) -> Capture:
+    """The capture of a live module as one whole graph, as the capture of that graph: its weights are the module's.
+
+    The outputs are the graph's own, from one forward. `captured` must be whole.
+    """
+    program = captured.segments[0].program
+    if isinstance(program, ExportedProgram):
+        return _as_given(program.module(check_guards=False), captured.inputs, "an exported program, as given")
+    return _as_given(program, captured.inputs, "a graph module, as given")
+
+
 def is_traced(model: nn.Module | ExportedProgram) -> bool:
     """Whether a model is a graph already: of ATen operators, or of torch's own functions and modules."""
     return isinstance(model, (ExportedProgram, fx.GraphModule))

@@ -55,6 +55,11 @@ class Capture:
         """Whether the model was given as a graph: it is rewritten graph → graph, and no module tree is edited."""
         return isinstance(self.segments[0].program, fx.GraphModule) and self.segments[0].own_segments is None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole model is one graph."""
+        return [segment.path for segment in self.segments] == [""]
+
 
 def segment_of(path: str, program: ExportedProgram, inputs: Inputs) -> Segment:
     """The graph of the module at `path`, exported by itself."""

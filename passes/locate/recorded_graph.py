@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memrewrite.passes.canonicalize.canonicalize import ORIGIN
+from memrewrite.passes.canonicalize.canonicalize import ORIGIN, canonicalize
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.dataflow import Dataflow
 from memrewrite.passes.graphs.ops import FILLED, IDENTITY, is_assertion, op_name
@@ -19,6 +19,11 @@ from memrewrite.passes.models.call_recorder import Call
 from memrewrite.passes.regions.region import Region
 
 FILLS = FILLED | {"new_zeros", "new_ones", "new_full"}  # they read a value's shape, and not the value
+
+
+def recorded_graph(segment: Segment, calls: Mapping[str, tuple[Call, ...]], *, fragment: bool = False) -> RecordedGraph:
+    """Canonicalize a segment, and relate the two graphs. `calls` are the module calls of the whole model (`Capture.calls`)."""
+    return RecordedGraph(segment, Dataflow(canonicalize(segment), fragment=fragment), calls)
 
 
 class RecordedGraph:

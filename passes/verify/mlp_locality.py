@@ -21,7 +21,7 @@ from memrewrite.passes.locate.token_probe import mixes
 from memrewrite.passes.models.forward import SEED
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.rewrite.original_mlp import extract
-from memrewrite.passes.verify.evidence import Evidence, checked, skipped
+from memrewrite.passes.verify.evidence import BeforeEdit, checked, skipped
 from memrewrite.report import Check
 
 TRIED = 8  # tokens changed in one MLP at most: the first, the last, and evenly between, at least one in every row if so many
@@ -37,7 +37,7 @@ class Tokens:
     rows: int
 
 
-def locality(evidence: Evidence) -> Check:
+def locality(evidence: BeforeEdit) -> Check:
     """Does a token's output of every selected MLP depend on that token, and on no other?"""
     if evidence.on_meta:
         return skipped("locality", "the model is on meta: there are no values to change")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import operator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from memrewrite.errors import MemrewriteError, SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.pool import Pools
 from memrewrite.passes.rewrite.build_layers import pools_of
+from memrewrite.passes.rewrite.layer_call import add_output
 
 NAMES = ["modular", "loose", "shared", "bert", "t5"]
 PLACEMENTS = ["replace", "parallel"]
@@ -185,6 +187,75 @@ def test_a_fixed_size_in_the_model_stays_fixed() -> None:
 
     report = memrewrite.apply(Fixed(), tiny.recipe(), (torch.randn(2, 5, 8),), emit="graph")
     assert report.model(torch.randn(7, 5, 8)).shape == (7, 5, 8)
+
+
+class FlatMLP(nn.Module):
+    """An MLP that receives its tokens in two axes and returns them in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = F.gelu(self.up(x)).flatten(0, 1)
+        return self.down(hidden)
+
+
+class Flattening(nn.Module):
+    """Two MLPs on one residual stream: one that flattens its tokens, and one on the flattened stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.flat, self.mlp = nn.LayerNorm(8), FlatMLP(), tiny.MLP(8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(0, 1) + self.flat(self.norm(x))
+        return x + self.mlp(self.norm(x))
+
+
+FLATTENING = {
+    "live": lambda model, x: (model, {"emit": "graph"}),
+    "program": lambda model, x: (torch.export.export(model, (x,)), {}),
+    "symbolic": lambda model, x: (fx.symbolic_trace(model), {}),
+}
+
+
+@pytest.mark.parametrize("form", FLATTENING)
+def test_a_layer_is_added_to_an_mlp_that_flattens_its_tokens(form: str) -> None:
+    model, x = Flattening().eval(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    given, options = FLATTENING[form](model, x)
+    report = memrewrite.apply(given, tiny.recipe("parallel"), (x,), **options)
+    assert [site.site.path for site in report.plan.substitutions] == ["flat", "mlp"]
+    assert report.ok
+    assert torch.equal(report.model(x), before)
+    tiny.open_up(report.model)
+    assert not torch.allclose(report.model(x), before)
+    targets = [n.target for n in report.model.graph.nodes if "memory" in str([s.target for s in n.all_input_nodes])]
+    assert [target is add_output for target in targets] == [True, False]  # a plain add where the layouts are equal
+    program = torch.export.export(report.model, (x,))
+    assert torch.equal(program.module()(x), report.model(x))
+    assert torch.equal(copy.deepcopy(report.model)(x), report.model(x))
+
+
+def test_a_graph_with_an_mlp_that_flattens_its_tokens_is_saved_and_computes_what_the_live_model_computes(
+    tmp_path: Path,
+) -> None:
+    model, x = Flattening().eval(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    graph = memrewrite.apply(model, tiny.recipe("parallel"), (x,), emit="graph").model
+    live = memrewrite.apply(model, tiny.recipe("parallel"), (x,)).model
+    for rewritten in (graph, live):
+        tiny.open_up(rewritten)
+    loaded = memrewrite.load(memrewrite.save(graph, tmp_path / "graph"), trust_code=True)
+    other = torch.randn(3, 9, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(graph(other), loaded(other))
+    torch.testing.assert_close(graph(other), live(other))
+
+
+def test_a_layer_does_not_replace_an_mlp_that_flattens_its_tokens() -> None:
+    model, x = Flattening().eval(), torch.randn(2, 5, 8)
+    with pytest.raises(SelectError, match=r"\(2, 5, 8\) and its output \(10, 8\): a layer cannot replace it"):
+        memrewrite.apply(model, tiny.recipe(), (x,), emit="graph")
 
 
 # ------------------------------------------------------------------------------------------------ fx.symbolic_trace
@@ -365,7 +436,7 @@ def test_a_graph_that_only_calls_the_modules_with_mlps_is_a_module_tree(placemen
 def test_an_mlp_inside_of_a_leaf_beside_others_is_refused_by_name() -> None:
     model, x = spelled(seeded(lambda: nn.Sequential(Called(), Residual())), Called), torch.randn(2, 5, 8)
     assert len(memrewrite.inspect(model, (x,)).sites) == 3
-    with pytest.raises(SelectError, match=r"'0'.* lies inside of something that the graph calls as one"):
+    with pytest.raises(SelectError, match=r"'0'.* is inside of a module or function that the graph calls"):
         memrewrite.apply(model, tiny.recipe(), (x,))
     report = memrewrite.apply(model, tiny.recipe(where={"regex": "^1"}), (x,))
     assert report.ok

@@ -131,7 +131,7 @@ def test_an_mlp_with_a_memory_of_its_own_is_refused_and_left_alone() -> None:
     model, inputs = tiny.named("modular")
     model.blocks[1].mlp.memory = 3
     photograph = tiny.Photograph(model)
-    with pytest.raises(ModelError, match="'memory' of its own"):
+    with pytest.raises(ModelError, match="already has an attribute 'memory'"):
         memrewrite.apply(model, tiny.recipe("parallel"), inputs)
     assert not photograph.differences(tiny.Photograph(model))
 

@@ -15,9 +15,7 @@ from torch.nn import functional as F
 
 import memrewrite
 from memrewrite.errors import VerificationError
-from memrewrite.passes import pipeline
-from memrewrite.passes.verify import null_check as originals
-from memrewrite.passes.verify import verify
+from memrewrite.passes.verify import null_check, verified_rewrite, verify
 from memrewrite.report import Check
 
 D = tiny.WIDTH
@@ -154,7 +152,7 @@ def test_noise_that_was_lifted_out_wrongly_is_caught(
     monkeypatch: pytest.MonkeyPatch, mutation: Callable[[fx.Graph], None], span: bool
 ) -> None:
     model = model_of(lambda: Noisy(D, 0.5)) if span else with_mlp(dropped)
-    photograph, real = tiny.Photograph(model), originals.OriginalMLP
+    photograph, real = tiny.Photograph(model), null_check.OriginalMLP
 
     class Wrong(real):  # type: ignore[misc,valid-type]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -162,8 +160,8 @@ def test_noise_that_was_lifted_out_wrongly_is_caught(
             mutation(self.calls[0].graph)
             self.calls[0].recompile()
 
-    monkeypatch.setattr(originals, "OriginalMLP", Wrong)
-    monkeypatch.setattr(pipeline, "substitute", lambda *_: pytest.fail("it was edited"))
+    monkeypatch.setattr(null_check, "OriginalMLP", Wrong)
+    monkeypatch.setattr(verified_rewrite, "substitute", lambda *_: pytest.fail("it was edited"))
     with pytest.raises(VerificationError) as caught:
         memrewrite.apply(model, tiny.recipe(), INPUTS)
     assert caught.value.report is not None
@@ -202,7 +200,7 @@ class Another(Switched):
         (lambda: with_mlp(Unsteady), "differ between two runs from one seed"),
         (lambda: with_mlp(Raising), "does not run in train mode: RuntimeError: labels are needed"),
         (lambda: with_mlp(Another), "cannot be captured"),
-        (lambda: model_of(lambda: Interleaved(D, 0.5)), "others draw random numbers too"),
+        (lambda: model_of(lambda: Interleaved(D, 0.5)), "other code consumes random numbers too"),
     ],
 )
 def test_what_cannot_be_compared_is_skipped_with_the_reason(build: Callable[[], Any], why: str) -> None:

@@ -16,10 +16,9 @@ from torch import fx, nn
 
 import memrewrite
 from memrewrite.errors import VerificationError
-from memrewrite.passes import pipeline
 from memrewrite.passes.rewrite.edit_module import AddMemory, ZeroStub
 from memrewrite.passes.rewrite.undo_log import UndoLog
-from memrewrite.passes.verify import null_check as originals
+from memrewrite.passes.verify import null_check, verified_rewrite
 from memrewrite.report import Report
 
 CHECKS = ["null", "null_train", "locality", "coverage", "untouched", "frame", "sharing", "tokenwise", "gradient", "identity"]
@@ -289,14 +288,14 @@ def test_a_broken_rewrite_is_caught_and_undone(
 ) -> None:
     model, inputs = tiny.named(name)
     before, photograph = tiny.values_of(model, inputs), tiny.Photograph(model)
-    real = pipeline.substitute
+    real = verified_rewrite.substitute
 
     def broken(model: nn.Module, plan: Any, **options: Any) -> UndoLog:
         edit = real(model, plan, **options)
         mutation(model, edit)
         return edit
 
-    monkeypatch.setattr(pipeline, "substitute", broken)
+    monkeypatch.setattr(verified_rewrite, "substitute", broken)
     failure = refused(model, tiny.recipe(placement), inputs)
     assert check in failed(failure), failure.report
     assert not photograph.differences(tiny.Photograph(model))
@@ -323,7 +322,7 @@ def failed(failure: VerificationError) -> list[str]:
 @pytest.mark.parametrize("name", ["modular", "loose"])
 def test_a_wrong_region_is_caught_before_anything_is_edited(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model, inputs = tiny.named(name)
-    photograph, real = tiny.Photograph(model), originals.OriginalMLP
+    photograph, real = tiny.Photograph(model), null_check.OriginalMLP
 
     class Wrong(real):  # type: ignore[misc,valid-type]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -333,8 +332,8 @@ def test_a_wrong_region_is_caught_before_anything_is_edited(monkeypatch: pytest.
                     node.target = torch.ops.aten.relu.default
             self.calls[0].recompile()
 
-    monkeypatch.setattr(originals, "OriginalMLP", Wrong)
-    monkeypatch.setattr(pipeline, "substitute", lambda *_: pytest.fail("it was edited"))
+    monkeypatch.setattr(null_check, "OriginalMLP", Wrong)
+    monkeypatch.setattr(verified_rewrite, "substitute", lambda *_: pytest.fail("it was edited"))
     failure = refused(model, tiny.recipe(), inputs)
     assert failed(failure) == ["null"]
     assert not photograph.differences(tiny.Photograph(model))
@@ -343,7 +342,7 @@ def test_a_wrong_region_is_caught_before_anything_is_edited(monkeypatch: pytest.
 def test_an_error_while_verifying_undoes_the_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny.named("loose")
     photograph = tiny.Photograph(model)
-    monkeypatch.setattr(pipeline, "verify", lambda _: [][0])
+    monkeypatch.setattr(verified_rewrite, "verify", lambda _: [][0])
     with pytest.raises(IndexError):
         memrewrite.apply(model, tiny.recipe(), inputs)
     assert not photograph.differences(tiny.Photograph(model))
@@ -372,7 +371,7 @@ def epsilon_changed(result: fx.GraphModule) -> None:
 def test_a_broken_graph_is_caught(monkeypatch: pytest.MonkeyPatch, mutation: Callable[[Any], None]) -> None:
     model, inputs = tiny.named("modular")
     program = torch.export.export(model, (), inputs)
-    before, real = str(program.graph), pipeline.emit_graph
+    before, real = str(program.graph), verified_rewrite.emit_graph
 
     def broken(*args: Any) -> Any:
         result, layers = real(*args)
@@ -380,7 +379,7 @@ def test_a_broken_graph_is_caught(monkeypatch: pytest.MonkeyPatch, mutation: Cal
         result.recompile()
         return result, layers
 
-    monkeypatch.setattr(pipeline, "emit_graph", broken)
+    monkeypatch.setattr(verified_rewrite, "emit_graph", broken)
     assert "frame" in failed(refused(program, tiny.recipe(), inputs))
     assert str(program.graph) == before
 
@@ -417,7 +416,7 @@ def test_the_report_counts_what_is_there() -> None:
 
 def test_verify_off_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny.named("modular")
-    monkeypatch.setattr(pipeline, "verify", lambda _: pytest.fail("it was verified"))
+    monkeypatch.setattr(verified_rewrite, "verify", lambda _: pytest.fail("it was verified"))
     report = memrewrite.apply(model, tiny.recipe(verify="off"), inputs)
     assert report.checks == ()
     assert report.ok
