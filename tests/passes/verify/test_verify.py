@@ -1,6 +1,6 @@
-"""Every check catches what it is for: a table of rewrites that went wrong, each with the check that must fail.
+"""Every check fails when it must: a table of wrong rewrites, each with the check that must fail.
 
-The mutations stand for mistakes in `substitute`: each is made right after it, and undone with it.
+The mutations simulate mistakes in `substitute`: each is applied right after it, and reverted with it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def the_old_mlp_kept_elsewhere(model: Any, edit: UndoLog) -> None:
 
 
 def replaced_weights_stay(model: Any, edit: UndoLog) -> None:
-    """The first matrix computes on, and what it gives is thrown away."""
+    """The first matrix still computes, and its result is unused."""
     block, up = model.blocks[0], tiny.loose().blocks[0].up
     up._forward_pre_hooks = block.up._forward_pre_hooks
     up._forward_pre_hooks_with_kwargs = block.up._forward_pre_hooks_with_kwargs
@@ -109,7 +109,7 @@ def layers_swapped(model: Any, edit: UndoLog) -> None:
 
 
 def reads_another_value(model: Any, edit: UndoLog) -> None:
-    """The layer reads the residual stream, not what its norm makes of it."""
+    """The layer reads the residual stream before the norm."""
     seen: list[Any] = []
     _hooked(model.blocks[0].norm2.register_forward_pre_hook(lambda m, args: seen.append(args[0])), edit)
     _hooked(_layer(edit).register_forward_pre_hook(lambda m, args: (seen.pop(),) if seen else None), edit)
@@ -143,7 +143,7 @@ def computed_and_not_added(model: Any, edit: UndoLog) -> None:
     hooks[key] = lambda m, args, out: out if add.layer(args[0]) is not None else None
 
 
-def mlp_dropped_beside_the_layer(model: Any, edit: UndoLog) -> None:
+def mlp_dropped_next_to_the_layer(model: Any, edit: UndoLog) -> None:
     hooks = model.blocks[0].mlp._forward_hooks
     (key, add), *_ = hooks.items()
     hooks[key] = lambda m, args, out: add.layer(args[0])
@@ -176,7 +176,7 @@ def wrong_residual(model: Any, edit: UndoLog) -> None:
 
 
 def residual_lost(model: Any, edit: UndoLog) -> None:
-    """What the layer gives is all that goes on: the stream before it is taken off again."""
+    """The layer's output replaces the residual stream: the stream before it is subtracted."""
     seen: list[Any] = []
     _hooked(model.blocks[0].norm2.register_forward_pre_hook(lambda m, args: seen.append(args[0])), edit)
     _hooked(model.blocks[0].register_forward_hook(lambda m, args, out: out - seen.pop()), edit)
@@ -190,7 +190,7 @@ def inputs_swapped(model: Any, edit: UndoLog) -> None:
 
 
 def stale_weights(model: Any, edit: UndoLog) -> None:
-    """One module holds its weight as it was before the last step of training."""
+    """One module has its weight from before the last step of training."""
     qkv = model.blocks[1].attention.qkv
     new = qkv.weight
     qkv.weight = nn.Parameter(new.detach() - 1e-4)
@@ -204,7 +204,7 @@ def lost_bias(model: Any, edit: UndoLog) -> None:
 
 
 def bias_ignored(model: Any, edit: UndoLog) -> None:
-    """It is still there, and nothing adds it."""
+    """It is still registered, and nothing adds it."""
     out = model.blocks[2].attention.out
     _set(out, "forward", lambda x: nn.functional.linear(x, out.weight), edit)
 
@@ -214,7 +214,7 @@ def tokens_mixed_before_the_layer(model: Any, edit: UndoLog) -> None:
 
 
 def tokens_shifted_before_the_layer(model: Any, edit: UndoLog) -> None:
-    """Every layer's input comes one token late."""
+    """Every layer's input is shifted by one token."""
     _hooked(model.blocks[0].norm2.register_forward_hook(lambda m, args, out: out.roll(1, 1)), edit)
 
 
@@ -227,11 +227,11 @@ def tokens_mixed_after_the_layer(model: Any, edit: UndoLog) -> None:
 
 
 def dropout_in_train_mode_only(model: Any, edit: UndoLog) -> None:
-    """A block drops nothing any more; in eval mode nobody sees it."""
+    """A block has no dropout any more; eval mode does not show it."""
     _set(model.blocks[0], "dropout", nn.Identity(), edit)
 
 
-MUTATIONS: list[tuple[str, str, Mutation, str]] = [  # model, placement, what went wrong, the check that must fail
+MUTATIONS: list[tuple[str, str, Mutation, str]] = [  # model, placement, mutation, the check that must fail
     ("modular", "parallel", never_called, "coverage"),
     ("modular", "parallel", added_twice, "coverage"),
     ("modular", "replace", called_twice, "coverage"),
@@ -253,7 +253,7 @@ MUTATIONS: list[tuple[str, str, Mutation, str]] = [  # model, placement, what we
     ("modular", "parallel", reads_another_value, "frame"),
     ("modular", "parallel", added_doubled, "frame"),
     ("modular", "parallel", computed_and_not_added, "frame"),
-    ("modular", "parallel", mlp_dropped_beside_the_layer, "frame"),
+    ("modular", "parallel", mlp_dropped_next_to_the_layer, "frame"),
     ("modular", "replace", a_table_of_its_own, "sharing"),
     ("modular", "replace", a_table_with_two_names, "sharing"),
     ("modular", "replace", output_detached, "gradient"),
@@ -388,7 +388,7 @@ def test_a_broken_graph_is_caught(monkeypatch: pytest.MonkeyPatch, mutation: Cal
 
 
 @pytest.mark.parametrize("placement", ["replace", "parallel"])
-def test_every_check_is_named_and_says_something(placement: str) -> None:
+def test_every_check_has_a_name_and_a_sentence(placement: str) -> None:
     model, inputs = tiny.named("modular")
     report = memrewrite.apply(model, tiny.recipe(placement), inputs)
     assert [check.name for check in report.checks] == CHECKS
@@ -405,7 +405,7 @@ def test_a_report_reads_back_from_json() -> None:
         _ = again.model
 
 
-def test_the_report_counts_what_is_there() -> None:
+def test_the_report_counts_the_parameters() -> None:
     model, inputs = tiny.named("modular")
     before = sum(p.numel() for p in model.parameters())
     report = memrewrite.apply(model, tiny.recipe(), inputs)
@@ -438,7 +438,7 @@ def test_verification_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(inputs["ids"], ids)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert len(tiny.hooks_of(model)) == tiny.BLOCKS  # the ones that add
+    assert len(tiny.hooks_of(model)) == tiny.BLOCKS  # those that add a layer's output
 
 
 def test_frozen_parameters_stay_frozen_and_new_ones_train() -> None:
@@ -449,7 +449,7 @@ def test_frozen_parameters_stay_frozen_and_new_ones_train() -> None:
     assert trainable == {name for name, _ in model.named_parameters() if "memory" in name}
 
 
-def test_layers_that_start_at_zero_are_shut_again() -> None:
+def test_layers_that_start_at_zero_are_zeroed_again() -> None:
     model, inputs = tiny.named("modular")
     memrewrite.apply(model, tiny.recipe("parallel"), inputs)
     assert not any(block.mlp.memory.value_proj.weight.any() for block in model.blocks)
@@ -464,18 +464,18 @@ def test_a_model_that_runs_its_mlps_without_gradients_is_no_failure() -> None:
     assert (check.outcome, "keeps no gradients" in check.sentence) == ("skipped", True)
 
 
-def test_a_model_that_asks_a_replaced_module_for_its_weights_fails_with_that_reason() -> None:
-    class Asks(tiny.Block):
+def test_a_model_that_reads_weights_of_a_replaced_module_fails_with_that_reason() -> None:
+    class ReadsWeights(tiny.Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             assert self.mlp.down.weight.isfinite().all()
             return super().forward(x)
 
     model = tiny.modular()
-    model.blocks[0].__class__ = Asks
+    model.blocks[0].__class__ = ReadsWeights
     before = model(tiny.tokens())
     assert memrewrite.apply(model, tiny.recipe("parallel"), (tiny.tokens(),)).ok
     model = tiny.modular()
-    model.blocks[0].__class__ = Asks
+    model.blocks[0].__class__ = ReadsWeights
     with pytest.raises(VerificationError, match="does not run: AttributeError"):
         memrewrite.apply(model, tiny.recipe("replace"), (tiny.tokens(),))
     assert torch.equal(model(tiny.tokens()), before)
