@@ -8,7 +8,6 @@ of each stage as it begins.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -32,7 +31,7 @@ from memrewrite.passes.rewrite.given_graph import GivenGraph
 from memrewrite.passes.rewrite.host_tracing import trace_hosts
 from memrewrite.passes.storage.graph_json import hosts_to_json
 from memrewrite.passes.verify.evidence import refuse_failed
-from memrewrite.passes.verify.verified_rewrite import Rewrite, rewrite_graph, rewrite_module
+from memrewrite.passes.verify.verified_rewrite import Rewrite, Step, rewrite_graph, rewrite_module
 from memrewrite.plans import ROOT, Plan
 from memrewrite.recipes.reader import RecipeLike, read_recipe
 from memrewrite.recipes.schema import Recipe
@@ -41,7 +40,6 @@ from memrewrite.report import Report
 from memrewrite.site import Inspection
 
 Model = nn.Module | ExportedProgram
-Step = Callable[[str], None]
 Emit = Literal["module", "graph"]
 
 

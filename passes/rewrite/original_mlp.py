@@ -22,7 +22,7 @@ from memrewrite.passes.locate.recorded_graph import FILLS, of_sizes_alone
 class OriginalMLP(nn.Module):
     """The MLP at one site, to be called as often as the site is: the n-th call runs the nodes recorded for the n-th call.
 
-    `train_noise=True` switches on the dropout and the like that were recorded in eval mode.
+    `train_noise=True` switches on dropout and other random ops that were recorded in eval mode.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[SiteCall], *, train_noise: bool = False) -> None:

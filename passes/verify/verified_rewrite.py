@@ -24,7 +24,7 @@ from memrewrite.passes.verify.verify import before_editing, verify, verify_graph
 from memrewrite.plans import Plan
 from memrewrite.report import Check
 
-Step = Callable[[str], None]
+Step = Callable[[str], None]  # receives the name of a stage as it begins
 
 
 class Rewrite(NamedTuple):
