@@ -1,91 +1,130 @@
-"""The whole product: capture → locate → select → substitute → verify. The verbs a user calls.
+"""The functions that users call: capture → locate → select → rewrite → verify.
 
-Every function takes a live `nn.Module`, an `ExportedProgram` or an `fx.GraphModule`, and inputs as a tuple, a dict or
-`(args, kwargs)`. `step` is told the name of each stage as it begins.
+Models are `nn.Module`s, `fx.GraphModule`s or `ExportedProgram`s. Example inputs are a tuple of positional arguments, a dict of
+keyword arguments, a pair `(args, kwargs)`, or one tensor; tensors are moved to the model's device. `step` receives the name
+of each stage as it begins.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
-from memrewrite.errors import ModelError, SelectError, VerificationError
+from memrewrite.errors import ModelError, SelectError
 from memrewrite.explanation import Explanation
 from memrewrite.outline import ModuleNode
-from memrewrite.passes.capture.capture import capture, is_traced
+from memrewrite.passes.capture.capture import as_graph, capture, is_traced
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.explain.explain import explained
 from memrewrite.passes.explain.module_tree import outline
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites
-from memrewrite.passes.models.fingerprints import fingerprints
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
 from memrewrite.passes.rewrite.build_layers import pools_of, refuse_rewritten
-from memrewrite.passes.rewrite.edit_graph import emit_graph
-from memrewrite.passes.rewrite.edit_module import substitute
-from memrewrite.passes.rewrite.given_graph import all_hidden, anchored
+from memrewrite.passes.rewrite.given_graph import GivenGraph
 from memrewrite.passes.rewrite.host_tracing import trace_hosts
-from memrewrite.passes.rewrite.undo_log import UndoLog
-from memrewrite.passes.storage.graph_json import GRAPHS, hosts_to_json
-from memrewrite.passes.verify.evidence import Evidence, failed
-from memrewrite.passes.verify.null_check import run_with_originals
-from memrewrite.passes.verify.null_train_check import null_train
-from memrewrite.passes.verify.verify import before_editing, prove_graph, verify
+from memrewrite.passes.storage.graph_json import hosts_to_json
+from memrewrite.passes.verify.evidence import refuse_failed
+from memrewrite.passes.verify.verified_rewrite import Rewrite, Step, rewrite_graph, rewrite_module
 from memrewrite.plans import ROOT, Plan
-from memrewrite.recipes.reader import read_recipe
+from memrewrite.recipes.reader import RecipeLike, read_recipe
 from memrewrite.recipes.schema import Recipe
-from memrewrite.report import Check, Report
+from memrewrite.record import RewriteRecord
+from memrewrite.report import Report
 from memrewrite.site import Inspection
 
 Model = nn.Module | ExportedProgram
-RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe
-Step = Callable[[str], None]
 Emit = Literal["module", "graph"]
 
 
 def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> Inspection:
-    """Every MLP of a model, and every region that only looked like one, with the reason.
+    """Find every MLP of a model.
 
-    Raises `ModelError` when the model does not run on `inputs`, `CaptureError` when torch cannot trace it.
+    Args:
+        model: an `nn.Module`, on any device, `meta` included; an `fx.GraphModule`; or an `ExportedProgram`. It does not change.
+        inputs: example inputs: a tuple, a dict, a pair `(args, kwargs)` or one tensor. An `ExportedProgram` has its own.
+        step: receives the name of each stage as it begins.
+
+    Returns:
+        The MLPs in the order they run, and the regions that resemble one, each with the reason why it is none.
+
+    Raises:
+        ModelError: the model does not run on `inputs`.
+        CaptureError: torch cannot trace the model, whole or in blocks.
+
+    Example:
+        >>> found = memrewrite.inspect(model, {"input_ids": torch.arange(8)[None]})
+        >>> [(site.path, site.pattern, site.d_model) for site in found.sites]
     """
-    return _look(model, inputs, step or _quiet)[1].located
+    return _look(model, inputs, step or _ignore).locations.located
 
 
 def survey(
     model: Model, inputs: Any = None, recipe: RecipeLike | None = None, *, step: Step | None = None
 ) -> tuple[Inspection, ModuleNode, Plan | None]:
-    """What `inspect` finds, the tree of modules it was found in, and what `plan` would say of a recipe: one capture for all."""
+    """`inspect`, the module tree with its MLPs, and `plan` for a recipe, from one capture. Raises what these raise."""
     wanted = None if recipe is None else read_recipe(recipe)
     if wanted is not None and isinstance(model, nn.Module):
         refuse_rewritten(model)
-    before, locations = _look(model, inputs, step or _quiet)
-    return locations.located, outline(model, before), None if wanted is None else _plan(model, before, locations, wanted)
+    look = _look(model, inputs, step or _ignore)
+    tree = outline(model, look.capture)
+    return look.locations.located, tree, None if wanted is None else _planned(model, look, wanted)
 
 
 def explain(model: Model, path: str, inputs: Any = None, *, step: Step | None = None) -> Explanation:
-    """Why a module, container, parameter or graph node is an MLP, or is not: which rule, at which node, from which line.
+    """Explain why a part of a model is an MLP, or why it is not.
 
-    Raises what `inspect` raises, and `UserError` with close matches when the model has nothing of that name.
+    Args:
+        model: as for `inspect`. It does not change.
+        path: the name of a module, container, parameter or graph node.
+        inputs: example inputs, as for `inspect`.
+        step: receives the name of each stage as it begins.
+
+    Returns:
+        The MLPs and near misses in that part: the rule that decided, the graph node and the source line.
+
+    Raises:
+        UserError: the model has nothing named `path`; the hint lists similar names.
+        ModelError, CaptureError: as for `inspect`.
+
+    Example:
+        >>> print(memrewrite.explain(model, "layers.3.attn", inputs).verdict)
     """
-    before, locations = _look(model, inputs, step or _quiet)
-    return explained(model, before, locations, path)
+    look = _look(model, inputs, step or _ignore)
+    return explained(model, look.capture, look.locations, path)
 
 
 def plan(model: Model, recipe: RecipeLike, inputs: Any = None, *, step: Step | None = None) -> Plan:
-    """What `apply` would do. Raises what `inspect` raises, `RecipeError`, and `SelectError` where they do not fit."""
+    """Compute what `apply` would do, without doing it.
+
+    Args:
+        model: as for `inspect`, not rewritten before. It does not change.
+        recipe: the name of a recipe in the gallery, a path, a mapping, or a `Recipe`.
+        inputs: example inputs, as for `inspect`.
+        step: receives the name of each stage as it begins.
+
+    Returns:
+        The pools, and every substitution: site, kind, options, placement.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or is not well formed.
+        SelectError: the recipe does not fit the model: a selector matches nothing, two rules claim one MLP, ...
+        ModelError, CaptureError: as for `inspect`.
+
+    Example:
+        >>> plan = memrewrite.plan(model, "memory-plus", inputs)
+        >>> print(plan.after().parameters - plan.before().parameters)
+    """
     wanted = read_recipe(recipe)
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
-    before, locations = _look(model, inputs, step or _quiet)
-    return _plan(model, before, locations, wanted)
+    return _planned(model, _look(model, inputs, step or _ignore), wanted)
 
 
 def apply(
@@ -97,126 +136,130 @@ def apply(
     allow_large: bool = False,
     step: Step | None = None,
 ) -> Report:
-    """Rewrite `model` as `recipe` says, prove it, and report; `report.model` is the rewritten model.
+    """Rewrite a model by a recipe, and verify the result.
 
-    A live module is edited in place (`emit="graph"`: left alone, its captured graph rewritten); a traced one gives a new
-    `GraphModule`. When a check fails the model is as it was and `VerificationError` is raised, with the `report`. Raises
-    also what `plan` raises, and `SelectError` when the result would not fit in memory and `allow_large` is not set.
+    Args:
+        model: as for `inspect`, not rewritten before. An `nn.Module` is edited in place; an `fx.GraphModule` or
+            `ExportedProgram` does not change, and the result is a new `fx.GraphModule`. (A graph module whose MLPs are all
+            inside of modules that it calls is edited in place, as a module tree.)
+        recipe: the name of a recipe in the gallery, a path, a mapping, or a `Recipe`.
+        inputs: example inputs, as for `inspect`.
+        emit: "graph" exports an `nn.Module`, with dynamic shapes, and rewrites the graph; the module does not change.
+        allow_large: do not compare the size of the pools with the free memory of their devices.
+        step: receives the name of each stage as it begins.
+
+    Returns:
+        The plan, all checks, sizes and costs. `report.model` is the rewritten model.
+
+    Raises:
+        VerificationError: a check failed; its `report` has all checks. The model is as before.
+        SelectError: also if the pools do not fit in memory, or there is no one graph of the model for `emit="graph"`.
+        RecipeError, ModelError, CaptureError: as for `plan`.
+
+    Example:
+        >>> report = memrewrite.apply(model, "memory-plus", {"input_ids": torch.arange(8)[None]})
+        >>> memrewrite.save(report.model, "rewritten")
     """
-    begun, say = time.perf_counter(), step or _quiet
+    begun, report_step = time.perf_counter(), step or _ignore
     wanted = read_recipe(recipe)
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
     with evaluating(model), torch.enable_grad():
         if emit == "graph" and not is_traced(model):
-            say("capturing the model with dynamic shapes")
-            traced = capture(model, inputs, dynamic=True)
-            if [segment.path for segment in traced.segments] != [""]:
-                raise SelectError(f"there is no one graph of this model: {traced.how}", hint="use --emit module")
-            model = traced.segments[0].program
-        before, locations = _look(model, inputs, say)
-        made = _plan(model, before, locations, wanted)
-        if not allow_large:
-            refuse_too_large(made)
-        old_size = _size(model)
-        if isinstance(model, nn.Module) and not before.is_graph:
-            result, checks = _apply_to_module(model, made, before, locations, wanted, say)
+            model, look = _look_at_export(model, inputs, report_step)
         else:
-            locations = anchored(locations, [s.site.path for s in made.substitutions])
-            result, checks = _apply_to_graph(made, before, locations, wanted, say)
-    if result is not model and isinstance(model, nn.Module):
-        _as_in(model, result)
+            look = _look(model, inputs, report_step)
+        planned = _planned(model, look, wanted)
+        if not allow_large:
+            refuse_too_large(planned)
+        size = _size(model)
+        done, graphs = _rewrite(model, planned, look, wanted, report_step)
+    if isinstance(model, nn.Module) and done.model is not model:
+        _copy_modes(model, done.model)
     report = Report(
-        plan=made,
-        checks=checks,
-        parameters_before=old_size,
-        parameters_after=_size(result),
-        before=made.before(),
-        after=made.after(),
+        plan=planned,
+        checks=done.checks,
+        parameters_before=size,
+        parameters_after=_size(done.model),
+        before=planned.before(),
+        after=planned.after(),
         seconds=time.perf_counter() - begun,
-    ).of_model(result)
-    if report.ok:
-        pools_of(result).record |= {
-            "recipe.yaml": wanted.to_yaml(),
-            "plan.json": made.model_dump_json(indent=1),
-            "report.json": report.model_dump_json(indent=1),
-        }
-    else:
-        failed = next(check for check in checks if check.outcome == "failed")
-        raise VerificationError(
-            f"the check {failed.name!r} failed: {failed.sentence}",
-            where=made.captured,
-            hint="nothing was changed; please report the model and the recipe",
-        ).with_report(report)
+    ).of_model(done.model)
+    refuse_failed(
+        done.checks,
+        where=planned.captured,
+        hint="nothing was changed; please report the model and the recipe",
+        report=report,
+    )
+    pools_of(done.model).record = RewriteRecord(
+        plan=planned.model_dump_json(indent=1),
+        recipe=wanted.to_yaml(),
+        report=report.model_dump_json(indent=1),
+        graphs=graphs,
+        inputs=look.capture.inputs if isinstance(done.model, fx.GraphModule) else None,
+    )
     return report
 
 
-def _apply_to_module(
-    model: nn.Module, made: Plan, before: Capture, locations: LocatedSites, recipe: Recipe, say: Step
-) -> tuple[nn.Module, tuple[Check, ...]]:
-    hosts = trace_hosts(model, made, before)
-    graphs = {GRAPHS: hosts_to_json(hosts)} if hosts else {}
-    if recipe.verify == "off":
-        say("substituting")
-        substitute(model, made, hosts=hosts).commit()
-        pools_of(model).record |= graphs
-        return model, ()
-    say("fingerprinting every tensor")
-    evidence = Evidence(model, made, before, locations, fingerprints(model), hosts=hosts)
-    say("checking the plan with the original MLPs wrapped")
-    first = before_editing(evidence, lambda gradients: run_with_originals(evidence, gradients=gradients), null_train)
-    if failed(first):
-        return model, first
-    say("substituting")
-    edit: UndoLog = substitute(model, made, hosts=hosts)
-    say("verifying")
-    try:
-        evidence.layers = dict(edit.layers)
-        checks = (*first, *verify(evidence))
-    except BaseException:
-        edit.revert()
-        raise
-    if failed(checks):
-        edit.revert()
-    else:
-        pools_of(model).record |= graphs
-    edit.commit()
-    return model, checks
+class _Look(NamedTuple):
+    """A captured model with its located MLPs; `given` for a model that is rewritten as a graph."""
+
+    capture: Capture
+    locations: LocatedSites
+    given: GivenGraph | None
 
 
-def _apply_to_graph(
-    made: Plan, before: Capture, locations: LocatedSites, recipe: Recipe, say: Step
-) -> tuple[nn.Module, tuple[Check, ...]]:
-    say("rewriting the graph")
-    result, layers = emit_graph(before.segments[0], made, locations)
-    if recipe.verify == "off":
-        return result, ()
-    say("verifying")
-    return result, prove_graph(result, layers, made, before, locations)
-
-
-def _look(model: Model, inputs: Any, say: Step) -> tuple[Capture, LocatedSites]:
+def _look(model: Model, inputs: Any, step: Step) -> _Look:
+    """Capture a model and locate its MLPs."""
     if inputs is None and not isinstance(model, ExportedProgram):
         raise ModelError("no example inputs were given", hint="give a tuple, a dict or (args, kwargs) that the model runs on")
-    say("capturing the model")
+    step("capturing the model")
     with evaluating(model):
-        before = capture(model, inputs)
-        say("locating its MLPs")
-        locations = locate(before)
-        if before.is_graph and all_hidden(locations):  # a graph that only calls the modules that hold its MLPs
-            before = capture(model, inputs, as_module_tree=True)
-            locations = locate(before)
-    return before, locations
+        captured = capture(model, inputs)
+        step("locating its MLPs")
+        look = _located(captured)
+        lowered = bool(captured.segments[0].values)
+        if look.given is not None and lowered and look.given.all_hidden():  # in modules that the graph calls: edit these
+            captured = capture(model, inputs, as_module_tree=True)
+            look = _Look(captured, locate(captured), None)
+    return look
 
 
-def _plan(model: Model, before: Capture, locations: LocatedSites, recipe: Recipe) -> Plan:
-    made = select(locations.located, recipe, live=not before.is_graph)
+def _look_at_export(model: Model, inputs: Any, step: Step) -> tuple[Model, _Look]:
+    """Export a live module with dynamic shapes, and locate the MLPs in its graph. Returns the graph's program, too."""
+    step("capturing the model with dynamic shapes")
+    captured = capture(model, inputs, dynamic=True)
+    if not captured.is_whole:
+        raise SelectError(f"there is no one graph of this model: {captured.how}", hint="use --emit module")
+    step("locating its MLPs")
+    return captured.segments[0].program, _located(as_graph(captured))
+
+
+def _located(captured: Capture) -> _Look:
+    locations = locate(captured)
+    return _Look(captured, locations, GivenGraph(locations) if captured.is_graph else None)
+
+
+def _planned(model: Model, look: _Look, recipe: Recipe) -> Plan:
+    planned = select(look.locations.located, recipe, live=look.given is None)
     taken = isinstance(model, nn.Module) and hasattr(model, ROOT)
-    return made.model_copy(update={"root": f"memrewrite_{ROOT}"}) if taken else made
+    return planned.model_copy(update={"root": f"memrewrite_{ROOT}"}) if taken else planned
 
 
-def _as_in(given: nn.Module, result: nn.Module) -> None:
-    """Every module of a rewritten graph in the mode of the module it is a copy of; new ones go with the whole."""
+def _rewrite(model: Model, planned: Plan, look: _Look, recipe: Recipe, step: Step) -> tuple[Rewrite, str | None]:
+    """Edit and verify a graph or a module tree; and the graphs of modules whose forward becomes one, as JSON."""
+    with_checks = recipe.verify != "off"
+    if look.given is not None:
+        locations = look.given.bound(s.site.path for s in planned.substitutions)
+        return rewrite_graph(planned, look.capture, locations, with_checks=with_checks, step=step), None
+    module = cast(nn.Module, model)  # an exported program is a graph
+    hosts = trace_hosts(module, planned, look.capture)
+    graphs = hosts_to_json(hosts) if hosts else None  # before the edit: it raises an error for what cannot be saved
+    return rewrite_module(module, planned, look.capture, look.locations, hosts, with_checks=with_checks, step=step), graphs
+
+
+def _copy_modes(given: nn.Module, result: nn.Module) -> None:
+    """Set every module of a rewritten graph to the training mode of the module it is a copy of; new ones to the root's."""
     modes = {path: module.training for path, module in given.named_modules(remove_duplicate=False)}
     for path, module in result.named_modules():
         module.training = modes.get(path, given.training)
@@ -226,5 +269,5 @@ def _size(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _quiet(_: str) -> None:
-    """No one is told."""
+def _ignore(_: str) -> None:
+    """Ignores progress messages."""

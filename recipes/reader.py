@@ -18,10 +18,11 @@ from memrewrite.recipes.schema import Recipe
 from memrewrite.recipes.shelf import gallery
 from memrewrite.recipes.source import MAX_BYTES, Document, Source, decode, read_document
 
+RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe  # gallery name or path, path, mapping, recipe
 Place = Callable[[Problem], tuple[str, str]]  # where it is, and an excerpt of it
 
 
-def read_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
+def read_recipe(source: RecipeLike) -> Recipe:
     """Read a recipe: the name of a gallery recipe, a path, a mapping, or a `Recipe` (returned as it is)."""
     if isinstance(source, Recipe):
         return source

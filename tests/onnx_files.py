@@ -36,7 +36,6 @@ def model_of(name: str) -> tuple[Any, dict[str, Any]]:
         memrewrite.apply(model, tiny.recipe() | {"verify": "off"}, inputs)
     else:
         model, inputs = tiny.rewritten(name)
-        model.memory.record["recipe.yaml"] = "memrewrite: 1\n"
     if name == "llama":
         inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
     tiny.open_up(model)

@@ -32,9 +32,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "storage": ("rewrite", "capture", "models"),
     "onnx": ("capture", "models"),
     "onnx/check": ("onnx", "storage", "models"),
-    "torch_compile": ("verify", "rewrite", "plan", "locate", "capture", "models"),
+    "torch_compile": ("verify", "rewrite", "plan", "locate", "capture", "graphs", "models"),
     "pipeline": ("verify", "storage", "rewrite", "explain", "locate", "plan", "capture", "models"),
-    "verify_saved": ("storage", "verify", "rewrite", "capture", "models"),
+    "verify_saved": ("storage", "verify", "rewrite", "models"),
 }
 FACE = ROOT / "memrewrite" / "__init__.py"  # lazy: what it names it imports only when asked
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
@@ -165,6 +165,14 @@ def test_importing_the_face_loads_nothing_heavy() -> None:
 def test_optional_packages_are_loaded_only_when_used(module: str) -> None:
     optional = ("transformers", "triton", "onnx", "onnxscript", "onnxruntime")
     assert run(f"import sys, {module}; print([m for m in {optional} if m in sys.modules])") == "[]"
+
+
+def test_loading_imports_no_locator() -> None:
+    """A saved plan is replayed: nothing is captured or located."""
+    code = "import sys, memrewrite.passes.storage.checkpoint, memrewrite.passes.rewrite.edit_graph; print(*sys.modules)"
+    loaded = run(code).split()
+    assert "memrewrite.passes.locate.located_sites" in loaded  # the types alone
+    assert "memrewrite.passes.locate.locate" not in loaded
 
 
 def test_importing_the_package_of_kernels_registers_nothing() -> None:

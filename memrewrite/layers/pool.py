@@ -19,6 +19,7 @@ from memrewrite.frozen import Frozen
 from memrewrite.kernels import ops, rounding
 from memrewrite.kernels.pending import Pending
 from memrewrite.kernels.torch_reads import in_pieces
+from memrewrite.record import RewriteRecord
 from memrewrite.site import itemsize_of
 
 FP8 = "float8_e4m3fn"
@@ -143,7 +144,7 @@ class Pools(nn.Module):
 
     def __init__(self, pools: Mapping[str, Pool]) -> None:
         super().__init__()
-        self.record: dict[str, str] = {}  # recipe, plan and report of the rewrite, as texts by file name
+        self.record: RewriteRecord | None = None  # of the rewrite that added the pools
         for name, pool in pools.items():
             plain = name.isascii() and name.isidentifier() and not name.startswith("_") and not keyword.iskeyword(name)
             if not plain or hasattr(self, name):
@@ -162,3 +163,9 @@ class Pools(nn.Module):
         if not isinstance(pool, Pool):
             raise KeyError(name)
         return pool
+
+
+def record_of(model: nn.Module) -> RewriteRecord | None:
+    """What a model records about its rewrite; None for a model that was not rewritten by `memrewrite.apply` or loaded."""
+    pools = next((module for module in model.modules() if isinstance(module, Pools)), None)
+    return None if pools is None else pools.record

@@ -20,6 +20,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 from memrewrite.passes.canonicalize.linear_builder import LinearBuilder
 from memrewrite.passes.canonicalize.linear_forms import rewrite_as_linear
 from memrewrite.passes.canonicalize.sums import cut_of, take_part
+from memrewrite.passes.graphs.copying import COPY, copied
 from memrewrite.passes.graphs.dataflow import LITERAL, MAX_ACTIVATION_OPS, ORIGIN, WEIGHT, Dataflow
 from memrewrite.passes.graphs.ops import ALIASES, ALONG, IDENTITY, LAYOUT, is_assertion, is_pointwise, op_name
 
@@ -40,16 +41,15 @@ def canonicalize(graph: fx.Graph, weights: Mapping[str, str], literals: Mapping[
 
 def _copy(recorded: fx.Graph, weights: Mapping[str, str], literals: Mapping[str, torch.Tensor]) -> fx.Graph:
     """A copy in which weights are placeholders marked with their names."""
-    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in recorded.nodes:
-        weight = node.op == "get_attr"
-        twin = graph.placeholder(node.name) if weight else graph.node_copy(node, made.__getitem__)
-        twin.meta = {**node.meta, ORIGIN: node}
+    graph, copies = copied(
+        recorded.nodes, instead=lambda new, node: new.placeholder(node.name) if node.op == "get_attr" else COPY
+    )
+    for node, copy in copies.items():
+        copy.meta = {**node.meta, ORIGIN: node}
         if node.name in weights:
-            twin.meta[WEIGHT] = weights[node.name]
+            copy.meta[WEIGHT] = weights[node.name]
         if node.name in literals:
-            twin.meta[LITERAL] = literals[node.name]
-        made[node] = twin
+            copy.meta[LITERAL] = literals[node.name]
     return graph
 
 

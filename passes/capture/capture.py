@@ -57,6 +57,16 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
     return replace(captured, calls=recorder.calls, outputs=outputs)
 
 
+def as_graph(captured: Capture) -> Capture:
+    """The capture of a graph, made from the whole-model capture of a live module; its weights are the module's.
+
+    The outputs are the graph's own, from one forward. `captured` must be whole.
+    """
+    program = captured.segments[0].program
+    graph = program.module(check_guards=False) if isinstance(program, ExportedProgram) else program
+    return _given_graph(graph, captured.inputs, "an exported program, as given")
+
+
 def is_traced(model: nn.Module | ExportedProgram) -> bool:
     """True if a model is a graph already: of ATen operators, or of torch's own functions and modules."""
     return isinstance(model, (ExportedProgram, fx.GraphModule))

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, m
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from memrewrite.errors import CaptureError, in_one_line
+from memrewrite.passes.graphs.copying import copied
 from memrewrite.passes.graphs.provenance import clean
 from memrewrite.passes.models.forward import Inputs
 
@@ -113,13 +114,12 @@ def _positional(module: fx.GraphModule, inputs: Inputs) -> tuple[Any, ...]:
 
 def _with_module_stacks(module: fx.GraphModule) -> fx.Graph:
     """A copy of the graph whose nodes have a module stack of plain paths, with the modules that the graph calls."""
-    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in module.graph.nodes:
-        copied = copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph, copies = copied(module.graph.nodes)
+    for node, copied_node in copies.items():
         stack = {str(key): (clean(str(path)), _class_name(kind)) for key, (path, kind) in (node.meta.get(STACK) or {}).items()}
         if node.op == "call_module" and [path for path, _ in stack.values()][-1:] != [node.target]:
             stack[node.name] = (str(node.target), _class_name(type(module.get_submodule(str(node.target)))))
-        copied.meta = {**node.meta, STACK: stack}
+        copied_node.meta = {**node.meta, STACK: stack}
     graph.set_codegen(copy.copy(module.graph._codegen))
     return graph
 

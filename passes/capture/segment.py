@@ -68,6 +68,11 @@ class Capture:
         """True if the user passed the model as a graph: a rewrite copies and edits the graph, and edits no module tree."""
         return any(segment.is_given for segment in self.segments)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole model is one graph."""
+        return [segment.path for segment in self.segments] == [""]
+
 
 def segment_of(path: str, program: ExportedProgram, inputs: Inputs) -> Segment:
     """The graph of the module at `path`, which was exported separately."""

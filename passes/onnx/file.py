@@ -13,11 +13,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from memrewrite.atomic_write import replacing
 from memrewrite.errors import ExportError, in_one_line
 from memrewrite.frozen import Frozen
 from memrewrite.kernels.onnx_functions import DOMAIN
-from memrewrite.plans import ROOT, Plan
+from memrewrite.layers.pool import record_of
+from memrewrite.plans import Plan
 
 if TYPE_CHECKING:
     import onnx
@@ -43,12 +46,12 @@ def describe(model: onnx_ir.Model, notes: Mapping[str, str]) -> None:
 
 
 def of_rewrite(model: object) -> dict[str, str]:
-    """Metadata of a rewritten model: its recipe and the digest of its plan. Empty for a model that was not rewritten."""
-    record: Mapping[str, str] = getattr(getattr(model, ROOT, None), "record", {})
-    notes = {"recipe": record["recipe.yaml"]} if "recipe.yaml" in record else {}
-    if "plan.json" in record:
-        notes["plan"] = Plan.model_validate_json(record["plan.json"]).digest()
-    return notes
+    """The recipe and the plan's digest of a rewritten model, as a file's metadata hold them; of another, nothing."""
+    record = record_of(model) if isinstance(model, nn.Module) else None
+    if record is None:
+        return {}
+    recipe = {} if record.recipe is None else {"recipe": record.recipe}
+    return {**recipe, "plan": Plan.model_validate_json(record.plan).digest()}
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:

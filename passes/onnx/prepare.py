@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memrewrite.errors import ExportError
-from memrewrite.layers.pool import Pool
+from memrewrite.layers.pool import Pool, record_of
 from memrewrite.passes.capture.capture import is_traced
 from memrewrite.passes.models.example_inputs import example_inputs
 from memrewrite.passes.models.forward import Inputs, as_inputs, on_device_of, run
@@ -69,8 +69,9 @@ def _arguments(model: nn.Module | ExportedProgram, inputs: Any) -> Inputs:
     if isinstance(model, ExportedProgram):
         args, kwargs = model.example_inputs or ((), {})
         return tuple(args), dict(kwargs)
-    if isinstance(model, fx.GraphModule) and "inputs" in model.meta:
-        return as_inputs(model.meta["inputs"])
+    record = record_of(model) if isinstance(model, fx.GraphModule) else None
+    if record is not None and record.inputs is not None:
+        return as_inputs(record.inputs)
     args, kwargs = example_inputs(model)
     if "input_ids" in kwargs and "attention_mask" in inspect.signature(model.forward).parameters:
         kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])

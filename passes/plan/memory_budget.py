@@ -12,11 +12,11 @@ from memrewrite.plans import Plan
 MEMINFO = Path("/proc/meminfo")
 
 
-def refuse_too_large(made: Plan) -> None:
-    """Raise `SelectError` when the plan's pools need more than the free memory of the device they go to."""
-    homes = {s.pool: s.site.device for s in made.substitutions if s.pool}
-    for device in dict.fromkeys(homes.values()):
-        pools = {name: pool for name, pool in made.pools.items() if homes[name] == device}
+def refuse_too_large(plan: Plan) -> None:
+    """Raise `SelectError` when the plan's pools on one device need more than its free memory."""
+    devices = {s.pool: s.site.device for s in plan.substitutions if s.pool}
+    for device in dict.fromkeys(devices.values()):
+        pools = {name: pool for name, pool in plan.pools.items() if devices[name] == device}
         needed = sum(pool.cost().parameter_bytes for pool in pools.values())
         free = _free_memory(torch.device(device))
         if free is not None and needed > free:

@@ -1,7 +1,7 @@
-"""What goes where: located sites and a recipe in, a frozen Plan out. Nothing is touched here.
+"""Decides which layer is placed at which site: located sites and a recipe in, a frozen Plan out. No model is used.
 
-Flow: each rule's `where` selects sites → two rules claiming one site, or a rule matching nothing, are errors → options and
-pools are completed from the sites → every layer kind checks that it can be built so.
+Flow: each rule's `where` selects sites → two rules that select one site, or a rule that selects nothing, are errors → options
+and pools are completed from the sites → every layer kind checks that it can be built with them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from memrewrite.site import Binding, Inspection, Site
 
 
 def select(located: Inspection, recipe: Recipe, *, live: bool = True) -> Plan:
-    """The plan of `recipe` for the located sites; for a `live` module tree every site must be reachable in it.
+    """The plan of `recipe` for the located sites. In a `live` module tree, every selected site must have a binding.
 
-    Raises `SelectError` when the model has no MLP, a selector matches nothing or names what is not there, two rules claim
-    one site, or the sites of one pool do not fit together; `UserError` when a layer cannot be built with its options.
+    Raises `SelectError` when the model has no MLP, a selector matches nothing or names a block or tower that does not exist,
+    two rules select one site, the sites of one pool have different widths or dtypes, or a layer cannot be built with its
+    options.
     """
     if not located.sites:
         near = "; ".join(f"{miss.path or 'the root'}: {miss.reason}" for miss in located.near_misses[:3])
@@ -31,17 +32,17 @@ def select(located: Inspection, recipe: Recipe, *, live: bool = True) -> Plan:
             where=located.captured,
             hint="`memrewrite inspect MODEL` lists the near misses with reasons",
         )
-    claims: dict[str, tuple[int, Rule]] = {}
+    chosen_by: dict[str, tuple[int, Rule]] = {}
     for index, rule in enumerate(recipe.replace):
         for site in matching(located.sites, rule.where, f"replace[{index}].where"):
-            if site.path in claims:
+            if site.path in chosen_by:
                 raise SelectError(
-                    f"rules {claims[site.path][0]} and {index} both claim {site.path!r}",
+                    f"rules {chosen_by[site.path][0]} and {index} both select {site.path!r}",
                     where=f"replace[{index}].where",
                     hint="narrow one of them: selectors in one `where` combine with and",
                 )
-            claims[site.path] = (index, rule)
-    chosen = [(site, *claims[site.path]) for site in located.sites if site.path in claims]
+            chosen_by[site.path] = (index, rule)
+    chosen = [(site, *chosen_by[site.path]) for site in located.sites if site.path in chosen_by]
     if live:
         chosen = [(_within(site, [s for s, _, _ in chosen]), index, rule) for site, index, rule in chosen]
     pools = {name: _pool(recipe, name, [s for s, _, rule in chosen if rule.pool == name]) for name in recipe.pools}
@@ -50,10 +51,11 @@ def select(located: Inspection, recipe: Recipe, *, live: bool = True) -> Plan:
 
 
 def narrowed(sites: Sequence[Site], recipe: Recipe, towers: dict[int, str]) -> dict[int, Rule]:
-    """For sites of a part of a model: the rules that select some of them, by number, each narrowed to these.
+    """For sites of a part of a model: the rules that select some of them, by number, each narrowed to these sites.
 
-    That a rule selects nothing here is no error. `towers` keeps, from part to part, the tower in which a rule counts blocks.
-    Raises `SelectError` for a block that the tower does not have, and when a rule's tower cannot be told.
+    A rule may select nothing here. `towers` has, for the rules that count blocks, the tower in which they count; it is
+    extended, and passed again with the next part. Raises `SelectError` for a block that the tower does not have, and when
+    the sites are in several towers.
     """
     found: dict[int, Rule] = {}
     for index, rule in enumerate(recipe.replace):
@@ -65,7 +67,7 @@ def narrowed(sites: Sequence[Site], recipe: Recipe, towers: dict[int, str]) -> d
 
 
 def _within(site: Site, chosen: Sequence[Site]) -> Site:
-    """A site as the plan reaches it: through the graph that a module around it becomes, when one does."""
+    """The site, bound to the graph of a module around it if the forward of such a module becomes a graph."""
     hosts = {b.exit for s in chosen for b in s.bindings if b.kind == "graph"}
     around = min((host for host in hosts if f"{site.path}.".startswith(f"{host}.")), key=len, default=None)
     if around is None or all(b.exit == around for b in site.bindings):
@@ -93,22 +95,19 @@ def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec]
 
 
 def _pool(recipe: Recipe, name: str, sites: Sequence[Site]) -> PoolSpec:
-    wish = recipe.pools[name]
+    requested = recipe.pools[name]
     widths, dtypes = sorted({s.d_model for s in sites}), sorted({s.dtype for s in sites})
-    if wish.value_dim is None and len(widths) > 1:
+    if requested.value_dim is None and len(widths) > 1:
         raise SelectError(
             f"the sites that share pool {name!r} have different d_model: {widths}",
             where=f"pools.{name}",
             hint="give the pool a `value_dim`, or use one pool for each width (`where: {d_model: ...}`)",
         )
-    if wish.dtype is None and len(dtypes) > 1:
+    if requested.dtype is None and len(dtypes) > 1:
         raise SelectError(
             f"the sites that share pool {name!r} have different dtypes: {dtypes}",
             where=f"pools.{name}",
             hint="give the pool a `dtype`",
         )
-    completed = {"value_dim": wish.value_dim or widths[0], "dtype": wish.dtype or dtypes[0]}
-    return PoolSpec.model_validate(wish.model_dump() | completed)
-
-
-# ------------------------------------------------------------------------------------------------------- selectors
+    completed = {"value_dim": requested.value_dim or widths[0], "dtype": requested.dtype or dtypes[0]}
+    return PoolSpec.model_validate(requested.model_dump() | completed)

@@ -1,4 +1,4 @@
-"""The selectors of a rule's `where`: sites in, the sites that fit out."""
+"""The selectors of a rule's `where`: sites in, the selected sites out."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from memrewrite.site import Site
 
 
 def fitting(sites: Sequence[Site], where: Where, place: str, index: int, towers: dict[int, str]) -> list[Site]:
-    """The sites that a rule's `where` selects, in the one tower it counts or in every tower. Raises `SelectError` for none."""
-    wishes = {name: getattr(where, name) for name in _FILTERS if getattr(where, name) is not None}
-    chosen = [site for site in sites if all(_FILTERS[name](site, wish) for name, wish in wishes.items())]
+    """The sites of a part of a model that a rule's `where` selects, which may be none.
+
+    A rule that counts blocks selects in one tower, which is stored in `towers` by the rule's `index`. Raises `SelectError`
+    when the sites are in several towers, or the tower has no such block.
+    """
+    filters = {name: getattr(where, name) for name in _FILTERS if getattr(where, name) is not None}
+    chosen = [site for site in sites if all(_FILTERS[name](site, value) for name, value in filters.items())]
     if not where.counts:
         return chosen
     here = dict.fromkeys(site.tower for site in chosen if site.block is not None)
@@ -34,7 +38,7 @@ def fitting(sites: Sequence[Site], where: Where, place: str, index: int, towers:
 
 
 def matching(sites: Sequence[Site], where: Where, place: str) -> list[Site]:
-    """The sites that fit every selector of `where`, which must be at least one."""
+    """The sites that every selector of `where` selects. Raises `SelectError` when there is none, or a named block has none."""
     tower = _tower(sites, where, place)
     blocks = _blocks(sites, tower, where, place)
     chosen = [s for s in sites if tower is None or (s.tower == tower and s.block in blocks)]
@@ -49,7 +53,7 @@ def matching(sites: Sequence[Site], where: Where, place: str) -> list[Site]:
                     hint=_known(chosen, name, wanted),
                 )
             chosen = kept
-    named = set(where.layers or ()) | (blocks if where.centred else set())  # `every` takes what there is
+    named = set(where.layers or ()) | (blocks if where.centred else set())  # `every` may count blocks without an MLP
     missing = named - {s.block for s in chosen}
     if missing:
         raise SelectError(
@@ -79,12 +83,12 @@ def _known(sites: Sequence[Site], name: str, wanted: object) -> str:
 
 
 def _tower(sites: Sequence[Site], where: Where, place: str) -> str | None:
-    """The tower whose blocks are counted: the one named, else the one with most MLPs; None when none are counted."""
+    """The tower whose blocks are counted: the named one, else the one with most MLPs; None if `where` counts no blocks."""
     towers = [s.tower for s in sites if s.block is not None]
     if where.tower is not None:
         if where.tower not in towers:
             hint = f"there are: {', '.join(dict.fromkeys(towers)) or 'none'}"
-            raise SelectError(f"no MLP stands in a tower {where.tower!r}", where=f"{place}.tower", hint=hint)
+            raise SelectError(f"no MLP is in a tower {where.tower!r}", where=f"{place}.tower", hint=hint)
         return where.tower
     if where.layers is None and where.centred is None and where.every is None:
         return None

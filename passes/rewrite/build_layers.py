@@ -1,4 +1,4 @@
-"""Builds the plan's pools and layers on their sites' devices and dtypes."""
+"""Builds a plan's pools and layers on their sites' devices, in their sites' dtypes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from memrewrite.errors import ModelError, SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import Pool, Pools
-from memrewrite.passes.rewrite.hooks import (
-    FeaturesBack,
-    FeaturesLast,
-)
+from memrewrite.passes.rewrite.hooks import FeaturesBack, FeaturesLast
 from memrewrite.passes.rewrite.undo_log import UndoLog, module_at
 from memrewrite.plans import Plan, Substitution
 from memrewrite.site import Site
 
 
 def build_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
-    """Hang the plan's pools at `model`'s root and build its layers, placed nowhere yet; by site path."""
+    """Build the plan's pools, registered on `model`, and its layers, which are not placed yet; returns them by site path."""
     return build_all(model, plan, UndoLog(), initialise=True)
 
 
@@ -29,8 +26,8 @@ def refuse_rewritten(model: nn.Module) -> None:
     """Raise `ModelError` for a model that was rewritten before."""
     if any(isinstance(module, Pools) for module in model.modules()):
         raise ModelError(
-            "this model was already rewritten: it holds a memory pool",
-            hint="start from the original model; one recipe can hold many rules and pools",
+            "this model was already rewritten: it contains a memory pool",
+            hint="start from the original model; one recipe can have many rules and pools",
         )
 
 
@@ -38,13 +35,13 @@ def pools_of(model: nn.Module) -> Pools:
     """The pools of a rewritten model. Raises `ModelError` for a model that was not rewritten."""
     found = next((module for module in model.modules() if isinstance(module, Pools)), None)
     if found is None:
-        raise ModelError("this model holds no memory pool", hint="rewrite it first: memrewrite.apply(...)")
+        raise ModelError("this model has no memory pool", hint="rewrite it first: memrewrite.apply(...)")
     return found
 
 
 def build_all(model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool) -> dict[str, nn.Module]:
-    """Hang the plan's pools and build its layers, by site path; `initialise=False` leaves parameters unset."""
-    pools = _hang_pools(model, plan, edit, initialise)
+    """`build_layers`, with an undo log; `initialise=False` leaves parameters unset."""
+    pools = _add_pools(model, plan, edit, initialise)
     layers: dict[str, nn.Module] = {}
     for number, substitution in enumerate(plan.substitutions):
         layer = build_layer(substitution, pools, _device(model, substitution.site))
@@ -54,21 +51,21 @@ def build_all(model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool) -> 
     return layers
 
 
-def _hang_pools(model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool) -> dict[str, Pool]:
+def _add_pools(model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool) -> dict[str, Pool]:
     users = {s.pool: s.site for s in reversed(plan.substitutions) if s.pool}
     pools = {name: Pool(spec, device=_device(model, users[name])) for name, spec in plan.pools.items()}
     if initialise:
         for pool in pools.values():
             pool.reset_parameters()
     if hasattr(model, plan.root):
-        raise ModelError(f"the model has an attribute {plan.root!r} of its own, where the pools were to hang")
+        raise ModelError(f"the model already has an attribute {plan.root!r}, the name of the pools")
     model.add_module(plan.root, Pools(pools).train(model.training))
     edit.done(lambda: delattr(model, plan.root))
     return pools
 
 
 def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, device: torch.device) -> MemoryLayer:
-    """One layer on its pool, its parameters not set yet."""
+    """One layer that reads its pool; its parameters are not set yet."""
     site, kind = substitution.site, kind_named(substitution.kind)
     layer = kind(
         site.d_in,
@@ -86,7 +83,7 @@ def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, d
 
 
 def _device(model: nn.Module, site: Site) -> torch.device:
-    """Where the MLP's weights are now: a plan may be replayed on another machine than it was made on."""
+    """The device of the MLP's weights now: a plan may be applied on another machine than the one it was made on."""
     path, _, name = site.parameters[0].rpartition(".")
     weight = getattr(module_at(model, path), name, None)
     if not isinstance(weight, Tensor):
@@ -96,7 +93,7 @@ def _device(model: nn.Module, site: Site) -> torch.device:
 
 
 def generator_of(layer: nn.Module, plan: Plan, number: int) -> torch.Generator | None:
-    """Every layer its own random numbers, the same on every run: they follow from the pool's seed and its place."""
+    """The random numbers of one layer, the same on every run: the seed depends on the pool's seed and the layer's number."""
     device = next(layer.parameters()).device
     if device.type == "meta":
         return None

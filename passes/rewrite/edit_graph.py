@@ -1,15 +1,15 @@
-"""The second emitter of a Plan: graph in, graph out, for models that arrive already traced.
+"""Applies a Plan to a model that is given as a graph: a graph in, a new graph out.
 
-Flow: a copy of the graph on the same weights → at every site a `call_module` of the layer on the MLP's input → readers of
-the MLP's output read the layer, or the sum → replaced MLPs and weights nobody reads go → linted. The input is left alone.
-A graph that was lowered to be understood is edited as it was given, spelled as it was.
+Flow: a copy of the graph on the same weights → at every site a `call_module` of the layer on the MLP's input → users of the
+MLP's output read the layer's output, or the sum → nodes of replaced MLPs and their unused weights are erased → linted. The
+given graph does not change. A graph at torch level, which was lowered to find its MLPs, is edited at torch level.
 """
 
 from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -18,22 +18,25 @@ from torch import fx, nn
 
 from memrewrite.errors import ModelError, SelectError
 from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.copying import copied
 from memrewrite.passes.graphs.ops import is_assertion
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
-from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.rewrite.build_layers import build_layers, pools_of
 from memrewrite.passes.rewrite.given_graph import given_names
+from memrewrite.passes.rewrite.layer_call import add_output, insert_layer
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.plans import Placement, Plan
 
-LAYERS = "memory_layers"  # the graph module's child that holds the layers
-TWINS, DEAD = "twins", "dead"  # meta while a graph is rewritten: nodes by the names they were given, nodes of replaced MLPs
+LAYERS = "memory_layers"  # the graph module's child that contains the layers
 
 
 def emit_graph(segment: Segment, plan: Plan, locations: LocatedSites) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
-    """The rewritten graph, and its layers by site path. Raises `SelectError` when a layer does not fit a site's shapes."""
-    scratch = copy_of(traced_module(segment))
+    """The rewritten graph, and its layers by site path.
+
+    Raises `SelectError` where a layer cannot replace an MLP, because the MLP changes the layout of its tokens.
+    """
+    scratch = copy_of(graph_module_of(segment))
     layers = build_layers(scratch, plan)
     for layer in layers.values():
         layer.train(scratch.training)
@@ -44,51 +47,108 @@ def emit_layers(
     segment: Segment, plan: Plan, locations: LocatedSites, layers: Mapping[str, nn.Module], pools: nn.Module
 ) -> fx.GraphModule:
     """The rewritten graph with `layers` that were built before, by site path, on `pools`. Raises what `emit_graph` raises."""
-    result = copy_of(traced_module(segment))
+    edit = GraphEdit(segment)
     for substitution in plan.substitutions:
         path = substitution.site.path
-        _insert(result, locations.found[path], layers[path], substitution.placement)
-    result = _finished(result, segment.inputs)
-    result.add_module(plan.root, pools)  # no node names it: the layers hold it
+        edit.insert(locations.found[path], layers[path], substitution.placement)
+    result = edit.finished()
+    result.add_module(plan.root, pools)  # no node calls it: the layers read the pools
     return result
 
 
 def emit_originals(segment: Segment, plan: Plan, locations: LocatedSites) -> tuple[fx.GraphModule, dict[str, OriginalMLP]]:
-    """The graph with every selected MLP lifted out and put in the layer's place, and these: for the *null* check."""
-    traced = traced_module(segment)
-    result = copy_of(traced)
+    """The graph with every selected MLP replaced by itself as an `OriginalMLP`, and these by site path; for *null*."""
+    edit, given = GraphEdit(segment), graph_module_of(segment)
     wrapped: dict[str, OriginalMLP] = {}
     for substitution in plan.substitutions:
         path = substitution.site.path
-        wrapped[path] = OriginalMLP(traced, locations.found[path])
-        _insert(result, locations.found[path], wrapped[path], "replace")
-    return _finished(result, segment.inputs), wrapped
+        wrapped[path] = OriginalMLP(given, locations.found[path])
+        edit.insert(locations.found[path], wrapped[path], "replace", any_layout=True)
+    return edit.finished(), wrapped
 
 
-def traced_module(segment: Segment) -> fx.GraphModule:
-    """The graph module a segment was taken from."""
+def graph_module_of(segment: Segment) -> fx.GraphModule:
+    """The graph module that a segment was captured from. Raises `ModelError` for a segment of a live module."""
     if not isinstance(segment.program, fx.GraphModule):
         raise ModelError("this model was captured from a live module, not given as a graph")
     return segment.program
 
 
 def copy_of(module: fx.GraphModule) -> fx.GraphModule:
-    """A graph module of the same nodes, by name, on the same weights, that can train and be exported again.
+    """A graph module of the same nodes, by name, on the same weights, that can be trained and exported again.
 
     It has its own copies of the modules that the graph calls, on the same tensors.
     """
-    graph, twins = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in module.graph.nodes:
-        twins[node] = graph.node_copy(node, twins.__getitem__)
+    return _copy_and_nodes(module)[0]
+
+
+class GraphEdit:
+    """Inserts layers into a copy of a segment's graph module."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.module, copies = _copy_and_nodes(graph_module_of(segment))
+        self._nodes = {node.name: copy for node, copy in copies.items()}  # of the copy, by their names in the given graph
+        self._given_names, self._lowered = given_names(segment), bool(segment.values)
+        self._dead: set[fx.Node] = set()  # nodes of replaced MLPs
+
+    def insert(self, calls: tuple[SiteCall, ...], layer: nn.Module, placement: Placement, *, any_layout: bool = False) -> None:
+        """Call `layer` at every call of one site.
+
+        Raises `SelectError` for a layer that replaces an MLP whose input and output have different token layouts, unless
+        the layer supports it (`any_layout`).
+        """
+        if not hasattr(self.module, LAYERS):
+            self.module.add_module(LAYERS, nn.Module())
+        name = calls[0].region.down.name
+        self.module.get_submodule(LAYERS).add_module(name, layer)
+        for call in calls:
+            same_layout = _same_layout(call)
+            if placement == "replace" and not (same_layout or any_layout):
+                x, y = shape_of(call.bound.x), shape_of(call.bound.y)
+                raise SelectError(
+                    f"the MLP's input has the shape {x} and its output {y}: a layer cannot replace it",
+                    where=call.bound.y.name,
+                    hint="add the layer to the MLP: `placement: parallel`",
+                )
+            x_node, y_node = self._copy(call.bound.x), self._copy(call.bound.y)
+            new = insert_layer(self.module.graph, f"{LAYERS}.{name}", x_node, y_node, placement, self._adder(call))
+            for node in new if same_layout or placement == "replace" else new[1:]:
+                node.meta = _value_of(y_node)
+            if placement == "replace":
+                self._dead.update(self._copy(node) for node in call.bound.nodes if self._is_given(node))
+
+    def finished(self) -> fx.GraphModule:
+        """The edited graph module, linted, without the nodes and weights that only replaced MLPs used."""
+        _erase(self.module.graph, self._dead)
+        self.module.graph.lint()
+        return _module_of(self.module, self.module.graph)
+
+    def _copy(self, node: fx.Node) -> fx.Node:
+        """The copy of a node of the segment's graph, or of the given graph's node with its value."""
+        return self._nodes[self._given_names.get(node.name, node.name)]
+
+    def _is_given(self, node: fx.Node) -> bool:
+        """Whether the given graph has a node with this value."""
+        return not self._lowered or node.name in self._given_names
+
+    def _adder(self, call: SiteCall) -> Callable[..., Any]:
+        """How the outputs of layer and MLP are added: a plain add where their shapes and dtypes are equal."""
+        x, y = call.bound.x.meta.get("val"), call.bound.y.meta.get("val")
+        if not _same_layout(call) or getattr(x, "dtype", None) != getattr(y, "dtype", None):
+            return add_output
+        return operator.add if self._lowered else torch.ops.aten.add.Tensor
+
+
+def _copy_and_nodes(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    graph, copies = copied(module.graph.nodes)
     graph.set_codegen(module.graph._codegen)
     result = _module_of(module, graph)
-    _own_modules(result)
-    result.meta[TWINS] = {node.name: twin for node, twin in twins.items()}
-    return result
+    _copy_called_modules(result)
+    return result, copies
 
 
 def _module_of(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """A graph module with what of `module` the graph reads, its meta, and the attributes that a user gave it."""
+    """A graph module of `graph` with the tensors and modules of `module` that it uses, its meta, and its user's attributes."""
     result = fx.GraphModule(module, graph)
     result.meta = dict(module.meta)
     for name, value in vars(module).items():
@@ -97,70 +157,27 @@ def _module_of(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     return result
 
 
-def _own_modules(result: fx.GraphModule) -> None:
+def _copy_called_modules(result: fx.GraphModule) -> None:
     memo: dict[int, Any] = {id(t): t for t in (*result.parameters(), *result.buffers())}
     for target in dict.fromkeys(str(node.target) for node in result.graph.nodes if node.op == "call_module"):
         parent, _, name = target.rpartition(".")
         setattr(result.get_submodule(parent), name, copy.deepcopy(result.get_submodule(target), memo))
 
 
-def _insert(result: fx.GraphModule, calls: tuple[SiteCall, ...], layer: nn.Module, placement: Placement) -> None:
-    if not hasattr(result, LAYERS):
-        result.add_module(LAYERS, nn.Module())
-    holder = result.get_submodule(LAYERS)
-    name = calls[0].region.down.name
-    holder.add_module(name, layer)
-    for found in calls:
-        twins, given = result.meta[TWINS], given_names(found.segment)
-        x, y = (twins[given.get(end.name, end.name)] for end in (found.bound.x, found.bound.y))
-        _refuse_other_layout(found)
-        with result.graph.inserting_after(y):
-            new = result.graph.call_module(f"{LAYERS}.{name}", (x,))
-        new.meta = _value_of(y)
-        if placement == "parallel":
-            add = operator.add if found.segment.values else torch.ops.aten.add.Tensor
-            with result.graph.inserting_after(new):
-                total = result.graph.call_function(add, (y, new))
-            total.meta = _value_of(y)
-            for user in [user for user in y.users if user is not total]:
-                user.replace_input_with(y, total)
-        else:
-            y.replace_all_uses_with(new)
-            result.meta.setdefault(DEAD, set()).update(twins[given.get(n.name, n.name)] for n in _named(found, given))
-
-
-def _refuse_other_layout(found: SiteCall) -> None:
-    given, wanted = shape_of(found.bound.x), shape_of(found.bound.y)
-    if given[:-1] != wanted[:-1]:
-        raise SelectError(
-            f"the MLP reads {given} and gives {wanted}: its tokens are laid out differently",
-            where=found.bound.y.name,
-        )
+def _same_layout(call: SiteCall) -> bool:
+    """Whether the MLP's input and output have the same axes before the last."""
+    return shape_of(call.bound.x)[:-1] == shape_of(call.bound.y)[:-1]
 
 
 def _value_of(node: fx.Node) -> dict[str, Any]:
-    """What tracers noted of a node's value: a layer gives the like."""
+    """What tracers recorded about a node's value: shape, dtype, example."""
     return {key: node.meta[key] for key in ("val", "example_value", "tensor_meta", "type") if key in node.meta}
 
 
-def _named(found: SiteCall, given: Mapping[str, str]) -> list[fx.Node]:
-    """The nodes of an MLP that the given graph has too."""
-    return [node for node in found.bound.nodes if node.name in given or not found.segment.values]
-
-
-def _finished(result: fx.GraphModule, inputs: Inputs) -> fx.GraphModule:
-    """Without what only the replaced MLPs were there for, nodes and weights; linted."""
-    _erase(result.graph, result.meta.pop(DEAD, set()))
-    del result.meta[TWINS]
-    result.meta["inputs"] = inputs
-    result.graph.lint()
-    return _module_of(result, result.graph)
-
-
 def _erase(graph: fx.Graph, dead: set[fx.Node]) -> None:
-    """Erase the nodes in `dead` that nothing reads, what only checks them, and what only they read, weights included.
+    """Erase the nodes in `dead` that are unused, assertions about them, and what only they read, weights included.
 
-    Not `eliminate_dead_code`: in a graph of torch's own functions it cannot tell what writes into its arguments.
+    `eliminate_dead_code` is no alternative: in a graph at torch level it does not know which nodes mutate their arguments.
     """
     dead |= {user for node in dead for user in node.users if is_assertion(user)}
     for node in reversed(graph.nodes):

@@ -1,8 +1,8 @@
-"""Where in a given graph an MLP lies, that was found in it or in the graph it was lowered to: from which value to which.
+"""Finds where located MLPs start and end in the graph that the user gave, which may be at torch level.
 
-Flow: the nodes of the given graph that carry the MLP's input or output, in whatever layout → the pair of them between which
-exactly the MLP's nodes lie, tokens laid out alike → the site is bound to these. An MLP inside of a module that the graph
-calls as one has none.
+Flow: the nodes of the given graph with the value of the MLP's input or output, in any layout → the pair of them with only
+the MLP's nodes in between, of equal token layouts where there is one → the site is bound to that pair. An MLP inside of a
+module that the graph calls has no such pair.
 """
 
 from __future__ import annotations
@@ -20,63 +20,66 @@ from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
 
-_SIZES = (int, torch.SymInt)  # values of nodes that are no tensors: whoever reads one reads no other value
+_SIZES = (int, torch.SymInt)  # values of nodes that are not tensors: a user of a size reads no element of the tensor
 
 
 def given_names(segment: Segment) -> dict[str, str]:
-    """For nodes of a segment's graph: the node of the given graph that has this value, the first of several."""
+    """For nodes of a segment's graph, by name: the first node of the given graph with the same value."""
     names: dict[str, str] = {}
-    for given, made in segment.values.items():
-        names.setdefault(made, given)
+    for given, lowered in segment.values.items():
+        names.setdefault(lowered, given)
     return names
 
 
-def anchored(locations: LocatedSites, paths: Iterable[str]) -> LocatedSites:
-    """The locations with the sites at `paths` bound to what the given graph can name.
+class GivenGraph:
+    """The nodes of a given graph, indexed by value, and the located MLPs bound to them. Built once for one `locate`."""
 
-    Raises `SelectError` for an MLP that lies inside of a module or function which the given graph calls as one.
-    """
-    found: dict[str, tuple[SiteCall, ...]] = dict(locations.found)
-    named = _Named()
-    for path in paths:
-        calls = tuple(named.anchor(call) for call in found[path])
-        if None in calls:
-            raise SelectError(
-                f"the MLP at {path!r} lies inside of something that the graph calls as one",
-                where=found[path][0].bound.y.name,
-                hint="leave it out, or trace into that module",
-            )
-        found[path] = tuple(call for call in calls if call is not None)
-    return replace(locations, found=found)
+    def __init__(self, located: LocatedSites) -> None:
+        self._located = located
+        self._by_value: dict[int, dict[fx.Node | None, list[RecordedNode]]] = {}  # by the id of a recorded graph
+        self._bound: dict[str, tuple[SiteCall | None, ...]] = {}
 
+    def all_hidden(self) -> bool:
+        """Whether there are MLPs, and each is inside of a module or function that the given graph calls."""
+        calls = [call for path in self._located.found for call in self._calls(path)]
+        return bool(calls) and not any(calls)
 
-def all_hidden(locations: LocatedSites) -> bool:
-    """Whether there are MLPs, and each lies inside of something that the given graph calls as one."""
-    named = _Named()
-    calls = [call for found in locations.found.values() for call in found]
-    return bool(calls) and not any(named.anchor(call) for call in calls)
+    def bound(self, paths: Iterable[str]) -> LocatedSites:
+        """The located sites, those at `paths` bound to nodes of the given graph.
 
+        Raises `SelectError` for an MLP inside of a module or function that the given graph calls.
+        """
+        found = dict(self._located.found)
+        for path in paths:
+            calls = self._calls(path)
+            found[path] = tuple(call for call in calls if call is not None)
+            if len(found[path]) < len(calls):
+                raise SelectError(
+                    f"the MLP at {path!r} is inside of a module or function that the graph calls",
+                    where=self._located.found[path][0].bound.y.name,
+                    hint="leave it out, or trace into that module",
+                )
+        return replace(self._located, found=found)
 
-class _Named:
-    """The nodes that the given graphs have, by the value they carry."""
+    def _calls(self, path: str) -> tuple[SiteCall | None, ...]:
+        """Every call of a site, bound to nodes of the given graph; None for one that has none."""
+        if path not in self._bound:
+            self._bound[path] = tuple(self._bind(call) for call in self._located.found[path])
+        return self._bound[path]
 
-    def __init__(self) -> None:
-        self._by_value: dict[int, dict[fx.Node | None, list[RecordedNode]]] = {}
-
-    def anchor(self, found: SiteCall) -> SiteCall | None:
-        """The MLP between nodes that have a name; None when there are none."""
-        recorded, bound = found.recorded, found.bound
-        xs, ys = self._carrying(recorded, bound.x), self._carrying(recorded, bound.y)
+    def _bind(self, call: SiteCall) -> SiteCall | None:
+        recorded, bound = call.recorded, call.bound
+        xs, ys = self._with_value_of(recorded, bound.x), self._with_value_of(recorded, bound.y)
         own = {*bound.nodes, *xs, *ys}
-        for y in ys:
-            for x in xs:
-                nodes = _between(recorded, x, y, own) if shape_of(x)[:-1] == shape_of(y)[:-1] else None
-                if nodes is not None and recorded.recorded_outputs(nodes) == {y}:
-                    return replace(found, bound=bound._replace(nodes=frozenset(nodes), x=x, y=y))
+        pairs = [(x, y) for y in ys for x in xs]
+        for x, y in sorted(pairs, key=lambda pair: shape_of(pair[0])[:-1] != shape_of(pair[1])[:-1]):
+            nodes = _between(recorded, x, y, own)
+            if nodes is not None and recorded.recorded_outputs(nodes) == {y}:
+                return replace(call, bound=bound._replace(nodes=frozenset(nodes), x=x, y=y))
         return None
 
-    def _carrying(self, recorded: RecordedGraph, end: RecordedNode) -> list[RecordedNode]:
-        """The nodes that carry the value of `end`, laid out as it is or otherwise; itself first."""
+    def _with_value_of(self, recorded: RecordedGraph, end: RecordedNode) -> list[RecordedNode]:
+        """The nodes of the given graph with the value of `end`, in any layout; `end` itself is first."""
         by_value = self._by_value.get(id(recorded))
         if by_value is None:
             by_value = self._by_value[id(recorded)] = {}
@@ -89,7 +92,7 @@ class _Named:
 
 
 def _between(recorded: RecordedGraph, x: RecordedNode, y: RecordedNode, own: set[RecordedNode]) -> set[RecordedNode] | None:
-    """The nodes on the ways from `x` to `y`, weights' arithmetic aside; None when a way leaves `own`."""
+    """The nodes on the paths from `x` to `y`, without those of weights and sizes; None when a path leaves `own`."""
     inside, pending = {y}, [y]
     while pending:
         for source in inputs_of(pending.pop()):

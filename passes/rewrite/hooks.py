@@ -1,6 +1,6 @@
-"""The small hooks and modules that hand an MLP's input to the layer in its place or beside it.
+"""Hooks and small modules that pass an MLP's input to the layer that replaces it or runs in parallel with it.
 
-All are plain, module-level classes, so that a rewritten model can be copied, compiled and saved.
+All are plain classes at module level, so that a rewritten model can be copied, compiled and saved.
 """
 
 from __future__ import annotations
@@ -9,71 +9,73 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from memrewrite.passes.rewrite.layer_call import add_output
+
 
 class InputSlot:
-    """Carries an MLP's input from where it is read to where its output is due, within one forward."""
+    """Stores an MLP's input during one forward, from the module that receives it to the hook that calls the layer."""
 
     def __init__(self) -> None:
         self.x: Tensor | None = None
 
     def __getstate__(self) -> dict[str, None]:
-        """Nothing: a forward that failed may have left a value here, and a copy of the model is not to carry it."""
+        """An empty slot: a forward that raised may have left a tensor here, which copies of the model must not contain."""
         return {"x": None}
 
     def take(self) -> Tensor:
-        """The input, once."""
+        """Return the input and empty the slot. Raises `RuntimeError` if it is empty."""
         if self.x is None:
-            raise RuntimeError("an MLP's output is due, but its input never came by: its modules are called in another order")
+            raise RuntimeError("a memory layer ran before its MLP's input was stored: the MLP's modules ran in another order")
         x, self.x = self.x, None
         return x
 
 
 class StoreInput:
-    """Forward pre-hook of an entry: remembers the MLP's input, the argument at a position or of a name."""
+    """Forward pre-hook of an entry module: stores the MLP's input, the argument at a position or with a name."""
 
-    def __init__(self, hand: InputSlot, takes: int | str = 0) -> None:
-        self.hand, self.takes = hand, takes
+    def __init__(self, slot: InputSlot, takes: int | str = 0) -> None:
+        self.slot, self.takes = slot, takes
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the argument."""
-        self.hand.x = _argument(args, kwargs, self.takes)
+        """Store the argument."""
+        self.slot.x = _argument(args, kwargs, self.takes)
 
 
 class UseStoredInput:
-    """Forward pre-hook of a layer at an exit: gives it the MLP's input instead of what the exit was given."""
+    """Forward pre-hook of a layer that replaces an exit module: calls it on the stored input, not on the exit's arguments."""
 
-    def __init__(self, hand: InputSlot) -> None:
-        self.hand = hand
+    def __init__(self, slot: InputSlot) -> None:
+        self.slot = slot
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The arguments the layer is called with instead."""
-        return (self.hand.take(),), {}
+        """The arguments that the layer is called with."""
+        return (self.slot.take(),), {}
 
 
 class TakeArgument:
-    """Forward pre-hook of a layer in a module's place: of what the module is given, only the MLP's input."""
+    """Forward pre-hook of a layer that replaces a module: keeps only the MLP's input of the module's arguments."""
 
     def __init__(self, takes: int | str) -> None:
         self.takes = takes
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The arguments the layer is called with instead."""
+        """The arguments that the layer is called with."""
         return (_argument(args, kwargs, self.takes),), {}
 
 
 class GiveItem:
-    """Forward hook of a layer in the place of a module that returns a tuple: the other items are gone with the module."""
+    """Forward hook of a layer that replaces a module with a tuple as output: returns a tuple whose other items are None."""
 
     def __init__(self, item: int, items: int) -> None:
         self.item, self.items = item, items
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Any:
-        """The tuple, `None` in the other places."""
+        """The tuple with the layer's output at its place."""
         return tuple(output if place == self.item else None for place in range(self.items))
 
 
 def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], takes: int | str) -> Tensor:
-    """The tensor among a call's arguments, at a position or, as another caller may write it, wherever it is."""
+    """The tensor at a position or with a name; if there is none, the only tensor among all arguments of the call."""
     there = kwargs.get(takes) if isinstance(takes, str) else args[takes] if takes < len(args) else None
     tensors = [there] if there is not None else [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
     if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
@@ -84,57 +86,59 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], takes: int | str) -
 
 
 class AddMemory:
-    """Forward hook of an MLP: adds the layer's output to the MLP's, which may be one item of what the module returns."""
+    """Forward hook of an MLP's module: adds the layer's output to the MLP's output, which may be one item of a tuple."""
 
-    def __init__(self, layer: nn.Module, hand: InputSlot | None, item: int | None = None) -> None:
-        self.layer, self.hand, self.item = layer, hand, item
+    def __init__(self, layer: nn.Module, slot: InputSlot | None, item: int | None = None) -> None:
+        self.layer, self.slot, self.item = layer, slot, item
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """The MLP's output and the layer's."""
+        """The module's output with the layer's output added."""
         mlp: Tensor = output if self.item is None else output[self.item]
-        added: Tensor = self.layer(args[0] if self.hand is None else self.hand.take())
-        added = added if added.shape == mlp.shape else added.reshape(mlp.shape)  # some return their tokens in one axis
-        total = mlp + added.to(mlp.dtype)
+        total = add_output(mlp, self.layer(args[0] if self.slot is None else self.slot.take()))
         if self.item is None:
             return total
         return type(output)(total if place == self.item else value for place, value in enumerate(output))
 
 
 class FeaturesLast:
-    """Forward pre-hook of a layer: its input's features, moved to the last axis."""
+    """Forward pre-hook of a layer: moves its input's feature axis to the end."""
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
-        """The arguments the layer is called with instead."""
+        """The arguments that the layer is called with."""
         return (args[0].movedim(self.axis, -1),)
 
 
 class FeaturesBack:
-    """Forward hook of a layer: its output's features, moved to where the model keeps them."""
+    """Forward hook of a layer: moves its output's features from the end to the model's feature axis."""
 
     def __init__(self, axis: int) -> None:
         self.axis = axis
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """What the layer returns instead."""
+        """The output with its features on `axis`."""
         return output.movedim(-1, self.axis)
 
 
 class ZeroStub(nn.Module):
-    """Stands where a replaced MLP's first matrix stood: hands on zeros of its width, without computing anything."""
+    """Replaces the first linear of a replaced MLP: returns zeros of its output width and computes nothing.
+
+    Code between the MLP's modules still runs, on these zeros; the layer that replaces the last linear ignores the result.
+    """
 
     def __init__(self, width: int, axis: int = -1) -> None:
         super().__init__()
         self.width, self.axis = width, axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d] -> zeros [..., width], features on `axis`: one stored number, seen at every place."""
+        """[..., d] -> zeros [..., width], features on `axis`: one stored number, expanded."""
         shape = list(x.shape)
         shape[self.axis] = self.width
         return x.new_zeros(()).expand(shape)
 
     def extra_repr(self) -> str:
-        """The width, for `print(model)`."""
-        return f"width={self.width}, axis={self.axis}"
+        """Shown by `print(model)`."""
+        axis = "" if self.axis == -1 else f", axis={self.axis}"
+        return f"width={self.width}{axis}, in place of a replaced MLP's first linear"

@@ -1,4 +1,4 @@
-"""Traces the modules whose forward becomes a graph, in eval and in train mode, and finds their MLPs in it."""
+"""Exports the modules whose forward becomes a graph, in eval and in train mode, and locates the planned MLPs in them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from memrewrite.errors import SelectError
 from memrewrite.passes.capture.segment import Capture, segment_of
 from memrewrite.passes.capture.torch_export import Refused, export_program
+from memrewrite.passes.graphs.copying import COPY, copied
 from memrewrite.passes.graphs.ops import is_assertion
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.locate import locate
@@ -24,7 +25,10 @@ from memrewrite.plans import Plan
 
 
 def trace_hosts(model: nn.Module, plan: Plan, before: Capture) -> dict[str, GraphHost]:
-    """The graphs of every module that the plan needs as one, by path. Raises `SelectError` where torch cannot trace it."""
+    """The host of every module that the plan edits as a graph, by path.
+
+    Raises `SelectError` where torch cannot export the module, or a planned MLP is not found in its graph.
+    """
     paths = dict.fromkeys(b.exit for s in plan.substitutions for b in s.site.bindings if b.kind == "graph")
     if not paths:
         return {}
@@ -64,42 +68,44 @@ def _host(model: nn.Module, path: str, plan: Plan, inputs: Inputs, before: Captu
 def _ends(
     model: nn.Module, found: LocatedSites, sites: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[tuple[str, str], ...]]:
-    """The input and output nodes of each wanted site, told by its weights, whatever name they go by here."""
-    held = dict(tensors_of(model))
+    """The input and output nodes of each site. Sites are identified by their weight tensors: names may differ here."""
+    tensors = dict(tensors_of(model))
 
     def weights(names: tuple[str, ...]) -> frozenset[int]:
-        return frozenset(id(held[name]) for name in names if name in held)
+        return frozenset(id(tensors[name]) for name in names if name in tensors)
 
-    here = {weights(site.parameters): found.found[site.path] for site in found.sites}
-    wanted = {path: here.get(weights(names)) for path, names in sites.items()}
-    return {path: tuple((c.bound.x.name, c.bound.y.name) for c in calls) for path, calls in wanted.items() if calls}
+    by_weights = {weights(site.parameters): found.found[site.path] for site in found.sites}
+    calls_of = {path: by_weights.get(weights(names)) for path, names in sites.items()}
+    return {path: tuple((c.bound.x.name, c.bound.y.name) for c in calls) for path, calls in calls_of.items() if calls}
 
 
 def _trace(program: ExportedProgram, ends: Mapping[str, tuple[tuple[str, str], ...]], constants: dict[str, Tensor]) -> Trace:
-    signature, graph, made = program.graph_signature, fx.Graph(), dict[fx.Node, fx.Node]()
-    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    """The program's graph with its weights as `get_attr` nodes. Constant tensors are added to `constants` by new names."""
+    signature = program.graph_signature
+    weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
-    given: list[Any] = []
-    for node in program.graph.nodes:
-        if node.name in held:
-            made[node] = graph.get_attr(held[node.name])
-        elif node.name in lifted:
-            name = f"{CONSTANT}_{len(constants)}"
-            constants[name] = program.constants[lifted[node.name]]
-            made[node] = graph.get_attr(name)
-        elif not is_assertion(node):
-            made[node] = graph.node_copy(node, made.__getitem__)
-            if node.op == "placeholder":
-                given.append(_expected(node))
+
+    def instead(graph: fx.Graph, node: fx.Node) -> Any:
+        if node.name in weights:
+            return graph.get_attr(weights[node.name])
+        if node.name not in lifted:
+            return COPY
+        name = f"{CONSTANT}_{len(constants)}"
+        constants[name] = program.constants[lifted[node.name]]
+        return graph.get_attr(name)
+
+    graph, copies = copied((node for node in program.graph.nodes if not is_assertion(node)), instead=instead)
+    given = tuple(_expected(node) for node, copy in copies.items() if copy.op == "placeholder")
     spec = program.call_spec
     if spec.in_spec is None or spec.out_spec is None:
         raise TypeError("an exported program without the structure of its arguments")
-    names = {node.name: twin.name for node, twin in made.items()}
-    here = {site: tuple((names[x], names[y]) for x, y in pairs) for site, pairs in ends.items()}
-    return Trace(graph, spec.in_spec, spec.out_spec, tuple(given), here)
+    names = {node.name: copy.name for node, copy in copies.items()}
+    ends_here = {site: tuple((names[x], names[y]) for x, y in pairs) for site, pairs in ends.items()}
+    return Trace(graph, spec.in_spec, spec.out_spec, given, ends_here)
 
 
 def _expected(node: fx.Node) -> Any:
+    """An entry of `Trace.given`."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         return tuple(n if isinstance(n, int) else None for n in value.shape)

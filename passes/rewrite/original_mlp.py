@@ -1,17 +1,19 @@
-"""A located MLP as a module of its own: the very nodes that were recorded, on the very weights of the live model.
+"""A located MLP as a module: the recorded nodes, on the weights of the live model.
 
-`originals` puts it where the layer would go; the graph emitter and later passes may call it. Nothing is copied but nodes.
+The *null* check puts it in the layer's place; the checks of single tokens call it. Nodes are copied, weights are shared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from memrewrite.passes.capture.segment import Segment
+from memrewrite.passes.graphs.copying import COPY, copied
 from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
 from memrewrite.passes.graphs.ops import FILLS, op_name
 from memrewrite.passes.locate.located_sites import SiteCall
@@ -19,27 +21,26 @@ from memrewrite.passes.locate.recorded_graph import of_sizes_alone
 
 
 class OriginalMLP(nn.Module):
-    """The MLP at one site as it was: called as often as the site is, each call with the nodes recorded for that call.
+    """The MLP at one site, to be called as often as the site is: the n-th call runs the nodes recorded for the n-th call.
 
-    `train_noise` switches on what was recorded in eval mode and acts in train mode only.
+    `train_noise=True` switches on dropout and other random ops that were recorded in eval mode.
     """
 
     def __init__(self, model: nn.Module, calls: Sequence[SiteCall], *, train_noise: bool = False) -> None:
         super().__init__()
-        self.calls = [
-            extract(model, found, train_noise=train_noise) for found in calls
-        ]  # a plain list: the weights stay the model's
-        self.outputs: list[Tensor] = []  # with gradients on: leaves, to see what depends on them
-        self.stands_for: list[nn.Module] = []  # modules whose attributes the model may ask this one for
+        # a plain list: the weights stay registered in `model` alone
+        self.calls = [extract(model, call, train_noise=train_noise) for call in calls]
+        self.outputs: list[Tensor] = []  # with gradients on: leaves, to find out what depends on them
+        self.replaced: list[nn.Module] = []  # the modules in whose place it is called: it has their attributes
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of what it stands for: some models look at the weights of their own modules."""
+        """An attribute of a replaced module: the code of some models reads the weights of its submodules."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "stands_for" not in vars(self) or not any(hasattr(module, name) for module in self.stands_for):
+            if "replaced" not in vars(self) or not any(hasattr(module, name) for module in self.replaced):
                 raise
-        return next(getattr(module, name) for module in self.stands_for if hasattr(module, name))
+        return next(getattr(module, name) for module in self.replaced if hasattr(module, name))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_model]."""
@@ -53,30 +54,40 @@ class OriginalMLP(nn.Module):
 
 def extract(model: nn.Module, found: SiteCall, *, train_noise: bool = False) -> fx.GraphModule:
     """One recorded call of an MLP as a `GraphModule` of one input, sharing its parameters with `model`."""
-    bound, position = found.bound, found.recorded.position
-    graph, root = fx.Graph(), nn.Module()
-    made: dict[fx.Node, Any] = {bound.x: graph.placeholder("x")}
-    for node in sorted(bound.nodes | _constants(bound.nodes, bound.x), key=position.__getitem__):
+    bound, position, root = found.bound, found.recorded.position, nn.Module()
+
+    def attribute(graph: fx.Graph, kind: str, value: Tensor) -> fx.Node:
+        name = f"{kind}_{len(graph.nodes)}"
+        if isinstance(value, nn.Parameter):
+            root.register_parameter(name, value)
+        else:
+            root.register_buffer(name, value)
+        return graph.get_attr(name)
+
+    def instead(graph: fx.Graph, node: fx.Node) -> Any:
         value = of_sizes_alone(node)
         if isinstance(value, Tensor):
-            root.register_buffer(f"filled_{len(made)}", value)
-            made[node] = graph.call_function(torch.clone, (graph.get_attr(f"filled_{len(made)}"),))  # it may be written into
-        elif value is not None:
-            made[node] = value
-        elif node.op == "call_function":
-            made[node] = graph.node_copy(node, made.__getitem__)
-            if train_noise:
-                _switch_on(made[node])
-        elif node is not bound.x:
-            name = f"weight_{len(made)}"
-            _attach(root, name, held_by(model, found.segment, node))
-            made[node] = graph.get_attr(name)
-    graph.output(made[bound.y])
+            filled = attribute(graph, "filled", value)
+            return graph.call_function(torch.clone, (filled,))  # a later node may mutate it
+        if value is None and node.op != "call_function":
+            return attribute(graph, "weight", tensor_of(model, found.segment, node))
+        return COPY if value is None else value
+
+    graph = fx.Graph()
+    nodes = sorted(bound.nodes | _constants(bound.nodes, bound.x), key=position.__getitem__)
+    _, values = copied(
+        nodes,
+        instead=instead,
+        after=lambda _, copy: _switch_on(copy) if train_noise else None,
+        into=graph,
+        values={bound.x: graph.placeholder("x")},
+    )
+    graph.output(values[bound.y])
     return fx.GraphModule(root, graph)
 
 
 def _switch_on(node: fx.Node) -> None:
-    """Let an op act as it does in train mode: dropouts, batch norms and randomised activations take the mode as a flag."""
+    """Make an op act as in train mode: dropouts, batch norms and randomized activations have the mode as an argument."""
     if isinstance(node.target, torch._ops.OpOverload):
         for number, argument in enumerate(node.target._schema.arguments):
             if argument.name not in ("train", "training"):
@@ -87,23 +98,21 @@ def _switch_on(node: fx.Node) -> None:
                 node.update_kwarg(argument.name, True)
 
 
-def held_by(model: nn.Module, segment: Segment, node: fx.Node) -> Tensor:
-    """The tensor a weight node stands for: the live model's parameter or buffer, a constant of the program, or an example."""
+def tensor_of(model: nn.Module, segment: Segment, node: fx.Node) -> Tensor:
+    """The tensor of a weight node: a parameter or buffer of the live model, a constant of the program, or an example input."""
     if node.name in segment.literals:
         return segment.literals[node.name]
     if node.name not in segment.weights:
-        given: Tensor = segment.example(node)
-        return given
-    holder: Any = model
-    for part in segment.weights[node.name].split("."):
-        holder = getattr(holder, part)
-    if not isinstance(holder, Tensor):
-        raise TypeError(f"{segment.weights[node.name]} is no tensor")
-    return holder
+        example: Tensor = segment.example(node)
+        return example
+    tensor = attrgetter(segment.weights[node.name])(model)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{segment.weights[node.name]} is not a tensor")
+    return tensor
 
 
 def _constants(nodes: frozenset[RecordedNode], x: RecordedNode) -> set[RecordedNode]:
-    """The weights and literals that nodes read, with the arithmetic behind them; sizes, without what they are taken of."""
+    """The weights and literals that nodes read, with the nodes that compute them; sizes, without the tensors they are of."""
     found: set[RecordedNode] = set()
     pending = [source for node in nodes for source in _sources(node) if source not in nodes and source is not x]
     while pending:
@@ -116,10 +125,3 @@ def _constants(nodes: frozenset[RecordedNode], x: RecordedNode) -> set[RecordedN
 
 def _sources(node: RecordedNode) -> list[RecordedNode]:
     return [] if isinstance(node.meta.get("val"), torch.SymInt) or op_name(node) in FILLS else inputs_of(node)
-
-
-def _attach(root: nn.Module, name: str, value: Tensor) -> None:
-    if isinstance(value, nn.Parameter):
-        root.register_parameter(name, value)
-    else:
-        root.register_buffer(name, value)

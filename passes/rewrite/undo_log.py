@@ -12,15 +12,15 @@ from memrewrite.passes.rewrite.graph_host import GraphHost
 
 
 class UndoLog:
-    """What was changed in a module tree, newest last; `revert` brings the old tree back, bit for bit."""
+    """How to undo the changes of a module tree, newest last; `revert` restores the tree, bit for bit."""
 
     def __init__(self, hosts: Mapping[str, GraphHost] | None = None) -> None:
-        self.hosts = hosts or {}  # the modules that become graphs, by path
+        self.hosts = hosts or {}  # the modules whose forward becomes a graph, by path
         self.layers: dict[str, nn.Module] = {}  # by site path
         self._undo: list[Callable[[], object]] = []
 
     def done(self, undo: Callable[[], object]) -> None:
-        """Note how the last change is undone."""
+        """Add a function that undoes the last change."""
         self._undo.append(undo)
 
     def revert(self) -> None:
@@ -29,7 +29,7 @@ class UndoLog:
             self._undo.pop()()
 
     def commit(self) -> None:
-        """Keep the changes: the replaced modules are let go of, and their memory with them."""
+        """Keep the changes: drops the undo log, and with it the last references to the replaced modules."""
         self._undo.clear()
 
 
@@ -46,12 +46,12 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def hooked(handle: Any, edit: UndoLog) -> None:
-    """Note the removal of a hook."""
+    """Add the removal of a hook to the log."""
     edit.done(handle.remove)
 
 
 def swap(model: nn.Module, old: nn.Module, new: nn.Module, edit: UndoLog) -> None:
-    """Put `new` wherever `old` hangs: one module may be reached by several names."""
+    """Put `new` in the place of `old` under every name: one module may be registered several times."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:

@@ -20,6 +20,7 @@ from memrewrite.atomic_write import replacing
 from memrewrite.errors import CheckpointError, MemrewriteError, ModelError
 from memrewrite.frozen import Frozen
 from memrewrite.passes.capture.torch_export import export_program
+from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.storage.base_model import Base, base_of, build_base
@@ -28,6 +29,7 @@ from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json
 from memrewrite.passes.storage.manifest import read_manifest, tampered, write_manifest
 from memrewrite.passes.storage.tensor_files import fill, fill_transient, named_once, save_tensors, save_transient
 from memrewrite.plans import Plan
+from memrewrite.record import RewriteRecord
 from memrewrite.report import Report
 
 F = TypeVar("F", bound=Frozen)
@@ -66,7 +68,7 @@ def save(
         CheckpointError: the directory is in use and `overwrite` is not set, or a tensor cannot be saved (on `meta`).
     """
     target, report_step = Path(directory), step or (lambda _: None)
-    record = record_of(model)
+    record = _record(model)
     refuse_used(target, overwrite)
     base = source or base_of(model)
     tied: dict[str, str] = {}
@@ -76,24 +78,26 @@ def save(
         report_step("writing the weights")
         if isinstance(model, fx.GraphModule):
             base = Base(kind="graph")
-            _save_graph(model, folder / GRAPH)
+            _save_graph(model, record.inputs, folder / GRAPH)
         else:
             base.write(model, folder)
             state, tied = named_once(model)
             save_tensors(state, folder)
             save_transient(model, state.keys() | tied.keys(), folder)
-        for name, text in record.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        for field, name in RECORD.items():
+            text: str | None = getattr(record, field)
+            if text is not None:
+                (folder / name).write_text(text, encoding="utf-8")
         report_step("writing the manifest")
         write_manifest(folder, base, tied)
         _set_default_permissions(folder)
     return target
 
 
-def record_of(model: nn.Module) -> dict[str, str]:
-    """The recipe, plan and report of a rewritten model, as file name -> text. Raises `ModelError` for another model."""
-    record: dict[str, str] = pools_of(model).record
-    if "plan.json" not in record:
+def _record(model: nn.Module) -> RewriteRecord:
+    """The record of a rewritten model. Raises `ModelError` for a model that has none."""
+    record = pools_of(model).record
+    if record is None:
         raise ModelError("this model has no plan", hint="rewrite it with memrewrite.apply, then save it")
     return record
 
@@ -159,11 +163,12 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
         ) from error
     fill(built, folder, manifest["tied"])
     fill_transient(built, folder)
-    pools_of(built).record = {n: (folder / n).read_text(encoding="utf-8") for n in RECORD if (folder / n).is_file()}
+    texts = {f: (folder / name).read_text(encoding="utf-8") for f, name in RECORD.items() if (folder / name).is_file()}
+    pools_of(built).record = RewriteRecord(**texts)
     return built.eval()
 
 
-RECORD = ("recipe.yaml", "plan.json", "report.json", GRAPHS)
+RECORD = {"recipe": "recipe.yaml", "plan": "plan.json", "report": "report.json", "graphs": GRAPHS}  # fields and their files
 
 
 def read_plan(directory: str | Path) -> Plan:
@@ -183,8 +188,8 @@ def _read(file: Path, kind: type[F]) -> F:
         raise tampered(file, f"it is not a {kind.__name__.lower()}") from error
 
 
-def _save_graph(model: fx.GraphModule, file: Path) -> None:
-    torch.export.save(export_program(model, model.meta["inputs"], dynamic=True).program, file)
+def _save_graph(model: fx.GraphModule, inputs: Inputs, file: Path) -> None:
+    torch.export.save(export_program(model, inputs, dynamic=True).program, file)
 
 
 def _load_graph(folder: Path, trust_code: bool) -> nn.Module:

@@ -1,1 +1,1 @@
-"""In: the graphs that `torch.compile` makes. Out: the same graphs with memory layers, for the backend that follows."""
+"""In: the graphs that `torch.compile` creates. Out: the same graphs with memory layers, for the next backend."""

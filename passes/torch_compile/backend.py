@@ -1,7 +1,7 @@
-"""`memrewrite.backend(recipe)`: a backend for `torch.compile` that shows the MLPs of every graph, and rewrites them.
+"""`memrewrite.backend(recipe)`: a backend for `torch.compile` that locates the MLPs of every graph, and rewrites them.
 
-Flow: a graph from dynamo → its weights attached → lowered, located → the recipe selects → memory layers, built once and kept
-→ the graph rewritten and proved → its weights inputs again → the next backend compiles it.
+Flow: a graph from dynamo → its weights attached → lowered, located → the recipe selects → memory layers, built once and reused
+→ the graph rewritten and verified → its weights inputs again → the next backend compiles it.
 """
 
 from __future__ import annotations
@@ -9,37 +9,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from memrewrite.errors import MemrewriteError, ModelError, SelectError, VerificationError
+from memrewrite.errors import MemrewriteError, ModelError, SelectError
 from memrewrite.passes.capture.capture import lowered_segment
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.models.tensors import tensors_of
-from memrewrite.passes.pipeline import RecipeLike
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import narrowed, select
 from memrewrite.passes.rewrite.edit_graph import emit_layers
-from memrewrite.passes.rewrite.given_graph import anchored
+from memrewrite.passes.rewrite.given_graph import GivenGraph
 from memrewrite.passes.torch_compile.layer_store import LayerStore
 from memrewrite.passes.torch_compile.lifted_weights import (
     GraphPart,
     attached,
-    given_back,
     sites_as_stored,
     sites_numbered,
     source_of,
+    with_weights_as_inputs,
 )
 from memrewrite.passes.verify.checks import CHECKS, identity
+from memrewrite.passes.verify.evidence import refuse_failed
 from memrewrite.passes.verify.gradient_flow import gradient
-from memrewrite.passes.verify.verify import prove_graph
+from memrewrite.passes.verify.verify import verify_graph
 from memrewrite.plans import Plan
-from memrewrite.recipes.reader import read_recipe
+from memrewrite.recipes.reader import RecipeLike, read_recipe
 from memrewrite.recipes.schema import Recipe
 from memrewrite.report import Check
 from memrewrite.site import Inspection, Site
@@ -47,7 +48,7 @@ from memrewrite.site import Inspection, Site
 log = logging.getLogger("memrewrite")
 Compiled = Callable[..., Any]
 Next = str | Callable[[fx.GraphModule, Sequence[Any]], Compiled]
-AS_BUILT = (gradient, identity)  # checks of layers as they are built: they need not hold when these were trained
+AS_BUILT = (gradient, identity)  # checks of layers as built: layers that were trained since may fail them
 
 
 def backend(
@@ -58,17 +59,33 @@ def backend(
     on_located: Callable[[Inspection], None] | None = None,
     allow_large: bool = False,
 ) -> Backend:
-    """A backend for `torch.compile(model, backend=...)`; `then` compiles the graphs: a name torch knows, or a backend.
+    """Create a backend for `torch.compile` that rewrites the MLPs of every graph. Use one backend for one model.
 
-    Without a recipe graphs are handed on as they came. `model` gives weights the names they have in it, and its blocks their
-    numbers, which takes it where `torch.compile` breaks the graph. `on_located` is told what each graph holds. Use one
-    backend for one model. Raises `RecipeError`; what a graph is refused for is raised when the compiled code is called.
+    Args:
+        recipe: the name of a recipe in the gallery, a path, a mapping, or a `Recipe`. None: graphs are located, not rewritten.
+        model: the model that is compiled. Its weights then have their names in it, and its blocks their numbers, which
+            recipes that count blocks need where `torch.compile` breaks the graph.
+        then: the backend that compiles the graphs: a name that torch knows, or a function.
+        on_located: receives the MLPs of every graph.
+        allow_large: do not compare the size of the pools with the free memory of their devices.
+
+    Returns:
+        The backend. Its `memory` contains the pools and layers, `located` the MLPs; `check()` raises an error for a rule of
+        the recipe that has selected nothing.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or is not well formed. Errors about a graph (`SelectError`,
+            `VerificationError`, ...) are raised when the compiled code of that graph is called.
+
+    Example:
+        >>> ours = memrewrite.backend("memory-plus", model=model)
+        >>> fast = torch.compile(model, backend=ours)
     """
     return Backend(None if recipe is None else read_recipe(recipe), model, then, on_located, allow_large)
 
 
 class Backend:
-    """What `backend` gives. Call it with a graph module and its example inputs, as `torch.compile` does."""
+    """The result of `backend`. `torch.compile` calls it with a graph module and its example inputs."""
 
     def __init__(
         self,
@@ -79,17 +96,17 @@ class Backend:
         allow_large: bool,
     ) -> None:
         self.memory = LayerStore().eval()
-        self.graphs: list[Inspection] = []  # what each graph held, in the order they came
+        self.graphs: list[Inspection] = []  # the MLPs of each graph, in the order of compilation
         self.checks: list[tuple[Check, ...]] = []  # of each graph that was rewritten
         self._recipe, self._model, self._then = recipe, model, then
         self._on_located, self._allow_large = on_located, allow_large
-        self._in_parts = False  # a graph before was broken off: this one may be the rest of a model
+        self._in_parts = False  # an earlier graph was broken: this one may be the rest of a model
         self._matched: set[int] = set()
         self._towers: dict[int, str] = {}
 
     @property
     def located(self) -> Inspection:
-        """What was located in all graphs so far, an MLP that was met in several of them once."""
+        """The MLPs of all graphs so far; one that is in several graphs is listed once."""
         sites = {(site.path, site.parameters): site for graph in self.graphs for site in graph.sites}
         misses = dict.fromkeys(miss for graph in self.graphs for miss in graph.near_misses)
         captured = f"torch.compile, {len(self.graphs)} graphs"
@@ -108,12 +125,12 @@ class Backend:
                 )
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
-        """Compile one graph; what it is refused for is raised when the compiled code is called.
+        """Compile one graph. An error about it is raised when the compiled code is called.
 
-        Raised here it would reach the user wrapped in dynamo's own error, or not at all (`suppress_errors`).
+        Dynamo would wrap an error that is raised here, or suppress it (`suppress_errors`).
         """
         try:
-            with _on_its_own():
+            with _caller_independent():
                 rewritten, guarded = self._rewritten(gm, example_inputs)
         except MemrewriteError as error:
             return _raising(error)
@@ -121,9 +138,9 @@ class Backend:
         return _for_these(compiled, guarded) if guarded else compiled
 
     def _rewritten(self, gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[fx.GraphModule, dict[int, Tensor]]:
-        """The graph to compile; and the weights it was made for, by their place among the inputs."""
-        part, before = self._captured(gm, examples)
-        locations = locate(before)
+        """The graph to compile; and one weight of each of its MLPs, by position among the inputs."""
+        part, captured = self._captured(gm, examples)
+        locations = locate(captured)
         whole = self._is_whole(gm, part)
         located = sites_as_stored(locations.located, part)
         if self._model is not None:
@@ -134,25 +151,25 @@ class Backend:
         if self._recipe is None:
             return gm, {}
         guarded = _first_weights(gm, examples, part, located.sites)
-        made = self._plan(located, self._recipe, whole)
-        if made is None:
+        plan = self._plan(located, self._recipe, whole)
+        if plan is None:
             return gm, guarded
-        locations = anchored(locations, [s.site.path for s in made.substitutions])
-        rewritten = given_back(self._proved(made, part, before, locations), gm, part.weights)
-        rewritten.add_module(made.root, self.memory.pools)  # no node names it: the layers hold it
+        locations = GivenGraph(locations).bound(s.site.path for s in plan.substitutions)
+        rewritten = with_weights_as_inputs(self._verified(plan, part, captured, locations), gm, part.weights)
+        rewritten.add_module(plan.root, self.memory.pools)  # no node calls it: the layers read the pools
         return rewritten, guarded
 
     def _captured(self, gm: fx.GraphModule, examples: Sequence[Any]) -> tuple[GraphPart, Capture]:
-        """The graph in ATen; buffers it writes into count as inputs, for they are other ones at each run."""
+        """The graph in ATen. Buffers that it mutates are inputs, because their values differ in each run."""
         part = attached(gm, examples, self._model)
         segment = lowered_segment(part.module, part.inputs)
         if segment.written:
-            part = attached(gm, examples, self._model, segment.written)
+            part = attached(gm, examples, self._model, as_inputs=segment.written)
             segment = lowered_segment(part.module, part.inputs)
         return part, Capture((segment,), part.inputs, "torch.compile")
 
     def _is_whole(self, gm: fx.GraphModule, part: GraphPart) -> bool:
-        """Whether this is the graph of the whole model, as far as can be told: nothing was broken off, and it is the root's."""
+        """Whether this is the whole model: no graph was broken so far, and its modules are the root's, as far as is known."""
         reason = getattr(gm, "compile_subgraph_reason", None)
         self._in_parts |= bool(part.root) or bool(getattr(reason, "graph_break", False))
         return not self._in_parts
@@ -162,14 +179,14 @@ class Backend:
         in_blocks = any(site.block is not None for site in located.sites)
         if self._model is None and counting is not None and located.sites and not (whole and in_blocks):
             raise SelectError(
-                "this graph is a part of a model, as torch.compile broke it, and blocks cannot be counted in it",
+                "torch.compile broke the model into several graphs, and blocks cannot be counted in one of them",
                 where=f"replace[{counting}].where",
-                hint="give the model: memrewrite.backend(recipe, model=model), or select by `path`",
+                hint="pass the model: memrewrite.backend(recipe, model=model), or select by `path`",
             )
         if whole:
-            made = select(located, recipe, live=False)
+            plan = select(located, recipe, live=False)
             self._matched.update(range(len(recipe.replace)))
-            return made
+            return plan
         rules = narrowed(located.sites, recipe, self._towers)
         self._matched.update(rules)
         if not rules:
@@ -178,26 +195,27 @@ class Backend:
         pools = {name: pool for name, pool in recipe.pools.items() if name in {rule.pool for rule in rules.values()}}
         return select(located, recipe.model_copy(update={"replace": tuple(rules.values()), "pools": pools}), live=False)
 
-    def _proved(self, made: Plan, part: GraphPart, before: Capture, locations: LocatedSites) -> fx.GraphModule:
+    def _verified(self, plan: Plan, part: GraphPart, captured: Capture, locations: LocatedSites) -> fx.GraphModule:
+        """The rewritten graph, its checks added to `checks`. Raises `VerificationError` if one failed."""
         weights = dict(tensors_of(part.module))
-        built_before = [self.memory.known(weights, s) is not None for s in made.substitutions]
+        built_before = [self.memory.known(weights, s) is not None for s in plan.substitutions]
         if not self._allow_large and not all(built_before):
-            refuse_too_large(made)
-        layers = self.memory.layers_for(made, weights)
-        result = emit_layers(before.segments[0], made, locations, layers, self.memory.pools)
+            refuse_too_large(plan)
+        layers = self.memory.layers_for(plan, weights)
+        result = emit_layers(captured.segments[0], plan, locations, layers, self.memory.pools)
         if self._recipe is not None and self._recipe.verify != "off":
-            before = Capture(before.segments, before.inputs, before.how, outputs=run(part.module, before.inputs))
+            captured = replace(captured, outputs=run(part.module, captured.inputs))
             after = [check for check in CHECKS if not any(built_before) or check not in AS_BUILT]
-            checks = prove_graph(result, layers, made, before, locations, after)
+            checks = verify_graph(result, layers, plan, captured, locations, after)
             self.checks.append(checks)
-            _refuse_failed(checks)
+            refuse_failed(checks, where="torch.compile", hint="please report the model and the recipe")
         return result
 
 
 def _first_weights(gm: fx.GraphModule, examples: Sequence[Any], part: GraphPart, sites: Sequence[Site]) -> dict[int, Tensor]:
-    """One weight of every MLP, by its place among the inputs; dynamo is told to compile again for others.
+    """One weight of every MLP, by position among the inputs, with a guard: dynamo compiles again for other weights.
 
-    Its graphs take weights as inputs, and it runs one graph for all blocks that are compiled each by itself.
+    In dynamo's graphs weights are inputs, and one graph would run for all blocks of a class that are compiled one by one.
     """
     from torch._dynamo.guards import GuardBuilder, install_guard
     from torch._guards import TracingContext
@@ -213,7 +231,7 @@ def _first_weights(gm: fx.GraphModule, examples: Sequence[Any], part: GraphPart,
 
 
 def _for_these(compiled: Compiled, weights: Mapping[int, Tensor]) -> Compiled:
-    """The compiled code, which refuses to run for weights of other MLPs than it was rewritten for."""
+    """The compiled code, which raises `ModelError` for weights of other MLPs than it was rewritten for."""
 
     def checked(*args: Any) -> Any:
         if any(args[position] is not weight for position, weight in weights.items()):
@@ -224,8 +242,8 @@ def _for_these(compiled: Compiled, weights: Mapping[int, Tensor]) -> Compiled:
 
 
 @contextmanager
-def _on_its_own() -> Iterator[None]:
-    """Gradients on, and no weight remembered as it was cast, whatever the caller of the compiled model has switched."""
+def _caller_independent() -> Iterator[None]:
+    """Inside, gradients are on and autocast caches no cast weights, whatever the caller of the compiled model has set."""
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -247,13 +265,3 @@ def _next(then: Next) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
         return then
     found: Any = torch._dynamo.lookup_backend(then)
     return found  # type: ignore[no-any-return]
-
-
-def _refuse_failed(checks: Sequence[Check]) -> None:
-    failed = next((check for check in checks if check.outcome == "failed"), None)
-    if failed is not None:
-        raise VerificationError(
-            f"the check {failed.name!r} failed: {failed.sentence}",
-            where="torch.compile",
-            hint="please report the model and the recipe",
-        )

@@ -1,7 +1,7 @@
-"""The pools and layers that a backend of `torch.compile` puts into graphs: built once, kept over every graph it is given.
+"""The pools and layers that a backend of `torch.compile` puts into graphs: built once, reused in every later graph.
 
-A layer belongs to the weights of its MLP, so that the same MLP in a second graph (another shape, another mode) meets the
-same layer. All of it is one module, to be loaded, trained and saved.
+A layer is identified by the weights of its MLP, so that the same MLP in a second graph (another shape, another mode) gets the
+same layer. The store is one module, to be loaded, trained and saved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memrewrite.plans import Plan, Substitution
 
 
 class LayerStore(nn.Module):
-    """Pools (`pools.<name>`) and layers (`layers.<path>`, with `/` for `.`) by the order in which they were met."""
+    """Pools (`pools.<name>`) and layers (`layers.<path>`, with `/` for `.`) in the order in which they were built."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,13 +30,13 @@ class LayerStore(nn.Module):
 
     @property
     def plan(self) -> tuple[Substitution, ...]:
-        """What was substituted so far, in the order it was met."""
+        """The substitutions so far, in the order in which their layers were built."""
         return tuple(substitution for _, _, substitution in self._known.values())
 
     def known(self, weights: Mapping[str, Tensor], substitution: Substitution) -> MemoryLayer | None:
-        """The layer of an MLP that was met before, by its own weights."""
+        """The layer of an MLP that was in an earlier graph, identified by its weights; None for a new MLP."""
         entry = self._known.get(_key(weights, substitution))
-        if entry is None or any(reference() is None for reference in entry[0]):  # an id may be another tensor's by now
+        if entry is None or any(reference() is None for reference in entry[0]):  # the id may belong to a new tensor
             return None
         layer = self.layers.get_submodule(entry[1])
         return layer if isinstance(layer, MemoryLayer) else None
@@ -44,13 +44,13 @@ class LayerStore(nn.Module):
     def layers_for(self, plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, nn.Module]:
         """The layers of a plan, by site path; those that are new are built. `weights` are the graph's, by name.
 
-        Raises `SelectError` when a pool would have to be another than it is.
+        Raises `SelectError` when a pool was built with another spec for an earlier graph.
         """
         self._build_pools(plan, weights)
-        made: dict[str, nn.Module] = {}
+        layers: dict[str, nn.Module] = {}
         for substitution in plan.substitutions:
-            made[substitution.site.path] = self.known(weights, substitution) or self._new(plan, substitution, weights)
-        return made
+            layers[substitution.site.path] = self.known(weights, substitution) or self._new(plan, substitution, weights)
+        return layers
 
     def _build_pools(self, plan: Plan, weights: Mapping[str, Tensor]) -> None:
         for substitution in plan.substitutions:
@@ -60,7 +60,7 @@ class LayerStore(nn.Module):
             spec = plan.pools[name]
             if self._specs.setdefault(name, spec) != spec:
                 raise SelectError(
-                    f"pool {name!r} was built as {self._specs[name]!r}, and this graph wants {spec!r}",
+                    f"pool {name!r} was built as {self._specs[name]!r}, and this graph needs {spec!r}",
                     where=substitution.site.path,
                     hint="give the pool a `value_dim` and a `dtype`",
                 )
@@ -73,7 +73,7 @@ class LayerStore(nn.Module):
         layer = build_layer(substitution, self.pools, _device(weights, substitution)).train(self.training)
         layer.reset_parameters(generator_of(layer, self._with(plan, substitution), len(self._known)))
         name = base = substitution.site.path.replace(".", "/") or "root"
-        while name in self.layers._modules:  # other weights of the same name: another model, or one frame for many blocks
+        while name in self.layers._modules:  # other weights with that name: another model, or one frame for many blocks
             name = f"{base}#{len(self.layers._modules)}"
         self.layers.add_module(name, layer)
         references = tuple(weakref.ref(weights[parameter]) for parameter in substitution.site.parameters)

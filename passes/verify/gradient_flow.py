@@ -1,4 +1,4 @@
-"""The *gradient* check: no layer is cut off from the outputs, and every new parameter can be trained."""
+"""The *gradient* check: the outputs depend on every layer, and every new parameter can be trained."""
 
 from __future__ import annotations
 
@@ -15,55 +15,55 @@ from memrewrite.layers.pool import Pool
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
-from memrewrite.passes.verify.evidence import Evidence, checked, new_modules, skipped
+from memrewrite.passes.verify.evidence import RewrittenModel, checked, skipped
 from memrewrite.report import Check
 
 
-def gradient(evidence: Evidence) -> Check:
-    """Is every layer reached from the model's outputs, and does every new parameter get a finite gradient, not zero?
+def gradient(after: RewrittenModel) -> Check:
+    """Do the outputs depend on every layer, and does every new parameter get a finite gradient that is not all zeros?
 
-    Layers that start at zero are opened for this, and shut again.
+    Zero-initialized matrices of layers are set to small random values for this check, and to zero after it.
     """
-    if evidence.on_meta:
+    if after.on_meta:
         return skipped("gradient", "the model is on meta: there are no values to differentiate")
-    fresh = {p: name for module in new_modules(evidence) for name, p in module.named_parameters()}
-    frozen = {p: p.requires_grad for p in evidence.model.parameters()}
+    new = {p: name for module in after.new_modules() for name, p in module.named_parameters()}
+    required = {p: p.requires_grad for p in after.model.parameters()}
     try:
-        for p in frozen:
-            p.requires_grad_(p in fresh)
-        with opened(evidence), _trial(evidence) as queues:
-            unreached, found, idle = _gradients(evidence, list(fresh))
-            grads = [_entries(g, queues.get(p)) for p, g in zip(fresh, found, strict=True)]
+        for p in required:
+            p.requires_grad_(p in new)
+        with nonzero_layers(after), _without_updates(after) as queues:
+            unreached, found, idle = _gradients(after, list(new))
+            grads = [_entries(g, queues.get(p)) for p, g in zip(new, found, strict=True)]
     finally:
-        for p, wanted in frozen.items():
-            p.requires_grad_(wanted)
-    spared = _parameters_of(evidence, idle)
-    pairs = [(p, g) for p, g in zip(fresh, grads, strict=True) if id(p) not in spared]
-    bad = [fresh[p] for p, g in pairs if g is None or not g.isfinite().all() or not g.any()]
+        for p, before in required.items():
+            p.requires_grad_(before)
+    exempt = _parameters_of(after, idle)
+    pairs = [(p, g) for p, g in zip(new, grads, strict=True) if id(p) not in exempt]
+    bad = [new[p] for p, g in pairs if g is None or not g.isfinite().all() or not g.any()]
     if unreached:
         sentence = f"no output depends on {len(unreached)} layers, and some did on their MLPs: {', '.join(unreached[:3])}"
         return checked("gradient", False, len(unreached), sentence)
     if bad:
         return checked("gradient", False, len(bad), f"{len(bad)} new parameters get none: {', '.join(bad[:3])}")
-    none = f"; {len(idle)} layers have no token in these inputs, or run where the model keeps no gradients" if idle else ""
+    note = f"; {len(idle)} layers get no token from these inputs, or run where the model keeps no gradients" if idle else ""
     if not pairs:
-        return skipped("gradient", f"there is none to look at{none}")
-    return checked("gradient", True, len(pairs), f"all {len(pairs)} new parameters get a finite gradient{none}")
+        return skipped("gradient", f"no new parameter can be checked{note}")
+    return checked("gradient", True, len(pairs), f"all {len(pairs)} new parameters get a finite gradient{note}")
 
 
-def _parameters_of(evidence: Evidence, sites: Collection[str]) -> set[int]:
-    """The new parameters that serve these sites alone: those of the layers, and of pools that no other layer reads."""
-    read = {s.pool for s in evidence.plan.substitutions if s.site.path not in sites}
-    pools = pools_of(evidence.model)
-    modules = [layer for path, layer in evidence.layers.items() if path in sites]
-    modules += [pools[name] for name in evidence.plan.pools if name not in read]
+def _parameters_of(after: RewrittenModel, sites: Collection[str]) -> set[int]:
+    """Ids of the new parameters that only these sites use: those of their layers, and of pools that no other layer reads."""
+    read = {s.pool for s in after.plan.substitutions if s.site.path not in sites}
+    pools = pools_of(after.model)
+    modules = [layer for path, layer in after.layers.items() if path in sites]
+    modules += [pools[name] for name in after.plan.pools if name not in read]
     return {id(p) for module in modules for p in module.parameters()} if sites else set()
 
 
 @contextmanager
-def _trial(evidence: Evidence) -> Iterator[dict[nn.Parameter, Pending]]:
-    """The queues of tables that learn by fused updates, by their values: nothing is updated, and no optimizer is needed."""
-    pools = [m for module in new_modules(evidence) for m in module.modules() if isinstance(m, Pool)]
+def _without_updates(after: RewrittenModel) -> Iterator[dict[nn.Parameter, Pending]]:
+    """The queues of tables with fused updates, by their values; inside, they need no optimizer and update nothing."""
+    pools = [m for module in after.new_modules() for m in module.modules() if isinstance(m, Pool)]
     queues = {pool.values: pool.pending for pool in pools if pool.pending is not None}
     with ExitStack() as stack:
         for queue in queues.values():
@@ -72,7 +72,7 @@ def _trial(evidence: Evidence) -> Iterator[dict[nn.Parameter, Pending]]:
 
 
 def _entries(grad: Tensor | None, queue: Pending | None) -> Tensor | None:
-    """What is finite, and not all zeros, where a gradient is: itself, a sparse one's rows, or a fused one's sizes."""
+    """What must be finite and not all zeros: a dense gradient, the rows of a sparse one, or the sizes of fused updates."""
     if queue is None:
         return grad._values() if grad is not None and grad.is_sparse else grad
     shares = [(f.weights * f.grad.norm(dim=-1, keepdim=True)).flatten() for f in queue.take()]
@@ -80,67 +80,69 @@ def _entries(grad: Tensor | None, queue: Pending | None) -> Tensor | None:
 
 
 @contextmanager
-def opened(evidence: Evidence) -> Iterator[None]:
-    """Layers that start at zero say something inside, and are shut again."""
-    fresh = [p for module in new_modules(evidence) for p in module.parameters()]
-    shut = [p for p in fresh if p.ndim >= 2 and not p.detach().any()]
+def nonzero_layers(after: RewrittenModel) -> Iterator[None]:
+    """Zero-initialized matrices of new layers get small random values inside, and are zeroed on exit."""
+    new = [p for module in after.new_modules() for p in module.parameters()]
+    zeros = [p for p in new if p.ndim >= 2 and not p.detach().any()]
     try:
-        for p in shut:
+        for p in zeros:
             nn.init.normal_(p, 0.0, 0.02, generator=torch.Generator(p.device).manual_seed(0))
         yield
     finally:
-        for p in shut:
+        for p in zeros:
             nn.init.zeros_(p)
 
 
 def _gradients(
-    evidence: Evidence, parameters: list[nn.Parameter]
+    after: RewrittenModel, parameters: list[nn.Parameter]
 ) -> tuple[list[str], tuple[Tensor | None, ...], frozenset[str]]:
-    """Sites whose layers no output depends on any more; the gradient of the layers' outputs, in a random direction.
+    """Runs the model once with gradients.
 
-    And sites whose layers can get none: no token came to them, or the model itself runs them without gradients.
+    Returns the sites that outputs depended on before and do not depend on now; the parameters' gradients of the layers'
+    outputs in a random direction; and the sites whose layers cannot have gradients, because no token is routed to them or
+    because the model runs them without gradients.
     """
-    made: dict[str, list[Tensor]] = {path: [] for path in evidence.layers}
+    outputs_of: dict[str, list[Tensor]] = {path: [] for path in after.layers}
     hooks = [
-        layer.register_forward_hook(lambda _, args, out, path=path: made[path].append(out), prepend=True)
-        for path, layer in evidence.layers.items()
+        layer.register_forward_hook(lambda _, args, out, path=path: outputs_of[path].append(out), prepend=True)
+        for path, layer in after.layers.items()
     ]
     try:
-        outputs = run(evidence.model, evidence.before.inputs, gradients=True)
+        outputs = run(after.model, after.inputs, gradients=True)
     finally:
         for hook in hooks:
             hook.remove()
-    flat = [(path, out) for path, outs in made.items() for out in outs]
-    reach = _reach(outputs, [out for _, out in flat])
+    flat = [(path, out) for path, outs in outputs_of.items() for out in outs]
+    reach = _gradients_at(outputs, [out for _, out in flat])
     now = {path for (path, _), grad in zip(flat, reach, strict=True) if grad is not None}
     live = [out for _, out in flat if out.requires_grad]
     none = (None,) * len(parameters)
-    grads = torch.autograd.grad(_in_a_direction(live), parameters, allow_unused=True) if live else none
-    silent = {path for path, outs in made.items() if outs and not any(out.requires_grad for out in outs)} - evidence.reached
-    empty = {path for path, outs in made.items() if outs and not any(out.numel() for out in outs)}
-    return sorted(evidence.reached - now), grads, frozenset(silent | empty)
+    grads = torch.autograd.grad(_random_sum(live), parameters, allow_unused=True) if live else none
+    without = {path for path, outs in outputs_of.items() if outs and not any(out.requires_grad for out in outs)} - after.reached
+    empty = {path for path, outs in outputs_of.items() if outs and not any(out.numel() for out in outs)}
+    return sorted(after.reached - now), grads, frozenset(without | empty)
 
 
-def _reach(outputs: Any, inner: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradient of the outputs for each inner value; None where they do not depend on it."""
+def _gradients_at(outputs: Any, inner: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradient of the outputs with respect to each inner value; None where they do not depend on it."""
     ends = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
     live = [t for t in inner if t.requires_grad]
     grads: dict[int, Tensor | None] = {}
     if ends and live:
-        found = torch.autograd.grad(_in_a_direction(ends), live, allow_unused=True, retain_graph=True)
+        found = torch.autograd.grad(_random_sum(ends), live, allow_unused=True, retain_graph=True)
         grads = {id(t): grad for t, grad in zip(live, found, strict=True)}
     return tuple(grads.get(id(t)) for t in inner)
 
 
-def _in_a_direction(tensors: list[Tensor]) -> Tensor:
-    """A random weighted sum: a plain one is constant behind a softmax or a norm, and its gradient would vanish."""
+def _random_sum(tensors: list[Tensor]) -> Tensor:
+    """A sum with random weights: after a softmax or a norm a plain sum is constant, and its gradient is zero."""
     generator = torch.Generator().manual_seed(0)
     terms = [(t.float() * torch.randn(t.shape, generator=generator).to(t.device)).sum() for t in tensors]
     return torch.stack(terms).sum()
 
 
 def reached(outputs: Any, wrapped: Mapping[str, OriginalMLP]) -> frozenset[str]:
-    """The sites that the original model's outputs depend on differentiably: a quantiser cuts off what is before it."""
-    made = [(path, leaf) for path, original in wrapped.items() for leaf in original.outputs]
-    grads = _reach(outputs, [leaf for _, leaf in made])
-    return frozenset(path for (path, _), grad in zip(made, grads, strict=True) if grad is not None)
+    """The sites that the original's outputs depend on differentiably: a quantizer, for example, stops gradients."""
+    pairs = [(path, leaf) for path, original in wrapped.items() for leaf in original.outputs]
+    grads = _gradients_at(outputs, [leaf for _, leaf in pairs])
+    return frozenset(path for (path, _), grad in zip(pairs, grads, strict=True) if grad is not None)

@@ -1,6 +1,6 @@
-"""The *tokenwise* check: every new layer keeps tokens apart, with whatever hangs on it. Tried on values, as *locality* is.
+"""The *tokenwise* check: no layer, with its hooks, mixes tokens. Tested on values, as in *locality*.
 
-*frame* takes a layer and its hooks as one box, and does not look inside: this does.
+*frame* treats a layer and its hooks as one value and does not look at what they compute; this check does.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from torch.utils._pytree import tree_leaves
 from memrewrite.passes.locate.token_trial import Tokens
 from memrewrite.passes.models.forward import SEED
 from memrewrite.passes.rewrite.hooks import UseStoredInput
-from memrewrite.passes.verify.evidence import Evidence, checked, skipped
-from memrewrite.passes.verify.gradient_flow import opened
+from memrewrite.passes.verify.evidence import RewrittenModel, checked, skipped
+from memrewrite.passes.verify.gradient_flow import nonzero_layers
 from memrewrite.passes.verify.mlp_locality import outcome_of
 from memrewrite.plans import Substitution
 from memrewrite.report import Check
 
-ROWS, LENGTH = 2, 4  # the tokens tried
+ROWS, LENGTH = 2, 4  # the shape of the tokens that the layers are called on
 
 
-def tokenwise(evidence: Evidence) -> Check:
+def tokenwise(after: RewrittenModel) -> Check:
     """Does a token's output of every layer depend on that token, and on no other?"""
-    if evidence.on_meta:
+    if after.on_meta:
         return skipped("tokenwise", "the model is on meta: there are no values to change")
-    with opened(evidence):
-        for substitution in evidence.plan.substitutions:
+    with nonzero_layers(after):
+        for substitution in after.plan.substitutions:
             path = substitution.site.path
-            wrong = _wrong(evidence.layers[path], substitution)
+            wrong = _wrong(after.layers[path], substitution)
             if wrong:
                 return checked("tokenwise", False, 0, f"in the layer at {path!r} {wrong}")
-    count = len(evidence.layers)
+    count = len(after.layers)
     return checked("tokenwise", True, count, f"one token changed, every other keeps every bit in all {count} layers")
 
 
@@ -43,18 +43,19 @@ def _wrong(layer: nn.Module, substitution: Substitution) -> str:
     x, other = (torch.randn(shape, generator=generator).to(like.device, getattr(torch, site.dtype)) for _ in range(2))
     tokens = ROWS * LENGTH
     into, out = (Tokens.consecutive(tokens * width, tokens, ROWS) for width in (site.d_in, site.d_model))
-    found = outcome_of(lambda given: _called(layer, given, site.axis), x, other, into, out, 0.0)
+    found = outcome_of(lambda given: _output(layer, given, site.axis), x, other, into, out, 0.0)
     return found.wrong or ("every input gives the same output" if found.constant else "")
 
 
-def _called(layer: nn.Module, given: Tensor, axis: int) -> Tensor:
-    """What a layer gives with its hooks; one that is handed its input is handed this one, and of a tuple it gives an item.
+def _output(layer: nn.Module, given: Tensor, axis: int) -> Tensor:
+    """The layer with its hooks on `given` [rows, length, d_in]: [rows, length, d_model].
 
-    Features are last here; the layer is given them, and gives them, on `axis`.
+    The layer is called with its features on `axis`. A hook that reads a stored input reads this one; of a tuple the only
+    tensor is returned.
     """
     x = given.reshape(*given.shape[:-1], *[1] * max(0, axis - 2), given.shape[-1]).movedim(-1, axis)
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, UseStoredInput):
-            hook.hand.x = x
+            hook.slot.x = x
     out: Tensor = next(leaf for leaf in tree_leaves(layer(x)) if isinstance(leaf, Tensor))
     return out.movedim(axis, -1).reshape(*given.shape[:-1], -1)

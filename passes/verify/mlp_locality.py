@@ -25,7 +25,7 @@ from memrewrite.passes.locate.token_trial import Call, Tokens, run_repeatable, t
 from memrewrite.passes.models.forward import SEED
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.rewrite.original_mlp import extract
-from memrewrite.passes.verify.evidence import Evidence, checked, skipped
+from memrewrite.passes.verify.evidence import BeforeEdit, checked, skipped
 from memrewrite.report import Check
 
 # How many rounding errors other tokens may move by in a mixture of experts: its rows are multiplied in groups that change.
@@ -41,7 +41,7 @@ class Outcome:
     constant: bool = False
 
 
-def locality(evidence: Evidence) -> Check:
+def locality(evidence: BeforeEdit) -> Check:
     """Check that a token's output of every selected MLP depends on that token, and on no other."""
     if evidence.on_meta:
         return skipped("locality", "the model is on meta: there are no values to change")

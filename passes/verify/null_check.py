@@ -1,4 +1,4 @@
-"""The *null* check: the original MLPs, lifted out as they were recorded and put where the layers will stand, change no bit."""
+"""The *null* check: with the original MLPs, as they were recorded, in the layers' places, no bit of the outputs changes."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ from memrewrite.passes.models.forward import run
 from memrewrite.passes.rewrite.edit_module import place
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.rewrite.undo_log import UndoLog, module_at
-from memrewrite.passes.verify.evidence import Evidence, checked
+from memrewrite.passes.verify.evidence import BeforeEdit, checked
 from memrewrite.report import Check
 from memrewrite.site import Site
 
 Calls = Mapping[str, tuple[SiteCall, ...]]
 
 
-def run_with_originals(evidence: Evidence, *, gradients: bool = False) -> tuple[Any, dict[str, OriginalMLP]]:
-    """The live model's outputs with every selected MLP lifted out and put in the layer's way, and these wrapped MLPs.
+def run_with_originals(before: BeforeEdit, *, gradients: bool = False) -> tuple[Any, dict[str, OriginalMLP]]:
+    """The live model's outputs with every selected MLP replaced by itself as an `OriginalMLP`, and these by site path.
 
-    Leaves the model as it was.
+    The model is as before when it returns.
     """
-    with originals_placed(evidence, evidence.locations.found) as wrapped:
-        return run(evidence.model, evidence.before.inputs, gradients=gradients), wrapped
+    with originals_placed(before, before.locations.found) as wrapped:
+        return run(before.model, before.capture.inputs, gradients=gradients), wrapped
 
 
 @contextmanager
-def originals_placed(evidence: Evidence, found: Calls, *, train_noise: bool = False) -> Iterator[dict[str, OriginalMLP]]:
-    """The live model with every selected MLP lifted out and put in the layer's way; `train_noise`: as it acts in train mode."""
-    edit = UndoLog(evidence.hosts)
+def originals_placed(before: BeforeEdit, found: Calls, *, train_noise: bool = False) -> Iterator[dict[str, OriginalMLP]]:
+    """Inside, every selected MLP of the live model is replaced by itself; with `train_noise`, as it acts in train mode."""
+    edit = UndoLog(before.hosts)
     wrapped: dict[str, OriginalMLP] = {}
     try:
-        for substitution in evidence.plan.substitutions:
+        for substitution in before.plan.substitutions:
             site = substitution.site
-            wrapped[site.path] = OriginalMLP(evidence.model, found[site.path], train_noise=train_noise)
-            wrapped[site.path].stands_for = [module_at(evidence.model, b.exit) for b in site.bindings if b.exit]
-            place(evidence.model, site, wrapped[site.path], "replace", edit)
-            _rewind(evidence.model, site, wrapped[site.path], edit)
+            original = wrapped[site.path] = OriginalMLP(before.model, found[site.path], train_noise=train_noise)
+            original.replaced = [module_at(before.model, b.exit) for b in site.bindings if b.exit]
+            place(before.model, site, original, "replace", edit)
+            _rewind(before.model, site, original, edit)
         yield wrapped
     finally:
         edit.revert()
 
 
-def null(evidence: Evidence, outputs: Any) -> Check:
-    """With the original MLPs wrapped in the layers' places: does every output keep every bit?"""
-    different = differing(evidence.before.outputs, outputs)
+def null(before: BeforeEdit, outputs: Any) -> Check:
+    """Are `outputs`, computed with the original MLPs in the layers' places, bit-equal to the model's own?"""
+    different = differing(before.capture.outputs, outputs)
     sentence = "with the original MLPs in the layers' places, outputs are bit-equal"
     if different:
         sentence = f"with the original MLPs in the layers' places, {different} output elements differ"
@@ -61,21 +61,21 @@ def null(evidence: Evidence, outputs: Any) -> Check:
 
 
 class _Rewind:
-    """The state of torch's random numbers when an MLP's input came by.
+    """Restores torch's RNG state at the exit of a span to what it was at the entry.
 
-    Code between the matrices of a span runs on, on zeros, and draws: at the exit these draws are taken back, for the
-    lifted-out MLP does them itself.
+    In a span, code between entry and exit still runs (on zeros) and consumes random numbers. After the restore the original
+    MLP at the exit samples the numbers that the model itself samples.
     """
 
     def __init__(self) -> None:
         self.states: list[torch.Tensor] | None = None
 
-    def keep(self, *_: Any) -> None:
-        """Forward pre-hook of an entry: the first to be called counts."""
+    def save(self, *_: Any) -> None:
+        """Forward pre-hook of every entry: saves the state at the first one that is called."""
         if self.states is None:
             self.states = [torch.get_rng_state(), *_cuda_states()]
 
-    def take_back(self, *_: Any) -> None:
+    def restore(self, *_: Any) -> None:
         """Forward pre-hook of the exit."""
         if self.states is not None:
             torch.set_rng_state(self.states[0])
@@ -93,5 +93,5 @@ def _rewind(model: nn.Module, site: Site, exit_: nn.Module, edit: UndoLog) -> No
     for binding in site.bindings:
         if binding.kind == "span":
             for path in binding.entries:
-                edit.done(module_at(model, path).register_forward_pre_hook(rewind.keep).remove)
-    edit.done(exit_.register_forward_pre_hook(rewind.take_back).remove)
+                edit.done(module_at(model, path).register_forward_pre_hook(rewind.save).remove)
+    edit.done(exit_.register_forward_pre_hook(rewind.restore).remove)

@@ -1,8 +1,8 @@
-"""The *null* check in train mode, from one seed: dropout draws, batch norms count, and still no bit of an output changes.
+"""The *null* check in train mode, from one seed: dropout and batch norms are active, and no bit of the outputs changes.
 
-Flow: the model itself runs twice, to see whether it repeats itself → the MLPs as recorded in eval mode are lifted out with
-their noise switched on → where that is not what the model does (a forward that asks `self.training`), it is captured once
-more in train mode, and what the same modules do there is lifted out. The model is left as it was, and so are random states.
+Flow: the model itself runs twice, to see whether its outputs repeat → it runs with the MLPs recorded in eval mode, their
+dropout switched on → where outputs differ (a forward that reads `self.training`), it is captured again in train mode, and
+runs with the MLPs recorded there. The model and the RNG states are as before afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from memrewrite.passes.locate.recorded_graph import RecordedGraph, recorded_grap
 from memrewrite.passes.models.fingerprints import differing
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.models.state_guard import StateGuard, in_train_mode, seeded
-from memrewrite.passes.verify.evidence import Evidence, checked, skipped
+from memrewrite.passes.verify.evidence import BeforeEdit, checked, skipped
 from memrewrite.passes.verify.null_check import Calls, originals_placed
 from memrewrite.report import Check
 from memrewrite.site import Binding
@@ -33,40 +33,40 @@ from memrewrite.site import Binding
 log = logging.getLogger("memrewrite")
 
 
-class _Skip(Exception):  # noqa: N818 - a verdict, turned into a skipped check
-    """The check cannot be made; the message says why."""
+class _Skip(Exception):  # noqa: N818 - turned into a skipped check
+    """The check cannot run; the message is the reason."""
 
 
-def null_train(evidence: Evidence) -> Check:
-    """The *null* check in train mode, from one seed. Leaves the model as it was: buffers, attributes, modes, every bit."""
-    if evidence.on_meta:
+def null_train(before: BeforeEdit) -> Check:
+    """The *null* check in train mode, from one seed. The model is as before afterwards: buffers, attributes, modes."""
+    if before.on_meta:
         return skipped("null_train", "the model is on meta: there are no values to compare")
-    with in_train_mode(evidence.model) as kept:
+    with in_train_mode(before.model) as guard:
         try:
-            return _compared_in_train_mode(evidence, kept)
+            return _compared_in_train_mode(before, guard)
         except _Skip as why:
             return skipped("null_train", str(why))
 
 
-def _compared_in_train_mode(evidence: Evidence, kept: StateGuard) -> Check:
-    wanted = _reference(evidence, kept)
-    different = differing(wanted, _run_in_train_mode(evidence, kept, evidence.locations.found, train_noise=True))
+def _compared_in_train_mode(before: BeforeEdit, guard: StateGuard) -> Check:
+    reference = _reference(before, guard)
+    different = differing(reference, _run_in_train_mode(before, guard, before.locations.found, train_noise=True))
     if different:
-        different = differing(wanted, _run_in_train_mode(evidence, kept, _found_in_train_mode(evidence)))
-    calls = [call for s in evidence.plan.substitutions for call in evidence.locations.found[s.site.path]]
+        different = differing(reference, _run_in_train_mode(before, guard, _found_in_train_mode(before)))
+    calls = [call for s in before.plan.substitutions for call in before.locations.found[s.site.path]]
     if different and any(call.segment.own_segments is not None for call in calls):
-        raise _Skip("some MLPs are known by what ran in eval mode alone, for the values that they saw there")
+        raise _Skip("some MLPs were recorded as they ran in eval mode, which is valid for the values of that run alone")
     if different:
         return checked("null_train", False, different, f"in train mode, from one seed, {different} output elements differ")
-    quiet = differing(wanted, evidence.before.outputs) == 0
+    same_as_eval = differing(reference, before.capture.outputs) == 0
     sentence = "in train mode, from one seed, outputs are bit-equal too"
-    return checked("null_train", True, 0, sentence + (" (and the same as in eval mode)" if quiet else ""))
+    return checked("null_train", True, 0, sentence + (" (and the same as in eval mode)" if same_as_eval else ""))
 
 
-def _reference(evidence: Evidence, kept: StateGuard) -> Any:
-    """What the model itself gives in train mode. Raises `_Skip` when it gives nothing, or not the same twice."""
+def _reference(before: BeforeEdit, guard: StateGuard) -> Any:
+    """The model's own outputs in train mode. Raises `_Skip` when it does not run, or its outputs do not repeat."""
     try:
-        outputs, again = (_run_once(evidence, kept) for _ in range(2))
+        outputs, again = (_run_once(before, guard) for _ in range(2))
     except Exception as error:
         log.debug("the model does not run in train mode", exc_info=True)
         raise _Skip(f"the model does not run in train mode: {in_one_line(error)}") from error
@@ -76,45 +76,45 @@ def _reference(evidence: Evidence, kept: StateGuard) -> Any:
     return outputs
 
 
-def _run_once(evidence: Evidence, kept: StateGuard) -> Any:
-    with kept.forwards(), seeded():
-        return run(evidence.model, evidence.before.inputs)
+def _run_once(before: BeforeEdit, guard: StateGuard) -> Any:
+    with guard.forwards(), seeded():
+        return run(before.model, before.capture.inputs)
 
 
-def _run_in_train_mode(evidence: Evidence, kept: StateGuard, found: Calls, *, train_noise: bool = False) -> Any:
-    with originals_placed(evidence, found, train_noise=train_noise):
-        return _run_once(evidence, kept)
+def _run_in_train_mode(before: BeforeEdit, guard: StateGuard, found: Calls, *, train_noise: bool = False) -> Any:
+    with originals_placed(before, found, train_noise=train_noise):
+        return _run_once(before, guard)
 
 
-# ------------------------------------------------------------------------------------- what modules do in train mode
+# ------------------------------------------------------------------------------------------ MLPs in train mode
 
 
-def _found_in_train_mode(evidence: Evidence) -> Calls:
-    """The selected MLPs as the model computes them in train mode. Raises `_Skip` where that cannot be told."""
+def _found_in_train_mode(before: BeforeEdit) -> Calls:
+    """The selected MLPs as recorded in train mode. Raises `_Skip` where they cannot be captured or compared."""
     try:
-        segments = tuple(recapture(evidence.model, segment) for segment in evidence.before.segments)
+        segments = tuple(recapture(before.model, segment) for segment in before.capture.segments)
     except CaptureError as error:
         raise _Skip(f"in train mode the model computes something else, which cannot be captured: {error.what}") from error
-    again = replace(evidence.before, segments=segments)
-    recorded = {at.path: recorded_graph(at, again.calls) for at in segments}
-    sites = [substitution.site for substitution in evidence.plan.substitutions]
-    held = {site.path for site in sites if any(binding.kind == "graph" for binding in site.bindings)}  # in no module's hands
-    located = locate(again).found if held else {}
+    capture = replace(before.capture, segments=segments)
+    recorded = {segment.path: recorded_graph(segment, capture.calls) for segment in segments}
+    sites = [substitution.site for substitution in before.plan.substitutions]
+    in_hosts = {site.path for site in sites if any(binding.kind == "graph" for binding in site.bindings)}
+    located = locate(capture).found if in_hosts else {}  # no module's calls identify these MLPs: they are located again
     found = {}
     for path in (site.path for site in sites):
-        before = evidence.locations.found[path]
-        calls = located.get(path, ()) if path in held else _by_modules(before, recorded)
-        if len(calls) != len(before):
+        in_eval = before.locations.found[path]
+        calls = located.get(path, ()) if path in in_hosts else _by_modules(in_eval, recorded)
+        if len(calls) != len(in_eval):
             raise _Skip(f"in train mode {path!r} computes something else, which is not of one input and one output")
-        drawn = next(filter(None, map(_drawn_within, calls)), None)
-        if drawn is not None:
-            raise _Skip(f"between the matrices of {path!r} others draw random numbers too, at {drawn.name!r}")
+        random = next(filter(None, map(_random_op_between, calls)), None)
+        if random is not None:
+            raise _Skip(f"between the matrices of {path!r} other code consumes random numbers too, at {random.name!r}")
         found[path] = calls
     return found
 
 
 def _by_modules(calls: tuple[SiteCall, ...], recorded: dict[str, RecordedGraph]) -> tuple[SiteCall, ...]:
-    """The calls of one MLP in the train-mode graphs, each bound to the same modules as before; those that can be told."""
+    """The calls of one MLP in the train-mode graphs, each bound to the same modules as in eval mode, where that is possible."""
     seen: Counter[tuple[str, Binding]] = Counter()
     found = []
     for call in calls:
@@ -134,11 +134,11 @@ def _bound(recorded: RecordedGraph, binding: Binding, number: int) -> BoundRegio
     calls = [_calls_of(recorded, path)[number : number + 1] for path in (*binding.entries, binding.exit)]
     if not all(calls):
         return None
-    made = [recorded.by_call.get(call, []) for (call,) in calls]
-    nodes = {node for some in made for node in some}
+    computed = [recorded.by_call.get(call, []) for (call,) in calls]
+    nodes = {node for some in computed for node in some}
     if binding.kind == "span":
-        reads = {node for some in made[:-1] for node in recorded.recorded_inputs(some)}
-        nodes |= _between(recorded, reads, made[-1])
+        reads = {node for some in computed[:-1] for node in recorded.recorded_inputs(some)}
+        nodes |= _between(recorded, reads, computed[-1])
     reads, gives = recorded.recorded_inputs(nodes), recorded.recorded_outputs(nodes)
     if len(reads) != 1 or len(gives) != 1:
         return None
@@ -150,7 +150,7 @@ def _calls_of(recorded: RecordedGraph, path: str) -> list[str]:
 
 
 def _between(recorded: RecordedGraph, start: set[RecordedNode], ends: list[RecordedNode]) -> set[RecordedNode]:
-    """What is computed from `start` on the way to `ends`."""
+    """The nodes that `ends` depend on and that are not in `start` nor before it."""
     found: set[RecordedNode] = set()
     pending = list(recorded.recorded_inputs(ends))
     while pending:
@@ -161,12 +161,15 @@ def _between(recorded: RecordedGraph, start: set[RecordedNode], ends: list[Recor
     return found
 
 
-def _drawn_within(call: SiteCall) -> fx.Node | None:
-    """An op that draws random numbers while an MLP is computed and is not of it: both draw from one stream, in turns."""
+def _random_op_between(call: SiteCall) -> fx.Node | None:
+    """An op that consumes random numbers between the MLP's first and last op and is not part of it, if there is one.
+
+    Run in one piece, the MLP would then sample other numbers than the model does.
+    """
     position, nodes = call.recorded.position, call.bound.nodes
     first, last = min(position[n] for n in nodes - call.recorded.constant), position[call.bound.y]
-    return next((n for n, at in position.items() if first < at < last and n not in nodes and _draws(n)), None)
+    return next((n for n, at in position.items() if first < at < last and n not in nodes and _is_random(n)), None)
 
 
-def _draws(node: fx.Node) -> bool:
+def _is_random(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags

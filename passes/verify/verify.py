@@ -1,10 +1,9 @@
-"""The checks before and after the edit, in order."""
+"""Runs the checks before and after an edit, in order."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,10 +12,10 @@ from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import fingerprints
 from memrewrite.passes.models.forward import run
-from memrewrite.passes.rewrite.edit_graph import copy_of, emit_originals, traced_module
+from memrewrite.passes.rewrite.edit_graph import copy_of, emit_originals, graph_module_of
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.verify.checks import CHECKS
-from memrewrite.passes.verify.evidence import Evidence, checked, skipped
+from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, checked, skipped
 from memrewrite.passes.verify.gradient_flow import reached
 from memrewrite.passes.verify.mlp_locality import locality
 from memrewrite.passes.verify.null_check import null
@@ -26,59 +25,72 @@ from memrewrite.report import Check
 log = logging.getLogger("memrewrite")
 
 
-def verify(evidence: Evidence) -> tuple[Check, ...]:
-    """Every check after the edit, in order; a model that does not run any more has failed the first."""
-    broken = _broken(evidence)
-    return (broken,) if broken else tuple(check(evidence) for check in CHECKS)
+def verify(after: AfterEdit) -> tuple[Check, ...]:
+    """All checks after the edit, in order; only a failed *coverage* for a model that does not run any more."""
+    broken = _broken(after)
+    return (broken,) if broken else tuple(check(after) for check in CHECKS)
 
 
-def _broken(evidence: Evidence) -> Check | None:
-    """The model's own code may ask a module that is gone for its weights."""
-    if evidence.on_meta:
+def _broken(after: AfterEdit) -> Check | None:
+    """A failed check if the model does not run: its code may read weights of a module that was replaced."""
+    if after.on_meta:
         return None
     try:
-        run(evidence.model, evidence.before.inputs)
-    except Exception as error:  # whatever the model raises is the finding
+        run(after.model, after.inputs)
+    except Exception as error:  # any error of the model's code is a finding
         log.debug("the rewritten model does not run", exc_info=True)
-        hint = "where its code uses the replaced module, put the layer beside it (`placement: parallel`)"
+        hint = "where its code uses the replaced module, add the layer to the MLP (`placement: parallel`)"
         return checked("coverage", False, 0, f"the rewritten model does not run: {type(error).__name__}: {error}; {hint}")
     return None
 
 
 def before_editing(
-    evidence: Evidence,
+    before: BeforeEdit,
     run_wrapped: Callable[[bool], tuple[Any, dict[str, OriginalMLP]]],
-    in_train_mode: Callable[[Evidence], Check],
-) -> tuple[Check, ...]:
-    """The checks with the original MLPs wrapped, up to one that fails; and which sites the outputs depend on."""
-    if evidence.on_meta:
+    in_train_mode: Callable[[BeforeEdit], Check],
+) -> tuple[tuple[Check, ...], frozenset[str]]:
+    """The checks before the edit, in order, up to *null* if it fails; and the sites that the outputs depend on.
+
+    `run_wrapped` runs the model with the original MLPs in the layers' places, with gradients if its argument is True.
+    """
+    sites = frozenset[str]()
+    if before.on_meta:
         check = skipped("null", "the model is on meta: there are no values to compare")
     else:
-        check = null(evidence, run_wrapped(False)[0])
+        check = null(before, run_wrapped(False)[0])
         if check.outcome == "failed":
-            return (check,)
-        evidence.reached = reached(*run_wrapped(True))
-    return check, in_train_mode(evidence), locality(evidence)
+            return (check,), sites
+        sites = reached(*run_wrapped(True))
+    return (check, in_train_mode(before), locality(before)), sites
 
 
-def prove_graph(
+def verify_graph(
     result: nn.Module,
     layers: Mapping[str, nn.Module],
-    made: Plan,
-    before: Capture,
+    plan: Plan,
+    capture: Capture,
     locations: LocatedSites,
-    after: Sequence[Callable[[Evidence], Check]] = CHECKS,
+    after: Sequence[Callable[[AfterEdit], Check]] = CHECKS,
 ) -> tuple[Check, ...]:
     """The checks of a graph that was rewritten to `result`, with `layers` by site path; `after` are those after the edit."""
-    segment = before.segments[0]
-    original = copy_of(traced_module(segment))
-    evidence = Evidence(original, made, before, locations, fingerprints(original))
+    segment = capture.segments[0]
+    original = copy_of(graph_module_of(segment))
 
     def run_wrapped(gradients: bool) -> tuple[Any, dict[str, OriginalMLP]]:
-        wrapped_graph, wrapped = emit_originals(segment, made, locations)
-        return run(wrapped_graph, before.inputs, gradients=gradients), wrapped
+        wrapped_graph, wrapped = emit_originals(segment, plan, locations)
+        return run(wrapped_graph, capture.inputs, gradients=gradients), wrapped
 
-    one_mode = "a graph is proved as it was given: in one mode"
-    first = before_editing(evidence, run_wrapped, lambda _: skipped("null_train", one_mode))
-    evidence = replace(evidence, model=result, layers=layers)
-    return (*first, *(check(evidence) for check in after))
+    one_mode = "a graph is checked as it was given: in one mode"
+    before = BeforeEdit(original, plan, capture, locations)
+    first, sites = before_editing(before, run_wrapped, lambda _: skipped("null_train", one_mode))
+    rewritten = AfterEdit(
+        model=result,
+        plan=plan,
+        inputs=capture.inputs,
+        layers=layers,
+        reached=sites,
+        capture=capture,
+        locations=locations,
+        fingerprints=fingerprints(original),
+    )
+    return (*first, *(check(rewritten) for check in after))

@@ -332,7 +332,7 @@ def test_two_rules_claiming_one_mlp(run: Callable[..., Any], tmp_path: Path) -> 
     (tmp_path / "r.yaml").write_text(RECIPE + rules)
     done = run("plan", "model.py", "r.yaml")
     assert done.exit_code == 2
-    assert "both claim" in done.stderr
+    assert "both select" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The line from capture to verify: what it refuses before anything is touched, and models that return strange objects."""
+"""The functions from capture to verify: what they refuse before any edit, and models that return other objects than tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def recipe(*layers: int, keys: int = 8) -> dict[str, Any]:
     return {"memrewrite": 1, "pools": {f"p{i}": {"keys": keys} for i in layers}, "replace": rules}
 
 
-def test_outputs_that_cannot_be_traced_are_left_aside_and_told() -> None:
+def test_outputs_that_cannot_be_traced_are_ignored_and_reported() -> None:
     rewritten = model()
     forward = rewritten.forward
     report = memrewrite.apply(rewritten, recipe(1), INPUTS)

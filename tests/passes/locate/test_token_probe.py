@@ -15,7 +15,7 @@ import memrewrite
 from memrewrite.passes.capture.capture import capture
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.regions import region
-from memrewrite.passes.verify.evidence import Evidence
+from memrewrite.passes.verify.evidence import BeforeEdit
 from memrewrite.passes.verify.mlp_locality import locality
 from memrewrite.plans import Plan
 from memrewrite.report import Check
@@ -105,7 +105,7 @@ def check_of(model: nn.Module, *inputs: Tensor) -> Check:
     found = [_Substitution(site) for site in locations.sites]
     assert found
     plan = Plan.model_construct(captured="", pools={}, substitutions=tuple(found))
-    return locality(Evidence(model, plan, before, locations, {}))
+    return locality(BeforeEdit(model, plan, before, locations))
 
 
 class _Substitution:

@@ -1,4 +1,4 @@
-"""What goes where: every selector, alone and together; every way a recipe can miss a model; the plan as plain data."""
+"""Selection: every selector, alone and together; every way in which a recipe does not fit a model; the plan as data."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def refused(found: Inspection, wanted: Recipe, **options: Any) -> SelectError:
 
 
 DEEP = located(*(site(i) for i in range(24)))
-MIXED = located(  # two towers of unlike width, and an MLP in none
+MIXED = located(  # two towers of different widths, and an MLP outside of them
     *(site(i, "vision.blocks", 2, d_model=32, d_in=32, pattern="plain") for i in range(2)),
     *(site(i, "text.layers", 6) for i in range(6)),
     site(None, path="joint", pattern="plain"),
@@ -88,7 +88,7 @@ MIXED = located(  # two towers of unlike width, and an MLP in none
     ("where", "wanted"),
     [
         ({"layers": [4, 12, 20]}, [4, 12, 20]),
-        ({"layers": [20, 4]}, [4, 20]),  # sites come in the order they run
+        ({"layers": [20, 4]}, [4, 20]),  # sites are in the order they run
         ({"layers": [0]}, [0]),
         ({"layers": [23]}, [23]),
         ({"centred": {"count": 3, "stride": 8}}, [4, 12, 20]),  # the paper's layout
@@ -156,8 +156,8 @@ def test_all_mlps_of_a_block_are_taken() -> None:
 def test_rules_divide_the_sites_between_them() -> None:
     rules = recipe({"layers": [0]}, {"layers": [1, 2]}).to_data()
     rules["replace"][1] |= {"placement": "parallel", "options": {**SMALL, "heads": 1}}
-    made = select(DEEP, Recipe.model_validate(rules))
-    assert [(s.site.block, s.placement, s.options["heads"]) for s in made.substitutions] == [
+    plan = select(DEEP, Recipe.model_validate(rules))
+    assert [(s.site.block, s.placement, s.options["heads"]) for s in plan.substitutions] == [
         (0, "replace", 2),
         (1, "parallel", 1),
         (2, "parallel", 1),
@@ -181,7 +181,7 @@ def test_centred(depth: int, count: int, stride: int, wanted: list[int]) -> None
 
 
 @pytest.mark.parametrize("depth", range(1, 40))
-def test_centred_fits_or_says_what_would(depth: int) -> None:
+def test_centred_fits_or_the_hint_does(depth: int) -> None:
     """A hint that is followed works: the stride it names fits."""
     for count in range(1, depth + 1):
         try:
@@ -211,7 +211,7 @@ def test_a_model_without_mlps() -> None:
         ({"regex": "^mlp$"}, "`regex: ^mlp$`", "there are: layers.0.mlp, layers.1.mlp"),
         ({"pattern": "gate"}, "`pattern: gate`", "did you mean 'gated'"),
         ({"d_model": 63}, "`d_model: 63`", "there are: 64"),
-        ({"tower": "layer"}, "no MLP stands in a tower 'layer'", "there are: layers"),
+        ({"tower": "layer"}, "no MLP is in a tower 'layer'", "there are: layers"),
         ({"layers": [3, 24]}, "there is no block 24", "'layers' has blocks 0 to 23"),
         ({"every": 25}, "match no MLP", "drop one"),
         ({"layers": [1], "every": 4}, "block 1 of 'layers' has no MLP that fits", "blocks with one: 0-23"),
@@ -235,7 +235,7 @@ def test_the_rule_is_named_by_its_number() -> None:
 
 def test_two_rules_for_one_site() -> None:
     error = refused(DEEP, recipe({"layers": [3]}, {"every": 4}))
-    assert error.what == "rules 0 and 1 both claim 'layers.3.mlp'"
+    assert error.what == "rules 0 and 1 both select 'layers.3.mlp'"
     assert error.where == "replace[1].where"
     assert "narrow" in str(error.hint)
 
@@ -269,7 +269,7 @@ def test_one_pool_for_sites_of_two_dtypes() -> None:
 
 
 def unread(pool: dict[str, Any], **options: Any) -> Recipe:
-    """A recipe as no file can spell it: its reader refuses it earlier, and `select` has to hold by itself."""
+    """A recipe that no file can contain: the reader refuses it earlier, and `select` must refuse it, too."""
     wanted = recipe({"all": True}, pool=pool)
     rule = wanted.replace[0].model_copy(update={"options": {**SMALL, **options}})
     return wanted.model_copy(update={"replace": (rule,)})
@@ -284,39 +284,39 @@ def test_options_that_cannot_be_built(pool: dict[str, Any], options: dict[str, A
 
 @pytest.mark.parametrize("width", [63, 64, 65, 66, 576])
 def test_any_width_can_be_served(width: int) -> None:
-    made = select(located(site(0, d_model=width, d_in=width)), recipe({"all": True}))
-    assert made.pools["shared"].value_dim == width
+    plan = select(located(site(0, d_model=width, d_in=width)), recipe({"all": True}))
+    assert plan.pools["shared"].value_dim == width
 
 
-def test_a_site_that_the_module_tree_cannot_express() -> None:
+def test_a_site_that_cannot_be_edited_in_the_module_tree() -> None:
     found = located(site(0), site(1, bindings=(Binding(kind="none", why="its weights have no module"),)))
     error = refused(found, recipe({"all": True}))
     assert error.what == "the MLP at 'layers.1.mlp' cannot be edited in the module tree: its weights have no module"
     assert "--emit graph" in str(error.hint)
     assert len(select(found, recipe({"all": True}), live=False).substitutions) == 2  # a graph can
-    assert len(select(found, recipe({"layers": [0]})).substitutions) == 1  # and others are not hindered
+    assert len(select(found, recipe({"layers": [0]})).substitutions) == 1  # and others can be selected
 
 
-def test_a_site_of_which_one_call_is_out_of_reach() -> None:
-    half = (Binding(kind="module", entries=("a",), exit="a"), Binding(kind="none", why="nobody's"))
+def test_a_site_with_one_binding_that_cannot_be_edited() -> None:
+    half = (Binding(kind="module", entries=("a",), exit="a"), Binding(kind="none", why="no module"))
     error = refused(located(site(0, calls=2, bindings=half)), recipe({"all": True}))
-    assert "nobody's" in error.what
+    assert "no module" in error.what
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
 
 
 @pytest.mark.parametrize("name", sorted(gallery()))
-def test_a_gallery_recipe_makes_a_plan_that_survives_json(name: str) -> None:
+def test_the_plan_of_a_gallery_recipe_survives_json(name: str) -> None:
     import yaml
 
     wide = located(*(site(i, d_model=2048, d_in=2048, d_hidden=8192) for i in range(24)))
-    made = select(wide, Recipe.model_validate(yaml.safe_load(gallery()[name])))
-    assert made.substitutions
-    assert Plan.model_validate_json(made.model_dump_json()) == made
+    plan = select(wide, Recipe.model_validate(yaml.safe_load(gallery()[name])))
+    assert plan.substitutions
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
-def test_the_same_model_and_recipe_make_the_same_plan() -> None:
+def test_the_same_model_and_recipe_give_the_same_plan() -> None:
     wanted = recipe({"centred": {"count": 3, "stride": 8}})
     one, other = select(DEEP, wanted), select(Inspection.model_validate_json(DEEP.model_dump_json()), wanted)
     assert one == other
@@ -324,16 +324,16 @@ def test_the_same_model_and_recipe_make_the_same_plan() -> None:
     assert one.model_dump_json() == other.model_dump_json()
 
 
-def test_another_recipe_makes_another_plan() -> None:
+def test_another_recipe_gives_another_plan() -> None:
     digests = {select(DEEP, recipe({"layers": [i]}, heads=heads)).digest() for i in (3, 4) for heads in (1, 2)}
     assert len(digests) == 4
 
 
 def test_the_plan_is_complete() -> None:
-    """What the user left to us is written out, so that the plan alone rebuilds the model."""
-    made = select(DEEP, recipe({"layers": [4]}))
-    pool = made.pools["shared"]
-    (one,) = made.substitutions
+    """Defaults are written out, so that the plan alone rebuilds the model."""
+    plan = select(DEEP, recipe({"layers": [4]}))
+    pool = plan.pools["shared"]
+    (one,) = plan.substitutions
     assert (pool.value_dim, pool.dtype, pool.keys, pool.seed) == (64, "float32", 16, 0)
     assert set(one.options) == set(Recipe.model_validate(recipe({"all": True})).replace[0].kind.Options.model_fields)
     assert (one.kind, one.pool, one.placement, one.site.path) == ("memory_plus", "shared", "replace", "layers.4.mlp")
@@ -345,9 +345,9 @@ def test_what_the_user_gave_is_kept() -> None:
 
 
 def test_a_plan_is_frozen() -> None:
-    made = select(DEEP, recipe({"all": True}))
+    plan = select(DEEP, recipe({"all": True}))
     with pytest.raises(ValueError, match="frozen"):
-        made.captured = "otherwise"  # type: ignore[misc]
+        plan.captured = "otherwise"  # type: ignore[misc]
 
 
 def test_cost_counts_parameters_once_and_calls_each() -> None:

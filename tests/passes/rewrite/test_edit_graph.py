@@ -1,10 +1,11 @@
-"""The graph emitter: a model that arrives traced leaves as a new graph module that runs, trains and exports again."""
+"""Graph to graph: a model given as a graph becomes a new graph module that runs, trains and exports again."""
 
 from __future__ import annotations
 
 import copy
 import io
 import operator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from memrewrite.errors import MemrewriteError, SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.pool import Pools
 from memrewrite.passes.rewrite.build_layers import pools_of
+from memrewrite.passes.rewrite.layer_call import add_output
 
 NAMES = ["modular", "loose", "shared", "bert", "t5"]
 PLACEMENTS = ["replace", "parallel"]
@@ -69,7 +71,7 @@ def test_an_exported_program_brings_its_own_inputs() -> None:
 
 
 @pytest.mark.parametrize("form", ["program", "module"])
-def test_what_was_given_is_left_alone(form: str) -> None:
+def test_the_given_graph_does_not_change(form: str) -> None:
     given, inputs = traced("modular", form)
     module = given.module() if form == "program" else given
     code, before, photograph = module.code, tiny.values_of(module, inputs), tiny.Photograph(module)
@@ -81,14 +83,14 @@ def test_what_was_given_is_left_alone(form: str) -> None:
         assert not photograph.differences(tiny.Photograph(module))
 
 
-def test_unused_weights_are_gone() -> None:
+def test_unused_weights_are_removed() -> None:
     graph, _ = emitted("modular")
     names = [name for name, _ in graph.named_parameters()]
     assert not [name for name in names if ".mlp." in name]
     assert [name for name in names if name.endswith("values")] == ["memory.shared.values"]
 
 
-def test_beside_an_mlp_its_weights_stay() -> None:
+def test_in_parallel_the_mlp_keeps_its_weights() -> None:
     graph, _ = emitted("modular", "parallel")
     assert sum(".mlp." in name for name, _ in graph.named_parameters()) == 4 * tiny.BLOCKS
 
@@ -141,6 +143,8 @@ def test_it_exports_again() -> None:
 def test_a_copy_is_whole_and_independent() -> None:
     graph, inputs = emitted("modular")
     before, copied = tiny.values_of(graph, inputs), copy.deepcopy(graph)
+    assert copied.memory.record.plan == graph.memory.record.plan
+    assert torch.equal(copied.memory.record.inputs[1]["ids"], inputs["ids"])  # to export it again
     with torch.no_grad():
         copied.memory.shared.values.zero_()
     assert torch.equal(tiny.values_of(graph, inputs), before)
@@ -187,6 +191,75 @@ def test_a_fixed_size_in_the_model_stays_fixed() -> None:
     assert report.model(torch.randn(7, 5, 8)).shape == (7, 5, 8)
 
 
+class FlatMLP(nn.Module):
+    """An MLP that receives its tokens in two axes and returns them in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = F.gelu(self.up(x)).flatten(0, 1)
+        return self.down(hidden)
+
+
+class Flattening(nn.Module):
+    """Two MLPs on one residual stream: one that flattens its tokens, and one on the flattened stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.flat, self.mlp = nn.LayerNorm(8), FlatMLP(), tiny.MLP(8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(0, 1) + self.flat(self.norm(x))
+        return x + self.mlp(self.norm(x))
+
+
+FLATTENING = {
+    "live": lambda model, x: (model, {"emit": "graph"}),
+    "program": lambda model, x: (torch.export.export(model, (x,)), {}),
+    "symbolic": lambda model, x: (fx.symbolic_trace(model), {}),
+}
+
+
+@pytest.mark.parametrize("form", FLATTENING)
+def test_a_layer_is_added_to_an_mlp_that_flattens_its_tokens(form: str) -> None:
+    model, x = Flattening().eval(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    given, options = FLATTENING[form](model, x)
+    report = memrewrite.apply(given, tiny.recipe("parallel"), (x,), **options)
+    assert [site.site.path for site in report.plan.substitutions] == ["flat", "mlp"]
+    assert report.ok
+    assert torch.equal(report.model(x), before)
+    tiny.open_up(report.model)
+    assert not torch.allclose(report.model(x), before)
+    targets = [n.target for n in report.model.graph.nodes if "memory" in str([s.target for s in n.all_input_nodes])]
+    assert [target is add_output for target in targets] == [True, False]  # a plain add where the layouts are equal
+    program = torch.export.export(report.model, (x,))
+    assert torch.equal(program.module()(x), report.model(x))
+    assert torch.equal(copy.deepcopy(report.model)(x), report.model(x))
+
+
+def test_a_graph_with_an_mlp_that_flattens_its_tokens_is_saved_and_computes_what_the_live_model_computes(
+    tmp_path: Path,
+) -> None:
+    model, x = Flattening().eval(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    graph = memrewrite.apply(model, tiny.recipe("parallel"), (x,), emit="graph").model
+    live = memrewrite.apply(model, tiny.recipe("parallel"), (x,)).model
+    for rewritten in (graph, live):
+        tiny.open_up(rewritten)
+    loaded = memrewrite.load(memrewrite.save(graph, tmp_path / "graph"), trust_code=True)
+    other = torch.randn(3, 9, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(graph(other), loaded(other))
+    torch.testing.assert_close(graph(other), live(other))
+
+
+def test_a_layer_does_not_replace_an_mlp_that_flattens_its_tokens() -> None:
+    model, x = Flattening().eval(), torch.randn(2, 5, 8)
+    with pytest.raises(SelectError, match=r"\(2, 5, 8\) and its output \(10, 8\): a layer cannot replace it"):
+        memrewrite.apply(model, tiny.recipe(), (x,), emit="graph")
+
+
 # ------------------------------------------------------------------------------------------------ fx.symbolic_trace
 
 
@@ -202,7 +275,7 @@ class Residual(nn.Module):
         return x + self.two(self.norm(x))
 
 
-class Spelled(nn.Module):
+class ManyForms(nn.Module):
     """MLPs as modules, as functions on the root's own weights in a flattened layout, and by methods; dropout outside."""
 
     def __init__(self) -> None:
@@ -220,7 +293,7 @@ class Spelled(nn.Module):
 
 
 class InPlace(nn.Module):
-    """A statement that writes into the hidden values, and a sum that writes into the stream."""
+    """An in-place op on the hidden values, and an in-place add on the residual stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +331,7 @@ class Called(nn.Module):
 
 
 class Tracer(fx.Tracer):
-    """Calls the classes it is given as one."""
+    """Treats modules of the given classes as leaves."""
 
     def __init__(self, *leaves: type[nn.Module]) -> None:
         super().__init__()
@@ -268,7 +341,7 @@ class Tracer(fx.Tracer):
         return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
 
 
-def spelled(model: nn.Module, *leaves: type[nn.Module]) -> fx.GraphModule:
+def traced_at_leaves(model: nn.Module, *leaves: type[nn.Module]) -> fx.GraphModule:
     return fx.GraphModule(model.eval(), Tracer(*leaves).trace(model))
 
 
@@ -277,26 +350,26 @@ def seeded(build: Any) -> Any:
     return build()
 
 
-def spellings(module: fx.GraphModule) -> list[tuple[str, str]]:
+def calls_in(module: fx.GraphModule) -> list[tuple[str, str]]:
     return [(node.op, str(node.target)) for node in module.graph.nodes]
 
 
-SPELLED = [Residual, Spelled, InPlace, Gated, Called]
-SITES = {Residual: 2, Spelled: 3, InPlace: 1, Gated: 1, Called: 1}
+TRACED = [Residual, ManyForms, InPlace, Gated, Called]
+SITES = {Residual: 2, ManyForms: 3, InPlace: 1, Gated: 1, Called: 1}
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("build", SPELLED)
-def test_a_symbolic_trace_is_rewritten_as_it_is_spelled(build: Any, placement: str) -> None:
+@pytest.mark.parametrize("build", TRACED)
+def test_a_symbolic_trace_is_rewritten_at_torch_level(build: Any, placement: str) -> None:
     model, x = fx.symbolic_trace(seeded(build).eval()), torch.randn(2, 5, 8)
-    given, before, photograph = spellings(model), model(x), tiny.Photograph(model)
+    given, before, photograph = calls_in(model), model(x), tiny.Photograph(model)
     report = memrewrite.apply(model, tiny.recipe(placement), (x,))
     assert report.ok
     assert len(report.plan.substitutions) == SITES[build]
     assert report.model is not model
     assert not photograph.differences(tiny.Photograph(model))
     assert torch.equal(report.model(x), before) == (placement == "parallel")
-    kept = [entry for entry in spellings(report.model) if "memory_layers" not in entry[1] and entry[1] != str(operator.add)]
+    kept = [entry for entry in calls_in(report.model) if "memory_layers" not in entry[1] and entry[1] != str(operator.add)]
     assert set(kept) <= set(given)
     if placement == "parallel":
         assert kept == [entry for entry in given if entry[1] != str(operator.add)]
@@ -317,8 +390,8 @@ def test_it_computes_what_the_live_rewrite_of_its_model_computes(placement: str)
         assert torch.equal(graph(other), live(other))
 
 
-def test_modes_and_dropout_outside_of_the_sites_go_on_working() -> None:
-    model, x = fx.symbolic_trace(seeded(Spelled)), torch.randn(2, 5, 8)
+def test_modes_and_dropout_outside_of_the_sites_still_work() -> None:
+    model, x = fx.symbolic_trace(seeded(ManyForms)), torch.randn(2, 5, 8)
     model.train()
     graph = memrewrite.apply(model, tiny.recipe("parallel"), (x,)).model
     assert all(module.training for module in (*model.modules(), *graph.modules()))
@@ -328,9 +401,9 @@ def test_modes_and_dropout_outside_of_the_sites_go_on_working() -> None:
     assert all(module.training for module in model.modules())
 
 
-def test_a_spelled_graph_trains_copies_and_is_not_rewritten_twice() -> None:
+def test_a_torch_level_graph_trains_copies_and_is_not_rewritten_twice() -> None:
     x = torch.randn(2, 5, 8)
-    graph = memrewrite.apply(fx.symbolic_trace(seeded(Spelled)), tiny.recipe(), (x,)).model
+    graph = memrewrite.apply(fx.symbolic_trace(seeded(ManyForms)), tiny.recipe(), (x,)).model
     graph(x).square().mean().backward()
     assert all(p.grad is not None for p in graph.parameters())
     assert torch.equal(copy.deepcopy(graph).eval()(x), graph.eval()(x))
@@ -338,7 +411,7 @@ def test_a_spelled_graph_trains_copies_and_is_not_rewritten_twice() -> None:
         memrewrite.apply(graph, tiny.recipe(), (x,))
 
 
-def test_attributes_a_user_gave_a_graph_module_stay() -> None:
+def test_attributes_that_a_user_set_are_kept() -> None:
     model, x = fx.symbolic_trace(seeded(Residual).eval()), torch.randn(2, 5, 8)
     model.config = {"width": 8}
     assert memrewrite.apply(model, tiny.recipe(), (x,)).model.config == {"width": 8}
@@ -346,26 +419,28 @@ def test_attributes_a_user_gave_a_graph_module_stay() -> None:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_module_that_is_the_mlp_may_be_a_leaf(placement: str) -> None:
-    model, x = spelled(seeded(Called), tiny.MLP), torch.randn(2, 5, 8)
+    model, x = traced_at_leaves(seeded(Called), tiny.MLP), torch.randn(2, 5, 8)
     report = memrewrite.apply(model, tiny.recipe(placement), (x,))
     assert report.ok
-    calls = [target for op, target in spellings(report.model) if op == "call_module"]
+    calls = [target for op, target in calls_in(report.model) if op == "call_module"]
     assert ("mlp" in calls) == (placement == "parallel")
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_graph_that_only_calls_the_modules_with_mlps_is_a_module_tree(placement: str) -> None:
-    model, x = spelled(seeded(lambda: nn.Sequential(Called(), Called())), Called), torch.randn(2, 5, 8)
+def test_a_graph_that_only_calls_the_modules_with_mlps_is_a_module_tree(placement: str, tmp_path: Path) -> None:
+    model, x = traced_at_leaves(seeded(lambda: nn.Sequential(Called(), Called())), Called), torch.randn(2, 5, 8)
     before = model(x)
     report = memrewrite.apply(model, tiny.recipe(placement), (x,))
     assert report.model is model
     assert torch.equal(model(x), before) == (placement == "parallel")
+    loaded = memrewrite.load(memrewrite.save(model, tmp_path / "graph"), trust_code=True)
+    assert torch.equal(loaded(x), model(x))
 
 
-def test_an_mlp_inside_of_a_leaf_beside_others_is_refused_by_name() -> None:
-    model, x = spelled(seeded(lambda: nn.Sequential(Called(), Residual())), Called), torch.randn(2, 5, 8)
+def test_an_mlp_inside_of_a_leaf_is_refused_by_name_where_others_are_not() -> None:
+    model, x = traced_at_leaves(seeded(lambda: nn.Sequential(Called(), Residual())), Called), torch.randn(2, 5, 8)
     assert len(memrewrite.inspect(model, (x,)).sites) == 3
-    with pytest.raises(SelectError, match=r"'0'.* lies inside of something that the graph calls as one"):
+    with pytest.raises(SelectError, match=r"'0'.* is inside of a module or function that the graph calls"):
         memrewrite.apply(model, tiny.recipe(), (x,))
     report = memrewrite.apply(model, tiny.recipe(where={"regex": "^1"}), (x,))
     assert report.ok
@@ -387,7 +462,7 @@ def test_a_graph_that_does_not_run_on_its_inputs() -> None:
         memrewrite.inspect(fx.symbolic_trace(Residual()), (torch.randn(2, 5, 7),))
 
 
-# ----------------------------------------------------------------------------------------- programs, however they came
+# ----------------------------------------------------------------------------------------- every form of exported program
 
 
 def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
@@ -397,7 +472,7 @@ def saved_and_loaded(program: ExportedProgram) -> ExportedProgram:
     return torch.export.load(stream)
 
 
-CAME = {
+PROGRAMS = {
     "strict": lambda model, inputs: torch.export.export(model, (), inputs, strict=True),
     "decomposed": lambda model, inputs: torch.export.export(model, (), inputs).run_decompositions(),
     "loaded": lambda model, inputs: saved_and_loaded(torch.export.export(model, (), inputs)),
@@ -406,11 +481,11 @@ CAME = {
 }
 
 
-@pytest.mark.parametrize("came", CAME)
+@pytest.mark.parametrize("form", PROGRAMS)
 @pytest.mark.parametrize("name", ["modular", "llama", "bert", "vit"])  # torch does not decompose every model
-def test_every_mlp_is_found_and_proved_however_the_program_came(name: str, came: str) -> None:
+def test_every_mlp_is_found_and_verified_in_every_form_of_program(name: str, form: str) -> None:
     (model, inputs), (live, _) = tiny.named(name), tiny.named(name)
-    program = CAME[came](model, inputs)
+    program = PROGRAMS[form](model, inputs)
     report = memrewrite.apply(program, tiny.recipe("parallel"), inputs)
     wanted = memrewrite.inspect(live, inputs)
     assert [s.site.path for s in report.plan.substitutions] == [site.path for site in wanted.sites]

@@ -1,4 +1,4 @@
-"""Layers go into the module tree in place, each where its MLP was; until it is committed, every edit can be undone."""
+"""Layers are placed in the module tree, in place; until it is committed, every edit can be undone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def calls_of_layers(model: nn.Module, inputs: dict[str, Any]) -> int:
     return len(seen)
 
 
-# -------------------------------------------------------------------------------------------------- where layers go
+# -------------------------------------------------------------------------------------------------- where layers are placed
 
 SITES = [  # model, how the first site is reached, layers, calls of layers in one forward
     ("modular", "module", 3, 3),
@@ -56,7 +56,7 @@ SITES = [  # model, how the first site is reached, layers, calls of layers in on
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize(("name", "kind", "layers", "calls"), SITES, ids=[row[0] for row in SITES])
-def test_every_way_an_mlp_is_reached(name: str, kind: str, layers: int, calls: int, placement: str) -> None:
+def test_every_kind_of_binding(name: str, kind: str, layers: int, calls: int, placement: str) -> None:
     model, inputs = tiny.named(name)
     before = tiny.values_of(model, inputs)
     report = memrewrite.apply(model, tiny.recipe(placement), inputs)
@@ -81,7 +81,7 @@ def test_a_replaced_mlp_leaves_none_of_its_parameters() -> None:
     assert isinstance(model.blocks[0].up, ZeroStub)
 
 
-def test_a_layer_in_parallel_is_open_to_gradients() -> None:
+def test_a_layer_in_parallel_gets_gradients() -> None:
     model, inputs = tiny.rewritten("loose", "parallel")
     tiny.open_up(model)
     model(**inputs).square().sum().backward()
@@ -111,14 +111,14 @@ def test_only_what_was_selected_changes() -> None:
 # ---------------------------------------------------------------------------------------------------------- the pool
 
 
-def test_one_pool_at_the_root() -> None:
+def test_one_pool_on_the_root_module() -> None:
     model, _ = tiny.rewritten("modular")
     assert isinstance(model.memory, Pools)
     assert [n for n in model.state_dict() if n.endswith(".values")] == ["memory.shared.values"]
     assert {id(m.pool) for m in model.modules() if isinstance(m, MemoryLayer)} == {id(model.memory.shared)}
 
 
-def test_a_model_with_a_memory_of_its_own() -> None:
+def test_a_model_with_an_attribute_memory() -> None:
     model, inputs = tiny.named("modular")
     model.memory = nn.Linear(2, 2)
     report = memrewrite.apply(model, tiny.recipe("parallel"), inputs)
@@ -127,11 +127,11 @@ def test_a_model_with_a_memory_of_its_own() -> None:
     assert isinstance(model.memrewrite_memory, Pools)
 
 
-def test_an_mlp_with_a_memory_of_its_own_is_refused_and_left_alone() -> None:
+def test_an_mlp_with_an_attribute_memory_is_refused_and_does_not_change() -> None:
     model, inputs = tiny.named("modular")
     model.blocks[1].mlp.memory = 3
     photograph = tiny.Photograph(model)
-    with pytest.raises(ModelError, match="'memory' of its own"):
+    with pytest.raises(ModelError, match="already has an attribute 'memory'"):
         memrewrite.apply(model, tiny.recipe("parallel"), inputs)
     assert not photograph.differences(tiny.Photograph(model))
 
@@ -158,7 +158,7 @@ def test_two_pools_two_tables() -> None:
 
 
 @pytest.mark.parametrize("name", ["modular", "loose"])
-def test_old_weights_are_let_go_of(name: str) -> None:
+def test_replaced_weights_are_freed(name: str) -> None:
     model, inputs = tiny.named(name)
     sites = memrewrite.inspect(model, inputs).sites
     old = [weakref.ref(model.get_parameter(n)) for site in sites for n in site.parameters]
@@ -176,7 +176,7 @@ def test_new_parameters_have_the_sites_dtype(dtype: torch.dtype, placement: str)
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
-def test_a_pool_may_have_a_dtype_of_its_own() -> None:
+def test_a_pool_may_have_another_dtype() -> None:
     model, inputs = tiny.named("modular")
     memrewrite.apply(model, tiny.recipe(pools={"shared": {"keys": 8, "dtype": "bfloat16"}}), inputs)
     assert model.memory.shared.values.dtype == torch.bfloat16
@@ -197,7 +197,7 @@ def test_a_model_on_meta_stays_there(name: str) -> None:
 def test_new_modules_follow_the_models_mode(training: bool, placement: str) -> None:
     model, inputs = tiny.named("loose")
     model.train(training)
-    model.norm.train(not training)  # a module with a mode of its own keeps it
+    model.norm.train(not training)  # a module keeps its own mode
     memrewrite.apply(model, tiny.recipe(placement), inputs)
     assert model.norm.training is not training
     assert all(m.training == training for m in model.modules() if m is not model.norm)
@@ -206,7 +206,7 @@ def test_new_modules_follow_the_models_mode(training: bool, placement: str) -> N
 # ------------------------------------------------------------------------------------------------------- determinism
 
 
-def test_the_same_recipe_gives_the_same_values_whatever_the_random_state() -> None:
+def test_the_same_recipe_gives_the_same_values_for_any_rng_state() -> None:
     one, _ = tiny.rewritten("modular")
     model, inputs = tiny.named("modular")
     torch.manual_seed(99)
@@ -217,7 +217,7 @@ def test_the_same_recipe_gives_the_same_values_whatever_the_random_state() -> No
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
 
 
-def test_another_seed_and_another_place_give_other_values() -> None:
+def test_another_seed_or_another_site_gives_other_values() -> None:
     model, _ = tiny.rewritten("modular")
     other, inputs = tiny.named("modular")
     memrewrite.apply(other, tiny.recipe(pools={"shared": {"keys": 8, "seed": 1}}, verify="off"), inputs)
@@ -231,13 +231,13 @@ def test_every_replacement_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "memrewrite"):
         tiny.rewritten("modular")
         tiny.rewritten("bert", "parallel")
-    said = [r.getMessage() for r in caplog.records if "the MLP" in r.getMessage()]
-    assert said[:3] == [f"memory_plus takes the place of the MLP blocks.{i}.mlp" for i in range(3)]
-    assert all(line.startswith("memory_plus is added to the MLP encoder.layer.") for line in said[3:])
-    assert len(said) == 6
+    messages = [r.getMessage() for r in caplog.records if "the MLP" in r.getMessage()]
+    assert messages[:3] == [f"memory_plus replaces the MLP blocks.{i}.mlp" for i in range(3)]
+    assert all(line.startswith("memory_plus is added to the MLP encoder.layer.") for line in messages[3:])
+    assert len(messages) == 6
 
 
-# --------------------------------------------------------------------------------------------------------- and undo
+# --------------------------------------------------------------------------------------------------------- undo
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -270,9 +270,7 @@ BREAKS = [(MemoryPlus, "__init__"), (MemoryPlus, "reset_parameters"), (Pool, "__
 
 @pytest.mark.parametrize(("owner", "method"), BREAKS, ids=[f"{o.__name__}.{m}" for o, m in BREAKS])
 @pytest.mark.parametrize("name", ["modular", "loose"])
-def test_an_error_in_the_middle_leaves_the_model_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, name: str, owner: type, method: str
-) -> None:
+def test_an_error_during_the_edit_reverts_it(monkeypatch: pytest.MonkeyPatch, name: str, owner: type, method: str) -> None:
     model, plan = tiny.named(name)[0], tiny.plan_of(name, "parallel")
     photograph = tiny.Photograph(model)
     real, calls = getattr(owner, method), []
@@ -302,7 +300,7 @@ def test_a_plan_of_another_model_is_refused_and_nothing_changes() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "loose", "sequential"])
-def test_a_plan_of_a_wholly_other_model_is_refused(name: str) -> None:
+def test_a_plan_of_a_different_architecture_is_refused(name: str) -> None:
     plan, other = tiny.plan_of(name), tiny.modular()
     photograph = tiny.Photograph(other)
     with pytest.raises(SelectError, match="the model has no"):
@@ -312,7 +310,7 @@ def test_a_plan_of_a_wholly_other_model_is_refused(name: str) -> None:
 
 def test_weights_that_are_buffers_have_a_device_too() -> None:
     model, inputs = tiny.named("modular")
-    for block in model.blocks:  # as quantised layers keep theirs
+    for block in model.blocks:  # as in quantized layers
         weight = block.mlp.up.weight.detach()
         del block.mlp.up.weight
         block.mlp.up.register_buffer("weight", weight)
@@ -352,7 +350,7 @@ class Convolved(nn.Module):
 
 @pytest.mark.parametrize("placement", ["parallel", "replace"])
 @pytest.mark.parametrize("one_module", [True, False])
-def test_layers_work_on_channels_where_the_model_has_them(one_module: bool, placement: str) -> None:
+def test_layers_read_channels_on_the_axis_of_the_model(one_module: bool, placement: str) -> None:
     torch.manual_seed(0)
     blocks = (Convolved(24, one_module) for _ in range(2))
     model = nn.Sequential(nn.Conv2d(3, 24, 4, 4), nn.Identity(), *blocks).eval()
@@ -362,7 +360,7 @@ def test_layers_work_on_channels_where_the_model_has_them(one_module: bool, plac
     assert report.ok
     assert [(s.site.d_in, s.site.d_model, s.site.axis) for s in report.plan.substitutions] == [(24, 24, 1)] * 2
     assert torch.equal(model(image), before) == (placement == "parallel")
-    if placement == "replace" and one_module:  # a pixel's features, and no other pixel's
+    if placement == "replace" and one_module:  # each pixel's output depends on that pixel alone
         layer, x = layers_of(model, report.plan)["2.mlp"], torch.randn(1, 24, 3, 5)
         alone = [layer(x[:, :, i : i + 1, j : j + 1]) for i in range(3) for j in range(5)]
         torch.testing.assert_close(layer(x).flatten(2), torch.cat(alone, -1).flatten(2))

@@ -1,4 +1,4 @@
-"""Modules that become graphs, because the MLP inside them can be got hold of nowhere else in the live tree."""
+"""Modules whose forward becomes a graph, because no submodule starts or ends at the MLP inside."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def wishes(placement: str, **where: Any) -> dict[str, Any]:
+def recipe_for(placement: str, **where: Any) -> dict[str, Any]:
     rule = {"where": where or {"all": True}, "with": "memory_plus", "pool": "w", "placement": placement}
     return {"memrewrite": 1, "pools": {"w": {"keys": 8}}, "replace": [rule | {"options": {"heads": 2, "topk": 4}}]}
 
 
 def rewritten(placement: str, **where: Any) -> nn.Module:
     model = Model().eval()
-    assert memrewrite.apply(model, wishes(placement, **where), ids()).ok
+    assert memrewrite.apply(model, recipe_for(placement, **where), ids()).ok
     return model
 
 
@@ -67,7 +67,7 @@ def other_ids() -> Tensor:
     return torch.randint(0, VOCAB, (3, 13), generator=torch.Generator().manual_seed(1))
 
 
-def test_inspect_says_beforehand_which_module_becomes_a_graph() -> None:
+def test_inspect_reports_which_module_becomes_a_graph() -> None:
     bindings = {site.path: site.bindings[0] for site in memrewrite.inspect(Model().eval(), ids()).sites}
     assert {path: b.kind for path, b in bindings.items()} == {
         "blocks.0": "graph", "blocks.0.mlp": "module", "blocks.1": "graph", "blocks.1.mlp": "module",
@@ -76,14 +76,14 @@ def test_inspect_says_beforehand_which_module_becomes_a_graph() -> None:
     assert "no module of its own" in bindings["blocks.0"].why
 
 
-def test_the_plan_says_that_an_mlp_inside_goes_through_the_graph() -> None:
-    made = memrewrite.plan(Model().eval(), wishes("parallel"), ids())
-    assert {s.site.bindings[0].kind for s in made.substitutions} == {"graph"}
-    alone = memrewrite.plan(Model().eval(), wishes("parallel", path="*.mlp"), ids())
+def test_the_plan_binds_other_mlps_inside_to_the_same_graph() -> None:
+    plan = memrewrite.plan(Model().eval(), recipe_for("parallel"), ids())
+    assert {s.site.bindings[0].kind for s in plan.substitutions} == {"graph"}
+    alone = memrewrite.plan(Model().eval(), recipe_for("parallel", path="*.mlp"), ids())
     assert {s.site.bindings[0].kind for s in alone.substitutions} == {"module"}
 
 
-def test_beside_the_mlps_no_bit_changes_in_eval_and_train_mode() -> None:
+def test_in_parallel_no_bit_changes_in_eval_and_train_mode() -> None:
     plain, model = Model().eval(), rewritten("parallel")
     assert set(plain.state_dict()) <= set(model.state_dict())
     for batch in (*ids(), other_ids()):
@@ -94,7 +94,7 @@ def test_beside_the_mlps_no_bit_changes_in_eval_and_train_mode() -> None:
     assert torch.equal(model.train()(*ids()), wanted)
 
 
-def test_replaced_weights_go() -> None:
+def test_replaced_weights_are_removed() -> None:
     names = set(rewritten("replace").state_dict())
     assert not {"blocks.0.up", "blocks.0.down", "blocks.0.bias", "blocks.0.mlp.up.weight"} & names
     assert "blocks.0.qkv.weight" in names
@@ -114,10 +114,10 @@ def test_the_layers_train_and_so_does_the_rest() -> None:
 
 def test_a_rewritten_model_is_copied_compiled_and_cast() -> None:
     model = rewritten("parallel")
-    twin = copy.deepcopy(model)
+    duplicate = copy.deepcopy(model)
     with torch.no_grad():
-        twin.blocks[0].up.zero_()
-    assert not torch.equal(twin(*ids()), model(*ids()))  # each copy reads its own weights
+        duplicate.blocks[0].up.zero_()
+    assert not torch.equal(duplicate(*ids()), model(*ids()))  # each copy reads its own weights
     torch.testing.assert_close(torch.compile(model, backend="eager")(*ids()), model(*ids()))
     assert model.double()(*ids()).dtype == torch.float64
 
@@ -139,12 +139,12 @@ def test_a_call_of_another_form_is_refused() -> None:
         block(x)
 
 
-def test_a_failed_edit_leaves_the_module_as_it_was() -> None:
+def test_a_failed_edit_is_reverted() -> None:
     model = Model().eval()
     model.blocks[1].memory = nn.Identity()
     before, keys = model(*ids()), set(model.state_dict())
     with pytest.raises(memrewrite.MemrewriteError, match="memory"):
-        memrewrite.apply(model, wishes("parallel"), ids())
+        memrewrite.apply(model, recipe_for("parallel"), ids())
     assert type(model.blocks[0]) is Bare
     assert set(model.state_dict()) == keys
     assert torch.equal(model(*ids()), before)
@@ -168,7 +168,7 @@ def test_saved_and_loaded_without_capturing(placement: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "target", ["os.system", "torch.load", "torch.ops.aten", "math.__loader__", "builtins.eval", "torch.ops.a.b.c"]
 )
-def test_a_saved_graph_can_name_operators_alone(target: str, tmp_path: Path) -> None:
+def test_a_saved_graph_names_only_operators(target: str, tmp_path: Path) -> None:
     memrewrite.save(rewritten("parallel"), tmp_path / "out")
     data = json.loads((tmp_path / "out" / GRAPHS).read_text())
     nodes = data["hosts"][0]["traces"]["eval"]["nodes"]
@@ -177,7 +177,7 @@ def test_a_saved_graph_can_name_operators_alone(target: str, tmp_path: Path) -> 
         hosts_from_json(json.dumps(data))
 
 
-def test_an_mlp_of_the_root_itself_has_no_block_to_become_a_graph() -> None:
+def test_an_mlp_of_the_root_module_cannot_become_a_graph() -> None:
     class Root(Bare):
         def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(x)[0]
@@ -186,7 +186,7 @@ def test_an_mlp_of_the_root_itself_has_no_block_to_become_a_graph() -> None:
     assert kinds == {"none", "module"}
 
 
-def test_a_block_that_has_both_is_no_obstacle_to_others() -> None:
+def test_an_mlp_that_is_a_module_is_rewritten_without_the_graph() -> None:
     class Mixed(Model):
         def __init__(self) -> None:
             super().__init__()
@@ -200,11 +200,11 @@ def test_a_block_that_has_both_is_no_obstacle_to_others() -> None:
 
     model = Mixed().eval()
     before = model(*ids())
-    report = memrewrite.apply(model, wishes("parallel"), ids())
+    report = memrewrite.apply(model, recipe_for("parallel"), ids())
     assert [s.site.bindings[0].kind for s in report.plan.substitutions].count("module") == 1
     assert torch.equal(model(*ids()), before)
 
 
 def test_a_rewritten_model_is_not_rewritten_twice() -> None:
     with pytest.raises(ModelError):
-        memrewrite.apply(rewritten("parallel"), wishes("parallel"), ids())
+        memrewrite.apply(rewritten("parallel"), recipe_for("parallel"), ids())

@@ -1,4 +1,4 @@
-"""`memrewrite.backend`: what `torch.compile` hands over is located and rewritten; the live rewrite is the reference."""
+"""`memrewrite.backend`: graphs of `torch.compile` are located and rewritten; the live rewrite is the reference."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def compiled(module: nn.Module, recipe: Any = None, *, then: Any = "eager", **op
 
 
 def facts(site: Site) -> tuple[Any, ...]:
-    """What is found whatever the names: weights that have several go by another one here."""
+    """What is found, without names: a weight with several names may have another one here."""
     return site.pattern, site.activation, site.d_in, site.d_hidden, site.d_model, site.weights, site.biases, site.calls
 
 
@@ -42,18 +42,18 @@ def paths(ours: Backend) -> list[str]:
     return [site.path for site in ours.located.sites]
 
 
-# ------------------------------------------------------------------------------------------------------- looking only
+# ------------------------------------------------------------------------------------------------------- without a recipe
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_located_is_what_export_shows_and_nothing_changes(name: str) -> None:
     model, inputs = tiny.named(name)
     before, expected = tiny.values_of(model, inputs), memrewrite.inspect(model, inputs)
-    told: list[Any] = []
-    fast, ours = compiled(model, on_located=told.append)
+    received: list[Any] = []
+    fast, ours = compiled(model, on_located=received.append)
     assert torch.equal(tiny.values_of(fast, inputs), before)
     assert [facts(site) for site in ours.located.sites] == [facts(site) for site in expected.sites]
-    assert told == ours.graphs
+    assert received == ours.graphs
 
 
 def test_a_second_shape_is_located_once() -> None:
@@ -110,7 +110,7 @@ def test_the_next_backend(placement: str, then: str) -> None:
     assert len(ours.graphs) == 2
 
 
-def test_a_backend_of_ones_own_gets_the_rewritten_graph() -> None:
+def test_a_function_as_backend_gets_the_rewritten_graph() -> None:
     model, inputs = tiny.named("modular")
     given: list[torch.fx.GraphModule] = []
 
@@ -134,7 +134,7 @@ def test_marked_dynamic() -> None:
     assert len(ours.graphs) == 1
 
 
-def test_layers_and_pool_are_kept_over_compilations() -> None:
+def test_layers_and_pool_are_reused_in_later_compilations() -> None:
     model, _ = tiny.named("modular")
     fast, ours = compiled(model, tiny.recipe())
     tiny.values_of(fast, {"ids": tiny.tokens(2, 5)})
@@ -232,7 +232,7 @@ def broken() -> Broken:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_over_a_graph_break_one_pool_is_shared(placement: str) -> None:
+def test_across_a_graph_break_one_pool_is_shared(placement: str) -> None:
     (expected, inputs), model = tiny.rewritten("modular", placement), broken()
     fast, ours = compiled(model, tiny.recipe(placement))
     assert torch.equal(tiny.values_of(fast, inputs), tiny.values_of(expected, inputs))
@@ -242,7 +242,7 @@ def test_over_a_graph_break_one_pool_is_shared(placement: str) -> None:
 
 
 @pytest.mark.parametrize("where", [{"layers": [0, 2]}, {"centred": {"count": 1}}, {"every": 3}, {"tower": "blocks"}], ids=str)
-def test_over_a_graph_break_blocks_are_counted_in_the_model(where: dict[str, Any]) -> None:
+def test_across_a_graph_break_blocks_are_counted_in_the_model(where: dict[str, Any]) -> None:
     model, inputs = broken(), {"ids": tiny.tokens()}
     recipe = tiny.recipe(where=where)
     expected = memrewrite.apply(tiny.modular(), recipe, inputs)
@@ -253,7 +253,7 @@ def test_over_a_graph_break_blocks_are_counted_in_the_model(where: dict[str, Any
     ours.check()
 
 
-def test_over_a_graph_break_blocks_are_not_counted_without_the_model() -> None:
+def test_across_a_graph_break_blocks_are_not_counted_without_the_model() -> None:
     fast, _ = compiled(broken(), tiny.recipe(where={"layers": [0]}))
     with pytest.raises(SelectError, match="blocks cannot be counted in it"):
         fast(tiny.tokens())
@@ -275,7 +275,7 @@ def test_a_rule_that_matches_nothing_in_any_graph() -> None:
         ours.check()
 
 
-def test_a_frame_that_dynamo_gives_up() -> None:
+def test_a_frame_that_dynamo_skips() -> None:
     """A break inside of a loop: dynamo leaves the frame to Python, and compiles what it calls, block by block."""
 
     class Looped(Broken):
@@ -296,7 +296,7 @@ def test_a_frame_that_dynamo_gives_up() -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_blocks_compiled_each_by_itself_have_layers_of_their_own(known: bool) -> None:
+def test_blocks_compiled_one_by_one_have_their_own_layers(known: bool) -> None:
     """Dynamo runs one graph for all blocks, with their weights as inputs: one layer must not."""
     (expected, inputs), (model, _) = tiny.rewritten("modular"), tiny.named("modular")
     ours = memrewrite.backend(tiny.recipe(), then="eager", model=model if known else None)
@@ -310,7 +310,7 @@ def test_blocks_compiled_each_by_itself_have_layers_of_their_own(known: bool) ->
         assert paths(ours) == [f"blocks.{i}.mlp" for i in range(tiny.BLOCKS)]
 
 
-def test_a_block_that_is_not_selected_lends_its_graph_to_none_that_is() -> None:
+def test_the_graph_of_a_block_that_is_not_selected_does_not_run_for_others() -> None:
     model, inputs = tiny.named("modular")
     recipe = tiny.recipe(where={"layers": [2]})
     expected = memrewrite.apply(tiny.modular(), recipe, inputs).model
@@ -321,11 +321,11 @@ def test_a_block_that_is_not_selected_lends_its_graph_to_none_that_is() -> None:
     assert [s.site.path for s in ours.memory.plan] == ["blocks.2.mlp"]
 
 
-# ----------------------------------------------------------------------------------------------- what graphs may hold
+# ----------------------------------------------------------------------------------------------- what graphs may contain
 
 
 class Counting(nn.Module):
-    """Writes into a buffer."""
+    """Mutates a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ class Counting(nn.Module):
         return x + self.mlp(x + self.seen)
 
 
-def test_buffers_are_written_into_once_for_each_call() -> None:
+def test_buffers_are_mutated_once_for_each_call() -> None:
     torch.manual_seed(0)
     model, x = Counting(), torch.randn(2, 3, 8)
     reference = memrewrite.apply(copy.deepcopy(model), tiny.recipe(verify="off"), (x,)).model
@@ -349,7 +349,7 @@ def test_buffers_are_written_into_once_for_each_call() -> None:
     assert len(ours.checks) == 1
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_do_not_change() -> None:
     class Writes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -450,7 +450,7 @@ def test_a_model_without_mlps() -> None:
         fast(torch.randn(2, 8))
 
 
-def test_before_it_ran_nothing_is_known() -> None:
+def test_before_the_first_run_no_rule_has_selected_anything() -> None:
     with pytest.raises(SelectError, match="matches no MLP of 0 graphs"):
         memrewrite.backend(tiny.recipe()).check()
 

@@ -1,4 +1,4 @@
-"""The *null* check in train mode: what acts in train mode only is proved too, and afterwards nothing remembers it."""
+"""The *null* check in train mode: code that is active only in train mode is checked, and leaves no state behind."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from torch.nn import functional as F
 
 import memrewrite
 from memrewrite.errors import VerificationError
-from memrewrite.passes import pipeline
-from memrewrite.passes.verify import null_check as originals
-from memrewrite.passes.verify import verify
+from memrewrite.passes.verify import null_check, verified_rewrite, verify
 from memrewrite.report import Check
 
 D = tiny.WIDTH
@@ -25,7 +23,7 @@ INPUTS = {"ids": tiny.tokens()}
 
 
 class Switched(nn.Module):
-    """An MLP that asks for its mode: its dropout is in no eval-mode graph."""
+    """An MLP that reads its mode: its dropout is in no eval-mode graph."""
 
     def __init__(self, d: int = D) -> None:
         super().__init__()
@@ -68,7 +66,7 @@ class Noisy(tiny.Loose):
 
 
 class Interleaved(tiny.Loose):
-    """Attention, which draws too, is computed between the MLP's matrices."""
+    """Attention, which consumes random numbers too, is computed between the MLP's matrices."""
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.dropout(F.gelu(self.up(self.norm2(x))))
@@ -106,21 +104,21 @@ def check_of(model: nn.Module, inputs: Any = None) -> Check:
         lambda: tiny.gpt2(resid_pdrop=0.3),
         lambda: tiny.t5(dropout_rate=0.3),
     ],
-    ids=["dropout", "asks for its mode", "stochastic depth", "span", "span with noise inside", "bert", "gpt2", "t5"],
+    ids=["dropout", "reads its mode", "stochastic depth", "span", "span with noise inside", "bert", "gpt2", "t5"],
 )
 def test_in_train_mode_outputs_keep_every_bit(build: Callable[[], Any]) -> None:
     model = build()
     inputs = next((make() for kind, make in tiny.MODELS.values() if type(kind()) is type(model)), INPUTS)
     check = check_of(model, inputs)
     assert check.outcome == "passed", check.sentence
-    assert "same as in eval mode" not in check.sentence  # it did draw
+    assert "same as in eval mode" not in check.sentence  # it consumed random numbers
 
 
-def test_a_model_without_noise_is_told() -> None:
+def test_a_model_without_noise_is_reported() -> None:
     assert "same as in eval mode" in check_of(tiny.modular()).sentence
 
 
-# ------------------------------------------------------------------------------------------------------- wrong lifting
+# ------------------------------------------------------------------------------------------------------- wrong extraction
 
 
 def dropouts_gone(graph: fx.Graph) -> None:
@@ -142,19 +140,19 @@ def dropped_twice(graph: fx.Graph) -> None:
     again.update_arg(0, node)
 
 
-def one_draw_too_many(graph: fx.Graph) -> None:
-    """It changes nothing of the MLP, and everything that is drawn after it."""
+def one_random_number_too_many(graph: fx.Graph) -> None:
+    """The MLP is the same, and all random numbers after it differ."""
     with graph.inserting_before(next(n for n in graph.nodes if n.op == "output")):
         graph.call_function(torch.ops.aten.rand.default, ([1],))
 
 
-@pytest.mark.parametrize("mutation", [dropouts_gone, another_rate, dropped_twice, one_draw_too_many])
+@pytest.mark.parametrize("mutation", [dropouts_gone, another_rate, dropped_twice, one_random_number_too_many])
 @pytest.mark.parametrize("span", [False, True])
-def test_noise_that_was_lifted_out_wrongly_is_caught(
+def test_noise_that_was_extracted_wrongly_is_caught(
     monkeypatch: pytest.MonkeyPatch, mutation: Callable[[fx.Graph], None], span: bool
 ) -> None:
     model = model_of(lambda: Noisy(D, 0.5)) if span else with_mlp(dropped)
-    photograph, real = tiny.Photograph(model), originals.OriginalMLP
+    photograph, real = tiny.Photograph(model), null_check.OriginalMLP
 
     class Wrong(real):  # type: ignore[misc,valid-type]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -162,8 +160,8 @@ def test_noise_that_was_lifted_out_wrongly_is_caught(
             mutation(self.calls[0].graph)
             self.calls[0].recompile()
 
-    monkeypatch.setattr(originals, "OriginalMLP", Wrong)
-    monkeypatch.setattr(pipeline, "substitute", lambda *_: pytest.fail("it was edited"))
+    monkeypatch.setattr(null_check, "OriginalMLP", Wrong)
+    monkeypatch.setattr(verified_rewrite, "substitute", lambda *_: pytest.fail("it was edited"))
     with pytest.raises(VerificationError) as caught:
         memrewrite.apply(model, tiny.recipe(), INPUTS)
     assert caught.value.report is not None
@@ -171,11 +169,11 @@ def test_noise_that_was_lifted_out_wrongly_is_caught(
     assert not photograph.differences(tiny.Photograph(model))
 
 
-# ------------------------------------------------------------------------------------------------------------ not made
+# ------------------------------------------------------------------------------------------------------------ skipped
 
 
 class Unsteady(Switched):
-    """Its noise comes from no seed."""
+    """Its noise does not depend on the seed."""
 
     def forward(self, x: Tensor) -> Tensor:
         noise = float(np.random.default_rng().random()) if self.training else 0.0
@@ -202,7 +200,7 @@ class Another(Switched):
         (lambda: with_mlp(Unsteady), "differ between two runs from one seed"),
         (lambda: with_mlp(Raising), "does not run in train mode: RuntimeError: labels are needed"),
         (lambda: with_mlp(Another), "cannot be captured"),
-        (lambda: model_of(lambda: Interleaved(D, 0.5)), "others draw random numbers too"),
+        (lambda: model_of(lambda: Interleaved(D, 0.5)), "other code consumes random numbers too"),
     ],
 )
 def test_what_cannot_be_compared_is_skipped_with_the_reason(build: Callable[[], Any], why: str) -> None:
@@ -222,7 +220,7 @@ def test_a_traced_graph_has_one_mode() -> None:
 
 
 class Counting(nn.Module):
-    """Writes to all it can in train mode: buffers, numbers, lists, a weight, a tensor that is neither."""
+    """Mutates everything in train mode: buffers, numbers, lists, a weight, a tensor that is neither."""
 
     def __init__(self) -> None:
         super().__init__()

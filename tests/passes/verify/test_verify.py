@@ -1,6 +1,6 @@
-"""Every check catches what it is for: a table of rewrites that went wrong, each with the check that must fail.
+"""Every check fails when it must: a table of wrong rewrites, each with the check that must fail.
 
-The mutations stand for mistakes in `substitute`: each is made right after it, and undone with it.
+The mutations simulate mistakes in `substitute`: each is applied right after it, and reverted with it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from torch import fx, nn
 
 import memrewrite
 from memrewrite.errors import VerificationError
-from memrewrite.passes import pipeline
 from memrewrite.passes.rewrite.edit_module import AddMemory, ZeroStub
 from memrewrite.passes.rewrite.undo_log import UndoLog
-from memrewrite.passes.verify import null_check as originals
+from memrewrite.passes.verify import null_check, verified_rewrite
 from memrewrite.report import Report
 
 CHECKS = ["null", "null_train", "locality", "coverage", "untouched", "frame", "sharing", "tokenwise", "gradient", "identity"]
@@ -77,7 +76,7 @@ def the_old_mlp_kept_elsewhere(model: Any, edit: UndoLog) -> None:
 
 
 def replaced_weights_stay(model: Any, edit: UndoLog) -> None:
-    """The first matrix computes on, and what it gives is thrown away."""
+    """The first matrix still computes, and its result is unused."""
     block, up = model.blocks[0], tiny.loose().blocks[0].up
     up._forward_pre_hooks = block.up._forward_pre_hooks
     up._forward_pre_hooks_with_kwargs = block.up._forward_pre_hooks_with_kwargs
@@ -110,7 +109,7 @@ def layers_swapped(model: Any, edit: UndoLog) -> None:
 
 
 def reads_another_value(model: Any, edit: UndoLog) -> None:
-    """The layer reads the residual stream, not what its norm makes of it."""
+    """The layer reads the residual stream before the norm."""
     seen: list[Any] = []
     _hooked(model.blocks[0].norm2.register_forward_pre_hook(lambda m, args: seen.append(args[0])), edit)
     _hooked(_layer(edit).register_forward_pre_hook(lambda m, args: (seen.pop(),) if seen else None), edit)
@@ -144,7 +143,7 @@ def computed_and_not_added(model: Any, edit: UndoLog) -> None:
     hooks[key] = lambda m, args, out: out if add.layer(args[0]) is not None else None
 
 
-def mlp_dropped_beside_the_layer(model: Any, edit: UndoLog) -> None:
+def mlp_dropped_next_to_the_layer(model: Any, edit: UndoLog) -> None:
     hooks = model.blocks[0].mlp._forward_hooks
     (key, add), *_ = hooks.items()
     hooks[key] = lambda m, args, out: add.layer(args[0])
@@ -177,7 +176,7 @@ def wrong_residual(model: Any, edit: UndoLog) -> None:
 
 
 def residual_lost(model: Any, edit: UndoLog) -> None:
-    """What the layer gives is all that goes on: the stream before it is taken off again."""
+    """The layer's output replaces the residual stream: the stream before it is subtracted."""
     seen: list[Any] = []
     _hooked(model.blocks[0].norm2.register_forward_pre_hook(lambda m, args: seen.append(args[0])), edit)
     _hooked(model.blocks[0].register_forward_hook(lambda m, args, out: out - seen.pop()), edit)
@@ -191,7 +190,7 @@ def inputs_swapped(model: Any, edit: UndoLog) -> None:
 
 
 def stale_weights(model: Any, edit: UndoLog) -> None:
-    """One module holds its weight as it was before the last step of training."""
+    """One module has its weight from before the last step of training."""
     qkv = model.blocks[1].attention.qkv
     new = qkv.weight
     qkv.weight = nn.Parameter(new.detach() - 1e-4)
@@ -205,7 +204,7 @@ def lost_bias(model: Any, edit: UndoLog) -> None:
 
 
 def bias_ignored(model: Any, edit: UndoLog) -> None:
-    """It is still there, and nothing adds it."""
+    """It is still registered, and nothing adds it."""
     out = model.blocks[2].attention.out
     _set(out, "forward", lambda x: nn.functional.linear(x, out.weight), edit)
 
@@ -215,7 +214,7 @@ def tokens_mixed_before_the_layer(model: Any, edit: UndoLog) -> None:
 
 
 def tokens_shifted_before_the_layer(model: Any, edit: UndoLog) -> None:
-    """Every layer's input comes one token late."""
+    """Every layer's input is shifted by one token."""
     _hooked(model.blocks[0].norm2.register_forward_hook(lambda m, args, out: out.roll(1, 1)), edit)
 
 
@@ -228,11 +227,11 @@ def tokens_mixed_after_the_layer(model: Any, edit: UndoLog) -> None:
 
 
 def dropout_in_train_mode_only(model: Any, edit: UndoLog) -> None:
-    """A block drops nothing any more; in eval mode nobody sees it."""
+    """A block has no dropout any more; eval mode does not show it."""
     _set(model.blocks[0], "dropout", nn.Identity(), edit)
 
 
-MUTATIONS: list[tuple[str, str, Mutation, str]] = [  # model, placement, what went wrong, the check that must fail
+MUTATIONS: list[tuple[str, str, Mutation, str]] = [  # model, placement, mutation, the check that must fail
     ("modular", "parallel", never_called, "coverage"),
     ("modular", "parallel", added_twice, "coverage"),
     ("modular", "replace", called_twice, "coverage"),
@@ -254,7 +253,7 @@ MUTATIONS: list[tuple[str, str, Mutation, str]] = [  # model, placement, what we
     ("modular", "parallel", reads_another_value, "frame"),
     ("modular", "parallel", added_doubled, "frame"),
     ("modular", "parallel", computed_and_not_added, "frame"),
-    ("modular", "parallel", mlp_dropped_beside_the_layer, "frame"),
+    ("modular", "parallel", mlp_dropped_next_to_the_layer, "frame"),
     ("modular", "replace", a_table_of_its_own, "sharing"),
     ("modular", "replace", a_table_with_two_names, "sharing"),
     ("modular", "replace", output_detached, "gradient"),
@@ -289,14 +288,14 @@ def test_a_broken_rewrite_is_caught_and_undone(
 ) -> None:
     model, inputs = tiny.named(name)
     before, photograph = tiny.values_of(model, inputs), tiny.Photograph(model)
-    real = pipeline.substitute
+    real = verified_rewrite.substitute
 
     def broken(model: nn.Module, plan: Any, **options: Any) -> UndoLog:
         edit = real(model, plan, **options)
         mutation(model, edit)
         return edit
 
-    monkeypatch.setattr(pipeline, "substitute", broken)
+    monkeypatch.setattr(verified_rewrite, "substitute", broken)
     failure = refused(model, tiny.recipe(placement), inputs)
     assert check in failed(failure), failure.report
     assert not photograph.differences(tiny.Photograph(model))
@@ -323,7 +322,7 @@ def failed(failure: VerificationError) -> list[str]:
 @pytest.mark.parametrize("name", ["modular", "loose"])
 def test_a_wrong_region_is_caught_before_anything_is_edited(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     model, inputs = tiny.named(name)
-    photograph, real = tiny.Photograph(model), originals.OriginalMLP
+    photograph, real = tiny.Photograph(model), null_check.OriginalMLP
 
     class Wrong(real):  # type: ignore[misc,valid-type]
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -333,8 +332,8 @@ def test_a_wrong_region_is_caught_before_anything_is_edited(monkeypatch: pytest.
                     node.target = torch.ops.aten.relu.default
             self.calls[0].recompile()
 
-    monkeypatch.setattr(originals, "OriginalMLP", Wrong)
-    monkeypatch.setattr(pipeline, "substitute", lambda *_: pytest.fail("it was edited"))
+    monkeypatch.setattr(null_check, "OriginalMLP", Wrong)
+    monkeypatch.setattr(verified_rewrite, "substitute", lambda *_: pytest.fail("it was edited"))
     failure = refused(model, tiny.recipe(), inputs)
     assert failed(failure) == ["null"]
     assert not photograph.differences(tiny.Photograph(model))
@@ -343,7 +342,7 @@ def test_a_wrong_region_is_caught_before_anything_is_edited(monkeypatch: pytest.
 def test_an_error_while_verifying_undoes_the_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny.named("loose")
     photograph = tiny.Photograph(model)
-    monkeypatch.setattr(pipeline, "verify", lambda _: [][0])
+    monkeypatch.setattr(verified_rewrite, "verify", lambda _: [][0])
     with pytest.raises(IndexError):
         memrewrite.apply(model, tiny.recipe(), inputs)
     assert not photograph.differences(tiny.Photograph(model))
@@ -372,7 +371,7 @@ def epsilon_changed(result: fx.GraphModule) -> None:
 def test_a_broken_graph_is_caught(monkeypatch: pytest.MonkeyPatch, mutation: Callable[[Any], None]) -> None:
     model, inputs = tiny.named("modular")
     program = torch.export.export(model, (), inputs)
-    before, real = str(program.graph), pipeline.emit_graph
+    before, real = str(program.graph), verified_rewrite.emit_graph
 
     def broken(*args: Any) -> Any:
         result, layers = real(*args)
@@ -380,7 +379,7 @@ def test_a_broken_graph_is_caught(monkeypatch: pytest.MonkeyPatch, mutation: Cal
         result.recompile()
         return result, layers
 
-    monkeypatch.setattr(pipeline, "emit_graph", broken)
+    monkeypatch.setattr(verified_rewrite, "emit_graph", broken)
     assert "frame" in failed(refused(program, tiny.recipe(), inputs))
     assert str(program.graph) == before
 
@@ -389,7 +388,7 @@ def test_a_broken_graph_is_caught(monkeypatch: pytest.MonkeyPatch, mutation: Cal
 
 
 @pytest.mark.parametrize("placement", ["replace", "parallel"])
-def test_every_check_is_named_and_says_something(placement: str) -> None:
+def test_every_check_has_a_name_and_a_sentence(placement: str) -> None:
     model, inputs = tiny.named("modular")
     report = memrewrite.apply(model, tiny.recipe(placement), inputs)
     assert [check.name for check in report.checks] == CHECKS
@@ -406,7 +405,7 @@ def test_a_report_reads_back_from_json() -> None:
         _ = again.model
 
 
-def test_the_report_counts_what_is_there() -> None:
+def test_the_report_counts_the_parameters() -> None:
     model, inputs = tiny.named("modular")
     before = sum(p.numel() for p in model.parameters())
     report = memrewrite.apply(model, tiny.recipe(), inputs)
@@ -417,7 +416,7 @@ def test_the_report_counts_what_is_there() -> None:
 
 def test_verify_off_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny.named("modular")
-    monkeypatch.setattr(pipeline, "verify", lambda _: pytest.fail("it was verified"))
+    monkeypatch.setattr(verified_rewrite, "verify", lambda _: pytest.fail("it was verified"))
     report = memrewrite.apply(model, tiny.recipe(verify="off"), inputs)
     assert report.checks == ()
     assert report.ok
@@ -439,7 +438,7 @@ def test_verification_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(inputs["ids"], ids)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert len(tiny.hooks_of(model)) == tiny.BLOCKS  # the ones that add
+    assert len(tiny.hooks_of(model)) == tiny.BLOCKS  # those that add a layer's output
 
 
 def test_frozen_parameters_stay_frozen_and_new_ones_train() -> None:
@@ -450,7 +449,7 @@ def test_frozen_parameters_stay_frozen_and_new_ones_train() -> None:
     assert trainable == {name for name, _ in model.named_parameters() if "memory" in name}
 
 
-def test_layers_that_start_at_zero_are_shut_again() -> None:
+def test_layers_that_start_at_zero_are_zeroed_again() -> None:
     model, inputs = tiny.named("modular")
     memrewrite.apply(model, tiny.recipe("parallel"), inputs)
     assert not any(block.mlp.memory.value_proj.weight.any() for block in model.blocks)
@@ -465,18 +464,18 @@ def test_a_model_that_runs_its_mlps_without_gradients_is_no_failure() -> None:
     assert (check.outcome, "keeps no gradients" in check.sentence) == ("skipped", True)
 
 
-def test_a_model_that_asks_a_replaced_module_for_its_weights_fails_with_that_reason() -> None:
-    class Asks(tiny.Block):
+def test_a_model_that_reads_weights_of_a_replaced_module_fails_with_that_reason() -> None:
+    class ReadsWeights(tiny.Block):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             assert self.mlp.down.weight.isfinite().all()
             return super().forward(x)
 
     model = tiny.modular()
-    model.blocks[0].__class__ = Asks
+    model.blocks[0].__class__ = ReadsWeights
     before = model(tiny.tokens())
     assert memrewrite.apply(model, tiny.recipe("parallel"), (tiny.tokens(),)).ok
     model = tiny.modular()
-    model.blocks[0].__class__ = Asks
+    model.blocks[0].__class__ = ReadsWeights
     with pytest.raises(VerificationError, match="does not run: AttributeError"):
         memrewrite.apply(model, tiny.recipe("replace"), (tiny.tokens(),))
     assert torch.equal(model(tiny.tokens()), before)
