@@ -115,16 +115,26 @@ def _blocks(sites: Sequence[Site], tower: str | None, where: Where, place: str) 
 
 def centred(depth: int, count: int, stride: int, place: str = "centred") -> list[int]:
     """`count` blocks `stride` apart around block depth // 2: 24 blocks, 3 and 8 give 4, 12, 20 (the paper's layout)."""
-    first = depth // 2 - (count // 2) * stride + (0 if count % 2 else stride // 2)
-    chosen = [first + i * stride for i in range(count)]
-    if chosen[0] < 0 or chosen[-1] >= depth:
-        largest = max((depth - 1) // max(1, count - 1), 1)
+    chosen = _around_the_middle(depth, count, stride)
+    if not _inside(chosen, depth):
+        strides = [s for s in range(1, depth + 1) if _inside(_around_the_middle(depth, count, s), depth)]
+        change = f"a stride of at most {strides[-1]}" if strides else "fewer blocks"
         raise SelectError(
             f"{count} blocks {stride} apart do not fit around the middle of {depth} blocks: {chosen}",
             where=f"{place}.centred",
-            hint=f"a stride of at most {min(largest, depth // 2 // max(1, count // 2))}, or name the blocks: `layers: [...]`",
+            hint=f"{change}, or name the blocks: `layers: [...]`",
         )
     return chosen
+
+
+def _around_the_middle(depth: int, count: int, stride: int) -> list[int]:
+    first = depth // 2 - (count // 2) * stride + (0 if count % 2 else stride // 2)
+    return [first + i * stride for i in range(count)]
+
+
+def _inside(blocks: Sequence[int], depth: int) -> bool:
+    """True if all of these ascending block numbers exist in a stack of `depth` blocks."""
+    return blocks[0] >= 0 and blocks[-1] < depth
 
 
 def _ranges(numbers: set[int | None]) -> str:

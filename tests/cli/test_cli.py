@@ -86,16 +86,48 @@ def listing(directory: Path) -> list[str]:
 # --------------------------------------------------------------------------------------------- quick, and without torch
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["apply", "--help"], ["recipes"], ["recipes", "show", "pkm"]])
-def test_quick_commands_do_not_import_torch(arguments: list[str]) -> None:
-    code = (
-        "import sys; sys.argv[1:] = ARGUMENTS\nfrom memrewrite.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
-        "heavy = {'torch', 'transformers', 'numpy'} & set(sys.modules)\nassert not heavy, heavy\n"
-    ).replace("ARGUMENTS", repr(arguments))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+QUICK = [["--help"], ["--version"], ["apply", "--help"], ["recipes"], ["recipes", "show", "pkm"]]
+
+
+@pytest.fixture(scope="module")
+def quick_commands() -> dict[str, dict[str, Any]]:
+    """What each quick command did, all in one process, each in its own fork of a process that has imported nothing heavy."""
+    code = """
+import json, os, sys
+from memrewrite.cli import main
+for arguments in json.loads(sys.argv[1]):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(write, 1)
+        sys.argv[1:], code = arguments, 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        heavy = sorted({"torch", "transformers", "numpy"} & set(sys.modules))
+        sys.stdout.flush()
+        os.write(write, f"\\0{json.dumps([code, heavy])}".encode())
+        os._exit(0)
+    os.close(write)
+    shown = b"".join(iter(lambda: os.read(read, 65536), b"")).decode()
+    os.waitpid(child, 0)
+    text, _, rest = shown.rpartition("\\0")
+    code, heavy = json.loads(rest)
+    print(json.dumps({"arguments": arguments, "text": text, "code": code, "heavy": heavy}), flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(QUICK)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {" ".join(row["arguments"]): row for row in rows}
+
+
+@pytest.mark.parametrize("arguments", QUICK, ids=" ".join)
+def test_quick_commands_do_not_import_torch(quick_commands: dict[str, dict[str, Any]], arguments: list[str]) -> None:
+    did = quick_commands[" ".join(arguments)]
+    assert not did["code"]
+    assert did["heavy"] == []
+    assert did["text"]
 
 
 def test_help_states_the_exit_codes(run: Callable[..., Any]) -> None:

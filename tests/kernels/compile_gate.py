@@ -1,8 +1,9 @@
-"""What Triton's kernels become on each architecture, without a GPU: spills, narrow loads and grown registers fail.
+"""Checks the machine code of the Triton kernels for each architecture, without a GPU: spills, narrow loads, more registers.
 
-Compiles every specimen of the kernel modules with the Triton that is importable, reads the machine code, judges it
-against the specimen and against tests/kernels/compile_gate.json, and prints a table.
-`python tests/kernels/compile_gate.py --write` records the registers of this Triton's version.
+Flow: compile every specimen of the kernel modules with the Triton that is importable → read the cubin → compare it with the
+specimen and with tests/kernels/compile_gate.json → print a table; any finding is exit code 1.
+`python tests/kernels/compile_gate.py --write` records the register counts of this Triton version. With `--cache DIR` a kernel
+whose source, options and compiler did not change is not compiled again: Triton's cache key is a hash of all of these.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from memrewrite.kernels.specimens import Specimen
 MODULES = ("triton_lookup", "triton_segments", "triton_backward", "triton_update", "triton_topk")
 ARCHITECTURES = (80, 90, 100)
 BASELINE = Path(__file__).with_suffix(".json")
-GROWTH, SLACK = 1.15, 8  # registers may grow by either
+GROWTH, SLACK = 1.15, 8  # a register count passes if it grew by at most this factor, or by at most this many
 
 
 @dataclass(frozen=True)
 class Code:
-    """What the machine code of one kernel says."""
+    """What the gate reads from the machine code of one kernel."""
 
     registers: int
-    stack: int  # bytes a thread: registers that did not fit
-    spills: int  # instructions that move them
+    stack: int  # bytes per thread: registers that did not fit
+    spills: int  # instructions that load and store them
     loads: dict[int, int]  # bytes -> global loads of that width
 
     @property
@@ -45,7 +46,7 @@ class Code:
 
 
 def specimens() -> Iterator[Specimen]:
-    """Every specimen of the modules that are there."""
+    """Every specimen of the kernel modules that exist."""
     for name in MODULES:
         if find_spec(f"memrewrite.kernels.{name}") is not None:
             yield from import_module(f"memrewrite.kernels.{name}").specimens()
@@ -81,20 +82,20 @@ def read(cubin: bytes, cuobjdump: Path) -> Code:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
     if found is None or not instructions:
-        raise RuntimeError(f"{cuobjdump} says nothing of registers or instructions; is its output of a new form?\n{usage}")
+        raise RuntimeError(f"{cuobjdump} printed no register count or no instructions; did its output format change?\n{usage}")
     loads = Counter(width(name) for name in instructions if name.split(".")[0] in ("LDG", "LDGSTS"))
     spills = sum(name.split(".")[0] in ("STL", "LDL") for name in instructions)
     return Code(int(found[1]), int(found[2]), spills, dict(loads))
 
 
 def width(load: str) -> int:
-    """Bytes that each thread gets by a load: LDG.E.128 -> 16."""
+    """Bytes that one load instruction reads per thread: LDG.E.128 -> 16."""
     sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
     return next((sizes[part] for part in load.split(".") if part in sizes), 4)
 
 
 def findings(specimen: Specimen, code: Code, known: int | None) -> Iterator[str]:
-    """What is wrong with a kernel's code, each with what to try; `known` are the registers on record."""
+    """Yield every fault of a kernel's code and what to try; `known` is the recorded register count, None if there is none."""
     if code.spills or code.stack:
         yield (
             f"{code.spills} spill instructions, {code.stack} bytes of stack at {code.registers} registers; "
@@ -103,25 +104,25 @@ def findings(specimen: Specimen, code: Code, known: int | None) -> Iterator[str]
     if not any(size >= specimen.row_bytes for size in code.loads):
         yield (
             f"no load of {specimen.row_bytes} bytes, only {code.widths or 'none'}; try a divisor of the stride as a constexpr, "
-            "tl.multiple_of, tl.max_contiguous, and look at masks that cut within a load"
+            "tl.multiple_of, tl.max_contiguous, and check for masks that change within one load"
         )
     narrow = sum(count for size, count in code.loads.items() if size < specimen.row_bytes)
     if narrow > specimen.scalar_loads:
         yield (
             f"{narrow} loads below {specimen.row_bytes} bytes ({code.widths}), {specimen.scalar_loads} are allowed; "
-            "try what makes the row's address provably aligned, or state scalar_loads in the specimen if they are no rows"
+            "make the row's alignment provable to the compiler, or set scalar_loads in the specimen if these loads read no rows"
         )
     if known is None:
-        yield "no registers on record; run `python tests/kernels/compile_gate.py --write` and look at what it changes"
+        yield "no register count on record; run `python tests/kernels/compile_gate.py --write` and review the diff"
     elif code.registers > known * GROWTH and code.registers > known + SLACK:
         yield (
-            f"{code.registers} registers, {known} on record: fewer warps fit on a processor; look at what changed, "
-            "or record it with `python tests/kernels/compile_gate.py --write`"
+            f"{code.registers} registers, {known} on record: fewer warps fit on a multiprocessor; find the change that caused it, "
+            "or record the new count with `python tests/kernels/compile_gate.py --write`"
         )
 
 
 def table(rows: Iterable[tuple[str, int, Code, int | None]], version: str) -> str:
-    """One line a kernel and architecture."""
+    """One line per kernel and architecture."""
     lines = [f"{'Triton ' + version:44} {'arch':>6} {'registers':>9} {'on record':>9} {'spills':>6}  loads"]
     for name, arch, code, known in rows:
         record = "-" if known is None else known
@@ -130,7 +131,7 @@ def table(rows: Iterable[tuple[str, int, Code, int | None]], version: str) -> st
 
 
 def run(options: argparse.Namespace, version: str) -> int:
-    """Compile, judge, record; the exit status."""
+    """Compile, check, record; returns the exit status: 1 if there is a finding or nothing was compiled."""
     baseline: dict[str, Any] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     known = {} if options.write else baseline.get(version, {})
     rows, wrong, measured = [], 0, {}
@@ -154,24 +155,27 @@ def run(options: argparse.Namespace, version: str) -> int:
 
 
 def main() -> int:
-    """Read the options and run in a cache of its own, so that everything is really compiled."""
+    """Read the options and run; without `--cache` in an empty temporary cache, so that every kernel is compiled."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="record the registers of this Triton's version")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the measurements")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities (80 90 100)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="keep compiled kernels here, in a folder per Triton version")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print("compile_gate compiles, and TRITON_INTERPRET=1 makes Triton interpret; run it without that variable")
+        print("compile_gate needs the compiler, and TRITON_INTERPRET=1 makes Triton interpret; run it without that variable")
         return 2
     if find_spec("triton") is None:
         print("compile_gate needs Triton, which is not installed; try `pip install triton`")
         return 2
     if options.write and tuple(options.arch) != ARCHITECTURES:
-        parser.error("--write records all architectures: leave --arch out")
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
+        parser.error("--write records all architectures: remove --arch")
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["TRITON_CACHE_DIR"] = temporary
         import triton
 
+        if options.cache is not None:
+            os.environ["TRITON_CACHE_DIR"] = str(options.cache.resolve() / triton.__version__)
         return run(options, triton.__version__)
 
 

@@ -1,4 +1,7 @@
-"""The compile gate passes with each Triton that is supported, and can fail: spills, narrow loads, grown registers."""
+"""The compile gate passes with each supported Triton version, and finds spills, narrow loads and increased register counts.
+
+`make test` compiles for one architecture with the installed Triton; `make test-slow` for all, with the oldest version too.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ import pytest
 from memrewrite.kernels.specimens import Specimen
 
 SCRIPT = Path(__file__).with_name("compile_gate.py")
-OLDEST = Path(sys.prefix) / "triton-3.6.0"  # beside the installed one; `make test` puts it there
+OLDEST = Path(sys.prefix) / "triton-3.6.0"  # not in site-packages: the Makefile installs it there
+CACHE = Path(__file__).parents[2] / "build" / "triton-cache"  # an unchanged kernel is not compiled again
 INSTALL = f"{sys.executable} -m pip install --no-deps --target {OLDEST} triton==3.6.0"
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing")
 
@@ -51,7 +55,7 @@ def judge() -> ModuleType:
 
 @pytest.fixture
 def specimen(tmp_path, monkeypatch) -> Specimen:
-    """A small kernel that is in order: 16-byte loads of rows, all in registers."""
+    """A small kernel without faults: it loads its rows 16 bytes at a time and does not spill."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     file = tmp_path / "gate_kernels.py"
@@ -65,23 +69,45 @@ def specimen(tmp_path, monkeypatch) -> Specimen:
     return Specimen("total", module.total, signature, constants, ("table", "out"), 1)
 
 
-@pytest.mark.parametrize("which", ["installed", "3.6.0"])
-def test_every_kernel_passes(which, tmp_path):
+@pytest.mark.parametrize(
+    ("which", "architectures"),
+    [
+        pytest.param("installed", (90,), id="installed-sm_90"),
+        pytest.param("installed", (80, 90, 100), id="installed", marks=pytest.mark.slow),
+        pytest.param("3.6.0", (80, 90, 100), id="3.6.0", marks=pytest.mark.slow),
+    ],
+)
+def test_every_kernel_passes(which, architectures, tmp_path):
     if which == "installed" and find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install triton")
     if which == "3.6.0" and not OLDEST.exists():
-        pytest.skip(f"the oldest Triton is not there: {INSTALL}")
+        pytest.skip(f"the oldest Triton version is not installed: {INSTALL}")
     file = tmp_path / "codes.json"
-    done = gate("--json", str(file), triton=OLDEST if which == "3.6.0" else None)
+    options = ["--json", str(file), "--cache", str(CACHE), "--arch", *map(str, architectures)]
+    done = gate(*options, triton=OLDEST if which == "3.6.0" else None)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     codes = json.loads(file.read_text())
     assert which in ("installed", codes["triton"])
-    assert {code["arch"] for code in codes["kernels"]} == {80, 90, 100}
+    assert {code["arch"] for code in codes["kernels"]} == set(architectures)
     assert {code["name"].split()[0] for code in codes["kernels"]} >= {"half_topk", "pair_topk", "scatter_topk"}
     assert not any(code["spills"] or code["stack"] for code in codes["kernels"])
 
 
-def test_a_kernel_in_order_has_no_findings(judge, specimen):
+def test_a_cached_kernel_is_not_compiled_again_and_a_changed_one_is(judge, specimen, tmp_path):
+    first = judge.compiled(specimen, 90)
+    cubins = set(tmp_path.rglob("*.cubin"))
+    assert judge.compiled(specimen, 90) == first
+    assert set(tmp_path.rglob("*.cubin")) == cubins
+    file = tmp_path / "gate_kernels.py"
+    file.write_text(KERNELS.replace("[None, :] * STEP", "[None, :] * STEP * 3"))  # the rows' loads become narrow
+    spec = spec_from_file_location("gate_kernels_changed", file)
+    changed = module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    assert judge.compiled(replace(specimen, kernel=changed.total), 90).loads != first.loads
+    assert len(set(tmp_path.rglob("*.cubin")) - cubins) == 1
+
+
+def test_a_kernel_without_faults_has_no_findings(judge, specimen):
     code = judge.compiled(specimen, 90)
     assert set(code.loads) == {16}
     assert list(judge.findings(specimen, code, code.registers)) == []
@@ -107,7 +133,7 @@ def test_narrow_loads_are_found(judge, specimen):
     assert list(judge.findings(replace(scalar, row_bytes=2), code, code.registers)) == []
 
 
-def test_grown_registers_are_found(judge, specimen):
+def test_an_increased_register_count_is_found(judge, specimen):
     code = judge.Code(registers=100, stack=0, spills=0, loads={16: 4, 4: 2})
     allowed = replace(specimen, scalar_loads=2)
     assert list(judge.findings(allowed, code, 88)) == []
@@ -121,14 +147,14 @@ def test_grown_registers_are_found(judge, specimen):
 
 
 def test_a_finding_fails_the_run(judge, specimen, monkeypatch, tmp_path, capsys):
-    """From the specimen to the exit status: recorded, then without a record, then with a lower one."""
+    """The exit status: without a recorded register count, with a recorded one, and with a lower one."""
     record = tmp_path / "record.json"
     record.write_text(json.dumps({"0.0": {"other": {"90": 1}}}))
     monkeypatch.setattr(judge, "BASELINE", record)
     monkeypatch.setattr(judge, "specimens", lambda: iter([specimen]))
     options = judge.argparse.Namespace(write=False, json=None, arch=[90])
     assert judge.run(options, "1.0") == 1
-    assert "FAILED total · sm_90 · Triton 1.0: no registers on record" in capsys.readouterr().out
+    assert "FAILED total · sm_90 · Triton 1.0: no register count on record" in capsys.readouterr().out
     options.write = True
     assert judge.run(options, "1.0") == 0
     known = json.loads(record.read_text())
@@ -142,7 +168,7 @@ def test_a_finding_fails_the_run(judge, specimen, monkeypatch, tmp_path, capsys)
     assert "10 on record" in out
     assert out.rstrip().endswith("1 compiled, 1 findings")
     monkeypatch.setattr(judge, "specimens", lambda: iter(()))
-    assert judge.run(options, "1.0") == 1  # nothing compiled is nothing proven
+    assert judge.run(options, "1.0") == 1  # a run that compiled nothing fails
 
 
 def test_it_refuses_the_interpreter():

@@ -8,11 +8,13 @@ import itertools
 
 import pytest
 import torch
+from closeness import assert_norm_close
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memrewrite.errors import UserError
+from memrewrite.kernels import ops
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.kinds import KINDS, kind_named
 from memrewrite.layers.memory_plus import MemoryPlus
@@ -24,7 +26,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 
 
 class Model(nn.Module):
-    """Two layers on one pool that hangs at the root, as a rewritten model has them."""
+    """Two layers on one pool that is registered on the root module, as in a rewritten model."""
 
     def __init__(self, layers: list[MemoryLayer], pool: Pool) -> None:
         super().__init__()
@@ -113,10 +115,10 @@ def test_layer_is_the_equation(kind, options):
 
 
 @every_kind
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d", [24, 97, 576])
-def test_dtypes_and_odd_widths(kind, dtype, tolerance, d):
-    """Given the slots and weights a layer chose, its output is the float64 formula to the dtype's precision."""
+def test_dtypes_and_odd_widths(kind, dtype, d):
+    """For the slots and weights that a layer chose, its output is the float64 formula to the precision of the dtype."""
     layer = build(kind, d, dtype=dtype, layers=1).blocks[0]
     x = torch.randn(5, d, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = layer(x)
@@ -128,7 +130,8 @@ def test_dtypes_and_odd_widths(kind, dtype, tolerance, d):
     if kind is MemoryPlus:
         gate, out = (copy.deepcopy(m).double() for m in (layer.gate, layer.value_proj))
         y = out(y * F.silu(gate(x.double())))
-    assert (got.double() - y).abs().max() <= tolerance * y.abs().max()
+    # stored in `dtype` on the way: weights and y; the gate, its silu, their product and the output of memory_plus
+    assert_norm_close(got, y, terms=2 * d if kind is MemoryPlus else 16, roundings=6 if kind is MemoryPlus else 2)
 
 
 @every_kind
@@ -264,6 +267,56 @@ def test_dropout_only_while_training(kind):
     assert not torch.equal(model(x), model(x))
     model.eval()
     assert torch.equal(model(x), model(x))
+    assert torch.equal(model(x), build(kind)(x))  # in eval mode the options change nothing
+
+
+def passed_to_topk(layer: MemoryLayer, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The scores of both halves for `x`, [heads, T, 2, keys]."""
+    seen, topk = [], ops.product_key_topk
+    with monkeypatch.context() as patched:
+        patched.setattr(ops, "product_key_topk", lambda one, two, *a, **k: seen.append((one, two)) or topk(one, two, *a, **k))
+        layer(x)
+    return torch.stack(seen[0], 2)
+
+
+@every_kind
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_query_dropout_zeroes_and_scales_entries_of_the_query(kind, rate, monkeypatch):
+    """With keys that are unit vectors, a score is one entry of the query: 0, or the entry times 1 / (1 - rate)."""
+    dropping, plain = (build(kind, layers=1, heads=1, key_dim=2 * KEYS, query_dropout=p).blocks[0] for p in (rate, 0.0))
+    for layer in (dropping, plain):
+        layer.product_keys.keys.data.copy_(torch.eye(KEYS).expand(1, 2, KEYS, KEYS))
+    x = torch.randn(200, D)
+    got, query = (passed_to_topk(layer, x, monkeypatch) for layer in (dropping, plain))
+    dropped = got == 0
+    assert dropped.double().mean().item() == pytest.approx(rate, abs=0.03)
+    torch.testing.assert_close(got, torch.where(dropped, 0.0, query / (1 - rate)))
+    assert torch.equal(passed_to_topk(dropping.eval(), x, monkeypatch), query)
+
+
+@every_kind
+@pytest.mark.parametrize("rate", [0.25, 0.5])
+def test_dropout_zeroes_and_scales_entries_of_what_is_read(kind, rate):
+    """The option `dropout` applies to y, the weighted sum of values: 0, or the entry times 1 / (1 - rate)."""
+    dropping, plain = (build(kind, layers=1, dropout=p).blocks[0] for p in (rate, 0.0))
+    x = torch.randn(200, D)
+    got, y = dropping.read(x), plain.read(x)
+    dropped = got == 0
+    assert dropped.double().mean().item() == pytest.approx(rate, abs=0.03)
+    torch.testing.assert_close(got, torch.where(dropped, 0.0, y / (1 - rate)))
+    assert torch.equal(dropping.eval().read(x), y)
+    model = build(kind, layers=1, dropout=rate)
+    assert not torch.equal(model(x), model(x))  # the output depends on it
+
+
+@every_kind
+def test_norms_start_with_scores_of_unit_variance(kind, monkeypatch):
+    """The queries' scale starts at 1, the keys' at (key_dim / 2)^-1/2."""
+    layer = build(kind, layers=1, qk_norm=True, key_dim=40).blocks[0]
+    assert layer.product_keys.query_norm.weight.tolist() == [1.0] * 20
+    assert layer.product_keys.key_norm.weight.tolist() == pytest.approx([20**-0.5] * 20)
+    scores = passed_to_topk(layer, torch.randn(500, D), monkeypatch)
+    assert scores.square().mean().item() == pytest.approx(1.0, rel=0.1)
 
 
 @every_kind

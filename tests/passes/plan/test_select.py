@@ -1,13 +1,17 @@
-"""Selection: every selector, alone and together; every way in which a recipe does not fit a model; the plan as data."""
+"""Selection: every selector, alone and combined; every way in which a recipe can fail to match a model; the plan as data."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from memrewrite.errors import SelectError
-from memrewrite.passes.plan.select import select
+from memrewrite.passes.plan import memory_budget
+from memrewrite.passes.plan.select import narrowed, select
 from memrewrite.passes.plan.selectors import centred
 from memrewrite.plans import Plan
 from memrewrite.recipes.schema import Recipe
@@ -74,7 +78,7 @@ def refused(found: Inspection, wanted: Recipe, **options: Any) -> SelectError:
 
 
 DEEP = located(*(site(i) for i in range(24)))
-MIXED = located(  # two towers of different widths, and an MLP outside of them
+MIXED = located(  # two towers of different width, and an MLP outside of both
     *(site(i, "vision.blocks", 2, d_model=32, d_in=32, pattern="plain") for i in range(2)),
     *(site(i, "text.layers", 6) for i in range(6)),
     site(None, path="joint", pattern="plain"),
@@ -88,7 +92,7 @@ MIXED = located(  # two towers of different widths, and an MLP outside of them
     ("where", "wanted"),
     [
         ({"layers": [4, 12, 20]}, [4, 12, 20]),
-        ({"layers": [20, 4]}, [4, 20]),  # sites are in the order they run
+        ({"layers": [20, 4]}, [4, 20]),  # sites come in the order they run
         ({"layers": [0]}, [0]),
         ({"layers": [23]}, [23]),
         ({"centred": {"count": 3, "stride": 8}}, [4, 12, 20]),  # the paper's layout
@@ -156,8 +160,8 @@ def test_all_mlps_of_a_block_are_taken() -> None:
 def test_rules_divide_the_sites_between_them() -> None:
     rules = recipe({"layers": [0]}, {"layers": [1, 2]}).to_data()
     rules["replace"][1] |= {"placement": "parallel", "options": {**SMALL, "heads": 1}}
-    plan = select(DEEP, Recipe.model_validate(rules))
-    assert [(s.site.block, s.placement, s.options["heads"]) for s in plan.substitutions] == [
+    made = select(DEEP, Recipe.model_validate(rules))
+    assert [(s.site.block, s.placement, s.options["heads"]) for s in made.substitutions] == [
         (0, "replace", 2),
         (1, "parallel", 1),
         (2, "parallel", 1),
@@ -181,16 +185,24 @@ def test_centred(depth: int, count: int, stride: int, wanted: list[int]) -> None
 
 
 @pytest.mark.parametrize("depth", range(1, 40))
-def test_centred_fits_or_the_hint_does(depth: int) -> None:
-    """A hint that is followed works: the stride it names fits."""
+def test_centred_fits_or_names_the_largest_stride_that_fits(depth: int) -> None:
+    """The stride that the hint names fits, and the next one does not."""
     for count in range(1, depth + 1):
         try:
             placed = centred(depth, count, 8)
         except SelectError as error:
             largest = int(str(error.hint).removeprefix("a stride of at most ").split(",")[0])
             placed = centred(depth, count, largest)
+            with pytest.raises(SelectError):
+                centred(depth, count, largest + 1)
         assert len(placed) == count
         assert 0 <= placed[0] <= placed[-1] < depth
+
+
+def test_centred_with_more_blocks_than_there_are() -> None:
+    with pytest.raises(SelectError, match="3 blocks 1 apart do not fit around the middle of 2 blocks") as caught:
+        centred(2, 3, 1)
+    assert caught.value.hint == "fewer blocks, or name the blocks: `layers: [...]`"
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -203,6 +215,22 @@ def test_a_model_without_mlps() -> None:
     assert error.where == "whole model"
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_the_first_three_near_misses_are_listed(count: int) -> None:
+    misses = tuple(NearMiss(path=f"head{i}", reason="nothing is added", node=f"linear_{i}") for i in range(count))
+    error = refused(located(misses=misses), recipe({"all": True}))
+    listed = "; ".join(f"head{i}: nothing is added" for i in range(3))
+    assert error.what == f"no MLP was found in this model ({count} near misses: {listed})"
+
+
+@pytest.mark.parametrize(("count", "more"), [(1, ""), (6, ""), (7, ", ...")])
+def test_a_hint_lists_at_most_six_values(count: int, more: str) -> None:
+    """Values that occur twice are listed once."""
+    found = located(*(site(i, d_model=100 + i // 2, d_in=100 + i // 2, depth=2 * count) for i in range(2 * count)))
+    error = refused(found, recipe({"d_model": 7}))
+    assert error.hint == f"there are: {', '.join(str(100 + i) for i in range(min(count, 6)))}{more}"
+
+
 @pytest.mark.parametrize(
     ("where", "what", "hint"),
     [
@@ -211,7 +239,7 @@ def test_a_model_without_mlps() -> None:
         ({"regex": "^mlp$"}, "`regex: ^mlp$`", "there are: layers.0.mlp, layers.1.mlp"),
         ({"pattern": "gate"}, "`pattern: gate`", "did you mean 'gated'"),
         ({"d_model": 63}, "`d_model: 63`", "there are: 64"),
-        ({"tower": "layer"}, "no MLP is in a tower 'layer'", "there are: layers"),
+        ({"tower": "layer"}, "no MLP stands in a tower 'layer'", "there are: layers"),
         ({"layers": [3, 24]}, "there is no block 24", "'layers' has blocks 0 to 23"),
         ({"every": 25}, "match no MLP", "drop one"),
         ({"layers": [1], "every": 4}, "block 1 of 'layers' has no MLP that fits", "blocks with one: 0-23"),
@@ -235,16 +263,47 @@ def test_the_rule_is_named_by_its_number() -> None:
 
 def test_two_rules_for_one_site() -> None:
     error = refused(DEEP, recipe({"layers": [3]}, {"every": 4}))
-    assert error.what == "rules 0 and 1 both select 'layers.3.mlp'"
+    assert error.what == "rules 0 and 1 both claim 'layers.3.mlp'"
     assert error.where == "replace[1].where"
     assert "narrow" in str(error.hint)
 
 
 def test_a_block_without_an_mlp() -> None:
     found = located(*(site(i, depth=8) for i in (0, 1, 2, 5, 7)))
-    error = refused(found, recipe({"layers": [2, 3]}))
+    error = refused(found, recipe({"layers": [6, 2, 3, 4]}))
     assert error.what == "block 3 of 'layers' has no MLP that fits"
     assert error.hint == "blocks with one: 0-2, 5, 7"
+
+
+@pytest.mark.parametrize(
+    ("free", "fits"), [(2 * 16 * 16 * 64 * 4 - 1, False), (2 * 16 * 16 * 64 * 4, True), (None, True)], ids=str
+)
+def test_pools_must_fit_into_the_free_memory_of_their_device(
+    free: int | None, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pools of 16 × 16 slots of 64 floats: exactly their size is enough, and an unknown size is not tested."""
+    wanted = recipe({"layers": [0]}, {"layers": [1]}).to_data()
+    wanted["pools"]["other"] = dict(wanted["pools"]["shared"])
+    wanted["replace"][1]["pool"] = "other"
+    made = select(DEEP, Recipe.model_validate(wanted))
+    monkeypatch.setattr(memory_budget, "_free_memory", lambda device: free if device == torch.device("cpu") else 1 / 0)
+    if fits:
+        memory_budget.refuse_too_large(made)
+    else:
+        with pytest.raises(SelectError, match=r"shared: 256 × 64 float32, other: 256 × 64 float32.*and cpu has") as caught:
+            memory_budget.refuse_too_large(made)
+        assert caught.value.where == "pools.shared"
+
+
+def test_free_memory_is_what_the_system_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       4000 kB\nMemAvailable:   3000 kB\n")
+    monkeypatch.setattr(memory_budget, "MEMINFO", meminfo)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123, 456))
+    free = [memory_budget._free_memory(torch.device(name)) for name in ("cpu", "cuda:0", "meta")]
+    assert free == [3000 * 1024, 123, None]
+    meminfo.unlink()
+    assert memory_budget._free_memory(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("where", [{"layers": [0]}, {"centred": {"count": 1}}, {"every": 1}])
@@ -269,7 +328,7 @@ def test_one_pool_for_sites_of_two_dtypes() -> None:
 
 
 def unread(pool: dict[str, Any], **options: Any) -> Recipe:
-    """A recipe that no file can contain: the reader refuses it earlier, and `select` must refuse it, too."""
+    """A recipe that no file can contain, because the parser refuses it earlier: `select` has to refuse it too."""
     wanted = recipe({"all": True}, pool=pool)
     rule = wanted.replace[0].model_copy(update={"options": {**SMALL, **options}})
     return wanted.model_copy(update={"replace": (rule,)})
@@ -284,39 +343,39 @@ def test_options_that_cannot_be_built(pool: dict[str, Any], options: dict[str, A
 
 @pytest.mark.parametrize("width", [63, 64, 65, 66, 576])
 def test_any_width_can_be_served(width: int) -> None:
-    plan = select(located(site(0, d_model=width, d_in=width)), recipe({"all": True}))
-    assert plan.pools["shared"].value_dim == width
+    made = select(located(site(0, d_model=width, d_in=width)), recipe({"all": True}))
+    assert made.pools["shared"].value_dim == width
 
 
-def test_a_site_that_cannot_be_edited_in_the_module_tree() -> None:
+def test_a_site_that_the_module_tree_cannot_express() -> None:
     found = located(site(0), site(1, bindings=(Binding(kind="none", why="its weights have no module"),)))
     error = refused(found, recipe({"all": True}))
     assert error.what == "the MLP at 'layers.1.mlp' cannot be edited in the module tree: its weights have no module"
     assert "--emit graph" in str(error.hint)
     assert len(select(found, recipe({"all": True}), live=False).substitutions) == 2  # a graph can
-    assert len(select(found, recipe({"layers": [0]})).substitutions) == 1  # and others can be selected
+    assert len(select(found, recipe({"layers": [0]})).substitutions) == 1  # without the site that is not reachable
 
 
-def test_a_site_with_one_binding_that_cannot_be_edited() -> None:
-    half = (Binding(kind="module", entries=("a",), exit="a"), Binding(kind="none", why="no module"))
+def test_a_site_of_which_one_call_is_out_of_reach() -> None:
+    half = (Binding(kind="module", entries=("a",), exit="a"), Binding(kind="none", why="it has no module"))
     error = refused(located(site(0, calls=2, bindings=half)), recipe({"all": True}))
-    assert "no module" in error.what
+    assert "it has no module" in error.what
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
 
 
 @pytest.mark.parametrize("name", sorted(gallery()))
-def test_the_plan_of_a_gallery_recipe_survives_json(name: str) -> None:
+def test_a_gallery_recipe_makes_a_plan_that_survives_json(name: str) -> None:
     import yaml
 
     wide = located(*(site(i, d_model=2048, d_in=2048, d_hidden=8192) for i in range(24)))
-    plan = select(wide, Recipe.model_validate(yaml.safe_load(gallery()[name])))
-    assert plan.substitutions
-    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    made = select(wide, Recipe.model_validate(yaml.safe_load(gallery()[name])))
+    assert made.substitutions
+    assert Plan.model_validate_json(made.model_dump_json()) == made
 
 
-def test_the_same_model_and_recipe_give_the_same_plan() -> None:
+def test_the_same_model_and_recipe_make_the_same_plan() -> None:
     wanted = recipe({"centred": {"count": 3, "stride": 8}})
     one, other = select(DEEP, wanted), select(Inspection.model_validate_json(DEEP.model_dump_json()), wanted)
     assert one == other
@@ -324,30 +383,30 @@ def test_the_same_model_and_recipe_give_the_same_plan() -> None:
     assert one.model_dump_json() == other.model_dump_json()
 
 
-def test_another_recipe_gives_another_plan() -> None:
+def test_another_recipe_makes_another_plan() -> None:
     digests = {select(DEEP, recipe({"layers": [i]}, heads=heads)).digest() for i in (3, 4) for heads in (1, 2)}
     assert len(digests) == 4
 
 
 def test_the_plan_is_complete() -> None:
-    """Defaults are written out, so that the plan alone rebuilds the model."""
-    plan = select(DEEP, recipe({"layers": [4]}))
-    pool = plan.pools["shared"]
-    (one,) = plan.substitutions
+    """The plan states every default, so that it is enough to rebuild the model."""
+    made = select(DEEP, recipe({"layers": [4]}))
+    pool = made.pools["shared"]
+    (one,) = made.substitutions
     assert (pool.value_dim, pool.dtype, pool.keys, pool.seed) == (64, "float32", 16, 0)
     assert set(one.options) == set(Recipe.model_validate(recipe({"all": True})).replace[0].kind.Options.model_fields)
     assert (one.kind, one.pool, one.placement, one.site.path) == ("memory_plus", "shared", "replace", "layers.4.mlp")
 
 
-def test_what_the_user_gave_is_kept() -> None:
+def test_options_of_the_recipe_are_kept() -> None:
     pool = select(DEEP, recipe({"layers": [4]}, pool={"value_dim": 48, "dtype": "bfloat16", "seed": 7})).pools["shared"]
     assert (pool.value_dim, pool.dtype, pool.seed) == (48, "bfloat16", 7)
 
 
 def test_a_plan_is_frozen() -> None:
-    plan = select(DEEP, recipe({"all": True}))
+    made = select(DEEP, recipe({"all": True}))
     with pytest.raises(ValueError, match="frozen"):
-        plan.captured = "otherwise"  # type: ignore[misc]
+        made.captured = "otherwise"  # type: ignore[misc]
 
 
 def test_cost_counts_parameters_once_and_calls_each() -> None:
@@ -369,3 +428,56 @@ def test_centred_blocks_must_all_have_an_mlp() -> None:
     error = refused(holes, recipe({"centred": {"count": 3, "stride": 8}}))
     assert "block 12 of 'layers' has no MLP that fits" in error.what
     assert error.where == "replace[0].where.centred"
+
+
+# ----------------------------------------------------------------------------------------- sites inside of a graph module
+
+
+def graph(host: str) -> Binding:
+    return Binding(kind="graph", exit=host, why="it has no module")
+
+
+def test_a_site_inside_of_a_module_that_becomes_a_graph_is_reached_through_the_outermost_one() -> None:
+    paths = ("layers.0", "layers.0.mlp.inner", "layers.0.mlp")
+    module, inner, outer = (Binding(kind="module", entries=("m",), exit="m"), graph("layers.0.mlp"), graph("layers.0"))
+    sites = (
+        site(0, path=paths[0], bindings=(outer,)),
+        site(0, path=paths[1], bindings=(inner,)),
+        site(0, path=paths[2], calls=2, bindings=(outer, module)),
+        site(0, path="layers.01.mlp", bindings=(module,)),
+    )
+    made = select(located(*sites), recipe({"all": True}))
+    kinds = [[(b.kind, b.exit) for b in s.site.bindings] for s in made.substitutions]
+    assert kinds == [[("graph", "layers.0")]] * 3 + [[("module", "m")]]
+    exported = select(located(*sites), recipe({"all": True}), live=False)
+    assert [s.site for s in exported.substitutions] == list(sites)
+
+
+def narrow(sites: tuple[Site, ...], towers: dict[int, str], *wheres: dict[str, Any]) -> dict[int, list[str]]:
+    """The paths among MIXED and some similar paths that each narrowed rule selects."""
+    others = ("xtext.layers.0.mlp", "text.layers.0.mlp2", "text_layers.0.mlp")
+    found = narrowed(sites, recipe(*wheres), towers)
+    paths = [*(s.path for s in MIXED.sites), *others]
+    return {index: [p for p in paths if re.search(str(rule.where.regex), p)] for index, rule in found.items()}
+
+
+def test_rules_are_narrowed_to_the_sites_of_a_part() -> None:
+    part = MIXED.sites[2:4]  # text.layers.0 and .1
+    assert narrow(part, {}, {"path": "vision.*"}, {"all": True}, {"layers": [1, 5]}) == {
+        1: ["text.layers.0.mlp", "text.layers.1.mlp"],
+        2: ["text.layers.1.mlp"],
+    }
+    assert narrow(MIXED.sites, {}, {"layers": [0], "tower": "vision.blocks"}) == {0: ["vision.blocks.0.mlp"]}
+    assert narrow(MIXED.sites[-1:], {}, {"layers": [0]}) == {}  # no block in this part
+
+
+def test_a_rule_counts_blocks_in_the_tower_of_the_first_part() -> None:
+    towers: dict[int, str] = {}
+    assert narrow(MIXED.sites[2:], towers, {"layers": [0]}) == {0: ["text.layers.0.mlp"]}
+    assert towers == {0: "text.layers"}
+    with pytest.raises(SelectError, match=r"blocks are counted in one stack, and there are vision\.blocks") as caught:
+        narrow(MIXED.sites[:2], towers, {"layers": [0]})
+    assert caught.value.hint == "give the tower: `tower: text.layers`"
+    assert narrow(MIXED.sites[-1:], towers, {"layers": [0]}) == {}
+    with pytest.raises(SelectError, match="there is no block 6"):
+        narrow(MIXED.sites[2:], towers, {"layers": [6]})
