@@ -47,12 +47,13 @@ def onnx_session(
     try:
         import onnxruntime
     except ImportError as error:
-        raise ExportError(f"running ONNX needs onnxruntime ({error})", hint="pip install 'memrewrite[onnx]'") from error
+        raise ExportError(f"running ONNX needs onnxruntime ({error})", hint="pip install 'memrewrite[onnx-cpu]'") from error
     wanted = first_of(providers)
     available = onnxruntime.get_available_providers()
     if wanted not in available:
         what = f"this onnxruntime has no {wanted}: it has {', '.join(available)}"
-        raise ExportError(what, where=str(path), hint="pip install 'memrewrite[gpu]' for CUDA, or ask for another provider")
+        hint = "for CUDA: pip uninstall onnxruntime, then pip install 'memrewrite[onnx-gpu]'; or request another provider"
+        raise ExportError(what, where=str(path), hint=hint)
     used, has_functions = _memory_operators(Path(path))
     native = _library(library, wanted, op) if used and op != "standard" else None
     if used and native is None and not has_functions:
