@@ -36,7 +36,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 types: $(INSTALLED)
-	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/types
+	PATH="$(abspath $(BIN)):$$PATH" .ci/types
 
 # The site in build/site; a warning is an error. Nothing is loaded from the network.
 docs: $(INSTALLED)
@@ -44,7 +44,7 @@ docs: $(INSTALLED)
 
 # sdist and wheel, the wheel in an environment of its own, tests of the unpacked sdist.
 wheel-test: $(INSTALLED)
-	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/wheel
+	PATH="$(abspath $(BIN)):$$PATH" .ci/wheel
 
 # torch by name first: a range would take the newest build with its CUDA packages. Triton of torch 2.11 is installed in its own
 # folder, for the compile gate. The last two packages are weights; their own dependencies are programs that are not needed.
