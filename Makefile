@@ -42,7 +42,7 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# sdist and wheel, the wheel in an environment of its own, tests of the unpacked sdist.
+# sdist and wheel, the wheel in its own environment, tests of the unpacked sdist.
 wheel-test: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" .ci/wheel
 

@@ -138,7 +138,7 @@ def test_python_and_recipes_are_well_formed(page: Path) -> None:
     for block in blocks(page):
         if block.kind == "python":
             ast.parse(block.text)
-        elif block.kind == "yaml" and "twice_gated" not in block.text and "low_rank" not in block.text:
+        elif block.kind == "yaml" and page.stem != "layer":  # whose recipe names the layer kind that the page adds
             import yaml
 
             read_recipe(yaml.safe_load(block.text))
