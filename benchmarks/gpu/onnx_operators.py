@@ -31,7 +31,7 @@ def missing(*packages: str) -> str | None:
     """Which of onnx, onnxruntime and `packages` is not installed, and what to try; None where all are."""
     for name in ("onnx", "onnxruntime", *packages):
         if find_spec(name) is None:
-            return f"{name} is not installed\n  try: pip install 'memrewrite[onnx]' (for CUDA: 'memrewrite[onnx,gpu]')"
+            return f"{name} is not installed\n  try: pip install 'memrewrite[onnx-cpu]' (for CUDA: 'memrewrite[onnx-gpu]')"
     return None
 
 

@@ -73,11 +73,12 @@ def _require_provider(provider: str, path: str | Path) -> None:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ExportError(f"running ONNX needs onnxruntime ({error})", hint="pip install 'memrewrite[onnx]'") from error
+        raise ExportError(f"running ONNX needs onnxruntime ({error})", hint="pip install 'memrewrite[onnx-cpu]'") from error
     available = onnxruntime.get_available_providers()
     if provider not in available:
         what = f"this onnxruntime has no {provider}: it has {', '.join(available)}"
-        raise ExportError(what, where=str(path), hint="pip install 'memrewrite[gpu]' for CUDA, or request another provider")
+        hint = "for CUDA: pip uninstall onnxruntime, then pip install 'memrewrite[onnx-gpu]'; or request another provider"
+        raise ExportError(what, where=str(path), hint=hint)
 
 
 def _opened(

@@ -1,45 +1,54 @@
 """The README runs as printed: its recipe and model, every shell command, the Python script."""
 
+from __future__ import annotations
+
 import re
-import shlex
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import Commands
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+REPOSITORY = "https://github.com/memrewrite/memrewrite/"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 FILES = {text.splitlines()[0].removeprefix("# "): text for kind, text in BLOCKS if kind in ("yaml", "python")}
-COMMANDS = [line.partition("#")[0].strip() for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
+COMMANDS = [
+    line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.partition(" ")[0] == "memrewrite"
+]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("readme")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    folder = tmp_path_factory.mktemp("readme")
     for name, text in FILES.items():
-        (made / name).write_text(text)
-    return made
+        (folder / name).write_text(text, encoding="utf-8")
+    with Commands(folder) as commands:
+        yield commands
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-def test_shell_commands_run_as_printed(folder: Path) -> None:
+def test_shell_commands_run_as_printed(shell: Commands) -> None:
     assert len(COMMANDS) == 10
-    for command in COMMANDS:
-        program, *words = shlex.split(command)
-        assert program == "memrewrite"
-        done = run(folder, sys.executable, "-m", "memrewrite.cli", *words)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    for number, command in enumerate(COMMANDS):
+        done = shell.cold(command) if number == 0 else shell.run(command)
+        assert done.code == 0, f"{command}\n{done.out}\n{done.err}"
 
 
-def test_python_runs_as_printed(folder: Path) -> None:
-    done = run(folder, sys.executable, "train.py")
-    assert done.returncode == 0, done.stderr
-    assert "identity: passed" in done.stdout
-    assert (folder / "trained" / "plan.json").is_file()
+def test_python_runs_as_printed(shell: Commands) -> None:
+    done = shell.run("python train.py")
+    assert done.code == 0, done.err
+    assert "identity: passed" in done.out
+    assert (shell.folder / "trained" / "plan.json").is_file()
+
+
+def test_links_work_outside_of_the_repository() -> None:
+    """PyPI shows the README by itself."""
+    links = re.findall(r"\]\(([^)]+)\)", README)
+    assert links
+    assert not [link for link in links if not link.startswith("https://")]
+    files = [link.removeprefix(REPOSITORY) for link in links if link.startswith(REPOSITORY)]
+    assert not [file for file in files if not (ROOT / file.partition("/main/")[2]).exists()]
 
 
 def test_it_fits_a_screen_or_so() -> None:
