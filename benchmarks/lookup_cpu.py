@@ -86,7 +86,7 @@ def with_gradients(
     return run
 
 
-def contests(args: argparse.Namespace, values: Tensor, tokens: int) -> dict[str, Runs]:
+def comparisons(args: argparse.Namespace, values: Tensor, tokens: int) -> dict[str, Runs]:
     """What is measured at one number of tokens and one dtype."""
     reads, dtype = args.heads * args.topk, values.dtype
     indices = torch.randint(0, values.shape[0], (tokens, reads))
@@ -123,7 +123,7 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in args.dtype:
         values = torch.randn(args.keys**2, args.dim).to(getattr(torch, name)) * args.dim**-0.5
         for tokens in args.tokens:
-            for contest, runs in contests(args, values, tokens).items():
+            for contest, runs in comparisons(args, values, tokens).items():
                 repeat = 1 if tokens > 8 or "gradient" in contest else args.repeat
                 times = measure({who: repeated(run, repeat) for who, run in runs.items()}, args.rounds)
                 rows += lines({"dtype": name, "tokens": tokens, "contest": contest}, times, repeat)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from layer_cpu import machine
-from onnx_contests import TOLERANCE, Contest, lookup, lookup_inputs, lookup_size, model, table, topk
+from onnx_comparisons import TOLERANCE, Comparison, lookup, lookup_inputs, lookup_size, model, table, topk
 from onnx_operators import OPS, missing
 
 from memrewrite.errors import MemrewriteError
@@ -33,16 +33,16 @@ EXTRA_MB = 10  # that a native lookup may take, likewise
 UNTOLD = ("json", "folder", "library", "memory_of")
 
 
-def race(args: argparse.Namespace, contest: Contest) -> dict[str, list[float]]:
+def race(args: argparse.Namespace, comparison: Comparison) -> dict[str, list[float]]:
     """Milliseconds of a call by each contestant in every round, their results checked first."""
     from memrewrite.passes.onnx.session import calls_of
 
-    calls = {who: [make(given) for given in contest.draws] for who, make in contest.makers.items()}
-    before, alone = calls_of(args.library, contest.name), contest.name in OPS
+    calls = {who: [make(given) for given in comparison.draws] for who, make in comparison.makers.items()}
+    before, alone = calls_of(args.library, comparison.name), comparison.name in OPS
     for who, (first, *others) in calls.items():
-        contest.check(contest.draws[0], who, first())
-        if who == "native" and calls_of(args.library, contest.name) - before != alone:
-            raise MemrewriteError(f"the native kernel of {contest.name} did not run")
+        comparison.check(comparison.draws[0], who, first())
+        if who == "native" and calls_of(args.library, comparison.name) - before != alone:
+            raise MemrewriteError(f"the native kernel of {comparison.name} did not run")
         for call in others:
             call()
     times: dict[str, list[float]] = {who: [] for who in calls}
@@ -56,13 +56,13 @@ def race(args: argparse.Namespace, contest: Contest) -> dict[str, list[float]]:
     return times
 
 
-def row(contest: Contest, times: Mapping[str, list[float]]) -> dict[str, Any]:
+def row(comparison: Comparison, times: Mapping[str, list[float]]) -> dict[str, Any]:
     """A line of the table: milliseconds by contestant; native's over each other's, as the median of rounds and by minima."""
     others = {f"native / {who}": taken for who, taken in times.items() if who != "native"}
     over = [(name, list(zip(times["native"], taken, strict=True))) for name, taken in others.items()]
     return {
-        "contest": contest.name,
-        "size": contest.size,
+        "contest": comparison.name,
+        "size": comparison.size,
         "median_ms": {who: round(median(taken), 4) for who, taken in times.items()},
         "min_ms": {who: round(min(taken), 4) for who, taken in times.items()},
         "ratio": {name: round(median(a / b for a, b in pairs), 3) for name, pairs in over},
@@ -73,11 +73,11 @@ def row(contest: Contest, times: Mapping[str, list[float]]) -> dict[str, Any]:
 def extra_memory(args: argparse.Namespace, who: str) -> int:
     """Bytes by which this process's peak grows in a lookup at the most tokens, its output counted, after one of a token."""
     values = table(args, args.dtype[0])
-    contest, given = lookup(args, values, 1), lookup_inputs(args, values, max(args.tokens))
-    contest.makers[who](contest.draws[0])()
+    comparison, given = lookup(args, values, 1), lookup_inputs(args, values, max(args.tokens))
+    comparison.makers[who](comparison.draws[0])()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is what is resident now
     before = _peak()
-    contest.makers[who](given)()
+    comparison.makers[who](given)()
     return _peak() - before
 
 
@@ -126,11 +126,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every contest, one after the other; each is told as it ends."""
+    """Every comparison, one after the other; each is told as it ends."""
     rows = []
 
-    def add(contest: Contest) -> None:
-        rows.append(row(contest, race(args, contest)))
+    def add(comparison: Comparison) -> None:
+        rows.append(row(comparison, race(args, comparison)))
         print(shown(rows[-1]), flush=True)
 
     for dtype in args.dtype:

@@ -75,21 +75,21 @@ def apply(
     trust_code: Trust = False,
 ) -> None:
     """Rewrite MODEL as RECIPE says, check the result, and save it with -o."""
-    with session(context.obj, as_json) as ours:
+    with session(context.obj, as_json) as current:
         if output is not None:
-            from memrewrite.cli.output import refuse_output
+            from memrewrite.cli.output_path import refuse_output
 
             refuse_output(output, overwrite=overwrite, read=[model, recipe])
-        wanted = read_recipe(ours, recipe)
-        source = load_model(ours, model, trust_code, with_tokenizer=output is not None and not dry_run)
+        wanted = read_recipe(current, recipe)
+        source = load_model(current, model, trust_code, with_tokenizer=output is not None and not dry_run)
         if dry_run:
-            _show_plan(ours, source, wanted)
+            _show_plan(current, source, wanted)
         else:
-            _apply(ours, source, wanted, output, _emitted(emit, source), overwrite=overwrite, allow_large=allow_large)
+            _apply(current, source, wanted, output, _emitted(emit, source), overwrite=overwrite, allow_large=allow_large)
 
 
 def _apply(
-    ours: Session,
+    current: Session,
     source: Source,
     recipe: Recipe,
     output: Path | None,
@@ -98,20 +98,20 @@ def _apply(
     overwrite: bool,
     allow_large: bool,
 ) -> None:
-    from memrewrite.cli import render
+    from memrewrite.cli import text_output
     from memrewrite.passes import pipeline
     from memrewrite.passes.storage import checkpoint
 
-    report = pipeline.apply(source.model, recipe, source.inputs, emit=emit.value, allow_large=allow_large, step=ours.step)
+    report = pipeline.apply(source.model, recipe, source.inputs, emit=emit.value, allow_large=allow_large, step=current.step)
     saved = None
     if output is not None:
         for file in source.neighbours if emit is Emit.module else ():
-            ours.log.warning("%s imports %s, which is not saved with it", source.code, file.name)
+            current.log.warning("%s imports %s, which is not saved with it", source.code, file.name)
         base = source.base if emit is Emit.module else None
-        saved = checkpoint.save(report.model, output, source=base, overwrite=overwrite, step=ours.step)
+        saved = checkpoint.save(report.model, output, source=base, overwrite=overwrite, step=current.step)
     document = {"report": report.model_dump(mode="json"), "ok": report.ok, "emit": emit.value}
     document["saved"] = None if saved is None else str(saved)
-    ours.show(document, lambda out: render.applied(out, report, saved))
+    current.show(document, lambda out: text_output.applied(out, report, saved))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -133,18 +133,18 @@ def inspect(
     trust_code: Trust = False,
 ) -> None:
     """Show every MLP of MODEL, and what only looked like one, with the reason."""
-    with session(context.obj, as_json) as ours:
-        from memrewrite.cli import look
+    with session(context.obj, as_json) as current:
+        from memrewrite.cli import inspect_command
 
-        look.refuse(why, html, recipe, overwrite=overwrite, read=[model])
-        wanted = None if recipe is None else read_recipe(ours, recipe)
-        source = load_model(ours, model, trust_code)
+        inspect_command.refuse(why, html, recipe, overwrite=overwrite, read=[model])
+        wanted = None if recipe is None else read_recipe(current, recipe)
+        source = load_model(current, model, trust_code)
         if why is not None:
-            look.why(ours, source, why)
+            inspect_command.why(current, source, why)
         elif html is not None:
-            look.page(ours, source, html, wanted)
+            inspect_command.page(current, source, html, wanted)
         else:
-            look.tables(ours, source)
+            inspect_command.tables(current, source)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -156,9 +156,9 @@ def plan(
     trust_code: Trust = False,
 ) -> None:
     """Show what `apply` would do to MODEL, and what it would cost; change nothing."""
-    with session(context.obj, as_json) as ours:
-        wanted = read_recipe(ours, recipe)
-        _show_plan(ours, load_model(ours, model, trust_code), wanted)
+    with session(context.obj, as_json) as current:
+        wanted = read_recipe(current, recipe)
+        _show_plan(current, load_model(current, model, trust_code), wanted)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -169,37 +169,37 @@ def verify(
     trust_code: Trust = False,
 ) -> None:
     """Check a saved result: its files, bit for bit, and what was proved of it."""
-    with session(context.obj, as_json) as ours:
-        ours.step("loading torch")
-        from memrewrite.cli import render
+    with session(context.obj, as_json) as current:
+        current.step("loading torch")
+        from memrewrite.cli import text_output
         from memrewrite.errors import VerificationError
         from memrewrite.passes.verify_saved import verify_saved
 
-        report = verify_saved(directory, trust_code=trust_code, step=ours.step)
+        report = verify_saved(directory, trust_code=trust_code, step=current.step)
         if not report.ok:  # shown like every failed check, with the report
             failed = next(check for check in report.checks if check.outcome == "failed")
             what = f"the check {failed.name!r} failed: {failed.sentence}"
             raise VerificationError(what, where=str(directory), hint="apply the recipe again").with_report(report)
         document = {"report": report.model_dump(mode="json"), "ok": report.ok}
-        ours.show(document, lambda out: render.verified(out, report, directory))
+        current.show(document, lambda out: text_output.verified(out, report, directory))
 
 
 for command in (onnx.export, onnx.check, onnx.build_op):
     app.command(epilog=EXIT_CODES)(command)
 
 
-def _show_plan(ours: Session, source: Source, recipe: Recipe) -> None:
-    from memrewrite.cli import render
+def _show_plan(current: Session, source: Source, recipe: Recipe) -> None:
+    from memrewrite.cli import text_output
     from memrewrite.passes import pipeline
 
-    made = pipeline.plan(source.model, recipe, source.inputs, step=ours.step)
+    made = pipeline.plan(source.model, recipe, source.inputs, step=current.step)
     document: dict[str, Any] = {"plan": made.model_dump(mode="json"), "digest": made.digest()}
     document |= {"before": made.before().model_dump(), "after": made.after().model_dump()}
     document["sites"] = [
         {"path": s.site.path, "before": s.site.cost().model_dump(), "after": s.cost(made.pools).model_dump()}
         for s in made.substitutions
     ]
-    ours.show(document, lambda out: render.planned(out, made))
+    current.show(document, lambda out: text_output.planned(out, made))
 
 
 def _emitted(emit: Emit | None, source: Source) -> Emit:

@@ -31,17 +31,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Trust = Annotated[bool, typer.Option("--trust-code", help="Run Python and unpickle objects that came with the model.")]
 
 
-def read_recipe(ours: Session, recipe: str) -> Recipe:
+def read_recipe(current: Session, recipe: str) -> Recipe:
     """The recipe of that file or gallery name."""
-    ours.step("reading the recipe")
+    current.step("reading the recipe")
     from memrewrite.recipes import reader
 
     return reader.read_recipe(recipe)
 
 
-def load_model(ours: Session, model: str, trust_code: bool, *, with_tokenizer: bool = False) -> Source:
+def load_model(current: Session, model: str, trust_code: bool, *, with_tokenizer: bool = False) -> Source:
     """The model that MODEL spells, and its example inputs."""
-    ours.step("loading the model")
+    current.step("loading the model")
     from memrewrite.passes.storage.source import load_source
 
     return load_source(model, trust_code=trust_code, with_tokenizer=with_tokenizer)

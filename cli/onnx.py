@@ -47,13 +47,13 @@ def export(
     trust_code: Trust = False,
 ) -> None:
     """Write MODEL as one ONNX file: any runtime runs it, and one that knows our library runs it fast."""
-    with session(context.obj, as_json) as ours:
-        from memrewrite.cli import render
-        from memrewrite.cli.output import refuse_file
+    with session(context.obj, as_json) as current:
+        from memrewrite.cli import text_output
+        from memrewrite.cli.output_path import refuse_file
 
         refuse_file(output, overwrite=overwrite, read=[model])
-        source = load_model(ours, model, trust_code)
-        ours.step("preparing")
+        source = load_model(current, model, trust_code)
+        current.step("preparing")
         from memrewrite.passes.onnx.export import export_onnx
 
         exported = export_onnx(
@@ -65,9 +65,9 @@ def export(
             with_past=with_past,
             overwrite=overwrite,
             notes={"source": _from_there(Path(model), output)} if Path(model).exists() else {},
-            step=ours.step,
+            step=current.step,
         )
-        ours.show({"exported": exported.model_dump(mode="json")}, lambda out: render.exported(out, exported))
+        current.show({"exported": exported.model_dump(mode="json")}, lambda out: text_output.exported(out, exported))
 
 
 def _from_there(model: Path, output: Path) -> str:
@@ -87,15 +87,15 @@ def build_op(
     as_json: Json = False,
 ) -> None:
     """Build the native kernels of the memory operators, for every onnxruntime from 1.17 on."""
-    with session(context.obj, as_json) as ours:
-        from memrewrite.cli import render
-        from memrewrite.cli.output import refuse_file
+    with session(context.obj, as_json) as current:
+        from memrewrite.cli import text_output
+        from memrewrite.cli.output_path import refuse_file
         from memrewrite.passes.onnx.native_library import build_op as build
 
         if output is not None:
             refuse_file(output, overwrite=overwrite, read=[])
-        library = build(output, cuda=cuda, step=ours.step)
-        ours.show({"library": str(library)}, lambda out: render.line(out, f"built {library}"))
+        library = build(output, cuda=cuda, step=current.step)
+        current.show({"library": str(library)}, lambda out: text_output.line(out, f"built {library}"))
 
 
 class RouteName(str, enum.Enum):
@@ -126,9 +126,9 @@ def check(
     trust_code: Trust = False,
 ) -> None:
     """Run FILE against the PyTorch model that it was exported from, by its standard operators and by the native kernels."""
-    with session(context.obj, as_json) as ours:
-        ours.step("reading the file")
-        from memrewrite.cli import render
+    with session(context.obj, as_json) as current:
+        current.step("reading the file")
+        from memrewrite.cli import text_output
         from memrewrite.errors import VerificationError
         from memrewrite.passes.onnx.check.check import check_onnx
 
@@ -140,9 +140,11 @@ def check(
             providers=[provider],
             tolerance=tolerance,
             trust_code=trust_code,
-            step=ours.step,
+            step=current.step,
         )
-        ours.show({"checked": checked.model_dump(mode="json"), "ok": checked.ok}, lambda out: render.checked(out, checked))
+        current.show(
+            {"checked": checked.model_dump(mode="json"), "ok": checked.ok}, lambda out: text_output.checked(out, checked)
+        )
         if not checked.ok:
-            ours.log.error("%s does not compute what the model does", file)
+            current.log.error("%s does not compute what the model does", file)
             raise typer.Exit(VerificationError.exit_code)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from memrewrite.cli.drawing import Drawing
-from memrewrite.cli.marks import Marks, everything, numbered, starred
-from memrewrite.cli.markup import Html, count, join, named, short, tag
-from memrewrite.cli.planned import plan_section
+from memrewrite.cli.page_html import Html, count, join, named, short, tag
+from memrewrite.cli.page_marks import Marks, everything, numbered, starred
+from memrewrite.cli.page_modules import Drawing
+from memrewrite.cli.page_plan import plan_section
 
 if TYPE_CHECKING:
-    from memrewrite.outline import ModuleNode
+    from memrewrite.module_node import ModuleNode
     from memrewrite.plans import Plan
     from memrewrite.site import Inspection
 

@@ -14,7 +14,7 @@ app = typer.Typer(help="List the gallery's recipes; show one; print the schema."
 
 def complete(incomplete: str) -> list[str]:
     """Names of gallery recipes, for the shell."""
-    from memrewrite.recipes.shelf import gallery
+    from memrewrite.recipes.gallery_index import gallery
 
     return [name for name in gallery() if name.startswith(incomplete)]
 
@@ -27,13 +27,13 @@ def _list(
     """List the gallery's recipes; show one; print the schema."""
     if context.invoked_subcommand is not None:
         return
-    with session(context.obj, as_json) as ours:
-        from memrewrite.cli import render
-        from memrewrite.recipes.shelf import describe, gallery
+    with session(context.obj, as_json) as current:
+        from memrewrite.cli import text_output
+        from memrewrite.recipes.gallery_index import describe, gallery
 
         described = {name: describe(name) for name in gallery()}
         document = {"recipes": [{"name": name, "description": text} for name, text in described.items()]}
-        ours.show(document, lambda out: render.listed(out, described))
+        current.show(document, lambda out: text_output.listed(out, described))
 
 
 @app.command()
@@ -42,17 +42,17 @@ def show(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A gallery recipe.", autocompletion=complete)],
 ) -> None:
     """Print a gallery recipe as YAML, a start for one of your own."""
-    with session(context.obj) as ours:
-        from memrewrite.recipes.shelf import describe, gallery
+    with session(context.obj) as current:
+        from memrewrite.recipes.gallery_index import describe, gallery
 
         describe(name)  # refuses an unknown name
-        ours.write(gallery()[name].rstrip())
+        current.write(gallery()[name].rstrip())
 
 
 @app.command()
 def schema(context: typer.Context) -> None:
     """Print the JSON schema of recipes, by which editors complete and check them."""
-    with session(context.obj) as ours:
+    with session(context.obj) as current:
         from memrewrite.recipes.json_schema import json_schema
 
-        ours.write(json.dumps(json_schema(), indent=2))
+        current.write(json.dumps(json_schema(), indent=2))

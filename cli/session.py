@@ -68,9 +68,9 @@ def session(settings: Settings | None, as_json: bool = False) -> Iterator[Sessio
     os.environ.setdefault("TQDM_DISABLE", "1")  # the steps show progress
     out, errors = sys.stdout, _console(sys.stderr)
     with contextlib.redirect_stdout(sys.stderr), Steps(errors) as steps, _logging(errors, settings):
-        ours = Session(out, steps, as_json)
+        current = Session(out, steps, as_json)
         try:
-            yield ours
+            yield current
         except (typer.Exit, BrokenPipeError):
             raise
         except KeyboardInterrupt:
@@ -79,10 +79,10 @@ def session(settings: Settings | None, as_json: bool = False) -> Iterator[Sessio
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:  # noqa: BLE001 - the outermost: nothing goes by it
             steps.close(failed=True)
-            raise typer.Exit(_report(error, ours, errors, settings)) from None
+            raise typer.Exit(_report(error, current, errors, settings)) from None
 
 
-def _report(error: Exception, ours: Session, errors: Console, settings: Settings) -> int:
+def _report(error: Exception, current: Session, errors: Console, settings: Settings) -> int:
     """Say what went wrong, on stderr and with --json on stdout too; return the exit code."""
     document: dict[str, Any] = {"kind": type(error).__name__, "what": str(error), "where": None, "hint": None}
     if isinstance(error, MemrewriteError):
@@ -96,12 +96,12 @@ def _report(error: Exception, ours: Session, errors: Console, settings: Settings
     report = error.report if isinstance(error, VerificationError) else None
     if report is not None:
         whole["report"] = report.model_dump(mode="json")
-    if ours.as_json:
-        ours.write(json.dumps(whole, indent=2))
+    if current.as_json:
+        current.write(json.dumps(whole, indent=2))
     elif report is not None:
-        from memrewrite.cli import render
+        from memrewrite.cli import text_output
 
-        render.checks(_console(ours.out), report)
+        text_output.checks(_console(current.out), report)
     if settings.debug:
         _say(errors, "".join(traceback.format_exception(error)).rstrip())
     for label, key in (("error", "what"), ("   at", "where"), ("  try", "hint")):

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 from memrewrite.kernels.triton_lookup import ELEMENT, Plan, elements, readable, whole
 from memrewrite.kernels.triton_math import load_rows, unscaled
 from memrewrite.kernels.triton_segments import Segments, add_reads, load_reads, segment, touched
@@ -207,7 +207,7 @@ def finish_dots(dots, order, out, reads, SLICES: tl.constexpr, BLOCK: tl.constex
         tl.store(out + read, total.to(out.dtype.element_ty), live)
 
 
-def specimens() -> Iterator[Specimen]:
+def compile_variants() -> Iterator[CompileVariant]:
     """The gradients' variants, for the compile gate."""
     bf16, fp32, fp8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
     for width, dtype, dots, by_rank in (
@@ -217,7 +217,7 @@ def specimens() -> Iterator[Specimen]:
         how, kind = plan(width, dtype), ELEMENT[dtype]
         tables = {"table": "*i32", "slots": "*i32", "tokens": "*i32", "weights": f"*{kind}", "grad": f"*{kind}"}
         given = {"values": f"*{kind}", "dots": "*fp32"} if dots else {"values": "constexpr", "dots": "constexpr"}
-        yield Specimen(
+        yield CompileVariant(
             name=f"segment_gradients {kind} D={width}{' weights too' if dots else ''}{' by rank' if by_rank else ''}",
             kernel=segment_gradients,
             signature=tables | given | {"out": f"*{kind}", "sums": "*fp32", "count": "i32", "reads": "i32", "programs": "i32"},
@@ -233,7 +233,7 @@ def specimens() -> Iterator[Specimen]:
         for element, architectures in elements(dtype).items():
             pointers = {"grad": f"*{kind}", "values": f"*{element}", "indices": f"*{index}", "dots": "*fp32"}
             pointers |= {"scale": "*fp32"} if eight else {}
-            yield Specimen(
+            yield CompileVariant(
                 name=f"token_dots {'fp8' if eight else kind} D={width} {index}",
                 kernel=token_dots,
                 signature={"scale": "constexpr"} | pointers | {"tokens": "i32", "key_units": "i32"},
@@ -244,7 +244,7 @@ def specimens() -> Iterator[Specimen]:
                 scalar_loads=how.rows if eight else 0,
                 architectures=architectures,
             )
-    yield Specimen(
+    yield CompileVariant(
         name="add_long bf16 D=4096",
         kernel=add_long,
         signature={"sums": "*fp32", "slots": "*i32", "long_rows": "*i32", "out": "*bf16", "longs": "i32", "programs": "i32"},
@@ -254,7 +254,11 @@ def specimens() -> Iterator[Specimen]:
         scalar_loads=5,
     )
     signature = {"out": "*bf16", "last": "*i32", "rows": "i32"}
-    yield Specimen("zero_rest D=1024", zero_rest, signature, {"D": 1024, "BLOCK_D": 1024}, ("out",), num_warps=4, row_bytes=4)
+    yield CompileVariant(
+        "zero_rest D=1024", zero_rest, signature, {"D": 1024, "BLOCK_D": 1024}, ("out",), num_warps=4, row_bytes=4
+    )
     signature = {"dots": "*fp32", "order": "*i64", "out": "*bf16", "reads": "i32"}
     aligned, sizes = ("dots", "order", "out"), {"SLICES": 2, "BLOCK": DOTS}
-    yield Specimen("finish_dots D=1024", finish_dots, signature, sizes, aligned, num_warps=4, row_bytes=4, scalar_loads=24)
+    yield CompileVariant(
+        "finish_dots D=1024", finish_dots, signature, sizes, aligned, num_warps=4, row_bytes=4, scalar_loads=24
+    )

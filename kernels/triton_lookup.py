@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 from memrewrite.kernels.triton_math import load_rows, unscaled
 
 FEW_TOKENS = 64  # with fewer, one program a slice leaves most of the device idle
@@ -78,7 +78,7 @@ def readable(values: Tensor) -> Tensor:
 
 
 def elements(dtype: torch.dtype) -> dict[str, tuple[int, ...]]:
-    """What `readable` makes of tables as wide as the specimens', and on which of their architectures."""
+    """What `readable` makes of tables as wide as the compile_variants', and on which of their architectures."""
     return {"i32": (80,), "fp8e4nv": (90, 100)} if dtype == torch.float8_e4m3fn else {ELEMENT[dtype]: (80, 90, 100)}
 
 
@@ -160,7 +160,7 @@ def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | No
     return out
 
 
-def specimens() -> Iterator[Specimen]:
+def compile_variants() -> Iterator[CompileVariant]:
     """The forward's variants, for the compile gate."""
     bf16, fp32, fp8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
     for width, dtype, index, keys, split in (
@@ -172,7 +172,7 @@ def specimens() -> Iterator[Specimen]:
         how, eight, unit = plan(width, dtype), dtype == fp8, whole(keys)
         weight = "fp32" if eight else ELEMENT[dtype]  # product keys give fp32 weights
         for element, architectures in elements(dtype).items():
-            yield Specimen(
+            yield CompileVariant(
                 name=f"lookup_forward {'fp8' if eight else weight} D={width} K={keys} {index}{' split' if split else ''}",
                 kernel=lookup_forward,
                 signature={
@@ -188,7 +188,7 @@ def specimens() -> Iterator[Specimen]:
                 architectures=architectures,
             )  # fmt: skip
     how = plan(1024, bf16)
-    yield Specimen(
+    yield CompileVariant(
         name="add_chunks bf16 D=1024",
         kernel=add_chunks,
         signature={"sums": "*fp32", "out": "*bf16", "tokens": "i32", "chunks": "i32"},

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 
 LENGTH = 128  # reads of a segment: a hot row's are added up side by side, 128 at a time
 MOST_PIECES = 2**15  # hot rows' segments have a sum [D] each: beyond four million reads segments grow, and these do not
@@ -186,7 +186,7 @@ def sum_long(grads, tokens, weights, long_segments, sums, D: tl.constexpr, BLOCK
         tl.store(sums + place.to(tl.int64) * D + cols, total, cols < D)
 
 
-def specimens() -> Iterator[Specimen]:
+def compile_variants() -> Iterator[CompileVariant]:
     """The kernels that build segments, for the compile gate. They move numbers, not rows."""
     words = dict.fromkeys(("rank", "starts", "tokens", "owners", "table", "long_segments", "long_rows"), "*i32")
     words |= {"order": "*i64", "sums": "*i64", "weights": "*bf16", "sorted_weights": "*bf16"}
@@ -201,7 +201,7 @@ def specimens() -> Iterator[Specimen]:
     )
     for kernel, note, constants in variants:
         names = [name for name in kernel.arg_names if name in words and name not in constants]
-        yield Specimen(
+        yield CompileVariant(
             name=f"{kernel.__name__}{note}",
             kernel=kernel,
             signature={name: words[name] for name in names} | dict.fromkeys(constants, "constexpr"),
@@ -213,7 +213,7 @@ def specimens() -> Iterator[Specimen]:
         )
     for kind in ("bf16", "fp32"):
         pointers = {"tokens": "*i32", "weights": f"*{kind}", "long_segments": "*i32", "grads": f"*{kind}", "sums": "*fp32"}
-        yield Specimen(
+        yield CompileVariant(
             name=f"sum_long {kind} D=4096",
             kernel=sum_long,
             signature=pointers,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 from memrewrite.kernels.triton_topk_kernels import half_kernel, pair_kernel, scatter_kernel
 
 MOST_KEYS, MOST_K = 65536, 256
@@ -166,7 +166,7 @@ def _scatter_constants(n1: int, n2: int, k: int) -> dict[str, Any]:
     return {"N1": n1, "N2": n2, "k": k, "C": SCATTERED, "R": 32}
 
 
-def specimens() -> Iterator[Specimen]:
+def compile_variants() -> Iterator[CompileVariant]:
     """What the gate compiles: every way of cutting, at the sizes that the layers use."""
     half, single = torch.bfloat16, torch.float32
     for n, k, dtype, few in (
@@ -178,23 +178,23 @@ def specimens() -> Iterator[Specimen]:
         (1024, 32, half, True),
         (4096, 32, single, True),
     ):
-        yield _half_specimen(n, k, dtype, few)
+        yield _half_variant(n, k, dtype, few)
     for k, dtype, few in ((32, half, False), (64, single, False), (32, half, True)):
         plan, (element, _) = plan_pairs(k, few), ELEMENT[dtype]
         signature = {"found": _key(element), "scores": "*fp32", "indices": "*i64", "rows": "i32", "n2": "i32"}
         constants = _pair_constants(k, dtype, plan, True)
         signature.update(dict.fromkeys(constants, "constexpr"))
         name = f"pair_topk {element} k={k}{' few' if few else ''}"
-        yield Specimen(name, pair_kernel, signature, constants, ("found", "scores", "indices"), plan.warps, row_bytes=4)
+        yield CompileVariant(name, pair_kernel, signature, constants, ("found", "scores", "indices"), plan.warps, row_bytes=4)
     constants = _scatter_constants(1024, 1024, 32)
     signature = {"grad": "*fp32", "indices": "*i64", "grad1": "*fp32", "grad2": "*fp32", "rows": "i32"}
     signature.update(dict.fromkeys(constants, "constexpr"))
-    yield Specimen(
+    yield CompileVariant(
         "scatter_topk k=32", scatter_kernel, signature, constants, ("grad", "indices", "grad1", "grad2"), 1, row_bytes=4
     )
 
 
-def _half_specimen(n: int, k: int, dtype: torch.dtype, few: bool) -> Specimen:
+def _half_variant(n: int, k: int, dtype: torch.dtype, few: bool) -> CompileVariant:
     element, vec = ELEMENT[dtype][0], 16 // dtype.itemsize
     plan = plan_halves(n, k, dtype, vec, few)
     constants = _half_constants(n, k, plan, vec)
@@ -203,7 +203,7 @@ def _half_specimen(n: int, k: int, dtype: torch.dtype, few: bool) -> Specimen:
     signature.update(dict.fromkeys(constants, "constexpr"))
     name = f"half_topk {element} n={n} k={k}{' few' if few else ''}"
     groups = plan.chunk // plan.group if plan.group > 1 else 0  # numbers of groups, read one by one
-    return Specimen(name, half_kernel, signature, constants, ("scores",), plan.warps, scalar_loads=groups)
+    return CompileVariant(name, half_kernel, signature, constants, ("scores",), plan.warps, scalar_loads=groups)
 
 
 def _key(element: str) -> str:

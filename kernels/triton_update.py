@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 from memrewrite.kernels.triton_lookup import ELEMENT, Plan
 from memrewrite.kernels.triton_math import (
     LARGEST_E4M3,
@@ -239,7 +239,7 @@ def move_row(
             tl.store(average + at + more, round_to(moment, bits, average.dtype.element_ty), more < D)
 
 
-def specimens() -> Iterator[Specimen]:
+def compile_variants() -> Iterator[CompileVariant]:
     """The updates' variants, for the compile gate."""
     bf16, fp32, fp8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
     for width, dtype, average in (
@@ -253,7 +253,7 @@ def specimens() -> Iterator[Specimen]:
         pointers |= {"weights": f"*{kind}", "slots": "*i32", "starts": "*i32", "counts": "*i64", "sums": "*fp32"}
         pointers |= ({"scale": "*fp32"} if eight else {}) | ({"average": f"*{ELEMENT[average]}"} if average else {})
         rates = ("lr", "decay", "eps", "beta1", "rest1", "beta2", "rest2", "correct1", "correct2")
-        yield Specimen(
+        yield CompileVariant(
             name=f"{'adam' if average else 'adagrad'} {'fp8' if eight else kind} D={width}",
             kernel=update_rows,
             signature=pointers | {"rows": "i32", "programs": "i32", "seed": "i64"} | dict.fromkeys(rates, "fp32"),

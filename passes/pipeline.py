@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import ModelError, SelectError, VerificationError
 from memrewrite.explanation import Explanation
-from memrewrite.outline import ModuleNode
+from memrewrite.module_node import ModuleNode
 from memrewrite.passes.capture.capture import capture, is_traced
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.explain.explain import explained

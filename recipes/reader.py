@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from memrewrite.errors import RecipeError
-from memrewrite.recipes.problems import Loc, Problem, did_you_mean, one_of, problems_of
+from memrewrite.recipes.gallery_index import gallery
 from memrewrite.recipes.schema import Recipe
-from memrewrite.recipes.shelf import gallery
-from memrewrite.recipes.source import MAX_BYTES, Document, Source, decode, read_document
+from memrewrite.recipes.validation_errors import Loc, Problem, did_you_mean, one_of, problems_of
+from memrewrite.recipes.yaml_source import MAX_BYTES, Document, Source, decode, read_document
 
 Place = Callable[[Problem], tuple[str, str]]  # where it is, and an excerpt of it
 

@@ -21,7 +21,7 @@ from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
 from memrewrite.layers.pool import Backend, Gradient, Pools, PoolSpec, ValueType, needs_fused
 from memrewrite.plans import Placement
-from memrewrite.recipes.problems import did_you_mean, one_of, refused
+from memrewrite.recipes.validation_errors import did_you_mean, one_of, refused
 
 VERSIONS = (1,)  # the format versions this package reads
 MAX_KEYS = 2**16  # per half: 2**32 slots, sixty-four times the paper's largest pool
@@ -35,7 +35,7 @@ Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 
 
-class PoolWish(Frozen):
+class PoolEntry(Frozen):
     """A value table that the layers of one or more rules share."""
 
     keys: Whole = Field(ge=1, le=MAX_KEYS, description="Keys per half; the pool has keys × keys slots.")
@@ -47,7 +47,7 @@ class PoolWish(Frozen):
     backend: Backend = "auto"
 
     @model_validator(mode="after")
-    def _can_learn(self) -> PoolWish:
+    def _can_learn(self) -> PoolEntry:
         if needs_fused(self.dtype, self.gradient):
             raise refused(f"a table of {self.dtype} learns by fused updates alone", "gradient: fused")
         return self
@@ -163,7 +163,7 @@ class Recipe(Frozen):
     """What the user wants done to a model: pools, and rules that say which MLPs get which layer."""
 
     memrewrite: Literal[1] = Field(description="Version of the recipe format: 1.")
-    pools: dict[str, PoolWish] = Field(default_factory=dict, description="Value tables by name, shared by the layers.")
+    pools: dict[str, PoolEntry] = Field(default_factory=dict, description="Value tables by name, shared by the layers.")
     replace: tuple[Rule, ...] = Field(min_length=1, description="Rules; no two may claim the same MLP.")
     verify: Literal["full", "off"] = Field(default="full", description="'full': check the rewritten model; 'off': don't.")
 
@@ -225,7 +225,7 @@ def _kinds() -> dict[str, type[MemoryLayer]]:
     return {kind.kind: kind for kind in KINDS}
 
 
-def _buildable(rule: Rule, loc: tuple[str | int, ...], wish: PoolWish | None) -> list[InitErrorDetails]:
+def _buildable(rule: Rule, loc: tuple[str | int, ...], wish: PoolEntry | None) -> list[InitErrorDetails]:
     """What the kind's own `check` refuses whatever the model: tried at a width that suits every option."""
     width = rule.where.d_model or _ANY_WIDTH
     pool = None if wish is None else _spec(wish, width)
@@ -237,7 +237,7 @@ def _buildable(rule: Rule, loc: tuple[str | int, ...], wish: PoolWish | None) ->
     return []
 
 
-def _spec(wish: PoolWish, width: int) -> PoolSpec:
+def _spec(wish: PoolEntry, width: int) -> PoolSpec:
     given = wish.model_dump(exclude_none=True)
     return PoolSpec.model_validate({"value_dim": width, **given})
 

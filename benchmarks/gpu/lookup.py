@@ -20,11 +20,11 @@ from memrewrite.kernels import ops
 DTYPE = torch.bfloat16
 
 
-def rivals() -> Any:
+def baselines() -> Any:
     """The comparison kernels; Triton is imported by the first that asks."""
-    import rivals
+    import baselines
 
-    return rivals
+    return baselines
 
 
 def unless_missing(make: Callable[[], Run]) -> Run:
@@ -79,11 +79,11 @@ def forward(bench: Bench, dim: int, pattern: str, dtype: torch.dtype = DTYPE) ->
 def forward_rivals(values: Tensor, indices: Tensor, weights: Tensor) -> dict[str, Run]:
     """Everything that computes the forward."""
     inputs = (values, indices, weights)
-    fbgemm = unless_missing(lambda: partial(rivals().Fbgemm(values).forward, indices, weights))
+    fbgemm = unless_missing(lambda: partial(baselines().Fbgemm(values).forward, indices, weights))
     return {
-        "embedding_bag": lambda: rivals().bag_forward(*inputs),
-        "torch": lambda: rivals().torch_forward(*inputs),
-        "triton": lambda: rivals().triton_forward(*inputs),
+        "embedding_bag": lambda: baselines().bag_forward(*inputs),
+        "torch": lambda: baselines().torch_forward(*inputs),
+        "triton": lambda: baselines().triton_forward(*inputs),
         "fbgemm": fbgemm,
     }
 
@@ -125,14 +125,14 @@ def decode(bench: Bench, tokens: int, dim: int) -> list[Result]:
     times = bench.race(
         {
             "ours": all_sets(lambda v, i, w: bench.kernels.forward(v, i, w, None)),
-            "embedding_bag": all_sets(lambda v, i, w: rivals().bag_forward(v, i, w)),
-            "torch": all_sets(lambda v, i, w: rivals().torch_forward(v, i, w)),
-            "triton": all_sets(lambda v, i, w: rivals().triton_forward(v, i, w)),
+            "embedding_bag": all_sets(lambda v, i, w: baselines().bag_forward(v, i, w)),
+            "torch": all_sets(lambda v, i, w: baselines().torch_forward(v, i, w)),
+            "triton": all_sets(lambda v, i, w: baselines().triton_forward(v, i, w)),
         },
         per=bench.sizes.sets,
     )
     moved = data.forward_bytes(values, sets[0], weights)
-    eager = eager_us(bench, {"op": ops.sparse_lookup, "embedding_bag": rivals().bag_forward}, (values, sets[0], weights))
+    eager = eager_us(bench, {"op": ops.sparse_lookup, "embedding_bag": baselines().bag_forward}, (values, sets[0], weights))
     case = f"T={tokens} K={reads} D={dim} N={keys}² bfloat16"
     return [
         bench.result("decode", case, times, moved=moved, targets=[Target("embedding_bag", 2), Target("triton", 5)], note=eager)
@@ -193,10 +193,10 @@ def backward_race(bench: Bench, values: Tensor, pattern: str) -> tuple[dict[str,
     inputs = (values, indices, weights)
     runs: dict[str, Run] = {
         "ours": lambda: bench.kernels.backward(grad, *inputs, None, True, True),
-        "embedding_bag": unless_missing(lambda: rivals().gradients(rivals().bag_forward, grad, *inputs)),
-        "torch": unless_missing(lambda: rivals().gradients(rivals().torch_forward, grad, *inputs)),
-        "triton": lambda: rivals().triton_backward(grad, *inputs),
-        "triton, fp32 sums": lambda: rivals().triton_backward(grad, *inputs, torch.float32),
+        "embedding_bag": unless_missing(lambda: baselines().gradients(baselines().bag_forward, grad, *inputs)),
+        "torch": unless_missing(lambda: baselines().gradients(baselines().torch_forward, grad, *inputs)),
+        "triton": lambda: baselines().triton_backward(grad, *inputs),
+        "triton, fp32 sums": lambda: baselines().triton_backward(grad, *inputs, torch.float32),
     }
     return bench.race(runs), data.backward_bytes(*inputs, dense=True)
 
@@ -213,8 +213,8 @@ def sparse_rows(bench: Bench, dim: int) -> list[Result]:
         bench.kernels.rows(grad, indices, weights, keys * keys)
         bench.kernels.backward(grad, values, indices, weights, None, False, True)
 
-    bag = partial(rivals().bag_forward, sparse=True)
-    runs = {"ours": ours, "embedding_bag": unless_missing(lambda: rivals().gradients(bag, grad, values, indices, weights))}
+    bag = partial(baselines().bag_forward, sparse=True)
+    runs = {"ours": ours, "embedding_bag": unless_missing(lambda: baselines().gradients(bag, grad, values, indices, weights))}
     moved = data.backward_bytes(values, indices, weights, dense=False)
     case = f"T={bench.sizes.tokens} K={bench.sizes.reads} D={dim} N={keys}² uniform, rows"
     return [bench.result("backward", case, bench.race(runs), moved=moved)]

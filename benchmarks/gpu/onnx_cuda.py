@@ -24,16 +24,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import source
+import import_checkout
 
-source.ensure()
+import_checkout.ensure()
 
 import data as data  # noqa: E402 - the package must be findable first
 import torch  # noqa: E402 - before onnxruntime, which then finds CUDA's libraries loaded
-from ceilings import copy  # noqa: E402
 from harness import Bench, Case, Result, Run, Stop, reason  # noqa: E402
-from onnx_correct import DTYPES, checks, lookup_inputs  # noqa: E402
+from onnx_correctness import DTYPES, checks, lookup_inputs  # noqa: E402
 from onnx_operators import Operators, missing  # noqa: E402
+from peak_rates import copy  # noqa: E402
 from report import concluded, device, record, versions  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 

@@ -20,9 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import source
+import import_checkout
 
-source.ensure()
+import_checkout.ensure()
 
 import torch  # noqa: E402 - the package must be findable first
 
@@ -44,23 +44,23 @@ class Section:
 
 def sections() -> tuple[Section, ...]:
     """All of them, in order; 450 seconds together."""
-    import ceilings
-    import correct
-    import large
+    import correctness
+    import large_tables
     import layers
     import lookup
+    import peak_rates
     import steps
 
     return (
-        Section("correctness", 95, correct.cases),
-        Section("ceilings", 5, ceilings.cases),
+        Section("correctness", 95, correctness.cases),
+        Section("ceilings", 5, peak_rates.cases),
         Section("forward", 50, lookup.forward_cases),
         Section("decode", 20, lookup.decode_cases),
         Section("backward", 60, lookup.backward_cases),
         Section("topk", 25, steps.topk_cases),
         Section("update", 25, steps.update_cases),
         Section("training step", 20, steps.step_cases),
-        Section("memory size", 35, large.cases),
+        Section("memory size", 35, large_tables.cases),
         Section("layer", 85, layers.layer_cases),
         Section("compile", 30, layers.compile_cases),
     )
@@ -124,12 +124,12 @@ def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 def compile_share(share: str) -> int:
     """What one of those processes does: the cases i, i + n, i + 2n, ... of correctness."""
-    import correct
+    import correctness
     from harness import Bench
 
     i, n = (int(number) for number in share.split("/"))
     bench = Bench(rehearse=False, triton=True)
-    for case in list(correct.cases(bench))[i::n]:
+    for case in list(correctness.cases(bench))[i::n]:
         with contextlib.suppress(Exception):  # what is wrong is said by the process that measures
             case.run(bench)
     return 0

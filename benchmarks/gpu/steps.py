@@ -12,7 +12,7 @@ from typing import Any
 import data as data
 import torch
 from harness import Bench, Case, Result, Run, Target
-from lookup import DTYPE, rivals, unless_missing
+from lookup import DTYPE, baselines, unless_missing
 from models import memory_layer, optimizer_step
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def topk(bench: Bench, n: int, dtype: torch.dtype) -> list[Result]:
     k = bench.sizes.topk
 
     def chain() -> Any:
-        scores, slots = rivals().torch_topk(one, two, k)
+        scores, slots = baselines().torch_topk(one, two, k)
         return scores.softmax(-1), slots
 
     runs: dict[str, Run] = {
@@ -156,10 +156,10 @@ def lookup_step(bench: Bench, dim: int) -> list[Result]:
         bench.kernels.adagrad_(values, None, total, [grad], [indices], [weights], **RATES, seed=1)
 
     runs: dict[str, Run] = {"ours": ours}
-    forwards = {"dense": ops.sparse_lookup, "embedding_bag": rivals().bag_forward, "torch": rivals().torch_forward}
+    forwards = {"dense": ops.sparse_lookup, "embedding_bag": baselines().bag_forward, "torch": baselines().torch_forward}
     for name, forward in forwards.items():
         runs[f"{name} + AdamW"] = unless_missing(partial(_dense_step, forward, values, indices, weights, grad))
-    runs["fbgemm"] = unless_missing(lambda: partial(rivals().Fbgemm(values, 1e-3).step, grad, indices, weights))
+    runs["fbgemm"] = unless_missing(lambda: partial(baselines().Fbgemm(values, 1e-3).step, grad, indices, weights))
     case = f"memory alone, row-wise Adagrad T={sizes.tokens} K={sizes.reads} D={dim} N={keys}²"
     return [bench.result("training step", case, bench.race(runs), targets=[Target("dense + AdamW", 3)])]
 

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from memrewrite.cli.app import app
-from memrewrite.cli.render import size
+from memrewrite.cli.text_output import size
 from memrewrite.passes import pipeline
 from memrewrite.passes.storage import source as sources
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import tiny
 
-from memrewrite.cli.markup import count, said, short, tag
 from memrewrite.cli.page import page
-from memrewrite.outline import ModuleNode
+from memrewrite.cli.page_html import count, said, short, tag
+from memrewrite.module_node import ModuleNode
 from memrewrite.passes import pipeline
 from memrewrite.passes.plan.select import select
 from memrewrite.plans import Plan

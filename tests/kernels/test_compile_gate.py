@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 
 SCRIPT = Path(__file__).with_name("compile_gate.py")
 OLDEST = Path(sys.prefix) / "triton-3.6.0"  # beside the installed one; `make test` puts it there
@@ -50,7 +50,7 @@ def judge() -> ModuleType:
 
 
 @pytest.fixture
-def specimen(tmp_path, monkeypatch) -> Specimen:
+def variant(tmp_path, monkeypatch) -> CompileVariant:
     """A small kernel that is in order: 16-byte loads of rows, all in registers."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -62,7 +62,7 @@ def specimen(tmp_path, monkeypatch) -> Specimen:
     signature = {"table": "*bf16", "out": "*fp32", "stride": "i32"}
     constants = {"BLOCK": 256, "ROWS": 8, "STEP": 1}
     signature.update(dict.fromkeys(constants, "constexpr"))
-    return Specimen("total", module.total, signature, constants, ("table", "out"), 1)
+    return CompileVariant("total", module.total, signature, constants, ("table", "out"), 1)
 
 
 @pytest.mark.parametrize("which", ["installed", "3.6.0"])
@@ -81,14 +81,14 @@ def test_every_kernel_passes(which, tmp_path):
     assert not any(code["spills"] or code["stack"] for code in codes["kernels"])
 
 
-def test_a_kernel_in_order_has_no_findings(judge, specimen):
-    code = judge.compiled(specimen, 90)
+def test_a_kernel_in_order_has_no_findings(judge, variant):
+    code = judge.compiled(variant, 90)
     assert set(code.loads) == {16}
-    assert list(judge.findings(specimen, code, code.registers)) == []
+    assert list(judge.findings(variant, code, code.registers)) == []
 
 
-def test_spills_are_found(judge, specimen):
-    spilling = replace(specimen, constants={"BLOCK": 256, "ROWS": 32, "STEP": 1}, options={"maxnreg": 64})
+def test_spills_are_found(judge, variant):
+    spilling = replace(variant, constants={"BLOCK": 256, "ROWS": 32, "STEP": 1}, options={"maxnreg": 64})
     code = judge.compiled(spilling, 80)
     (finding,) = judge.findings(spilling, code, code.registers)
     assert code.spills > 0
@@ -96,36 +96,36 @@ def test_spills_are_found(judge, specimen):
     assert "try" in finding
 
 
-def test_narrow_loads_are_found(judge, specimen):
-    scalar = replace(specimen, constants={"BLOCK": 256, "ROWS": 8, "STEP": 3})
+def test_narrow_loads_are_found(judge, variant):
+    scalar = replace(variant, constants={"BLOCK": 256, "ROWS": 8, "STEP": 3})
     code = judge.compiled(scalar, 90)
     none_wide, narrow = judge.findings(scalar, code, code.registers)
     assert "no load of 16 bytes" in none_wide
     assert f"{code.loads[2]} loads below 16 bytes" in narrow
-    unaligned = replace(specimen, aligned=("out",))
+    unaligned = replace(variant, aligned=("out",))
     assert len(list(judge.findings(unaligned, judge.compiled(unaligned, 100), 255))) == 2
     assert list(judge.findings(replace(scalar, row_bytes=2), code, code.registers)) == []
 
 
-def test_grown_registers_are_found(judge, specimen):
+def test_grown_registers_are_found(judge, variant):
     code = judge.Code(registers=100, stack=0, spills=0, loads={16: 4, 4: 2})
-    allowed = replace(specimen, scalar_loads=2)
+    allowed = replace(variant, scalar_loads=2)
     assert list(judge.findings(allowed, code, 88)) == []
     assert list(judge.findings(allowed, replace(code, registers=30), 23)) == []
     (grown,) = judge.findings(allowed, code, 86)
     assert "100 registers, 86 on record" in grown
     (unknown,) = judge.findings(allowed, code, None)
     assert "--write" in unknown
-    (narrow,) = judge.findings(replace(specimen, scalar_loads=1), code, 100)
+    (narrow,) = judge.findings(replace(variant, scalar_loads=1), code, 100)
     assert "2 loads below 16 bytes" in narrow
 
 
-def test_a_finding_fails_the_run(judge, specimen, monkeypatch, tmp_path, capsys):
-    """From the specimen to the exit status: recorded, then without a record, then with a lower one."""
+def test_a_finding_fails_the_run(judge, variant, monkeypatch, tmp_path, capsys):
+    """From the variant to the exit status: recorded, then without a record, then with a lower one."""
     record = tmp_path / "record.json"
     record.write_text(json.dumps({"0.0": {"other": {"90": 1}}}))
     monkeypatch.setattr(judge, "BASELINE", record)
-    monkeypatch.setattr(judge, "specimens", lambda: iter([specimen]))
+    monkeypatch.setattr(judge, "compile_variants", lambda: iter([variant]))
     options = judge.argparse.Namespace(write=False, json=None, arch=[90])
     assert judge.run(options, "1.0") == 1
     assert "FAILED total · sm_90 · Triton 1.0: no registers on record" in capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_a_finding_fails_the_run(judge, specimen, monkeypatch, tmp_path, capsys)
     out = capsys.readouterr().out
     assert "10 on record" in out
     assert out.rstrip().endswith("1 compiled, 1 findings")
-    monkeypatch.setattr(judge, "specimens", lambda: iter(()))
+    monkeypatch.setattr(judge, "compile_variants", lambda: iter(()))
     assert judge.run(options, "1.0") == 1  # nothing compiled is nothing proven
 
 

@@ -13,11 +13,11 @@ from pydantic import BaseModel
 
 from memrewrite.errors import RecipeError
 from memrewrite.layers.kinds import KINDS
+from memrewrite.recipes.gallery_index import describe, gallery
 from memrewrite.recipes.json_schema import json_schema
 from memrewrite.recipes.reader import parse_recipe, read_recipe
-from memrewrite.recipes.schema import MAX_KEYS, Centred, PoolWish, Recipe, Rule, Where
-from memrewrite.recipes.shelf import describe, gallery
-from memrewrite.recipes.source import MAX_BYTES
+from memrewrite.recipes.schema import MAX_KEYS, Centred, PoolEntry, Recipe, Rule, Where
+from memrewrite.recipes.yaml_source import MAX_BYTES
 
 GOOD = """\
 memrewrite: 1
@@ -52,7 +52,7 @@ def edited(old: str, new: str) -> str:
 def test_the_example_reads() -> None:
     recipe = parse_recipe(GOOD)
     (rule,) = recipe.replace
-    assert recipe.pools == {"shared": PoolWish(keys=1024)}
+    assert recipe.pools == {"shared": PoolEntry(keys=1024)}
     assert rule.where == Where(layers=(4, 12, 20))
     assert (rule.with_, rule.pool, rule.placement, recipe.verify) == ("memory_plus", "shared", "replace", "full")
     assert rule.kind.kind == "memory_plus"
@@ -71,7 +71,7 @@ def test_options_are_complete_and_spelling_does_not_count() -> None:
 def test_a_recipe_made_in_python_is_the_same() -> None:
     options = {"heads": 4, "topk": 32}
     rule = Rule(where=Where(layers=(4, 12, 20)), with_="memory_plus", pool="shared", options=options)
-    recipe = Recipe(memrewrite=1, pools={"shared": PoolWish(keys=1024)}, replace=(rule,))
+    recipe = Recipe(memrewrite=1, pools={"shared": PoolEntry(keys=1024)}, replace=(rule,))
     assert recipe == parse_recipe(GOOD) == read_recipe(yaml.safe_load(GOOD))
     assert read_recipe(recipe) is recipe
 
@@ -430,7 +430,7 @@ def test_any_text_is_a_recipe_or_a_recipe_error(text: str) -> None:
 
 
 def test_every_field_is_described() -> None:
-    models: tuple[type[BaseModel], ...] = (Recipe, PoolWish, Rule, Where, Centred, *(kind.Options for kind in KINDS))
+    models: tuple[type[BaseModel], ...] = (Recipe, PoolEntry, Rule, Where, Centred, *(kind.Options for kind in KINDS))
     missing = [f"{m.__qualname__}.{n}" for m in models for n, field in m.model_fields.items() if not field.description]
     assert missing == []
 

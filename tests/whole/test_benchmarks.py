@@ -269,10 +269,8 @@ def test_inputs_are_what_they_say(bench: Any) -> None:
 
 def test_a_checkout_that_is_not_installed_is_found(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    bench("source").ensure()
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import memrewrite, memrewrite.kernels.specimens as s; print(s.__file__)"
-    )
+    bench("import_checkout").ensure()
+    code = "import sys; sys.path[:0] = sys.argv[1:]; from memrewrite.kernels import compile_variants as m; print(m.__file__)"
     done = subprocess.run([sys.executable, "-S", "-c", code, sys.path[0]], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(sys.path[0])
 
@@ -291,22 +289,22 @@ def lookup_inputs(dtype: torch.dtype = torch.float32, dim: int = 20) -> tuple[to
 def test_rivals_are_right(monkeypatch: pytest.MonkeyPatch, rival: str, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(FOLDER))
-    rivals = importlib.import_module("rivals")
+    baselines = importlib.import_module("baselines")
     values, weights, grad, indices = lookup_inputs(dtype)
     exact = values.double().requires_grad_(), weights.double().requires_grad_()
     want = reference.sparse_lookup(exact[0], indices, exact[1])
     want_gv, want_gw = torch.autograd.grad(want, exact, grad.double())
     loose = {"rtol": 0.0, "atol": 1e-5 if dtype == torch.float32 else 0.1}
     name = rival.split()[-1]
-    forward = getattr(rivals, f"{name}_forward")
+    forward = getattr(baselines, f"{name}_forward")
     torch.testing.assert_close(forward(values, indices, weights).double(), want.detach(), **loose)
     if rival == "triton":
         for sums in (None, torch.float32)[dtype != torch.float32 :]:  # the interpreter adds no bf16 atomically
-            gv, gw = rivals.triton_backward(grad, values, indices, weights, sums)
+            gv, gw = baselines.triton_backward(grad, values, indices, weights, sums)
             torch.testing.assert_close(gv.double(), want_gv, **loose)
             torch.testing.assert_close(gw.double(), want_gw, **loose)
     else:
-        gv, gw = rivals.gradients(forward, grad, values, indices, weights)()
+        gv, gw = baselines.gradients(forward, grad, values, indices, weights)()
         torch.testing.assert_close(gv.double(), want_gv, **loose)
         torch.testing.assert_close(gw.double(), want_gw, **loose)
 
@@ -314,9 +312,9 @@ def test_rivals_are_right(monkeypatch: pytest.MonkeyPatch, rival: str, dtype: to
 def test_the_rival_of_the_topk_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(FOLDER))
-    rivals = importlib.import_module("rivals")
+    baselines = importlib.import_module("baselines")
     one, two = torch.randn(7, 20), torch.randn(7, 30)
-    scores, slots = rivals.torch_topk(one, two, 5)
+    scores, slots = baselines.torch_topk(one, two, 5)
     want, wanted = reference.product_key_topk(one, two, 5)
     assert torch.equal(scores, want)
     assert torch.equal(slots, wanted)
@@ -389,7 +387,7 @@ def test_inputs_of_a_model_that_cannot_be_drawn_are_asked_for(
     assert "--inputs FILE.npz" in capfd.readouterr().err
     dependent = SimpleNamespace(name="mask", shape=["batch", "past + sequence"], type="tensor(int64)")
     with pytest.raises(MemrewriteError, match="its axes depend on each other"):
-        bench("onnx_contests").drawn(dependent, 4)
+        bench("onnx_comparisons").drawn(dependent, 4)
 
 
 def wrongly(bound: Any, fault: Any) -> Any:
@@ -407,9 +405,9 @@ def test_a_wrong_operator_is_not_timed(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, library: Path, fault: Any
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    contests, files = bench("onnx_contests"), bench("onnx_operators")
+    comparisons, files = bench("onnx_comparisons"), bench("onnx_operators")
     wrong = wrongly(files.bound, fault)
-    monkeypatch.setattr(contests, "bound", wrong)
+    monkeypatch.setattr(comparisons, "bound", wrong)
     assert bench("onnx_cpu").main(onnx_cpu(library, tmp_path)) == 1
     assert "SparseLookup by native: relative error" in capsys.readouterr().err
     monkeypatch.setattr(files, "bound", wrong)

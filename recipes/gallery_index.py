@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 
 from memrewrite.errors import RecipeError
-from memrewrite.recipes.problems import did_you_mean, one_of
+from memrewrite.recipes.validation_errors import did_you_mean, one_of
 
 
 def gallery() -> dict[str, str]:

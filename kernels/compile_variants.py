@@ -1,6 +1,6 @@
 """What the compile gate builds: kernel variants that the launchers can choose, as plain data.
 
-A `triton_*` file yields its specimens from the same plans that its launchers use; the gate compiles and judges them.
+A `triton_*` file yields its compile_variants from the same plans that its launchers use; the gate compiles and judges them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Specimen:
+class CompileVariant:
     """One variant of one Triton kernel, and what its machine code may look like."""
 
     name: str  # "lookup_forward bf16 D=1024"

@@ -10,7 +10,7 @@ from functools import partial
 
 import data as data
 import torch
-from correct_update import close, same
+from correctness_update import close, same
 from harness import Bench, Case, Result, Stop
 from onnx_operators import Operators
 from torch import Tensor

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from memrewrite.outline import ModuleNode
+    from memrewrite.module_node import ModuleNode
     from memrewrite.plans import Plan, Substitution
     from memrewrite.site import Inspection, NearMiss, Site
 

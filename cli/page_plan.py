@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from memrewrite.cli.markup import Html, count, named, short, tag
-from memrewrite.cli.render import size
+from memrewrite.cli.page_html import Html, count, named, short, tag
+from memrewrite.cli.text_output import size
 
 if TYPE_CHECKING:
-    from memrewrite.cli.marks import Marks
+    from memrewrite.cli.page_marks import Marks
     from memrewrite.plans import Plan, Substitution
 
 TALL = 40  # of a row of the wiring, in units of its picture, which is stretched to the rows

@@ -13,7 +13,7 @@ from typing import Any
 
 import data as data
 import torch
-from correct_update import close, fp8_update, moving, same, updates
+from correctness_update import close, fp8_update, moving, same, updates
 from harness import Bench, Case, Result, Stop
 
 from memrewrite.kernels import reference

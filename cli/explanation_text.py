@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from memrewrite.cli import render
+from memrewrite.cli import text_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,29 +22,29 @@ SHOWN = 12  # rows of a list that alike findings were folded in, before the rest
 
 def explained(out: Console, why: Explanation) -> None:
     """The answer to `inspect --why`."""
-    render.line(out, f"{why.verdict}: {why.summary}")
-    render.line(out, f"captured: {why.captured}")
+    text_output.line(out, f"{why.verdict}: {why.summary}")
+    text_output.line(out, f"captured: {why.captured}")
     if len(why.sites) == 1:
-        render.line(out)
+        text_output.line(out)
         _pairs(out, _site(why.sites[0]))
     elif why.sites:
-        render.line(out)
-        render.sites(out, why.sites)
+        text_output.line(out)
+        text_output.sites(out, why.sites)
     for finding, alike in _folded(why, "refused"):
-        render.line(out, f"\nrefused: {finding.path or '(root)'}{_more(alike)}")
+        text_output.line(out, f"\nrefused: {finding.path or '(root)'}{_more(alike)}")
         _pairs(out, _refusal(finding))
     never = list(_folded(why, "never"))
     if never and why.verdict != "mlp":
-        render.line(out, "\nno last matrix of an MLP:")
+        text_output.line(out, "\nno last matrix of an MLP:")
         rows = [(f"{f.path or '(root)'}{_more(n)}", f.reason, f.source) for f, n in never[:SHOWN]]
-        render.table(out, ("product with a weight", "because", "at"), rows)
+        text_output.table(out, ("product with a weight", "because", "at"), rows)
         if len(never) > SHOWN:
-            render.line(out, f"and {len(never) - SHOWN} more kinds: --json lists them all")
+            text_output.line(out, f"and {len(never) - SHOWN} more kinds: --json lists them all")
 
 
 def _pairs(out: Console, pairs: list[tuple[str, str]]) -> None:
     for name, text in pairs:
-        render.line(out, f"  {name:<10}  {text}")
+        text_output.line(out, f"  {name:<10}  {text}")
 
 
 def _site(site: Site) -> list[tuple[str, str]]:
@@ -58,7 +58,7 @@ def _site(site: Site) -> list[tuple[str, str]]:
     if site.block is not None:
         pairs.append(("block", f"{site.block} of {site.tower_blocks} in {site.tower}"))
     pairs += [("weights" if i == 0 else "", name) for i, name in enumerate(site.parameters)]
-    pairs.append(("edited", render.edited(site)))
+    pairs.append(("edited", text_output.edited(site)))
     for binding in site.bindings:
         ends = " + ".join(binding.entries)
         if binding.kind == "none":

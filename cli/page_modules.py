@@ -9,12 +9,12 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from memrewrite.cli.marks import Marks, numbered, starred
-from memrewrite.cli.markup import Html, count, named, short, tag
-from memrewrite.cli.rows import chips, miss_row, site_row
+from memrewrite.cli.page_html import Html, count, named, short, tag
+from memrewrite.cli.page_marks import Marks, numbered, starred
+from memrewrite.cli.page_rows import chips, miss_row, site_row
 
 if TYPE_CHECKING:
-    from memrewrite.outline import ModuleNode
+    from memrewrite.module_node import ModuleNode
 
 
 LISTS = ("", "ModuleList", "ModuleDict")

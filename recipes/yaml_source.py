@@ -14,7 +14,7 @@ from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from memrewrite.errors import RecipeError
-from memrewrite.recipes.problems import Loc
+from memrewrite.recipes.validation_errors import Loc
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 10_000  # after aliases are followed: a few lines of aliases can spell billions of nodes

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from memrewrite.cli.markup import Html, count, join, named, said, short, tag
-from memrewrite.cli.render import edited, size
+from memrewrite.cli.page_html import Html, count, join, named, said, short, tag
+from memrewrite.cli.text_output import edited, size
 from memrewrite.passes.graphs.provenance import line_at
 
 if TYPE_CHECKING:
-    from memrewrite.cli.marks import Marks
-    from memrewrite.outline import ModuleNode
+    from memrewrite.cli.page_marks import Marks
+    from memrewrite.module_node import ModuleNode
     from memrewrite.plans import Plan, Substitution
     from memrewrite.site import NearMiss, Site
 

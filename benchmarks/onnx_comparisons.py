@@ -34,7 +34,7 @@ Maker = Callable[[Inputs], Call]
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """What is measured side by side: `makers` bind each contestant to the inputs of one of the `draws`."""
 
     name: str
@@ -70,7 +70,7 @@ def routes(args: argparse.Namespace, op: Op, inputs: Inputs, held: tuple[str, ..
     return {who: partial(make, session) for who, session in made.items()}
 
 
-def lookup(args: argparse.Namespace, values: Tensor, tokens: int) -> Contest:
+def lookup(args: argparse.Namespace, values: Tensor, tokens: int) -> Comparison:
     """SparseLookup of T tokens against one embedding bag a token."""
     draws: list[Inputs] = [lookup_inputs(args, values, tokens) for _ in range(max(1, DRAWS // tokens))]
 
@@ -84,7 +84,7 @@ def lookup(args: argparse.Namespace, values: Tensor, tokens: int) -> Contest:
         near(f"SparseLookup by {who}", found[0], want, TOLERANCE[str(values.dtype)[6:]])
 
     makers = {**routes(args, "SparseLookup", draws[0], ("values",)), "torch": bags}
-    return Contest("SparseLookup", lookup_size(args, tokens, str(values.dtype)[6:]), draws, makers, check)
+    return Comparison("SparseLookup", lookup_size(args, tokens, str(values.dtype)[6:]), draws, makers, check)
 
 
 def lookup_size(args: argparse.Namespace, tokens: int, dtype: str) -> str:
@@ -103,7 +103,7 @@ def table(args: argparse.Namespace, dtype: str) -> Tensor:
     return torch.empty(args.slots, args.dim, dtype=getattr(torch, dtype)).normal_()
 
 
-def topk(args: argparse.Namespace, keys: int, dtype: str, tokens: int) -> Contest:
+def topk(args: argparse.Namespace, keys: int, dtype: str, tokens: int) -> Comparison:
     """ProductKeyTopk of every head of T tokens against the operator in torch."""
     shape, k = (args.heads, tokens, keys), args.topk
     draws: list[Inputs] = [
@@ -123,10 +123,10 @@ def topk(args: argparse.Namespace, keys: int, dtype: str, tokens: int) -> Contes
             raise MemrewriteError(f"ProductKeyTopk by {who}: not the best sums", where=f"n={keys} T={tokens}")
 
     size = f"T={tokens} h={args.heads} n={keys} k={k} {dtype}"
-    return Contest("ProductKeyTopk", size, draws, {**routes(args, "ProductKeyTopk", draws[0], k=k), "torch": ours}, check)
+    return Comparison("ProductKeyTopk", size, draws, {**routes(args, "ProductKeyTopk", draws[0], k=k), "torch": ours}, check)
 
 
-def model(args: argparse.Namespace) -> Contest:
+def model(args: argparse.Namespace) -> Comparison:
     """A whole exported file by both routes, on inputs of a file or on drawn ones."""
     made = sessions(args, args.model)
     tokens = max(args.tokens)
@@ -150,7 +150,7 @@ def model(args: argparse.Namespace) -> Contest:
 
     kernels = ", ".join(f"{name}: {how}" for name, how in made["native"].memory_kernels.items())
     size = f"{'given inputs' if args.inputs else f'T={tokens}'}; {kernels}"
-    return Contest(args.model.name, size, [{}], {who: partial(make, session) for who, session in made.items()}, check)
+    return Comparison(args.model.name, size, [{}], {who: partial(make, session) for who, session in made.items()}, check)
 
 
 def drawn(port: Any, tokens: int) -> np.ndarray[Any, Any]:
