@@ -6,9 +6,14 @@ from memrewrite.frozen import Frozen
 
 
 class ModuleNode(Frozen):
-    """One module: its path, its class ("" where a traced model forgot it), and its children in the order they first ran.
+    """One module.
 
-    `parameters` counts those inside it, each once. `ran` says whether it, or anything inside it, ran on the example inputs.
+    Attributes:
+        path: Module path, "" for the root.
+        kind: Class name; "" where a traced model no longer has it.
+        parameters: Number of parameters inside it, shared ones counted once.
+        ran: True if it, or a module inside it, ran on the example inputs.
+        children: Child modules in the order in which they first ran.
     """
 
     path: str

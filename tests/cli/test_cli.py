@@ -303,7 +303,7 @@ def test_verify(run: Callable[..., Any]) -> None:
 BAD_RECIPES = [
     ("memory_plus", "memory_pluss", "did you mean 'memory_plus'"),
     ("keys: 8", "keyz: 8", "unknown key 'keyz'"),
-    ("keys: 8", "keys: many", "must be a whole number"),
+    ("keys: 8", "keys: many", "must be an integer"),
     ("pool: shared", "pool: shard", "there is no pool 'shard'"),
     ("topk: 4", "topk: 9", "topk"),
     ("topk: 4", "topk: 4, key_dim: 7", "key_dim"),

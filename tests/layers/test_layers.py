@@ -338,7 +338,7 @@ def test_check_refuses(kind):
         assert caught.value.hint
     with pytest.raises(UserError, match="at least one slot"):
         kind.check(D, D, kind.Options.model_construct(topk=0), spec)
-    with pytest.raises(UserError, match="none was given"):
+    with pytest.raises(UserError, match="none is set"):
         kind(D, D, kind.Options())
 
 
@@ -355,7 +355,7 @@ def test_options_are_frozen_described_and_bounded(kind):
 
 
 def test_options_of_another_kind():
-    with pytest.raises(TypeError, match="MemoryPlusOptions are needed, not PkmOptions"):
+    with pytest.raises(TypeError, match="options must be MemoryPlusOptions, not PkmOptions"):
         MemoryPlus.check(D, D, Pkm.Options(), PoolSpec(keys=KEYS, value_dim=D))
 
 
