@@ -1,4 +1,4 @@
-"""What `inspect` shows: tables, the explanation of one path, or a page."""
+"""The three outputs of `inspect`: tables, the explanation of one path, or an HTML page."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def refuse(why: str | None, html: Path | None, recipe: str | None, *, overwrite: bool, read: list[str]) -> None:
-    """Raise `UserError` for options that do not go together, and for a page that may not be written."""
+    """Raise `UserError` for options that exclude each other, and for a page that must not or cannot be written."""
     if why is not None and html is not None:
-        raise UserError("--why and --html show different things", hint="run `inspect` once for each")
+        raise UserError("--why and --html cannot be combined", hint="run `inspect` once with each")
     if recipe is not None and html is None:
-        raise UserError("--recipe is drawn on a page", hint="give --html FILE, or use `memrewrite plan MODEL RECIPE`")
+        raise UserError("--recipe needs --html", hint="add --html FILE, or use `memrewrite plan MODEL RECIPE`")
     if html is not None:
         from memrewrite.cli.output_path import refuse_file
 
@@ -26,32 +26,32 @@ def refuse(why: str | None, html: Path | None, recipe: str | None, *, overwrite:
 
 
 def tables(current: Session, source: Source) -> None:
-    """Every MLP and near miss."""
+    """Print every MLP and near miss."""
     from memrewrite.cli import text_output
     from memrewrite.passes import pipeline
 
-    located = pipeline.inspect(source.model, source.inputs, step=current.step)
-    current.show(located.model_dump(mode="json"), lambda out: text_output.inspected(out, located))
+    inspection = pipeline.inspect(source.model, source.inputs, step=current.step)
+    current.show(inspection.model_dump(mode="json"), lambda out: text_output.show_inspection(out, inspection))
 
 
 def why(current: Session, source: Source, path: str) -> None:
-    """What one path is, and which rule refused it."""
-    from memrewrite.cli.explanation_text import explained
+    """Print what one path is, or which rule refused it."""
+    from memrewrite.cli.explanation_text import show_explanation
     from memrewrite.passes import pipeline
 
     answer = pipeline.explain(source.model, path, source.inputs, step=current.step)
-    current.show(answer.model_dump(mode="json"), lambda out: explained(out, answer))
+    current.show(answer.model_dump(mode="json"), lambda out: show_explanation(out, answer))
 
 
 def page(current: Session, source: Source, html: Path, recipe: Recipe | None) -> None:
-    """Every MLP and near miss, and the page in which they are drawn, with what a recipe would do."""
+    """Write the page, with what the recipe would do if there is one; print every MLP and near miss."""
     from memrewrite.cli import text_output
     from memrewrite.cli.output_path import write_page
-    from memrewrite.cli.page import page as drawn
+    from memrewrite.cli.page import page as html_of
     from memrewrite.passes import pipeline
 
-    located, root, plan = pipeline.survey(source.model, source.inputs, recipe, step=current.step)
-    current.step("drawing the page")
-    write_page(html, drawn(source.name, root, located, plan))
-    document = {**located.model_dump(mode="json"), "page": str(html)}
-    current.show(document, lambda out: text_output.inspected(out, located, html))
+    inspection, root, plan = pipeline.survey(source.model, source.inputs, recipe, step=current.step)
+    current.step("writing the page")
+    write_page(html, html_of(source.name, root, inspection, plan))
+    document = {**inspection.model_dump(mode="json"), "page": str(html)}
+    current.show(document, lambda out: text_output.show_inspection(out, inspection, html))

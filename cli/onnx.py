@@ -1,4 +1,4 @@
-"""`export`, `check` and `build-op`: a model leaves as ONNX, the file is held against it, its operators get native kernels."""
+"""`export`, `check` and `build-op`: write a model as ONNX, compare the file with the model, build native kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memrewrite.cli.session import session
 
 
 class Operators(str, enum.Enum):
-    """How memory operators are written."""
+    """The form of memory operators in the file."""
 
     standard = "standard"
     native = "native"
@@ -22,7 +22,7 @@ class Operators(str, enum.Enum):
 
 
 class Float(str, enum.Enum):
-    """Types of numbers that runtimes compute with."""
+    """Floating-point types for the exported model."""
 
     float32 = "float32"
     float16 = "float16"
@@ -34,19 +34,23 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The ONNX file to write.", show_default=False)],
     op: Annotated[
         Operators,
-        typer.Option(help="Memory operators as nodes with a function of standard operators (both), or as one of the two."),
+        typer.Option(
+            help="Memory operators: native nodes (native), standard ONNX operators (standard), or native nodes with a function"
+            " body of standard operators (both)."
+        ),
     ] = Operators.both,
     dtype: Annotated[
-        Float | None, typer.Option(help="Convert all numbers; left out, what no runtime computes with becomes float32.")
+        Float | None,
+        typer.Option(help="Convert all floating-point values. Default: only types that no runtime computes with, to float32."),
     ] = None,
     with_past: Annotated[
-        bool, typer.Option("--with-past", help="A decoder with its KV cache as inputs and outputs, for generation.")
+        bool, typer.Option("--with-past", help="Export a decoder with its KV cache as inputs and outputs, for generation.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
-    """Write MODEL as one ONNX file: any runtime runs it, and one that knows our library runs it fast."""
+    """Write MODEL as one ONNX file. Every runtime can run it; with the native kernels of `build-op` it runs faster."""
     with session(context.obj, as_json) as current:
         from memrewrite.cli import text_output
         from memrewrite.cli.output_path import refuse_file
@@ -64,29 +68,29 @@ def export(
             dtype=None if dtype is None else dtype.value,
             with_past=with_past,
             overwrite=overwrite,
-            notes={"source": _from_there(Path(model), output)} if Path(model).exists() else {},
+            notes={"source": _relative_path(Path(model), output)} if Path(model).exists() else {},
             step=current.step,
         )
-        current.show({"exported": exported.model_dump(mode="json")}, lambda out: text_output.exported(out, exported))
+        current.show({"exported": exported.model_dump(mode="json")}, lambda out: text_output.show_export(out, exported))
 
 
-def _from_there(model: Path, output: Path) -> str:
-    """Where the model lies as seen from the file, links resolved."""
+def _relative_path(model: Path, output: Path) -> str:
+    """The path of the model relative to the directory of the output file, links resolved."""
     return os.path.relpath(model.resolve(), output.resolve().parent)
 
 
 def build_op(
     context: typer.Context,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The library; left out: where `onnx_session` looks.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The library. Default: where `onnx_session` searches.")
     ] = None,
     cuda: Annotated[
-        bool | None, typer.Option("--cuda/--no-cuda", help="Left out: with CUDA kernels where nvcc is found.")
+        bool | None, typer.Option("--cuda/--no-cuda", help="Build CUDA kernels. Default: if nvcc is found.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Build the native kernels of the memory operators, for every onnxruntime from 1.17 on."""
+    """Build the native kernels of the memory operators, for onnxruntime 1.17 and later."""
     with session(context.obj, as_json) as current:
         from memrewrite.cli import text_output
         from memrewrite.cli.output_path import refuse_file
@@ -99,7 +103,7 @@ def build_op(
 
 
 class RouteName(str, enum.Enum):
-    """How a file's memory operators can be run."""
+    """How the memory operators of a file are run."""
 
     standard = "standard"
     native = "native"
@@ -109,23 +113,24 @@ def check(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `export` wrote.", show_default=False)],
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="What it was exported from; left out: what the file says.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="The model it was exported from. Default: the path recorded in the file."),
     ] = None,
     route: Annotated[
-        list[RouteName] | None, typer.Option(help="Only this route, which must be there; left out: those that are.")
+        list[RouteName] | None, typer.Option(help="Check only this route; it must be available. Default: all available.")
     ] = None,
     real: Annotated[
         list[Path] | None,
-        typer.Option("--inputs", metavar="NPZ", help="More inputs: arrays by the names of the file's inputs."),
+        typer.Option("--inputs", metavar="NPZ", help="Additional inputs: arrays named like the inputs of the file."),
     ] = None,
     provider: Annotated[str, typer.Option(help="The execution provider of onnxruntime.")] = "CPUExecutionProvider",
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest relative difference; left out: 1e-4, with float16 1e-2.", show_default=False)
+        float | None, typer.Option(help="Largest relative difference. Default: 1e-4, with float16 1e-2.", show_default=False)
     ] = None,
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
-    """Run FILE against the PyTorch model that it was exported from, by its standard operators and by the native kernels."""
+    """Compare FILE with the PyTorch model it was exported from, with its standard operators and with the native kernels."""
     with session(context.obj, as_json) as current:
         current.step("reading the file")
         from memrewrite.cli import text_output
@@ -143,8 +148,9 @@ def check(
             step=current.step,
         )
         current.show(
-            {"checked": checked.model_dump(mode="json"), "ok": checked.ok}, lambda out: text_output.checked(out, checked)
+            {"checked": checked.model_dump(mode="json"), "ok": checked.ok},
+            lambda out: text_output.show_onnx_check(out, checked),
         )
         if not checked.ok:
-            current.log.error("%s does not compute what the model does", file)
+            current.log.error("%s does not compute the same as the model", file)
             raise typer.Exit(VerificationError.exit_code)

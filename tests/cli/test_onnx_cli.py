@@ -1,4 +1,4 @@
-"""`export`, `check` and `build-op` from the shell: exit codes, one JSON document, one clear error for each bad input."""
+"""`export`, `check` and `build-op` on the command line: exit codes, one JSON document, one clear error per bad input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def inputs():
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: Path) -> Callable[..., Any]:
-    """Runs the command line in a directory that holds model.py, where the native library is built."""
+    """Runs the command line in a directory that contains model.py; the native library is already built."""
     (tmp_path / "model.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     for module in (onnx_routes, onnx_session):
@@ -48,7 +48,7 @@ def test_a_model_is_exported_and_checked_and_a_wrong_file_is_found(run: Callable
     assert exported["nodes"] == {"ProductKeyTopk": 2, "SparseLookup": 2}
     assert exported["inputs"] == [{"name": "x", "dtype": "float", "shape": ["batch", "sequence", 16]}]
 
-    done = run("check", "model.onnx")  # the file says what it was exported from, and that is code
+    done = run("check", "model.onnx")  # the file records what it was exported from: Python code
     assert done.exit_code == 2
     assert "--trust-code" in done.stderr
     assert "the user's own print" not in done.stderr
@@ -64,7 +64,7 @@ def test_a_model_is_exported_and_checked_and_a_wrong_file_is_found(run: Callable
     done = run("check", "model.onnx", "model.py", "--route", "standard")
     assert done.exit_code == 1
     assert "failed" in done.stdout
-    assert "does not compute what the model does" in done.stderr
+    assert "does not compute the same as the model" in done.stderr
     done = run("check", "model.onnx", "--json", "--trust-code")
     assert done.exit_code == 1
     document = json.loads(done.stdout)
@@ -74,9 +74,9 @@ def test_a_model_is_exported_and_checked_and_a_wrong_file_is_found(run: Callable
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (("export", "model.py", "-o", "model.py"), "is what is read"),
+        (("export", "model.py", "-o", "model.py"), "is an input of this command"),
         (("export", "model.py", "-o", "there.onnx"), "exists"),
         (("export", "model.py", "-o", "nowhere/model.onnx"), "cannot be written"),
         (("export", "model.py", "-o", "model.onnx", "--with-past"), "takes no 'input_ids'"),
@@ -85,17 +85,17 @@ def test_a_model_is_exported_and_checked_and_a_wrong_file_is_found(run: Callable
         (("check", "there.onnx"), "cannot be read as ONNX"),
     ],
 )
-def test_bad_input_is_told_and_nothing_is_left(
-    run: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...], said: str
+def test_bad_input_is_reported_and_leaves_no_file(
+    run: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     (tmp_path / "there.onnx").write_text("not ONNX")
     done = run(*arguments)
     assert done.exit_code == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["model.py", "there.onnx"]
 
 
-def test_a_library_is_built_where_it_is_wanted(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_library_is_built_at_the_output_path(run: Callable[..., Any], tmp_path: Path) -> None:
     done = run("build-op", "--no-cuda", "-o", "ops.so", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout) == {"library": "ops.so"}

@@ -331,7 +331,7 @@ def test_check_refuses(kind):
     for options, pool, words in (
         ({"key_dim": 7}, spec, "`key_dim: 7` is odd"),
         ({"topk": KEYS + 1}, spec, f"`topk: {KEYS + 1}` is more than the pool's {KEYS} keys"),
-        ({}, None, "none was given"),
+        ({}, None, "none is set"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             kind.check(D, D, kind.Options(**{"topk": 4, **options}), pool)
