@@ -338,7 +338,7 @@ def test_compiled_ahead_of_time_with_dynamic_tokens(tmp_path):
 
 
 def test_the_backend_is_told_once_and_why(caplog, monkeypatch):
-    monkeypatch.setattr("memrewrite.kernels.backends._told", set())
+    monkeypatch.setattr("memrewrite.kernels.backends._logged", set())
     inputs = lookup_inputs(6, 3, 4, 5)
     with caplog.at_level("INFO", "memrewrite.kernels"):
         for _ in range(3):
@@ -347,7 +347,7 @@ def test_the_backend_is_told_once_and_why(caplog, monkeypatch):
     told = [record.getMessage() for record in caplog.records]
     assert told == [
         "sparse_lookup runs on the backend 'torch' (triton cannot: the tensors are not on a CUDA device)",
-        "sparse_lookup runs on the backend 'torch' (asked for)",
+        "sparse_lookup runs on the backend 'torch' (requested)",
     ]
 
 

@@ -516,7 +516,7 @@ def test_an_optimizer_that_is_gone_takes_nothing():
     model = Shared()
     optimizer = optimizer_of(model)
     del optimizer
-    with pytest.raises(RuntimeError, match="no optimizer takes it"):
+    with pytest.raises(RuntimeError, match="no optimizer uses it"):
         loss_of(model).backward()
     train(model, optimizer_of(model), range(1))
 
