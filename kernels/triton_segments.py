@@ -126,7 +126,7 @@ def count_long(starts, sums, rows, LENGTH: tl.constexpr, LONG: tl.constexpr, BLO
 
 @triton.jit(do_not_specialize=["reads"])
 def cut(rank, starts, sums, table, long_segments, long_rows, reads, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Every LENGTH-th read of a row starts a segment: write its entry; the first one of a long row also writes the entry of the row."""
+    """Every LENGTH-th read of a row starts a segment: write its entry; the first of a long row also writes the row's entry."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = m < reads
     row = tl.load(rank + m, live, 0)

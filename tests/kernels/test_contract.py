@@ -1,4 +1,4 @@
-"""One contract for every backend: each is held against the operators' meaning in float64, forward and gradients.
+"""One contract for every backend: each is compared with the float64 reference of the operators, forward and gradients.
 
 Backends run through the operators' own functions. Triton's run in its interpreter where there is no GPU, in a process
 that is started for it.
@@ -40,7 +40,7 @@ WIDTHS = (1, 20, 576, 1024)
 
 @pytest.fixture(autouse=True)
 def everything_new_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `torch.empty` gives is NaN, so that a kernel that leaves a number unwritten is found out."""
+    """`torch.empty` returns NaN, so that elements which a kernel does not write are detected."""
     empty, empty_like, new_empty = torch.empty, torch.empty_like, Tensor.new_empty
 
     def poisoned(make):  # type: ignore[no-untyped-def]
@@ -147,7 +147,7 @@ def test_hot_rows(backend, hot):
 @pytest.mark.parametrize(
     ("n", "t", "k", "d"), [(60, 0, 7, 20), (60, 63, 0, 20), (60, 5, 3, 0), (0, 0, 7, 20), (0, 63, 0, 20), (0, 0, 0, 0)]
 )
-def test_nothing(backend, n, t, k, d):
+def test_empty_inputs(backend, n, t, k, d):
     values, weights = torch.zeros(n, d, device=DEVICE), torch.zeros(t, k, device=DEVICE)
     indices, grad = torch.zeros(t, k, dtype=torch.int64, device=DEVICE), torch.ones(t, d, device=DEVICE)
     out, gv, gw = both(values, indices, weights, grad, backend)
@@ -192,7 +192,7 @@ def test_index_out_of_range():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_twice_and_split(backend, dtype):
-    """The same bits twice; and a token's output and weights' gradient whatever else is in the batch, few tokens or many."""
+    """The same bits in two runs; a token's output and weights' gradient do not depend on the rest of the batch."""
     t = 70  # beyond what counts as few
     inputs, grad = lookup(60, 48, t, 24, dtype), random_grad(t, 48, dtype)
     first, second = both(*inputs, grad, backend), both(*inputs, grad, backend)
@@ -240,7 +240,7 @@ NUMBERS = {"lr": 0.125, "eps": 2.0**-20, "weight_decay": 0.0}
 
 
 def update_inputs(n, d, t, k, lookups, *, exact):  # type: ignore[no-untyped-def]
-    """Reads; with `exact` small whole numbers and powers of two, whose sums are the same in any order."""
+    """Reads; with `exact`, small integers and powers of two, whose sums are the same in any order."""
     g = torch.Generator().manual_seed(3)
 
     def draw(*shape: int) -> Tensor:
@@ -254,7 +254,7 @@ def update_inputs(n, d, t, k, lookups, *, exact):  # type: ignore[no-untyped-def
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "random"])
 @pytest.mark.parametrize("size", [(60, 16, 9, 7, 1), (60, 16, 9, 7, 3), (3, 64, 63, 4, 2), (1000, 20, 5, 7, 1)], ids=str)
 def test_updates(backend, size, exact):
-    """Bit for bit where sums are exact; rounding apart elsewhere. Rows that were not read keep their bits."""
+    """Bit for bit where sums are exact; else up to rounding. Rows that were not read keep their bits."""
     n, d, t, k, lookups = size
     values, reads = update_inputs(n, d, t, k, lookups, exact=exact and d & (d - 1) == 0)
     bitwise = exact and d & (d - 1) == 0
@@ -280,7 +280,7 @@ def test_updates(backend, size, exact):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP8], ids=str)
 def test_updates_in_few_bits(backend, dtype):
-    """Each entry lands on a neighbour of what fp32 gives; a seed repeats; seeds differ; nothing else moves."""
+    """Each entry is a neighbor of the fp32 result; a seed is reproducible; seeds differ; other rows do not change."""
     exact, reads = update_inputs(24, 16, 5, 3, 2, exact=False)
     scale = rounding.row_scale(exact) if dtype == FP8 else None
     start = (exact if scale is None else exact / scale[:, None]).to(dtype)

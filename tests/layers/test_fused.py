@@ -1,4 +1,4 @@
-"""Fused updates: the rules against their reference, and training with them against training with a dense gradient."""
+"""Fused updates: the rules compared with their reference, and training compared with training with a dense gradient."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def touched_rows(n: int, indices: list[Tensor]) -> Tensor:
 
 
 def dense_gradient(values: Tensor, reads: tuple[list[Tensor], ...]) -> Tensor:
-    """The gradient that the operator's own backward gives, summed over the lookups."""
+    """The gradient from the operator's backward, summed over the lookups."""
     grads, indices, weights = (torch.cat(part) for part in reads)
     return torch.ops.memrewrite.sparse_lookup_backward(grads, values, indices, weights, True, False)[0]
 
@@ -76,7 +76,7 @@ def test_rules_are_their_reference_bit_for_bit_in_fp32(size, lookups):
 
 
 def test_rules_work_in_pieces(monkeypatch):
-    """Rows are updated a few at a time: where the pieces end changes nothing."""
+    """Rows are updated a few at a time: the size of the chunks does not change the result."""
     values, total, reads = torch.randn(60, 20), torch.rand(60), some_reads(60, 20, 63, 7)
     whole, pieces = (values.clone(), total.clone()), (values.clone(), total.clone())
     ops.rowwise_adagrad_(whole[0], None, whole[1], *reads, **NUMBERS, seed=0)
@@ -284,8 +284,8 @@ def test_training_is_that_of_a_dense_gradient(rule):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.03), ("float8_e4m3fn", 0.1)])
-def test_small_tables_train_to_the_loss_of_the_dense_way(dtype, tolerance):
-    """The CPU-sized twin of the largest table: fused, in few bits, against a dense gradient in fp32 and the same rule."""
+def test_small_tables_reach_the_loss_of_dense_training(dtype, tolerance):
+    """The largest table at CPU size: fused updates in few bits, compared with a dense fp32 gradient and the same rule."""
     fused, dense = Shared(dtype=dtype), Shared("dense")
     if dtype != "float32":  # the same start, as the narrow table holds it
         start = fused.pool.values.float()
@@ -309,14 +309,14 @@ def test_small_tables_train_to_the_loss_of_the_dense_way(dtype, tolerance):
 
 
 def largest_allocation(run) -> int:
-    """Bytes of the largest tensor that is made on the way."""
+    """Bytes of the largest intermediate tensor."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
 @pytest.mark.parametrize(("gradient", "has_table"), [("fused", False), ("sparse", False), ("dense", True)])
-def test_no_gradient_table_is_ever_made(gradient, has_table):
+def test_no_gradient_table_is_allocated(gradient, has_table):
     """Nothing as large as a tenth of the table is allocated, in forward, backward and step; with "dense" it is."""
     pool = Pool(PoolSpec(keys=200, value_dim=64, gradient=gradient))  # 10 MB
     pool.reset_parameters()
@@ -341,7 +341,7 @@ def test_saved_for_the_backward_are_the_inputs():
     assert set(saved) <= known
 
 
-def test_rate_and_decay_are_the_groups(monkeypatch):
+def test_rate_and_decay_are_read_from_the_parameter_group(monkeypatch):
     seen = []
     rule = RowwiseAdagrad()
     monkeypatch.setattr(RowwiseAdagrad, "step", lambda self, pool, state, reads, step, numbers: seen.append(numbers))
@@ -372,7 +372,7 @@ def test_gradients_add_up_until_the_step():
     torch.testing.assert_close(once.pool.values, twice.pool.values)
 
 
-def test_zero_grad_drops_what_waits():
+def test_zero_grad_empties_the_queue():
     model = Shared()
     optimizer = optimizer_of(model)
     before = model.pool.values.detach().clone()
@@ -383,7 +383,7 @@ def test_zero_grad_drops_what_waits():
     assert model.layers[0].gate.weight.grad is None
 
 
-def test_clipping_sees_the_rest():
+def test_clipping_sees_only_the_other_parameters():
     model = Shared()
     optimizer = optimizer_of(model)
     loss_of(model).backward()
@@ -512,7 +512,7 @@ def test_fuse_refuses():
         fuse(torch.optim.SGD(model.parameters(), lr=1.0), model)
 
 
-def test_an_optimizer_that_is_gone_takes_nothing():
+def test_a_deleted_optimizer_releases_the_pool():
     model = Shared()
     optimizer = optimizer_of(model)
     del optimizer
@@ -537,7 +537,7 @@ def test_wrapped_optimizers():
 
 
 @pytest.mark.parametrize("ask", ["an input", "a weight", "backward to inputs"])
-def test_gradients_of_something_else_teach_the_table_nothing(ask):
+def test_gradients_of_other_inputs_do_not_update_the_table(ask):
     model = Shared()
     owner = optimizer_of(model)
     x, target = batch()
@@ -573,7 +573,7 @@ def test_a_table_that_was_replaced_is_refused():
     assert model.pool.pending.waiting
 
 
-def test_a_step_that_fails_keeps_what_it_did_not_do(monkeypatch):
+def test_a_failed_step_keeps_the_gradients_of_pools_not_updated(monkeypatch):
     model = Shared()
     optimizer = optimizer_of(model)
     train(model, optimizer, range(1))
@@ -615,7 +615,7 @@ def test_optimizers_that_prepare_a_state_in_their_constructor():
     assert set(optimizer.state[model.pool.values]) == {"step", "total"}
 
 
-def test_states_are_found_by_place_not_by_number():
+def test_states_are_matched_by_position_not_by_saved_number():
     model, other = Shared(dtype="bfloat16"), Shared(dtype="bfloat16")
     optimizer = optimizer_of(model)
     train(model, optimizer, range(2))
@@ -633,7 +633,7 @@ def test_states_are_found_by_place_not_by_number():
     assert torch.equal(total, optimizer.state[model.pool.values]["total"])
 
 
-def test_copies_have_queues_of_their_own():
+def test_copies_have_their_own_queues():
     model = Shared()
     optimizer_of(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -643,7 +643,7 @@ def test_copies_have_queues_of_their_own():
         assert not torch.equal(other.pool.values, model.pool.values)
 
 
-def test_an_exported_model_knows_nothing_of_the_queue(tmp_path):
+def test_an_exported_model_does_not_contain_the_queue(tmp_path):
     model = Shared(dtype="float8_e4m3fn")
     x, _ = batch()
     t = torch.export.Dim("t", min=2, max=256)
@@ -745,7 +745,7 @@ def test_lookup_of_8_bits_and_its_weights_gradient():
             assert (one.double() - right).abs().max() <= tolerance * right.abs().max()
 
 
-def test_pool_of_8_bits_starts_as_the_paper_says():
+def test_pool_of_8_bits_has_the_papers_initialization():
     pool = Pool(PoolSpec(keys=40, value_dim=64, dtype="float8_e4m3fn", gradient="fused"))
     pool.reset_parameters()
     rows = pool.values.detach().float() * pool.scale[:, None]
@@ -765,7 +765,7 @@ def test_pool_of_8_bits_starts_as_the_paper_says():
     [{"gradient": "sparse"}, {"gradient": "fused"}, {"gradient": "fused", "dtype": "float8_e4m3fn"}],
     ids=lambda wish: "-".join(wish.values()),
 )
-def test_rewritten_model_is_proved_trained_saved_and_loaded(wish, placement, tmp_path):
+def test_rewritten_model_is_checked_trained_saved_and_loaded(wish, placement, tmp_path):
     model, inputs = llama(), {"input_ids": tokens(), "use_cache": False}
     rule = {"where": {"layers": [0, 2]}, "with": "memory_plus", "pool": "shared", "placement": placement}
     recipe = {
@@ -819,7 +819,7 @@ def test_the_trainer_trains_saves_and_resumes(tmp_path):
     assert torch.equal(resumed.model.memory.shared.values, table)
 
 
-def test_gradient_check_notices_a_table_cut_off(monkeypatch):
+def test_gradient_check_detects_a_detached_table(monkeypatch):
     monkeypatch.setattr("memrewrite.kernels.pending.Pending.keep", lambda *_: None)
     model, inputs = llama(), {"input_ids": tokens(), "use_cache": False}
     recipe = {

@@ -1,4 +1,4 @@
-"""The layer kinds against the paper's equations in float64, one contract for all of them, and pools."""
+"""The layer kinds compared with the paper's equations in float64, one contract for all kinds, and pools."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.kind)
 
 
 class Model(nn.Module):
-    """Two layers on one pool that hangs at the root, as a rewritten model has them."""
+    """Two layers on one pool that is registered on the root module, as in a rewritten model."""
 
     def __init__(self, layers: list[MemoryLayer], pool: Pool) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def test_layer_is_the_equation(kind, options):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
 @pytest.mark.parametrize("d", [24, 97, 576])
 def test_dtypes_and_odd_widths(kind, dtype, tolerance, d):
-    """Given the slots and weights a layer chose, its output is the float64 formula to the dtype's precision."""
+    """For the slots and weights that a layer chose, its output matches the float64 formula to the dtype's precision."""
     layer = build(kind, d, dtype=dtype, layers=1).blocks[0]
     x = torch.randn(5, d, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = layer(x)
@@ -150,7 +150,7 @@ def test_non_contiguous(kind):
 
 
 @every_kind
-def test_each_token_by_itself(kind):
+def test_tokens_are_independent(kind):
     layer = build(kind).blocks[0]
     x = torch.randn(9, D)
     other = x.clone()
@@ -160,7 +160,7 @@ def test_each_token_by_itself(kind):
 
 
 @every_kind
-def test_zero_output_adds_exactly_nothing_and_learns(kind):
+def test_zero_output_is_exactly_zero_and_can_be_trained(kind):
     model = build(kind, zero_output=True)
     x = torch.randn(7, D)
     assert torch.equal(model(x), x)
