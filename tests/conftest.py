@@ -1,4 +1,4 @@
-"""Fixtures that several files of tests take."""
+"""Fixtures that several test files use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is made once for all processes of one run: libraries, exported files."""
+    """Folder for files created once per run, for all its processes: libraries, exported files."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     (base / "shared").mkdir(exist_ok=True)

@@ -42,5 +42,5 @@ def test_python_runs_as_printed(folder: Path) -> None:
     assert (folder / "trained" / "plan.json").is_file()
 
 
-def test_it_fits_a_screen_or_so() -> None:
+def test_it_is_short() -> None:
     assert len(README.splitlines()) <= 90

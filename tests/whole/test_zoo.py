@@ -1,4 +1,4 @@
-"""The zoo, where it is there: some of its architectures in full; and the command that measures it, on a zoo made up here."""
+"""Some architectures of the zoo, if it is available, with all checks; and the zoo command, on a small zoo defined here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVERY = 10  # architectures: under three minutes on two cores
 
 
 def benchmark() -> ModuleType:
-    """The command as a module; not by its name, which the zoo's own file has too."""
+    """The command as a module; not imported by name, since the zoo has a file with the same name."""
     sys.path.insert(0, str(COMMAND.parent))
     try:
         spec = importlib.util.spec_from_file_location("benchmarks_zoo", COMMAND)
@@ -39,7 +39,7 @@ NAMES = list(BENCHMARK.load(BENCHMARK.ZOO)[0].CASES)[::EVERY] if THERE and impor
 
 
 @pytest.mark.zoo
-@pytest.mark.skipif(not NAMES, reason=f"no zoo in {BENCHMARK.ZOO}: say where it is with MEMREWRITE_ZOO, and install [hf]")
+@pytest.mark.skipif(not NAMES, reason=f"no zoo in {BENCHMARK.ZOO}: set MEMREWRITE_ZOO to its folder, and install [hf]")
 @pytest.mark.parametrize("name", NAMES or ["none"])
 def test_every_mlp_is_found_and_every_check_passes(name: str) -> None:
     torch.set_num_threads(1)
@@ -107,7 +107,7 @@ def run(*arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
 
 
-def test_what_is_seen_is_shown_and_written(made_up: Path, tmp_path: Path) -> None:
+def test_results_are_shown_and_written(made_up: Path, tmp_path: Path) -> None:
     out, page = tmp_path / "out.json", tmp_path / "zoo.md"
     done = run("good", "--zoo", made_up, "--json", out, "--table", page)
     assert done.returncode == 0, done.stderr
@@ -122,7 +122,7 @@ def test_what_is_seen_is_shown_and_written(made_up: Path, tmp_path: Path) -> Non
     assert torch.__version__ in page.read_text()
 
 
-def test_what_dies_hangs_or_raises_is_one_failed_row(made_up: Path, tmp_path: Path) -> None:
+def test_an_architecture_that_dies_hangs_or_raises_is_one_failed_row(made_up: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     done = run("--zoo", made_up, "--json", out, "--jobs", 1, "--timeout", 30)
     assert done.returncode == 1
@@ -136,17 +136,17 @@ def test_what_dies_hangs_or_raises_is_one_failed_row(made_up: Path, tmp_path: Pa
     assert "error" not in rows["good"]
 
 
-def test_every_nth_is_taken(made_up: Path, tmp_path: Path) -> None:
+def test_every_nth_is_measured(made_up: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     run("--names", "good", "raises", "raises", "--every", 2, "--zoo", made_up, "--json", out)
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["good", "raises"]
 
 
-def test_no_zoo_and_unknown_names_are_told(made_up: Path, tmp_path: Path) -> None:
+def test_a_missing_zoo_and_unknown_names_are_reported(made_up: Path, tmp_path: Path) -> None:
     done = run("--zoo", tmp_path / "nowhere")
     assert done.returncode != 0
     assert "no zoo" in done.stderr
     assert "--zoo" in done.stderr
-    done = run("nobody", "--zoo", made_up)
+    done = run("unknown_name", "--zoo", made_up)
     assert done.returncode != 0
-    assert "nobody" in done.stderr
+    assert "unknown_name" in done.stderr
