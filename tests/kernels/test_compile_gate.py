@@ -1,4 +1,4 @@
-"""The compile gate passes with each Triton that is supported, and can fail: spills, narrow loads, grown registers."""
+"""The compile gate passes with each supported Triton, and detects spills, narrow loads and more registers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def judge() -> ModuleType:
 
 @pytest.fixture
 def variant(tmp_path, monkeypatch) -> CompileVariant:
-    """A small kernel that is in order: 16-byte loads of rows, all in registers."""
+    """A small kernel without errors: 16-byte loads of rows, all in registers."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     file = tmp_path / "gate_kernels.py"
@@ -81,7 +81,7 @@ def test_every_kernel_passes(which, tmp_path):
     assert not any(code["spills"] or code["stack"] for code in codes["kernels"])
 
 
-def test_a_kernel_in_order_has_no_findings(judge, variant):
+def test_a_kernel_without_errors_has_no_findings(judge, variant):
     code = judge.compiled(variant, 90)
     assert set(code.loads) == {16}
     assert list(judge.findings(variant, code, code.registers)) == []
@@ -121,7 +121,7 @@ def test_grown_registers_are_found(judge, variant):
 
 
 def test_a_finding_fails_the_run(judge, variant, monkeypatch, tmp_path, capsys):
-    """From the variant to the exit status: recorded, then without a record, then with a lower one."""
+    """Exit status with a record, without a record, and with a lower record."""
     record = tmp_path / "record.json"
     record.write_text(json.dumps({"0.0": {"other": {"90": 1}}}))
     monkeypatch.setattr(judge, "BASELINE", record)

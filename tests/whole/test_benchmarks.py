@@ -1,4 +1,4 @@
-"""The GPU benchmark, rehearsed on the CPU: it runs completely, wrong kernels end it, baselines are right; the CPU benchmarks."""
+"""The GPU benchmark, rehearsed on the CPU: it runs completely, wrong kernels end it, baselines are right; CPU benchmarks."""
 
 from __future__ import annotations
 
