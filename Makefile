@@ -12,7 +12,7 @@ JOBS ?= 2
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-# Triton's interpreter is switched on for a whole process, so its tests have their own.
+# Triton's interpreter is enabled per process, so its tests run in a separate process.
 test: $(INSTALLED) lint types
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not zoo and not interpreter and not gpu"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter
@@ -20,11 +20,11 @@ test: $(INSTALLED) lint types
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# On a machine with a CUDA device, with its torch and onnxruntime-gpu in .venv; elsewhere skipped, with the reason.
+# Needs a CUDA device, and torch with CUDA and onnxruntime-gpu in .venv; on other machines the tests are skipped with a reason.
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu -rs
 
-# Some of the architectures next to the repository, if they are there; `zoo` runs all of them, and writes docs/zoo.md.
+# Some architectures of the zoo, if its folder is next to the repository; `make zoo` runs all of them and writes docs/zoo.md.
 test-zoo: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(JOBS) -m zoo -rs
 
@@ -46,8 +46,8 @@ docs: $(INSTALLED)
 wheel-test: $(INSTALLED)
 	PATH="$(abspath $(BIN)):$$PATH" .ci/wheel
 
-# torch by name first: a range would take the newest build with its CUDA packages. Triton of torch 2.11 is installed in its own
-# folder, for the compile gate. The last two packages are weights; their own dependencies are programs that are not needed.
+# Install this version of torch first: a range would install the newest build with its CUDA packages. The Triton of torch 2.11
+# gets a separate folder, for the compile gate. The last two packages contain weights; their dependencies are not needed.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

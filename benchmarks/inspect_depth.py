@@ -1,8 +1,8 @@
-"""Time and memory of inspecting and planning a Llama-3-405B-shaped model on `meta`, against its depth.
+"""Time and memory of inspecting and planning a model with the shape of Llama 3 405B on `meta`, as a function of its depth.
 
     python benchmarks/inspect_depth.py [--depths 8 32 126] [--json OUT]
 
-Each depth runs in a process of its own, so that its peak memory is its own. Prints a table and writes JSON.
+Each depth runs in a separate process, to measure its peak memory. Prints a table and writes JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Times a Memory+ layer on the CPU against the SwiGLU MLP it replaces, and against gather-and-einsum in plain torch.
+"""Times a Memory+ layer on the CPU, the SwiGLU MLP that it replaces, and gather-and-einsum in plain torch.
 
-A training step (forward, backward, AdamW) is timed for the dense gradient of the table, and for the fused update.
+A training step (forward, backward, AdamW) is timed with a dense gradient of the table, and with the fused update.
 
-Every round runs each contestant once, in turn and in one process, so that a busy machine slows all of them alike;
-medians and minima over the rounds are printed, and written as JSON (`--json FILE`). Trust ratios, not milliseconds.
+Every round runs each implementation once, in the same process, so that load on the machine slows all of them equally.
+Medians and minima over the rounds are printed and written as JSON (`--json FILE`). Compare ratios, not milliseconds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SwiGLU(nn.Module):
 
 
 class PlainMemoryPlus(nn.Module):
-    """The same Memory+ layer, on the same parameters, by the textbook: k² sums, a [T, K, D] gather, an einsum."""
+    """The same Memory+ layer with the same parameters, written directly: k² sums, a [T, K, D] gather, an einsum."""
 
     def __init__(self, layer: MemoryPlus) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class PlainMemoryPlus(nn.Module):
 
 
 class WithPool(nn.Module):
-    """A Memory+ layer and the pool it reads, as a model would hold them."""
+    """A Memory+ layer and the pool that it reads, as children of one module."""
 
     def __init__(self, args: argparse.Namespace, gradient: Gradient) -> None:
         super().__init__()
@@ -83,8 +83,8 @@ class WithPool(nn.Module):
         return out
 
 
-def contestants(args: argparse.Namespace) -> dict[str, nn.Module]:
-    """The modules, `dense` first: it is the yardstick."""
+def implementations(args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The modules to compare; `dense` is the baseline."""
     memory = WithPool(args, "dense")
     return {
         "dense": SwiGLU(args.d_model, args.d_hidden, getattr(torch, args.dtype)),
@@ -114,7 +114,7 @@ def forward_backward(module: nn.Module, parameters: list[Tensor], x: Tensor) -> 
 
 
 def training_step(module: nn.Module, x: Tensor) -> Callable[[], None]:
-    """A forward, a backward, and a step of AdamW, which updates a fused table with `memrewrite.fuse`."""
+    """A forward, a backward, and a step of AdamW; a fused table is updated by `memrewrite.fuse`."""
     optimizer = torch.optim.AdamW(memrewrite.param_groups(module, lr=1e-4))
     if any(isinstance(m, Pool) and m.pending is not None for m in module.modules()):
         memrewrite.fuse(optimizer, module)
@@ -128,7 +128,7 @@ def training_step(module: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of every contestant in every round, after one warm-up each."""
+    """Milliseconds of every implementation in every round, after one warm-up each."""
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -141,9 +141,9 @@ def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[
 
 
 def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per number of tokens, pass and contestant."""
+    """One row per number of tokens, pass and implementation."""
     rows = []
-    modules = contestants(args)
+    modules = implementations(args)
     trained = {"dense": modules["dense"], "memory_plus": modules["memory_plus"], "memory_fused": WithPool(args, "fused")}
     for tokens in args.tokens:
         x = torch.randn(tokens, args.d_model).to(getattr(torch, args.dtype))
@@ -167,20 +167,20 @@ def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
                 }
                 for name, taken in times.items()
             ]
-        for m in trained.values():  # another optimizer may take the fused table's gradients
+        for m in trained.values():  # the next optimizer must be able to update the fused table
             release(m)
     return rows
 
 
 def release(module: nn.Module) -> None:
-    """Take the module's pools from the optimizer that updates them."""
+    """Detach the module's pools from the optimizer that updates them."""
     for m in module.modules():
         if isinstance(m, Pool) and m.pending is not None:
             m.pending.taker = None
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on, without naming the machine."""
+    """The CPU, threads and versions on which the numbers depend; no host name."""
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {
@@ -196,7 +196,7 @@ def machine() -> dict[str, Any]:
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
-    """Sizes default to a 373m-class block with a table of 65,536 slots."""
+    """The default sizes are those of a block of a 373m model, with a table of 65,536 slots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--d-model", type=int, default=1024, help="width of the block")
     parser.add_argument("--d-hidden", type=int, default=2816, help="hidden width of the dense MLP")
@@ -204,10 +204,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4, help="heads of the memory layer")
     parser.add_argument("--topk", type=int, default=32, help="slots read per head")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512], help="tokens per call")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of everything")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="dtype of all tensors")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than 1 needs a quiet machine")
-    parser.add_argument("--json", type=Path, default=Path("layer_cpu.json"), help="where the figures go")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than 1 needs an idle machine")
+    parser.add_argument("--json", type=Path, default=Path("layer_cpu.json"), help="output file")
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,8 @@
-"""Times the lookup and the top-k on the CPU against every plain torch formulation of them, forward and with gradients.
+"""Times the lookup and the top-k on the CPU and plain torch formulations of them, forward and with gradients.
 
-Every round runs each contestant once, in turn and in one process, so that a busy machine slows all of them alike; medians and
-minima over the rounds are printed, with ours over the best of the others, and written as JSON. Trust ratios, not milliseconds.
+Every round runs each implementation once, in the same process, so that load on the machine slows all of them equally. Medians
+and minima over the rounds, and the ratio of ours to the best other one, are printed and written as JSON. Compare ratios, not
+milliseconds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Runs = dict[str, Callable[[], Any]]  # "ours" first
 
 
 def bag(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """One bag a token."""
+    """One embedding bag per token."""
     return F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum")
 
 
@@ -36,17 +37,17 @@ def sparse_bag(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 
 
 def gather_bmm(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """The [T, K, D] gather, a product of matrices."""
+    """The [T, K, D] gather and a batched matrix product."""
     return torch.bmm(weights.unsqueeze(1), values[indices]).squeeze(1)
 
 
 def gather_einsum(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """The formula."""
+    """The formula itself."""
     return torch.einsum("tk,tkd->td", weights, values[indices])
 
 
 def gather_sum(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """What a compiler can fuse into one loop."""
+    """A form that a compiler can fuse into one loop."""
     out: Tensor = (values[indices] * weights.unsqueeze(-1)).sum(1)
     return out
 
@@ -86,8 +87,8 @@ def with_gradients(
     return run
 
 
-def contests(args: argparse.Namespace, values: Tensor, tokens: int) -> dict[str, Runs]:
-    """What is measured at one number of tokens and one dtype."""
+def comparisons(args: argparse.Namespace, values: Tensor, tokens: int) -> dict[str, Runs]:
+    """The comparisons for one number of tokens and one dtype."""
     reads, dtype = args.heads * args.topk, values.dtype
     indices = torch.randint(0, values.shape[0], (tokens, reads))
     weights = torch.randn(tokens, reads).softmax(-1).to(dtype)
@@ -100,9 +101,9 @@ def contests(args: argparse.Namespace, values: Tensor, tokens: int) -> dict[str,
         "gather + einsum": gather_einsum,
         "gather · w, compiled": compiled,
     }
-    wanted = ops.sparse_lookup(values, indices, weights).float()
+    expected = ops.sparse_lookup(values, indices, weights).float()
     for formulation in formulations.values():
-        torch.testing.assert_close(formulation(values, indices, weights).float(), wanted, rtol=3e-2, atol=3e-2)
+        torch.testing.assert_close(formulation(values, indices, weights).float(), expected, rtol=3e-2, atol=3e-2)
     sparse: dict[str, Formulation] = {"ours": ours_sparse, "embedding_bag": sparse_bag}
     one, two = (torch.randn(args.heads, tokens, args.keys).to(dtype) for _ in range(2))
     inputs = (values, indices, weights)
@@ -118,20 +119,20 @@ def contests(args: argparse.Namespace, values: Tensor, tokens: int) -> dict[str,
 
 
 def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per dtype, number of tokens, contest and contestant; `of_best`: ours over the best of the others."""
+    """One row per dtype, number of tokens, comparison and implementation; `of_best`: ours divided by the best other one."""
     rows = []
     for name in args.dtype:
         values = torch.randn(args.keys**2, args.dim).to(getattr(torch, name)) * args.dim**-0.5
         for tokens in args.tokens:
-            for contest, runs in contests(args, values, tokens).items():
-                repeat = 1 if tokens > 8 or "gradient" in contest else args.repeat
+            for comparison, runs in comparisons(args, values, tokens).items():
+                repeat = 1 if tokens > 8 or "gradient" in comparison else args.repeat
                 times = measure({who: repeated(run, repeat) for who, run in runs.items()}, args.rounds)
-                rows += lines({"dtype": name, "tokens": tokens, "contest": contest}, times, repeat)
+                rows += lines({"dtype": name, "tokens": tokens, "contest": comparison}, times, repeat)
     return rows
 
 
 def repeated(run: Callable[[], Any], times: int) -> Callable[[], None]:
-    """A run so short that the clock would be most of it, several times over."""
+    """Several runs in one: for runs so short that the clock's overhead would dominate."""
 
     def all_of_them() -> None:
         for _ in range(times):
@@ -141,7 +142,7 @@ def repeated(run: Callable[[], Any], times: int) -> Callable[[], None]:
 
 
 def lines(what: dict[str, Any], times: dict[str, list[float]], repeat: int) -> list[dict[str, Any]]:
-    """The rows of one contest."""
+    """The rows of one comparison."""
     others = [taken for who, taken in times.items() if who != "ours"]
     best = {"median": min(median(t) for t in others), "min": min(min(t) for t in others)}
     rows = []
@@ -165,8 +166,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["float32"], help="float32 bfloat16 measures both")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
     parser.add_argument("--repeat", type=int, default=50, help="calls that count as one, at few tokens")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than 1 needs a quiet machine")
-    parser.add_argument("--json", type=Path, default=Path("lookup_cpu.json"), help="where the figures go")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than 1 needs an idle machine")
+    parser.add_argument("--json", type=Path, default=Path("lookup_cpu.json"), help="output file")
     return parser.parse_args(argv)
 
 
@@ -178,7 +179,7 @@ def main(argv: list[str]) -> None:
     rows = benchmark(args)
     sizes = {name: value for name, value in vars(args).items() if name != "json"}
     print(", ".join(f"{name} {value}" for name, value in sizes.items()))
-    head = f"{'dtype':<9} {'tokens':>6}  {'contest':<28} {'who':<21} {'median ms':>10} {'min ms':>10}"
+    head = f"{'dtype':<9} {'tokens':>6}  {'comparison':<28} {'implementation':<21} {'median ms':>10} {'min ms':>10}"
     print(f"{head} {'ours / best':>12} {'by minima':>10}")
     for row in rows:
         line = f"{row['dtype']:<9} {row['tokens']:>6}  {row['contest']:<28} {row['who']:<21}"

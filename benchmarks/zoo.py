@@ -1,11 +1,11 @@
-"""Every architecture of the zoo: which of its MLPs are found, how they can be substituted, and what is proved about it.
+"""Every architecture of the zoo: which of its MLPs are found, how they can be substituted, and which checks pass.
 
     python benchmarks/zoo.py [NAMES] [--every N] [--keep JSON] [--zoo FOLDER] [--jobs 2] [--json OUT] [--table docs/zoo.md]
 
-The zoo (`zoo.py`, and `score.py`, which holds findings against the truth) is a folder beside the repository, or where
-MEMREWRITE_ZOO says. Each architecture is located, and a memory that starts at zero is put beside every MLP, with all checks.
-Workers are processes of their own: one that dies or hangs is one failed row. Exits with 1 when an MLP is missed or
-invented, or anything failed.
+The zoo (`zoo.py`, and `score.py`, which compares findings with the ground truth) is a folder next to the repository, or the
+folder in MEMREWRITE_ZOO. For each architecture, MLPs are located, and a memory layer with zero output is added in parallel with
+every MLP, with all checks. Workers are separate processes: a worker that dies or hangs gives one failed row. Exit code 1 if an
+MLP is missed or invented, or if anything failed.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ ZOO = Path(os.environ.get("MEMREWRITE_ZOO", ROOT.parent / "shared" / "zoo"))
 
 
 def load(folder: Path) -> tuple[ModuleType, ModuleType]:
-    """The zoo's two modules. Exits with a message when they are not there."""
+    """The zoo's two modules. Exits with a message if they do not exist."""
     for name in ("zoo.py", "score.py"):
         if not (folder / name).is_file():
-            sys.exit(f"no zoo: {folder / name} is not there; say where it is with --zoo FOLDER")
+            sys.exit(f"no zoo: {folder / name} does not exist; pass its folder with --zoo FOLDER")
     sys.path.insert(0, str(folder.resolve()))
     return importlib.import_module("zoo"), importlib.import_module("score")
 
 
 def measure(zoo: ModuleType, score: ModuleType, name: str) -> Row:
-    """Locate and rewrite one architecture; what was seen and how long it took."""
+    """Locate and rewrite one architecture; returns the results and the time."""
     import memrewrite
     from memrewrite.errors import VerificationError
 
@@ -81,7 +81,7 @@ def measure(zoo: ModuleType, score: ModuleType, name: str) -> Row:
             break
         try:
             made = does(case, watched)
-        except Exception as error:  # noqa: BLE001 - it is what the row is to tell
+        except Exception as error:  # noqa: BLE001 - the row reports it
             row["error"] = f"{verb}: {type(error).__name__}: {str(error).strip()}"[:500]
             break
         row |= made if verb == "locating" else {"surgery": made}
@@ -100,7 +100,7 @@ def _seen(seen: SimpleNamespace) -> Row:
 
 
 def serve(zoo: ModuleType, score: ModuleType) -> None:
-    """A worker: a name a line in, a row a line out. What models print goes where errors go."""
+    """A worker: one name per input line, one row per output line. Output printed by models goes to stderr."""
     import torch
 
     torch.set_num_threads(1)
@@ -115,7 +115,7 @@ def serve(zoo: ModuleType, score: ModuleType) -> None:
 
 
 class Worker:
-    """A process that measures one architecture after another, started again when it died or hung."""
+    """A process that measures one architecture after another; it is restarted after it died or hung."""
 
     def __init__(self, folder: Path, timeout: float) -> None:
         self.command = [sys.executable, __file__, "--worker", "--zoo", str(folder)]
@@ -123,7 +123,7 @@ class Worker:
         self.process: subprocess.Popen[str] | None = None
 
     def row(self, name: str) -> Row:
-        """The row of one architecture; of its death, when the process does not live to tell it."""
+        """The row of one architecture, or a failed row if the process died or hung."""
         process = self.process or self._started()
         assert process.stdin is not None
         try:
@@ -170,8 +170,8 @@ def _pump(stream: Iterable[str], lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-def measure_all(names: list[str], folder: Path, jobs: int, timeout: float, tell: Callable[[Row], None]) -> list[Row]:
-    """Rows in the order of `names`, measured by `jobs` workers side by side; `tell` hears of each as it comes."""
+def measure_all(names: list[str], folder: Path, jobs: int, timeout: float, report: Callable[[Row], None]) -> list[Row]:
+    """Rows in the order of `names`, measured by `jobs` parallel workers; `report` is called with each row as it is ready."""
     todo: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in names:
         todo.put(name)
@@ -183,7 +183,7 @@ def measure_all(names: list[str], folder: Path, jobs: int, timeout: float, tell:
             while True:
                 name = todo.get_nowait()
                 rows[name] = worker.row(name)
-                tell(rows[name])
+                report(rows[name])
         except queue.Empty:
             return
         finally:
@@ -198,16 +198,18 @@ def measure_all(names: list[str], folder: Path, jobs: int, timeout: float, tell:
 
 
 def main() -> int:
-    """Measure, show, write; 1 when anything is wrong."""
+    """Measure, show, write; returns 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAMES", help="architectures; all when none is named")
-    parser.add_argument("--names", dest="more", nargs="+", default=[], metavar="NAME", help="the same")
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th architecture only")
+    parser.add_argument("names", nargs="*", metavar="NAMES", help="architectures; default: all")
+    parser.add_argument("--names", dest="more", nargs="+", default=[], metavar="NAME", help="more architectures")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th architecture")
     parser.add_argument("--zoo", type=Path, default=ZOO, metavar="FOLDER")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one architecture")
     parser.add_argument("--json", type=Path, metavar="OUT")
-    parser.add_argument("--keep", type=Path, metavar="JSON", help="an earlier run: its rows stand for what is not named now")
+    parser.add_argument(
+        "--keep", type=Path, metavar="JSON", help="JSON of an earlier run: its rows are used for architectures not named now"
+    )
     parser.add_argument("--table", type=Path, metavar="PAGE", help="write the docs page")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -221,10 +223,10 @@ def main() -> int:
         parser.error(f"the zoo has no {', '.join(unknown)}")
     names = names[:: args.every]
 
-    def tell(row: Row) -> None:
-        print(f"{row['name']}: {flaws(row) or 'as it should be'}"[:200], file=sys.stderr, flush=True)
+    def report(row: Row) -> None:
+        print(f"{row['name']}: {flaws(row) or 'correct'}"[:200], file=sys.stderr, flush=True)
 
-    rows = measure_all(names, args.zoo, args.jobs, args.timeout, tell)
+    rows = measure_all(names, args.zoo, args.jobs, args.timeout, report)
     if args.keep:
         measured = {row["name"]: row for row in (*json.loads(args.keep.read_text(encoding="utf-8"))["rows"], *rows)}
         rows, names = [measured[name] for name in zoo.CASES if name in measured], [n for n in zoo.CASES if n in measured]

@@ -1,4 +1,4 @@
-"""The door: a command line around the passes. Importing it loads nothing; `main` does."""
+"""The command line: arguments in, one call of the passes, tables or JSON out. Importing it loads nothing; `main` does."""
 
 from __future__ import annotations
 

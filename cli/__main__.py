@@ -1,4 +1,4 @@
-"""`python -m memrewrite.cli`, where the console script is not on the path."""
+"""`python -m memrewrite.cli`, for environments in which the console script is not on the path."""
 
 from __future__ import annotations
 

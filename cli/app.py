@@ -1,7 +1,7 @@
-"""The commands of `memrewrite`: each turns its arguments into one call of the passes and shows what comes back.
+"""The commands of `memrewrite`: each makes one call of the passes from its arguments and prints the result.
 
-Flow: arguments → what is cheap to refuse is refused → the model is loaded → one verb of `pipeline` or `checkpoint` → tables
-or JSON. torch is imported inside the commands, so that `--help`, `--version` and shell completion are quick.
+Flow: arguments → cheap checks → load the model → one function of `pipeline` or `checkpoint` → tables or JSON. torch is
+imported inside the commands, so `--help`, `--version` and shell completion are fast.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="memrewrite",
-    help="Find the MLPs of a transformer by dataflow and put sparse memory layers in their places.",
+    help="Find the MLPs of a transformer by dataflow and replace them with sparse memory layers.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -34,14 +34,14 @@ app.add_typer(recipes.app, name="recipes")
 
 
 class Emit(str, enum.Enum):
-    """What a rewrite gives: the live module, edited in place, or its captured graph."""
+    """Result of a rewrite: the live module, edited in place, or its rewritten graph."""
 
     module = "module"
     graph = "graph"
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         from memrewrite import __version__
 
         typer.echo(f"memrewrite {__version__}")
@@ -65,31 +65,31 @@ def apply(
     model: ModelArgument,
     recipe: RecipeArgument,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Save the result here; left out: only report.")
+        Path | None, typer.Option("-o", "--output", metavar="DIR", help="Save the result here. Default: only report.")
     ] = None,
     emit: Annotated[Emit | None, typer.Option(help="module: edit the live model; graph: rewrite its exported program.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; change nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR when it is in use.")] = False,
-    allow_large: Annotated[bool, typer.Option("--allow-large", help="Go on when a pool exceeds free memory.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is not empty.")] = False,
+    allow_large: Annotated[bool, typer.Option("--allow-large", help="Continue if a pool exceeds free memory.")] = False,
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
-    """Rewrite MODEL as RECIPE says, check the result, and save it with -o."""
-    with session(context.obj, as_json) as ours:
+    """Rewrite MODEL with RECIPE, check the result, and save it with -o."""
+    with session(context.obj, as_json) as current:
         if output is not None:
-            from memrewrite.cli.output import refuse_output
+            from memrewrite.cli.output_path import refuse_output
 
             refuse_output(output, overwrite=overwrite, read=[model, recipe])
-        wanted = read_recipe(ours, recipe)
-        source = load_model(ours, model, trust_code, with_tokenizer=output is not None and not dry_run)
+        loaded = read_recipe(current, recipe)
+        source = load_model(current, model, trust_code, with_tokenizer=output is not None and not dry_run)
         if dry_run:
-            _show_plan(ours, source, wanted)
+            _show_plan(current, source, loaded)
         else:
-            _apply(ours, source, wanted, output, _emitted(emit, source), overwrite=overwrite, allow_large=allow_large)
+            _apply(current, source, loaded, output, _emit_for(emit, source), overwrite=overwrite, allow_large=allow_large)
 
 
 def _apply(
-    ours: Session,
+    current: Session,
     source: ModelSource,
     recipe: Recipe,
     output: Path | None,
@@ -98,20 +98,20 @@ def _apply(
     overwrite: bool,
     allow_large: bool,
 ) -> None:
-    from memrewrite.cli import render
+    from memrewrite.cli import text_output
     from memrewrite.passes import pipeline
     from memrewrite.passes.storage import checkpoint
 
-    report = pipeline.apply(source.model, recipe, source.inputs, emit=emit.value, allow_large=allow_large, step=ours.step)
+    report = pipeline.apply(source.model, recipe, source.inputs, emit=emit.value, allow_large=allow_large, step=current.step)
     saved = None
     if output is not None:
         for file in source.neighbours if emit is Emit.module else ():
-            ours.log.warning("%s imports %s, which is not saved with it", source.code, file.name)
+            current.log.warning("%s imports %s, which is not saved with the result", source.code, file.name)
         base = source.base if emit is Emit.module else None
-        saved = checkpoint.save(report.model, output, source=base, overwrite=overwrite, step=ours.step)
+        saved = checkpoint.save(report.model, output, source=base, overwrite=overwrite, step=current.step)
     document = {"report": report.model_dump(mode="json"), "ok": report.ok, "emit": emit.value}
     document["saved"] = None if saved is None else str(saved)
-    ours.show(document, lambda out: render.applied(out, report, saved))
+    current.show(document, lambda out: text_output.show_report(out, report, saved))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -120,31 +120,36 @@ def inspect(
     model: ModelArgument,
     why: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Explain one module, parameter or graph node: what it is, or which rule refused it."),
+        typer.Option(
+            metavar="PATH", help="Explain one module, parameter or graph node: its role, or the rule that refused it."
+        ),
     ] = None,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the model and what was found as an HTML page.")
+        Path | None, typer.Option(metavar="FILE", help="Write an HTML page that shows the model, its MLPs and near misses.")
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(metavar="RECIPE", help="With --html: what it would do.", autocompletion=recipes.complete)
+        str | None,
+        typer.Option(
+            metavar="RECIPE", help="With --html: also show what this recipe would do.", autocompletion=recipes.complete
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
-    """Show every MLP of MODEL, and what only looked like one, with the reason."""
-    with session(context.obj, as_json) as ours:
-        from memrewrite.cli import look
+    """List every MLP of MODEL, and every near miss with the reason why it was refused."""
+    with session(context.obj, as_json) as current:
+        from memrewrite.cli import inspect_command
 
-        look.refuse(why, html, recipe, overwrite=overwrite, read=[model])
-        wanted = None if recipe is None else read_recipe(ours, recipe)
-        source = load_model(ours, model, trust_code)
+        inspect_command.refuse(why, html, recipe, overwrite=overwrite, read=[model])
+        loaded = None if recipe is None else read_recipe(current, recipe)
+        source = load_model(current, model, trust_code)
         if why is not None:
-            look.why(ours, source, why)
+            inspect_command.why(current, source, why)
         elif html is not None:
-            look.page(ours, source, html, wanted)
+            inspect_command.page(current, source, html, loaded)
         else:
-            look.tables(ours, source)
+            inspect_command.tables(current, source)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -155,10 +160,10 @@ def plan(
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
-    """Show what `apply` would do to MODEL, and what it would cost; change nothing."""
-    with session(context.obj, as_json) as ours:
-        wanted = read_recipe(ours, recipe)
-        _show_plan(ours, load_model(ours, model, trust_code), wanted)
+    """Show what `apply` would do to MODEL and the cost before and after; change nothing."""
+    with session(context.obj, as_json) as current:
+        loaded = read_recipe(current, recipe)
+        _show_plan(current, load_model(current, model, trust_code), loaded)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -168,42 +173,42 @@ def verify(
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
-    """Check a saved result: its files, bit for bit, and what was proved of it."""
-    with session(context.obj, as_json) as ours:
-        ours.step("loading torch")
-        from memrewrite.cli import render
+    """Check a saved result again: its files bit for bit, then the checks of the rewrite."""
+    with session(context.obj, as_json) as current:
+        current.step("loading torch")
+        from memrewrite.cli import text_output
         from memrewrite.errors import VerificationError
         from memrewrite.passes.verify_saved import verify_saved
 
-        report = verify_saved(directory, trust_code=trust_code, step=ours.step)
-        if not report.ok:  # shown like every failed check, with the report
+        report = verify_saved(directory, trust_code=trust_code, step=current.step)
+        if not report.ok:  # printed with the report, as for `apply`
             failed = next(check for check in report.checks if check.outcome == "failed")
             what = f"the check {failed.name!r} failed: {failed.sentence}"
             raise VerificationError(what, where=str(directory), hint="apply the recipe again").with_report(report)
         document = {"report": report.model_dump(mode="json"), "ok": report.ok}
-        ours.show(document, lambda out: render.verified(out, report, directory))
+        current.show(document, lambda out: text_output.show_verification(out, report, directory))
 
 
 for command in (onnx.export, onnx.check, onnx.build_op):
     app.command(epilog=EXIT_CODES)(command)
 
 
-def _show_plan(ours: Session, source: ModelSource, recipe: Recipe) -> None:
-    from memrewrite.cli import render
+def _show_plan(current: Session, source: ModelSource, recipe: Recipe) -> None:
+    from memrewrite.cli import text_output
     from memrewrite.passes import pipeline
 
-    made = pipeline.plan(source.model, recipe, source.inputs, step=ours.step)
-    document: dict[str, Any] = {"plan": made.model_dump(mode="json"), "digest": made.digest()}
-    document |= {"before": made.before().model_dump(), "after": made.after().model_dump()}
+    result = pipeline.plan(source.model, recipe, source.inputs, step=current.step)
+    document: dict[str, Any] = {"plan": result.model_dump(mode="json"), "digest": result.digest()}
+    document |= {"before": result.before().model_dump(), "after": result.after().model_dump()}
     document["sites"] = [
-        {"path": s.site.path, "before": s.site.cost().model_dump(), "after": s.cost(made.pools).model_dump()}
-        for s in made.substitutions
+        {"path": s.site.path, "before": s.site.cost().model_dump(), "after": s.cost(result.pools).model_dump()}
+        for s in result.substitutions
     ]
-    ours.show(document, lambda out: render.planned(out, made))
+    current.show(document, lambda out: text_output.show_plan(out, result))
 
 
-def _emitted(emit: Emit | None, source: ModelSource) -> Emit:
-    """A program has no modules to edit; a live model is edited unless the graph is asked for."""
+def _emit_for(emit: Emit | None, source: ModelSource) -> Emit:
+    """Graph for an exported program, which has no modules to edit; for a live model the requested form, default module."""
     from torch import nn
 
     from memrewrite.errors import UserError
@@ -216,7 +221,7 @@ def _emitted(emit: Emit | None, source: ModelSource) -> Emit:
 
 
 def run() -> None:
-    """Run the command line. Characters that a terminal cannot show are replaced, and no reason to fail."""
+    """Run the command line. Characters that the terminal cannot encode are replaced instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -1,4 +1,4 @@
-"""Arguments and options that commands share, and what they do with them: a model or a recipe, by its spelling."""
+"""Arguments and options that several commands share, and the loading of the model and the recipe that they name."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ RecipeArgument = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and no tables.")]
-Trust = Annotated[bool, typer.Option("--trust-code", help="Run Python and unpickle objects that came with the model.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-code", help="Allow running Python code and unpickling objects stored with the model.")
+]
 
 
-def read_recipe(ours: Session, recipe: str) -> Recipe:
-    """The recipe of that file or gallery name."""
-    ours.step("reading the recipe")
+def read_recipe(current: Session, recipe: str) -> Recipe:
+    """Read the recipe from a file or the gallery."""
+    current.step("reading the recipe")
     from memrewrite.recipes import reader
 
     return reader.read_recipe(recipe)
 
 
-def load_model(ours: Session, model: str, trust_code: bool, *, with_tokenizer: bool = False) -> ModelSource:
-    """The model that MODEL spells, and its example inputs."""
-    ours.step("loading the model")
+def load_model(current: Session, model: str, trust_code: bool, *, with_tokenizer: bool = False) -> ModelSource:
+    """Load the model that MODEL names, and its example inputs."""
+    current.step("loading the model")
     from memrewrite.passes.storage.source import load_source
 
     return load_source(model, trust_code=trust_code, with_tokenizer=with_tokenizer)

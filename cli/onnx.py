@@ -1,4 +1,4 @@
-"""`export`, `check` and `build-op`: a model leaves as ONNX, the file is held against it, its operators get native kernels."""
+"""`export`, `check` and `build-op`: write a model as ONNX, compare the file with the model, build native kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memrewrite.cli.session import session
 
 
 class Operators(str, enum.Enum):
-    """How memory operators are written."""
+    """The form of memory operators in the file."""
 
     standard = "standard"
     native = "native"
@@ -22,7 +22,7 @@ class Operators(str, enum.Enum):
 
 
 class Float(str, enum.Enum):
-    """Types of numbers that runtimes compute with."""
+    """Floating-point types for the exported model."""
 
     float32 = "float32"
     float16 = "float16"
@@ -34,26 +34,30 @@ def export(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The ONNX file to write.", show_default=False)],
     op: Annotated[
         Operators,
-        typer.Option(help="Memory operators as nodes with a function of standard operators (both), or as one of the two."),
+        typer.Option(
+            help="Memory operators: native nodes (native), standard ONNX operators (standard), or native nodes with a function"
+            " body of standard operators (both)."
+        ),
     ] = Operators.both,
     dtype: Annotated[
-        Float | None, typer.Option(help="Convert all numbers; left out, what no runtime computes with becomes float32.")
+        Float | None,
+        typer.Option(help="Convert all floating-point values. Default: only types that no runtime computes with, to float32."),
     ] = None,
     with_past: Annotated[
-        bool, typer.Option("--with-past", help="A decoder with its KV cache as inputs and outputs, for generation.")
+        bool, typer.Option("--with-past", help="Export a decoder with its KV cache as inputs and outputs, for generation.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
-    """Write MODEL as one ONNX file: any runtime runs it, and one that knows our library runs it fast."""
-    with session(context.obj, as_json) as ours:
-        from memrewrite.cli import render
-        from memrewrite.cli.output import refuse_file
+    """Write MODEL as one ONNX file. Every runtime can run it; with the native kernels of `build-op` it runs faster."""
+    with session(context.obj, as_json) as current:
+        from memrewrite.cli import text_output
+        from memrewrite.cli.output_path import refuse_file
 
         refuse_file(output, overwrite=overwrite, read=[model])
-        source = load_model(ours, model, trust_code)
-        ours.step("preparing")
+        source = load_model(current, model, trust_code)
+        current.step("preparing")
         from memrewrite.passes.onnx.export import export_onnx
 
         exported = export_onnx(
@@ -64,42 +68,42 @@ def export(
             dtype=None if dtype is None else dtype.value,
             with_past=with_past,
             overwrite=overwrite,
-            notes={"source": _from_there(Path(model), output)} if Path(model).exists() else {},
-            step=ours.step,
+            notes={"source": _relative_path(Path(model), output)} if Path(model).exists() else {},
+            step=current.step,
         )
-        ours.show({"exported": exported.model_dump(mode="json")}, lambda out: render.exported(out, exported))
+        current.show({"exported": exported.model_dump(mode="json")}, lambda out: text_output.show_export(out, exported))
 
 
-def _from_there(model: Path, output: Path) -> str:
-    """Where the model lies as seen from the file, links resolved."""
+def _relative_path(model: Path, output: Path) -> str:
+    """The path of the model relative to the directory of the output file, links resolved."""
     return os.path.relpath(model.resolve(), output.resolve().parent)
 
 
 def build_op(
     context: typer.Context,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The library; left out: where `onnx_session` looks.")
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The library. Default: where `onnx_session` searches.")
     ] = None,
     cuda: Annotated[
-        bool | None, typer.Option("--cuda/--no-cuda", help="Left out: with CUDA kernels where nvcc is found.")
+        bool | None, typer.Option("--cuda/--no-cuda", help="Build CUDA kernels. Default: if nvcc is found.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Build the native kernels of the memory operators, for every onnxruntime from 1.17 on."""
-    with session(context.obj, as_json) as ours:
-        from memrewrite.cli import render
-        from memrewrite.cli.output import refuse_file
+    """Build the native kernels of the memory operators, for onnxruntime 1.17 and later."""
+    with session(context.obj, as_json) as current:
+        from memrewrite.cli import text_output
+        from memrewrite.cli.output_path import refuse_file
         from memrewrite.passes.onnx.native_library import build_op as build
 
         if output is not None:
             refuse_file(output, overwrite=overwrite, read=[])
-        library = build(output, cuda=cuda, step=ours.step)
-        ours.show({"library": str(library)}, lambda out: render.line(out, f"built {library}"))
+        library = build(output, cuda=cuda, step=current.step)
+        current.show({"library": str(library)}, lambda out: text_output.line(out, f"built {library}"))
 
 
 class RouteName(str, enum.Enum):
-    """How a file's memory operators can be run."""
+    """How the memory operators of a file are run."""
 
     standard = "standard"
     native = "native"
@@ -109,26 +113,27 @@ def check(
     context: typer.Context,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `export` wrote.", show_default=False)],
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="What it was exported from; left out: what the file says.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="The model it was exported from. Default: the path recorded in the file."),
     ] = None,
     route: Annotated[
-        list[RouteName] | None, typer.Option(help="Only this route, which must be there; left out: those that are.")
+        list[RouteName] | None, typer.Option(help="Check only this route; it must be available. Default: all available.")
     ] = None,
     real: Annotated[
         list[Path] | None,
-        typer.Option("--inputs", metavar="NPZ", help="More inputs: arrays by the names of the file's inputs."),
+        typer.Option("--inputs", metavar="NPZ", help="Additional inputs: arrays named like the inputs of the file."),
     ] = None,
     provider: Annotated[str, typer.Option(help="The execution provider of onnxruntime.")] = "CPUExecutionProvider",
     tolerance: Annotated[
-        float | None, typer.Option(help="Largest relative difference; left out: 1e-4, with float16 1e-2.", show_default=False)
+        float | None, typer.Option(help="Largest relative difference. Default: 1e-4, with float16 1e-2.", show_default=False)
     ] = None,
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
-    """Run FILE against the PyTorch model that it was exported from, by its standard operators and by the native kernels."""
-    with session(context.obj, as_json) as ours:
-        ours.step("reading the file")
-        from memrewrite.cli import render
+    """Compare FILE with the PyTorch model it was exported from, with its standard operators and with the native kernels."""
+    with session(context.obj, as_json) as current:
+        current.step("reading the file")
+        from memrewrite.cli import text_output
         from memrewrite.errors import VerificationError
         from memrewrite.passes.onnx.check.check import check_onnx
 
@@ -140,9 +145,12 @@ def check(
             providers=[provider],
             tolerance=tolerance,
             trust_code=trust_code,
-            step=ours.step,
+            step=current.step,
         )
-        ours.show({"checked": checked.model_dump(mode="json"), "ok": checked.ok}, lambda out: render.checked(out, checked))
+        current.show(
+            {"checked": checked.model_dump(mode="json"), "ok": checked.ok},
+            lambda out: text_output.show_onnx_check(out, checked),
+        )
         if not checked.ok:
-            ours.log.error("%s does not compute what the model does", file)
+            current.log.error("%s does not compute the same as the model", file)
             raise typer.Exit(VerificationError.exit_code)

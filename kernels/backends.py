@@ -1,6 +1,6 @@
-"""Which code runs an operator: the backends in order, and the choice among them, told once.
+"""Which backend runs an operator: the backends in order, and the choice among them, logged once.
 
-A call names a backend, or "auto": then the first of `BACKENDS` that has no reason against the call takes it.
+A call names a backend, or "auto": then the first of `BACKENDS` that supports the call runs it.
 """
 
 from __future__ import annotations
@@ -14,37 +14,43 @@ from memrewrite.kernels import torch_backend, triton_backend
 if TYPE_CHECKING:
     from types import ModuleType
 
-BACKENDS: tuple[ModuleType, ...] = (triton_backend, torch_backend)  # read top to bottom; the last takes every call
+BACKENDS: tuple[ModuleType, ...] = (triton_backend, torch_backend)  # tried in order; the last supports every call
 NAMES = ("auto", *(backend.NAME for backend in BACKENDS))
 
 log = logging.getLogger("memrewrite.kernels")
-_told: set[tuple[str, str, str, str]] = set()
+_logged: set[tuple[str, str, str, str]] = set()
 
 
-def choose(op: str, wanted: str, reason_of: Callable[[ModuleType], str | None]) -> ModuleType:
-    """The backend for one call; `reason_of` says why one cannot take it, or None.
+def choose(op: str, requested: str, reason_of: Callable[[ModuleType], str | None]) -> ModuleType:
+    """The backend module for one call.
 
-    Raises ValueError for a name that is none, and for a backend asked for by name that cannot take the call.
+    Args:
+        op: Name of the operator, for messages.
+        requested: Name of a backend, or "auto".
+        reason_of: Returns why a backend does not support the call, or None.
+
+    Raises:
+        ValueError: `requested` is not the name of a backend, or that backend does not support the call.
     """
     against = ""
     for backend in BACKENDS:
-        if wanted not in ("auto", backend.NAME):
+        if requested not in ("auto", backend.NAME):
             continue
         reason = reason_of(backend)
         if reason is None:
-            _tell(op, wanted, backend.NAME, against)
+            _log_choice(op, requested, backend.NAME, against)
             return backend
         against = f"{backend.NAME} cannot: {reason}"
-    if wanted not in NAMES:
-        raise ValueError(f"{op}: there is no backend {wanted!r}; try one of {', '.join(NAMES)}")
+    if requested not in NAMES:
+        raise ValueError(f"{op}: there is no backend {requested!r}; try one of {', '.join(NAMES)}")
     raise ValueError(f'{op}: {against}; try backend="auto"')
 
 
-def _tell(op: str, wanted: str, name: str, against: str) -> None:
-    """Log the choice and its reason, once for each."""
-    choice = (op, wanted, name, against)
-    if choice in _told:
+def _log_choice(op: str, requested: str, name: str, against: str) -> None:
+    """Log the choice and its reason, each combination once."""
+    choice = (op, requested, name, against)
+    if choice in _logged:
         return
-    _told.add(choice)
-    why = "asked for" if wanted != "auto" else against or "the first choice"
+    _logged.add(choice)
+    why = "requested" if requested != "auto" else against or "the first choice"
     log.info("%s runs on the backend %r (%s)", op, name, why)

@@ -1,6 +1,6 @@
-"""The operators `rowwise_adagrad_` and `rowwise_adam_`: a table's optimizer, run on the rows that were read.
+"""The operators `rowwise_adagrad_` and `rowwise_adam_`: an optimizer step of a table, on the rows that were read.
 
-The table's gradient is given as the factors of its lookups and never made. `ops` registers these functions.
+The table's gradient is passed as the factors of its lookups and never materialized. `ops` registers these functions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from memrewrite.kernels.backends import choose
 from memrewrite.kernels.checks import check_range, one_device
 
-MOST_READS = 2**30  # of one update: kernels count them in 32 bits
+MOST_READS = 2**30  # per update: kernels count reads in 32 bits
 
 
 def adagrad(
@@ -29,7 +29,7 @@ def adagrad(
     seed: int,
     backend: str = "auto",
 ) -> None:
-    """`memrewrite::rowwise_adagrad_`; `ops.rowwise_adagrad_` is its public face."""
+    """`memrewrite::rowwise_adagrad_`; the public function is `ops.rowwise_adagrad_`."""
     _check("rowwise_adagrad_", values, scale, {"total": total}, (grads, indices, weights))
     reads = _with_reads(values, grads, indices, weights)
     if reads is None:
@@ -55,7 +55,7 @@ def adam(
     seed: int,
     backend: str = "auto",
 ) -> None:
-    """`memrewrite::rowwise_adam_`; `ops.rowwise_adam_` is its public face."""
+    """`memrewrite::rowwise_adam_`; the public function is `ops.rowwise_adam_`."""
     _check("rowwise_adam_", values, scale, {"exp_avg_sq": exp_avg_sq}, (grads, indices, weights))
     one_device("rowwise_adam_", values, exp_avg)
     if exp_avg.shape != values.shape or exp_avg.dtype not in (torch.float32, torch.bfloat16):
@@ -77,7 +77,7 @@ _Reads = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
 def _with_reads(values: Tensor, grads: list[Tensor], indices: list[Tensor], weights: list[Tensor]) -> _Reads | None:
-    """The lookups that read something, their indices in range; None where none did."""
+    """The lookups with at least one read, their indices checked; None if there are none."""
     kept = [lookup for lookup in zip(grads, indices, weights, strict=True) if lookup[1].numel()]
     if not kept or values.shape[1] == 0:
         return None
@@ -93,17 +93,17 @@ def _chosen(op: str, backend: str, values: Tensor, scale: Tensor | None, reads: 
 
 
 def _check(op: str, values: Tensor, scale: Tensor | None, states: dict[str, Tensor], reads: _Reads) -> None:
-    """Refuse, before anything is changed, what the schema cannot."""
+    """Raise TypeError or ValueError, before anything is changed, for inputs that the schema allows but the operators do not."""
     if values.dim() != 2 or not values.is_floating_point() or values.dtype == torch.float64:
         raise TypeError(f"{op}: values must be [N, D] in float32 or fewer bits, not {values.dtype} {tuple(values.shape)}")
     if (scale is None) == (values.itemsize == 1):
-        raise TypeError(f"{op}: values of 8 bits have a scale, and no others do; these are {values.dtype}")
+        raise TypeError(f"{op}: 8-bit values need a scale, and only they have one; these are {values.dtype}")
     for name, state in {**states, **({} if scale is None else {"scale": scale})}.items():
         if state.shape != values.shape[:1] or state.dtype != torch.float32:
             raise ValueError(f"{op}: {name} must be float32 [{values.shape[0]}], not {state.dtype} {tuple(state.shape)}")
     one_device(op, values, scale, *states.values(), *(tensor for part in reads for tensor in part))
     if sum(index.numel() for index in reads[1]) >= MOST_READS:
-        raise ValueError(f"{op}: {MOST_READS} reads or more of one table wait for one update; step more often")
+        raise ValueError(f"{op}: one update has {MOST_READS} or more reads of one table; call step() more often")
     if len({len(part) for part in reads}) != 1:
         raise ValueError(f"{op}: {', '.join(str(len(part)) for part in reads)} gradients, indices and weights do not pair up")
     for grad, index, weight in zip(*reads, strict=True):

@@ -1,7 +1,7 @@
-"""The operators `torch.ops.memrewrite.*`: their schemas, their registration and their Python faces.
+"""The operators `torch.ops.memrewrite.*`: schemas, registration, and the Python functions that call them.
 
-Each backward is an operator of its own, so that export, compile and the profiler see a gather and a scatter by name;
-those of dense gradients are differentiable in their turn. Importing this module registers the operators, once in a process.
+Each backward is a separate operator, so that export, compile and the profiler see a gather and a scatter by name; the
+backwards with dense gradients are differentiable too. Importing this module registers the operators, once per process.
 """
 
 from __future__ import annotations
@@ -31,17 +31,28 @@ def sparse_lookup(
 ) -> Tensor:
     """Weighted sum of table rows: `y_t = sum_j weights[t, j] * values[indices[t, j]]` (eq. 1 of arXiv 2412.09764).
 
-    values [N, D] floating; indices [T, K] int32 or int64; weights [T, K] in the dtype of values. Returns [T, D], summed in
-    fp32 (float64 for float64). With `scale` [N] float32, row n is scale[n] * values[n]: values may then be of 8 bits
-    (float8_e4m3fn), weights are of any floating dtype, and the output has theirs.
+    Differentiable in `weights` and, depending on `gradient`, in `values`. The backward saves only the inputs: O(T·K) memory,
+    never O(T·K·D). CUDA kernels do not check indices: an index outside the table reads, and in the backward writes, memory
+    that does not belong to the table. Product keys never produce such an index.
 
-    Differentiable in weights, and in values as `gradient` says: "dense" [N, D]; "sparse", a COO tensor of the rows that
-    were read (with some twice, the second time with zeros: it is not coalesced); "fused", no gradient: its factors are
-    kept in `pending` until a fused update takes them. Saved for the backward are the inputs: O(T·K), never O(T·K·D).
+    Args:
+        values: Table [N, D], floating-point.
+        indices: Rows to read [T, K], int32 or int64.
+        weights: Weights [T, K] in the dtype of `values`; with `scale`, any floating-point dtype.
+        scale: Row scales [N], float32: row n is `scale[n] * values[n]`. `values` may then be 8-bit (float8_e4m3fn).
+        gradient: "dense": gradient [N, D] of `values`. "sparse": a COO tensor of the rows that were read, not coalesced
+            (rows may appear twice, the second time with zeros). "fused": no gradient; its factors are stored in `pending`
+            until a fused update uses them.
+        backend: "auto", "triton" (CUDA devices) or "torch".
+        pending: Queue of the table, for "fused".
 
-    `backend`: "auto", "triton" (CUDA devices) or "torch". Raises ValueError for shapes and names, TypeError for dtypes,
-    IndexError for an index outside the table on the CPU. A CUDA kernel does not check indices: one outside the table
-    reads, and in the backward writes, memory that is not the table's; product keys make none.
+    Returns:
+        [T, D] in the dtype of `weights`, summed in fp32 (in float64 for float64).
+
+    Raises:
+        ValueError: Shapes, devices or names are wrong.
+        TypeError: Dtypes are wrong.
+        IndexError: On the CPU, an index is outside the table.
     """
     waiting = (None, 0) if pending is None else (pending.count, pending.handle)
     out: Tensor = torch.ops.memrewrite.sparse_lookup.default(values, indices, weights, scale, gradient, backend, *waiting)
@@ -51,13 +62,25 @@ def sparse_lookup(
 def product_key_topk(
     scores1: Tensor, scores2: Tensor, k: int, *, softmax: bool = False, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """The k best sums `scores1[i] + scores2[j]` over all pairs, and their slots `i * n2 + j` (product keys, §2.1).
+    """The k largest sums `scores1[i] + scores2[j]` over all pairs, and their slots `i * n2 + j` (product keys, §2.1).
 
-    scores1 [..., n1], scores2 [..., n2]. Returns scores [..., k], sorted downward, and int64 indices [..., k]. Exact,
-    in O(k log k) sums: pair (i, j) of the two sorted halves can only be among the k best if i * j <= k (1-based).
-    Half types are added, and returned, in fp32. Ties come in any order ("triton": the smaller index of each half first); NaN
-    counts as largest, as in `torch.topk` (sums of opposite infinities aside). With `softmax` the softmax of the k scores is
-    returned in their place. Raises ValueError for k < 1, k > n1, k > n2, or unequal leading shapes.
+    Exact, with O(k log k) sums: pair (i, j) of the two sorted halves can be among the k largest only if i * j <= k (counted
+    from 1). Equal sums are in any order ("triton": smaller index of each half first). NaN counts as largest, as in
+    `torch.topk`, except sums of opposite infinities.
+
+    Args:
+        scores1: Scores of the first half [..., n1], floating-point.
+        scores2: Scores of the second half [..., n2], same dtype and leading shape.
+        k: Number of sums, from 1 to min(n1, n2).
+        softmax: Return the softmax of the k sums instead of the sums.
+        backend: "auto", "triton" (CUDA devices) or "torch".
+
+    Returns:
+        Sums [..., k] in descending order (fp32 for half types), and slots [..., k], int64.
+
+    Raises:
+        ValueError: k < 1, k > n1, k > n2, unequal leading shapes, or several devices.
+        TypeError: The scores are not of one floating-point dtype.
     """
     scores, indices = torch.ops.memrewrite.product_key_topk.default(scores1, scores2, k, softmax, backend)
     return scores, indices
@@ -77,12 +100,28 @@ def rowwise_adagrad_(
     seed: int,
     backend: str = "auto",
 ) -> None:
-    """Adagrad with one accumulator a row, in place, on the rows that these lookups read; no gradient table is made.
+    """Adagrad with one accumulator per row, in place, on the rows that the lookups read.
 
-    Lookup l has grads[l] [T, D] (of its output), indices[l] and weights[l] [T, K]; g_n is the sum of w * grad over all
-    reads of row n. `total_n += mean(g_n²)`; `p_n = p_n (1 - lr wd) - lr g_n / (sqrt(total_n) + eps)`. values [N, D] in
-    float32, bfloat16, float16 (these rounded stochastically, by `seed`) or float8_e4m3fn with `scale` [N]; total [N]
-    float32. Raises ValueError and TypeError before anything is changed, IndexError as `sparse_lookup`.
+    For row n, g_n is the sum of weight * grad over all its reads: `total_n += mean(g_n²)`;
+    `p_n = p_n (1 - lr wd) - lr g_n / (sqrt(total_n) + eps)`. The gradient of the table is never materialized.
+
+    Args:
+        values: Table [N, D], float32, bfloat16, float16 or float8_e4m3fn; all but float32 are rounded stochastically.
+        scale: Row scales [N], float32, for float8_e4m3fn; else None.
+        total: Accumulators [N], float32.
+        grads: Per lookup, the gradient of its output [T, D].
+        indices: Per lookup, the rows it read [T, K].
+        weights: Per lookup, its weights [T, K].
+        lr: Learning rate.
+        eps: Added to the root of the accumulator.
+        weight_decay: Decoupled weight decay.
+        seed: Seed of the stochastic rounding.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ValueError: Shapes, devices or names are wrong; nothing was changed.
+        TypeError: Dtypes are wrong; nothing was changed.
+        IndexError: On the CPU, an index is outside the table.
     """
     numbers = (lr, eps, weight_decay, seed, backend)
     torch.ops.memrewrite.rowwise_adagrad_(values, scale, total, grads, indices, weights, *numbers)
@@ -105,18 +144,24 @@ def rowwise_adam_(
     seed: int,
     backend: str = "auto",
 ) -> None:
-    """Adam with one second moment a row, in place, on the rows that were read: others neither move nor decay.
+    """Adam with one second moment per row, in place, on the rows that the lookups read; other rows do not change.
 
-    As `rowwise_adagrad_`, with `m = β1 m + (1 - β1) g`, `v = β2 v + (1 - β2) mean(g²)` and
-    `p = p (1 - lr wd) - lr m / (1 - β1^step) / (sqrt(v / (1 - β2^step)) + eps)`. exp_avg (m) [N, D] float32 or bfloat16
-    (rounded stochastically), exp_avg_sq (v) [N] float32; `step` counts from 1.
+    `m = β1 m + (1 - β1) g`, `v = β2 v + (1 - β2) mean(g²)` and
+    `p = p (1 - lr wd) - lr m / (1 - β1^step) / (sqrt(v / (1 - β2^step)) + eps)`. Other arguments and errors as in
+    `rowwise_adagrad_`.
+
+    Args:
+        exp_avg: First moments m [N, D], float32 or bfloat16 (rounded stochastically).
+        exp_avg_sq: Second moments v [N], float32.
+        betas: β1 and β2.
+        step: Number of this step, from 1.
     """
     numbers = (lr, *betas, eps, weight_decay, step, seed, backend)
     torch.ops.memrewrite.rowwise_adam_(values, scale, exp_avg, exp_avg_sq, grads, indices, weights, *numbers)
 
 
 class _Op(NamedTuple):
-    """One operator: its schema, what it does, its shapes, and its gradient where it has one."""
+    """One operator: schema, implementation, fake implementation, and its gradient if it has one."""
 
     schema: str
     run: Callable[..., Any]
@@ -127,7 +172,7 @@ class _Op(NamedTuple):
 
 
 def _nothing(*_: Any) -> None:
-    """The fake of an operator that returns nothing."""
+    """The fake implementation of an operator that returns nothing."""
 
 
 _LOOKUP = "Tensor values, Tensor indices, Tensor weights"
@@ -159,7 +204,7 @@ _OPS = (
         "sparse_lookup_keep(Tensor grad, Tensor indices, Tensor weights, Tensor(a!) pending, int handle) -> ()",
         _lookup.keep,
         _nothing,
-        tags=(torch.Tag.cudagraph_unsafe,),  # a replayed CUDA graph would not tell the queue
+        tags=(torch.Tag.cudagraph_unsafe,),  # a replayed CUDA graph would not update the queue
     ),
     _Op(
         f"rowwise_adagrad_({_TABLE}, Tensor(c!) total, {_READS}, float lr, float eps, float weight_decay, int seed, "
@@ -188,12 +233,12 @@ _OPS = (
         _topk.backward_context,
     ),
 )
-# Opaque to export and compile: what a backend does inside is never traced.
+# Opaque to export and compile: the inside of a backend is never traced.
 _LIBRARY = Library("memrewrite", "DEF")  # type: ignore[no-untyped-call]
 for _op in _OPS:
     _name = _op.schema.partition("(")[0]
     _LIBRARY.define(_op.schema, tags=_op.tags)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(_name, _op.run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # it chooses by device itself
+    _LIBRARY.impl(_name, _op.run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # `run` dispatches by device
     register_fake(f"memrewrite::{_name}", _op.fake, lib=_LIBRARY)
     if _op.grad is not None:
         register_autograd(f"memrewrite::{_name}", _op.grad, setup_context=_op.context, lib=_LIBRARY)

@@ -1,8 +1,8 @@
-"""What a fused update has still to do: the factors of a table's gradient, from the backward to the optimizer's step.
+"""Queues for fused updates: the factors of a table's gradient, stored from the backward until the optimizer step.
 
 The gradient of a table is `sum over lookups of w[t, j] * grad[t]` at row `indices[t, j]`. Its factors grad [T, D], indices
-and weights [T, K] are kept, and it is never made. Several lookups may read one table (layers that share it, micro-batches,
-activations that are computed again in the backward): nothing changes the table before the step.
+and weights [T, K] are stored; the gradient is never materialized. Several lookups may read one table (layers that share it,
+micro-batches, activations recomputed in the backward): the table does not change before the step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _queues: WeakValueDictionary[int, Pending] = WeakValueDictionary()
 
 
 class Factors(NamedTuple):
-    """One lookup's share of a table's gradient."""
+    """The factors of one lookup's contribution to a table's gradient."""
 
     grad: Tensor  # [T, D]
     indices: Tensor  # [T, K]
@@ -29,10 +29,10 @@ class Factors(NamedTuple):
 
 
 class Pending:
-    """The queue of one table. An operator finds it by `handle`, a number that a compiled graph can hold.
+    """The queue of one table. An operator finds it by `handle`, an integer that a compiled graph can contain.
 
-    `count` is on the CPU and counts the lookups ever kept: an operator that changes a tensor is neither dropped nor
-    moved by a compiler. A copy of the table gets a queue of its own.
+    `count`, a CPU tensor, counts all lookups ever added. The operator mutates it, so a compiler neither removes nor moves
+    the operator. A copy of the table gets its own queue.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Pending:
 
     @property
     def taker(self) -> Any | None:
-        """Who empties the queue: an optimizer, for as long as there is one."""
+        """The optimizer that empties the queue, or None (also after it was deleted)."""
         return None if self._taker is None else self._taker()
 
     @taker.setter
@@ -52,10 +52,10 @@ class Pending:
         self._taker = None if taker is None else ref(taker)
 
     def keep(self, grad: Tensor, indices: Tensor, weights: Tensor) -> None:
-        """Add one lookup's factors. Raises RuntimeError when nobody would ever take them: the table would not learn."""
+        """Add one lookup's factors. Raises RuntimeError if no optimizer uses them: the table would not be trained."""
         if self.taker is None:
             raise RuntimeError(
-                'a table with gradient "fused" got a gradient, and no optimizer takes it; '
+                'a table with gradient "fused" got a gradient, but no optimizer uses it; '
                 "call memrewrite.fuse(optimizer, model) before training"
             )
         refuse_capture(grad)
@@ -63,13 +63,13 @@ class Pending:
             self.waiting.append(Factors(grad.clone(memory_format=torch.contiguous_format), indices.clone(), weights.clone()))
 
     def take(self) -> list[Factors]:
-        """All factors, and the queue is empty."""
+        """Remove and return all factors."""
         taken, self.waiting = self.waiting, []
         return taken
 
     @contextmanager
     def tried(self) -> Iterator[None]:
-        """Within: gradients are kept, whoever takes them; what has come is dropped at the end."""
+        """Context manager: inside, gradients are accepted without an optimizer; they are discarded at the exit."""
         before, waiting = self.taker, self.waiting
         self.taker, self.waiting = self, []
         try:
@@ -86,14 +86,14 @@ class Pending:
 
 
 def refuse_capture(tensor: Tensor) -> None:
-    """Raise RuntimeError while a CUDA graph is captured: replayed, it would neither tell the queue nor count steps."""
+    """Raise RuntimeError during CUDA graph capture: a replay would neither update the queue nor count steps."""
     if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError('a fused update cannot be in a CUDA graph; capture the forward alone, or use gradient "dense"')
 
 
 def queue_of(handle: int) -> Pending:
-    """The queue with this handle. Raises RuntimeError when its table is gone."""
+    """The queue with this handle. Raises RuntimeError if its table was deleted."""
     queue = _queues.get(handle)
     if queue is None:
-        raise RuntimeError(f"the table of queue {handle} is gone: its model was deleted between forward and backward")
+        raise RuntimeError(f"the table of queue {handle} does not exist: its model was deleted between forward and backward")
     return queue

@@ -12,7 +12,7 @@ from memrewrite.kernels.checks import one_device, require
 
 
 def forward(scores1: Tensor, scores2: Tensor, k: int, softmax: bool = False, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """`memrewrite::product_key_topk`: [..., n1], [..., n2] -> [..., k] twice; `ops.product_key_topk` is its face."""
+    """`memrewrite::product_key_topk`: [..., n1], [..., n2] -> [..., k] twice; public: `ops.product_key_topk`."""
     _check(scores1, scores2, k)
     chosen = choose("product_key_topk", backend, lambda b: b.supports_topk(scores1, scores2, k))
     if scores1.numel() == 0:
@@ -32,14 +32,14 @@ def forward_fake(
 
 
 def context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the chosen slots; of the scores, only what a softmax made of them."""
+    """Save the chosen slots, and with `softmax` its result; no scores."""
     scores1, scores2, _, ctx.softmax, ctx.backend = inputs
     ctx.save_for_backward(output[1], output[0] if ctx.softmax else None)
     ctx.widths, ctx.dtype = (scores1.shape[-1], scores2.shape[-1]), scores1.dtype
 
 
 def grad_of(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradient of `forward`, by the operator `product_key_topk_backward`."""
+    """Gradient of `forward`, computed by the operator `product_key_topk_backward`."""
     indices, s = ctx.saved_tensors
     if ctx.softmax:
         grad = s * (grad - (s * grad).sum(-1, keepdim=True))
@@ -48,11 +48,11 @@ def grad_of(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 
 
 def backward(grad: Tensor, indices: Tensor, n1: int, n2: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """`memrewrite::product_key_topk_backward`: each score's gradient goes to both halves; -> [..., n1], [..., n2]."""
+    """`memrewrite::product_key_topk_backward`: adds each score's gradient to both halves; -> [..., n1], [..., n2]."""
     leading = indices.shape[:-1]
     if indices.numel() == 0:
         return grad.new_zeros(*leading, n1), grad.new_zeros(*leading, n2)
-    scores1, scores2 = grad.new_empty(0, n1), grad.new_empty(0, n2)  # what the forward's were like
+    scores1, scores2 = grad.new_empty(0, n1), grad.new_empty(0, n2)  # same widths as in the forward
     chosen = choose("product_key_topk_backward", backend, lambda b: b.supports_topk(scores1, scores2, indices.shape[-1]))
     halves: tuple[Tensor, Tensor] = chosen.topk_backward(grad, indices, n1, n2)
     return halves
@@ -65,13 +65,13 @@ def backward_fake(grad: Tensor, indices: Tensor, n1: int, n2: int, backend: str 
 
 
 def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the chosen slots."""
+    """Save the chosen slots."""
     ctx.save_for_backward(inputs[1])
     ctx.n2 = inputs[3]
 
 
 def backward_grad(ctx: Any, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
-    """Second order: the backward is linear in grad, so its gradient reads both halves back."""
+    """Second order: the backward is linear in grad, so its gradient gathers from both halves."""
     (indices,) = ctx.saved_tensors
     return grad1.gather(-1, indices // ctx.n2) + grad2.gather(-1, indices % ctx.n2), None, None, None, None
 
@@ -81,10 +81,10 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _check(scores1: Tensor, scores2: Tensor, k: int) -> None:
-    """Refuse what the schema cannot; sizes go through `require`, since they may be symbols."""
+    """Raise ValueError or TypeError for wrong inputs; sizes are checked by `require`, since they may be symbolic."""
     if scores1.dim() == 0 or scores1.dim() != scores2.dim():
         raise ValueError(
-            "product_key_topk takes scores [..., n1] and [..., n2] with equal leading shapes, "
+            "product_key_topk needs scores [..., n1] and [..., n2] with equal leading shapes, "
             f"not {tuple(scores1.shape)} and {tuple(scores2.shape)}"
         )
     one_device("product_key_topk", scores1, scores2)

@@ -1,6 +1,6 @@
-"""What the operators mean, in a few lines of plain torch: every kernel is held against these.
+"""Reference implementations of the operators in plain torch; tests compare every kernel with them.
 
-Slow and memory-hungry on purpose: each function is the formula itself, differentiable, in any dtype.
+Deliberately slow and memory-intensive: each function is the formula itself, differentiable, in any dtype.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ def sparse_lookup(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 
 
 def product_key_topk(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best sums `scores1[i] + scores2[j]` and their slots `i * n2 + j`: [..., n1], [..., n2] -> two [..., k]."""
+    """The k largest sums `scores1[i] + scores2[j]` and their slots `i * n2 + j`: [..., n1], [..., n2] -> two [..., k]."""
     sums = scores1.unsqueeze(-1) + scores2.unsqueeze(-2)  # [..., n1, n2]
     return sums.flatten(-2).topk(k, dim=-1)
 
 
 def table_gradient(grads: list[Tensor], indices: list[Tensor], weights: list[Tensor], slots: int) -> Tensor:
-    """`g_n = sum of w[t, j] * grad[t]` over every read of row n, of all lookups: the table's gradient [slots, D], dense."""
+    """The table's dense gradient [slots, D]: `g_n = sum of w[t, j] * grad[t]` over all reads of row n in all lookups."""
     total = grads[0].new_zeros(slots, grads[0].shape[1])
     for grad, index, weight in zip(grads, indices, weights, strict=True):
         for j in range(index.shape[1]):
@@ -30,14 +30,14 @@ def table_gradient(grads: list[Tensor], indices: list[Tensor], weights: list[Ten
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, rounded correctly: torch's own is, in fp32, off by a bit in a fifth of all cases on some CPUs."""
+    """The correctly rounded square root: on some CPUs, torch's fp32 root is off by one bit in a fifth of all cases."""
     return x.double().sqrt().to(x.dtype)
 
 
 def rowwise_adagrad(
     values: Tensor, total: Tensor, gradient: Tensor, touched: Tensor, lr: float, eps: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
-    """New values [N, D] and accumulators [N] from a dense gradient; rows outside `touched` (bool [N]) stay as they are."""
+    """New values [N, D] and accumulators [N] from a dense gradient; rows outside `touched` (bool [N]) do not change."""
     sums = total + gradient.square().mean(-1)
     new = values * (1 - lr * weight_decay) - lr * gradient / (root(sums) + eps).unsqueeze(-1)
     return torch.where(touched.unsqueeze(-1), new, values), torch.where(touched, sums, total)

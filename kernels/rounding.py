@@ -1,6 +1,6 @@
-"""How a row that was computed in fp32 is stored in fewer bits: to nearest, or up and down by chance, without bias.
+"""Stores fp32 rows in fewer bits, with unbiased stochastic rounding.
 
-A table in fp8 (e4m3) has one fp32 scale a row, so that the largest entry of each row uses the whole range.
+A table in fp8 (e4m3) has one fp32 scale per row, chosen so that the largest entry of each row has the largest fp8 value.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-_MANTISSA = {torch.bfloat16: 7, torch.float16: 10, FP8: 3}  # bits after the point
+_MANTISSA = {torch.bfloat16: 7, torch.float16: 10, FP8: 3}  # mantissa bits
 _LOWEST = {torch.bfloat16: -126, torch.float16: -14, FP8: -6}  # exponent of the smallest normal number
 
 
 def row_scale(rows: Tensor) -> Tensor:
-    """The scales of fp8 rows: the largest absolute entry over 448; 1 for rows of zeros. [R, D] -> fp32 [R]."""
+    """The scales of fp8 rows: the largest absolute entry divided by 448; 1 for rows of zeros. [R, D] -> fp32 [R]."""
     largest = rows.abs().amax(-1)
     return torch.where(largest == 0, 1.0, largest / FP8_MAX)
 
 
 def stored(rows: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """fp32 rows in `dtype`, each entry rounded to one of its two neighbours, to the nearer one more often: unbiased.
+    """fp32 rows rounded stochastically to `dtype`: up or down with probabilities that make the result unbiased.
 
-    Infinities and NaN stay; beyond the largest number, fp8 stays at it and the others round as the hardware does.
+    Infinities and NaN do not change. Above the largest number, fp8 is clamped and other types round as the hardware does.
     """
     if dtype not in _MANTISSA:
         return rows.to(dtype)

@@ -1,7 +1,7 @@
 """The operator `sparse_lookup` and its backwards: checks, shapes and gradients.
 
-A call is checked, then handed to a backend. How the table learns is the call's `gradient`: a dense gradient, a row-sparse
-one, or none at all, its factors kept in `pending` for a fused update. `ops` registers these functions.
+Flow: check the call → run it on a backend. The argument `gradient` selects the table's gradient: dense, row-sparse, or none
+with its factors stored in `pending` for a fused update. `ops` registers these functions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def forward(
     pending: Tensor | None = None,
     handle: int = 0,
 ) -> Tensor:
-    """`memrewrite::sparse_lookup`: [N, D], [T, K], [T, K] -> [T, D]; `ops.sparse_lookup` is its public face."""
+    """`memrewrite::sparse_lookup`: [N, D], [T, K], [T, K] -> [T, D]; the public function is `ops.sparse_lookup`."""
     _check(values, indices, weights, scale)
     if gradient not in GRADIENTS:
         raise ValueError(f"sparse_lookup: there is no gradient {gradient!r}; try one of {', '.join(GRADIENTS)}")
@@ -49,16 +49,16 @@ def forward_fake(
 
 
 def context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keep the inputs themselves: nothing of size [T, K, D] is saved. Called only where something has a gradient."""
+    """Save the inputs, nothing of size [T, K, D]. Called only if an input requires a gradient."""
     values, indices, weights, scale, ctx.gradient, ctx.backend, pending, ctx.handle = inputs
     if ctx.needs_input_grad[0]:
         _check_gradient(values, ctx.gradient, pending)
     ctx.save_for_backward(values, indices, weights, scale)
-    ctx.pending = pending  # not saved: every lookup of a table counts in it, and torch takes that for a change of an input
+    ctx.pending = pending  # not with save_for_backward: later lookups mutate it, which torch would report as an error
 
 
 def grad_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradient of `forward`, by the operators of the backward."""
+    """Gradient of `forward`, computed by the backward operators."""
     values, indices, weights, scale = ctx.saved_tensors
     need_values, _, need_weights = ctx.needs_input_grad[:3]
     grad_values = None
@@ -77,10 +77,10 @@ def grad_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _is_wanted(table: Any) -> bool:
-    """Whether this backward pass is to reach the table's node: `autograd.grad(loss, x)` is not, and must not teach it."""
+    """True if this backward pass reaches the table's node. `autograd.grad(loss, x)` does not, and must not train the table."""
     try:
         return bool(torch._C._will_engine_execute_node(table))
-    except RuntimeError:  # torch's answer where the table itself is what a gradient was asked of
+    except RuntimeError:  # raised if the gradient of the table itself was requested
         return True
 
 
@@ -99,7 +99,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """`memrewrite::sparse_lookup_backward`: dense gradient of values [N, D], gradient of weights [T, K].
 
-    An unneeded gradient comes back as an empty [0] tensor, since an operator cannot return None for a tensor.
+    An unneeded gradient is returned as an empty tensor [0], since an operator cannot return None for a tensor.
     """
     _check(values, indices, weights, scale, grad)
     grad_values: Tensor | None = None
@@ -134,13 +134,13 @@ def backward_fake(
 
 
 def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keep the inputs, and which of the two gradients were computed."""
+    """Save the inputs, and which of the two gradients were computed."""
     ctx.save_for_backward(*inputs[:4])
     ctx.wanted, ctx.scaled, ctx.backend = inputs[4:6], inputs[6] is not None, inputs[7]
 
 
 def backward_grad(ctx: Any, grad_gv: Tensor, grad_gw: Tensor) -> tuple[Tensor | None, ...]:
-    """Second order: gV and gw are bilinear in (grad, values, weights), so their gradients are lookups again."""
+    """Second order: both gradients are bilinear in (grad, values, weights), so their gradients are lookups too."""
     if ctx.scaled:
         raise RuntimeError("sparse_lookup: a table with a scale has no second derivatives; use a table without")
     lookup = partial(torch.ops.memrewrite.sparse_lookup, backend=ctx.backend)
@@ -161,14 +161,14 @@ def backward_grad(ctx: Any, grad_gv: Tensor, grad_gw: Tensor) -> tuple[Tensor | 
     return d_grad, d_values, None, d_weights, None, None, None, None
 
 
-# ---------------------------------------------------------------------------------------------- what a table learns without
+# ------------------------------------------------------------------------------------------- sparse and fused gradients
 
 
 def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int, backend: str = "auto") -> Tensor:
     """`memrewrite::sparse_lookup_rows`: the gradient of values as a COO tensor [N, D] of the rows that were read.
 
-    It has min(T·K, N) rows, whatever was read: they go upward, and what is left over repeats the last with gradients of
-    zero, so that nobody has to ask the device how many there are, and the sum over equal rows is the gradient.
+    It always has min(T·K, N) rows, in ascending order; if fewer rows were read, the last one is repeated with zero gradients.
+    So its size is known without synchronizing with the device, and the sum over equal rows is the gradient.
     """
     count, width = min(indices.numel(), slots), grad.shape[1]
     if count == 0 or width == 0:
@@ -190,7 +190,7 @@ def _coo(found: Tensor, sums: Tensor, slots: int) -> Tensor:
 
 
 def keep(grad: Tensor, indices: Tensor, weights: Tensor, pending: Tensor, handle: int) -> None:
-    """`memrewrite::sparse_lookup_keep`: the factors of a table's gradient to the queue `handle`, counted in `pending`."""
+    """`memrewrite::sparse_lookup_keep`: adds the factors of a table's gradient to the queue `handle`; increments `pending`."""
     queue_of(handle).keep(grad, indices, weights)
     pending.add_(1)
 
@@ -199,10 +199,10 @@ def keep(grad: Tensor, indices: Tensor, weights: Tensor, pending: Tensor, handle
 
 
 def _check(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None, grad: Tensor | None = None) -> None:
-    """Refuse what the schema cannot; sizes go through `require`, since they may be symbols."""
+    """Raise ValueError or TypeError for wrong inputs; sizes are checked by `require`, since they may be symbolic."""
     if values.dim() != 2 or indices.dim() != 2 or weights.dim() != 2:
         raise ValueError(
-            "sparse_lookup takes values [N, D], indices [T, K] and weights [T, K], "
+            "sparse_lookup needs values [N, D], indices [T, K] and weights [T, K], "
             f"not {tuple(values.shape)}, {tuple(indices.shape)} and {tuple(weights.shape)}"
         )
     one_device("sparse_lookup", values, indices, weights, scale, grad)
@@ -211,7 +211,7 @@ def _check(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | Non
     if scale is None:
         if not values.is_floating_point() or weights.dtype != values.dtype or values.itemsize == 1:
             raise TypeError(
-                "sparse_lookup: values and weights must share a floating dtype (one of 8 bits takes a `scale`), "
+                "sparse_lookup: values and weights must share a floating dtype (8-bit values need a `scale`), "
                 f"not {values.dtype} and {weights.dtype}"
             )
     elif scale.dtype != torch.float32 or not values.is_floating_point() or not weights.is_floating_point():
@@ -229,7 +229,7 @@ def _check_gradient(values: Tensor, gradient: str, pending: Tensor | None) -> No
     if gradient == "fused" and pending is None:
         raise ValueError("sparse_lookup: a fused gradient needs the queue of its table: call the `Pool`, not the operator")
     if gradient != "fused" and values.itemsize == 1:
-        raise ValueError(f'sparse_lookup: values of {values.dtype} have no gradient of their own; use gradient="fused"')
+        raise ValueError(f'sparse_lookup: values of {values.dtype} cannot have a gradient tensor; use gradient="fused"')
 
 
 def _check_sizes(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:

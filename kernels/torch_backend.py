@@ -1,8 +1,8 @@
-"""The backend "torch": every operator in plain torch, for the CPU, and for any device where no faster one will do.
+"""The backend "torch": every operator in plain torch, for the CPU and for devices that no faster backend supports.
 
-The forward is one bag a token (`F.embedding_bag`). The gradient of a lookup is a lookup the other way round: slot n's
-gradient is the weighted sum of the output gradients of the tokens that read it, so the table's gradient is one bag a slot.
-Neither makes the [T, K, D] gather, no sum depends on the order of threads, and half types add up in fp32.
+The forward is one embedding bag per token (`F.embedding_bag`). The gradient of a lookup is a lookup in the other direction:
+slot n's gradient is the weighted sum of the output gradients of the tokens that read it, one bag per slot. Neither
+materializes the [T, K, D] gather, no sum depends on the order of threads, and half types accumulate in fp32.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from memrewrite.kernels.torch_update import adagrad_, adam_
 __all__ = ["adagrad_", "adam_", "backward", "forward", "rows", "supports", "supports_topk", "topk", "topk_backward"]
 
 NAME = "torch"
-SUM = 0  # aten's number of mode="sum"
+SUM = 0  # aten's integer for mode="sum"
 
 
 def supports(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None) -> str | None:
-    """Why this backend cannot take the call, or None: it takes every one."""
+    """None: this backend supports every call."""
     return None
 
 
 def supports_topk(scores1: Tensor, scores2: Tensor, k: int) -> str | None:
-    """Why this backend cannot take the call, or None: it takes every one."""
+    """None: this backend supports every call."""
     return None
 
 
@@ -51,19 +51,21 @@ def backward(
     need_values: bool,
     need_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only where it is needed."""
+    """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only if needed."""
     check_range(values, indices)
-    grad = grad.contiguous()  # [T, D]; a sum's gradient arrives expanded
+    grad = grad.contiguous()  # [T, D]; the gradient of a sum is an expanded tensor
     grad_values = _scatter(grad, indices, weights, values.shape[0]) if need_values else None
     grad_weights = _dots(grad, values, indices, scale) if need_weights else None
     return grad_values, grad_weights
 
 
 def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """The rows that are read and their gradients: int64 [R] and [R, D] with R = min(T·K, slots), without asking how many."""
+    """The rows that are read, int64 [R], and their gradients [R, D], with R = min(T·K, slots); no device synchronization."""
     reads = sorted_reads([grad], [indices], [weights])
     count = min(indices.numel(), slots)
-    place = torch.where(reads.first, reads.first.cumsum(0) - 1, count)  # [M]: each first read's row, others past the end
+    place = torch.where(
+        reads.first, reads.first.cumsum(0) - 1, count
+    )  # [M]: output row of each first read; the end for other reads
     starts = torch.full((count + 1,), indices.numel(), device=grad.device)
     starts.scatter_(0, place, torch.arange(indices.numel(), device=grad.device))
     found = reads.slots[-1:].long().repeat(count + 1).scatter_(0, place, reads.slots.long())
@@ -72,7 +74,7 @@ def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Te
 
 
 def _bags(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """One bag a token; aten's operator itself, for `F.embedding_bag` takes a third of a one-token call to check its input."""
+    """One bag per token. Calls the aten operator: input checks of `F.embedding_bag` take a third of a one-token call."""
     tokens, width = indices.shape
     begins = torch.arange(0, tokens * width, width, device=indices.device, dtype=indices.dtype)
     flat, psw = indices.reshape(-1), weights.reshape(-1)
@@ -88,7 +90,7 @@ def _scatter(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> Tens
 
 
 def _dots(grad: Tensor, values: Tensor, indices: Tensor, scale: Tensor | None) -> Tensor:
-    """`out[t, j] = grad[t] . values[indices[t, j]]`, without gathering the rows (of fp8: with a few at a time)."""
+    """`out[t, j] = grad[t] . values[indices[t, j]]`, without gathering all rows (fp8 tables: a few at a time)."""
     tokens, width = indices.shape
     if scale is not None:
         pieces = in_pieces(width * values.shape[1], grad, indices)

@@ -1,4 +1,4 @@
-"""The reads that lookups made of a table, sorted by the slot that was read; and rows of any dtype, widened."""
+"""The reads of a table by lookups, sorted by slot; and table rows of any dtype as fp32."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 2**18  # elements of a table's rows that are widened or computed at once: they stay in the cache
+CHUNK = 2**18  # table elements that are converted or computed at once: they fit in the cache
 
 
 class Reads(NamedTuple):
-    """The reads of one or more lookups of a table, sorted by slot; those of one slot in the order they were made."""
+    """The reads of one or more lookups of a table, stably sorted by slot."""
 
     slots: Tensor  # [M]
-    first: Tensor  # bool [M]: the slot's first read
-    tokens: Tensor  # int64 [M], a row of grad
+    first: Tensor  # bool [M]: True for a slot's first read
+    tokens: Tensor  # int64 [M]: row of grad
     weights: Tensor  # [M]
     grad: Tensor  # [sum of T, D]
 
 
 def sorted_reads(grads: list[Tensor], indices: list[Tensor], weights: list[Tensor]) -> Reads:
-    """Lookups with gradients [T, D], indices [T, K] and weights [T, K] each, as one list of reads."""
+    """The reads of lookups, each with gradients [T, D], indices [T, K] and weights [T, K]."""
     slots, order = torch.cat([index.reshape(-1).long() for index in indices]).sort(stable=True)
     begins = [0]
     for grad in grads:
@@ -38,14 +38,14 @@ def sorted_reads(grads: list[Tensor], indices: list[Tensor], weights: list[Tenso
 
 
 def wide_rows(values: Tensor, indices: Tensor) -> Tensor:
-    """`values[indices]` in fp32, a copy; torch gathers 8-bit numbers as the bytes they are."""
+    """`values[indices]` as an fp32 copy; 8-bit floats are gathered as uint8, which torch supports."""
     bits = values.view(torch.uint8) if values.itemsize == 1 else values
     rows = bits.index_select(0, indices.reshape(-1)).view(*indices.shape, -1)
     return rows.view(values.dtype).float()
 
 
 def in_pieces(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same few rows of every tensor at a time: as many as make `CHUNK` elements of `width` each. Views."""
+    """Slices (views) of the same rows of every tensor, as many rows as give `CHUNK` elements at `width` elements per row."""
     rows = max(1, CHUNK // max(1, width))
     for begin in range(0, tensors[0].shape[0], rows):
         yield tuple(tensor[begin : begin + rows] for tensor in tensors)

@@ -1,4 +1,4 @@
-"""The k best of all sums of two halves, in plain torch, without making them all."""
+"""The k largest of all sums of two halves, in plain torch, without computing all sums."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 @lru_cache(maxsize=64)
 def candidate_ranks(k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """0-based ranks (i, j) with (i+1)·(j+1) <= k: any other pair is matched by k better ones (119 pairs for k = 32)."""
+    """0-based ranks (i, j) with (i+1)·(j+1) <= k: for any other pair there are k pairs at least as large (119 for k = 32)."""
     pairs = [(i, j) for i in range(k) for j in range(k // (i + 1))]
     return tuple(i for i, _ in pairs), tuple(j for _, j in pairs)
 
 
 @lru_cache(maxsize=64)
 def _rank_tensors(k: int) -> tuple[Tensor, Tensor]:
-    """The candidates as tensors, kept on the CPU: building them anew costs as much as the rest of a one-token call."""
+    """The candidates as CPU tensors, cached: building them takes as long as the rest of a one-token call."""
     ranks1, ranks2 = candidate_ranks(k)
     return torch.tensor(ranks1, device="cpu"), torch.tensor(ranks2, device="cpu")
 
 
 def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tensor, Tensor]:
-    """Top-k of each half, then the sums of the few pairs of ranks that can still win, then top-k of those."""
+    """Top-k of each half, then the sums of the candidate pairs of ranks, then top-k of those."""
     best1, slots1 = scores1.topk(k, dim=-1)  # [..., k]
     best2, slots2 = scores2.topk(k, dim=-1)
     ranks1, ranks2 = (ranks.to(scores1.device, non_blocking=True) for ranks in _rank_tensors(k))  # [C]
@@ -35,7 +35,7 @@ def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tenso
 
 
 def topk_backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tensor, Tensor]:
-    """Each score's gradient handed to both halves: [..., k] -> [..., n1], [..., n2]."""
+    """Adds each score's gradient to both halves: [..., k] -> [..., n1], [..., n2]."""
     leading = indices.shape[:-1]
     return (
         grad.new_zeros(*leading, n1).scatter_add_(-1, indices // n2, grad),

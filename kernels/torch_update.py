@@ -1,4 +1,4 @@
-"""Fused updates in plain torch: the rows that were read, a few at a time; no gradient of the whole table is ever made."""
+"""Fused updates in plain torch, a few of the rows that were read at a time; no gradient of the whole table exists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(grads: list[Tensor], indices: list[Tensor], weights: list[Tensor]) -> Iterator[_Chunk]:
-    """The rows that were read with their gradients in fp32, a few at a time: there is no gradient of the whole table."""
+    """The rows that were read with their gradients in fp32, a few at a time."""
     reads = sorted_reads([g.float() for g in grads], indices, [w.float() for w in weights])
     starts = reads.first.nonzero().squeeze(1)  # [U]
     ends = torch.cat([starts[1:], starts.new_tensor([reads.slots.numel()])])
@@ -92,11 +92,11 @@ def _load(values: Tensor, scale: Tensor | None, rows: Tensor) -> Tensor:
 
 
 def _store(values: Tensor, scale: Tensor | None, rows: Tensor, new: Tensor, generator: torch.Generator) -> None:
-    """Put fp32 rows into the table, rounded by chance where it has fewer bits."""
+    """Store fp32 rows in the table, rounded stochastically if it has fewer bits."""
     if scale is not None:
         scale[rows] = row_scale = rounding.row_scale(new)
         new = new / row_scale.unsqueeze(-1)
     narrow = rounding.stored(new, values.dtype, generator)
-    if values.itemsize == 1:  # torch indexes no fp8, but the bytes it is
+    if values.itemsize == 1:  # torch cannot index fp8; uint8 it can
         values, narrow = values.view(torch.uint8), narrow.view(torch.uint8)
     values.index_copy_(0, rows, narrow)

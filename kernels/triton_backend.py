@@ -1,6 +1,6 @@
-"""The backend "triton": kernels for CUDA devices. Triton is imported by the first call that it takes.
+"""The backend "triton": kernels for CUDA devices. Triton is imported by the first call that uses it.
 
-Triton launches on the current device; each call makes it the one that the tensors are on.
+Triton launches on the current device; each call sets the current device to that of its tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def supports(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None) -> str | None:
-    """Why this backend cannot take the call, or None."""
+    """Why this backend does not support the call, or None."""
     if values.device.type != "cuda":
         return "the tensors are not on a CUDA device"
     if values.dtype not in FLOATS and values.dtype != FP8:
@@ -27,12 +27,12 @@ def supports(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | N
     if (scale is None) != (values.dtype != FP8) or weights.dtype not in FLOATS:
         return f"there are no kernels for values of {values.dtype} {'without' if scale is None else 'with'} a scale"
     if indices.numel() >= 2**30:
-        return "there are 2**30 reads or more in one call"
+        return "there are 2**30 or more reads in one call"
     return _unusable(values.device.index)
 
 
 def supports_topk(scores1: Tensor, scores2: Tensor, k: int) -> str | None:
-    """Why this backend cannot take the call, or None."""
+    """Why this backend does not support the call, or None."""
     if scores1.device.type != "cuda":
         return "the tensors are not on a CUDA device"
     reason = _unusable(scores1.device.index)
@@ -48,13 +48,13 @@ def _unusable(device: int | None) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.hip is not None:
-        return "the device is no CUDA device"
+        return "the device is not a CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"the kernels are for compute capability 8.0 and newer, not {major}.{minor}"
 
 
 def _at(tensor: Tensor) -> AbstractContextManager[None]:
-    """The device of `tensor` is the current one; nothing for tensors of the CPU, which the interpreter takes."""
+    """Context manager: the device of `tensor` is the current one; no effect for CPU tensors (Triton's interpreter)."""
     return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
 
 
@@ -75,7 +75,7 @@ def backward(
     need_values: bool,
     need_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only where it is needed."""
+    """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only if needed."""
     from memrewrite.kernels import triton_backward
 
     with _at(values):
@@ -83,7 +83,7 @@ def backward(
 
 
 def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-    """The rows that are read and their gradients; `ops.sparse_lookup_rows` says how they are padded."""
+    """The rows that are read and their gradients; padding as in `sparse_lookup.rows`."""
     from memrewrite.kernels import triton_backward
 
     with _at(grad):
@@ -115,7 +115,7 @@ def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tenso
 
 
 def topk_backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tensor, Tensor]:
-    """Each score's gradient handed to both halves, without atomics."""
+    """Adds each score's gradient to both halves, without atomics."""
     from memrewrite.kernels import triton_topk
 
     with _at(grad):

@@ -1,8 +1,8 @@
 """The gradients of the sparse lookup as Triton kernels, without atomics: the same inputs give the same bits.
 
-Values: the reads are sorted into segments of one row each (`triton_segments`); a segment's program adds up its row's
-gradient and, reading the row once, makes the gradients of the weights on its way; hot rows' sums meet in a second kernel.
-Weights alone need no sorting: they are made token by token.
+Gradient of values: the reads are sorted into segments of one row each (`triton_segments`); the program of a segment sums its
+row's gradient and, since it reads the row anyway, computes the gradients of the weights too. A second kernel adds the
+segments of hot rows (rows with many reads). The gradient of the weights alone needs no sorting: it is computed per token.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 from memrewrite.kernels.triton_lookup import ELEMENT, Plan, elements, readable, whole
 from memrewrite.kernels.triton_math import load_rows, unscaled
 from memrewrite.kernels.triton_segments import Segments, add_reads, load_reads, segment, touched
 
-PER_PROGRAM = 8  # segments of one program, far apart, so that a hot row's are shared out
-LONG_ROWS, LONG_COLUMNS = 16, 128  # the tile in which a hot row's sums are added
-PROGRAMS = 512  # that share the hot rows, and the padding
-DOT_ROWS = 4  # table rows that a token's program reads at once
-DOTS = 1024  # dot products that one program finishes
+PER_PROGRAM = 8  # segments per program, far from each other, so that the segments of a hot row are in different programs
+LONG_ROWS, LONG_COLUMNS = 16, 128  # the tile in which the sums of a hot row are added
+PROGRAMS = 512  # programs that process the hot rows, and the padding
+DOT_ROWS = 4  # table rows that the program of a token reads at once
+DOTS = 1024  # dot products that one program completes
 
 
 def plan(width: int, dtype: torch.dtype, rows: int = 2) -> Plan:
-    """Slices of 32 bytes a thread and one warp: the dot products then never leave the warp."""
+    """Slices of 32 bytes per thread and one warp, so that dot products are reduced inside a warp."""
     block = max(16, min(triton.next_power_of_2(width), 1024 // dtype.itemsize))
     return Plan(rows, block, 1, triton.cdiv(width, block))
 
@@ -35,7 +35,7 @@ def plan(width: int, dtype: torch.dtype, rows: int = 2) -> Plan:
 def backward(
     grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, need_values: bool, need_weights: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `values` (dense [N, D]; never of 8-bit ones) and of `weights` [T, K], each only where it is needed."""
+    """Gradients of `values` (dense [N, D]; not for 8-bit values) and of `weights` [T, K], each only if needed."""
     grad, indices, weights = grad.contiguous(), indices.contiguous(), weights.contiguous()
     how = plan(values.shape[1], values.dtype, DOT_ROWS)
     dots = torch.empty(how.slices, indices.numel(), dtype=torch.float32, device=grad.device) if need_weights else None
@@ -60,7 +60,7 @@ def backward(
 def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """The rows that were read, ascending, and their gradients: int64 [R], [R, D], of fixed size R = min(T·K, slots).
 
-    Where fewer rows were read, the last one is repeated with gradients of zero.
+    If fewer rows were read, the last one is repeated with zero gradients.
     """
     grad = grad.contiguous()
     segments = segment([indices], [weights], slots)
@@ -75,7 +75,7 @@ def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Te
 def add_segments(
     grad: Tensor, values: Tensor | None, segments: Segments, out: Tensor, dots: Tensor | None, by_rank: bool
 ) -> None:
-    """Each row's gradient into `out`, at its slot or its rank; with `values`, also the partial dots [slices, M]."""
+    """Write each row's gradient to `out`, at its slot or its rank; with `values`, also the partial dots [slices, M]."""
     width = grad.shape[1]
     how = plan(width, grad.dtype)
     sums = torch.empty(segments.long_segments.shape[0], width, dtype=torch.float32, device=grad.device)
@@ -99,9 +99,9 @@ def segment_gradients(
     grad, values, slots, tokens, weights, table, out, sums, dots, count, reads, programs,
     BY_RANK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs, slices). Dots are made where `values` are given.
+    """Grid (programs, slices). With `values`, dot products are computed too.
 
-    A segment's reads are known only from its entry, and its rows only from its reads: both are loaded a turn ahead.
+    The reads of a segment depend on its table entry, and its rows on its reads: both are loaded one iteration ahead.
     """
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mine = tl.program_id(0)
@@ -134,7 +134,7 @@ def segment_gradients(
 
 @triton.jit
 def load_entry(table, at, count):
-    """A segment's first read, its end, its row's rank and its place; empty beyond the last."""
+    """The first read, end, row rank and place of a segment; empty beyond the last segment."""
     entry = table + at.to(tl.int64) * 4
     live = at < count
     return tl.load(entry, live, 0), tl.load(entry + 1, live, 0), tl.load(entry + 2, live, 0), tl.load(entry + 3, live, 0)
@@ -145,7 +145,7 @@ def add_long(
     sums, slots, long_rows, out, longs, programs,
     BY_RANK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of rows of several segments: their sums, ROWS at a time. Grid (programs, slices)."""
+    """The gradients of rows with several segments: adds their sums, ROWS at a time. Grid (programs, slices)."""
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     for at in range(tl.program_id(0), longs, programs):
         entry = long_rows + at * 4
@@ -163,7 +163,7 @@ def add_long(
 
 @triton.jit(do_not_specialize=["rows"])
 def zero_rest(out, last, rows, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Zeros in the rows of `out` after the last that was read."""
+    """Write zeros to the rows of `out` after the last row that was read."""
     for row in range(tl.load(last).to(tl.int64) + 1 + tl.program_id(0), rows, tl.num_programs(0)):
         for first in range(0, D, BLOCK_D):
             cols = first + tl.arange(0, BLOCK_D)
@@ -195,7 +195,7 @@ def token_dots(
 
 @triton.jit(do_not_specialize=["reads"])
 def finish_dots(dots, order, out, reads, SLICES: tl.constexpr, BLOCK: tl.constexpr):
-    """Add the slices' parts, in order, and put each read's gradient where it belongs."""
+    """Add the slices' partial dots, in order, and write the gradient of each read to its position."""
     read = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = read < reads
     total = tl.zeros([BLOCK], tl.float32)
@@ -207,8 +207,8 @@ def finish_dots(dots, order, out, reads, SLICES: tl.constexpr, BLOCK: tl.constex
         tl.store(out + read, total.to(out.dtype.element_ty), live)
 
 
-def specimens() -> Iterator[Specimen]:
-    """The gradients' variants, for the compile gate."""
+def compile_variants() -> Iterator[CompileVariant]:
+    """The variants of the gradient kernels, for the compile gate."""
     bf16, fp32, fp8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
     for width, dtype, dots, by_rank in (
         (576, bf16, True, False), (1024, bf16, True, False), (2048, bf16, True, False), (4096, bf16, True, False),
@@ -217,7 +217,7 @@ def specimens() -> Iterator[Specimen]:
         how, kind = plan(width, dtype), ELEMENT[dtype]
         tables = {"table": "*i32", "slots": "*i32", "tokens": "*i32", "weights": f"*{kind}", "grad": f"*{kind}"}
         given = {"values": f"*{kind}", "dots": "*fp32"} if dots else {"values": "constexpr", "dots": "constexpr"}
-        yield Specimen(
+        yield CompileVariant(
             name=f"segment_gradients {kind} D={width}{' weights too' if dots else ''}{' by rank' if by_rank else ''}",
             kernel=segment_gradients,
             signature=tables | given | {"out": f"*{kind}", "sums": "*fp32", "count": "i32", "reads": "i32", "programs": "i32"},
@@ -233,7 +233,7 @@ def specimens() -> Iterator[Specimen]:
         for element, architectures in elements(dtype).items():
             pointers = {"grad": f"*{kind}", "values": f"*{element}", "indices": f"*{index}", "dots": "*fp32"}
             pointers |= {"scale": "*fp32"} if eight else {}
-            yield Specimen(
+            yield CompileVariant(
                 name=f"token_dots {'fp8' if eight else kind} D={width} {index}",
                 kernel=token_dots,
                 signature={"scale": "constexpr"} | pointers | {"tokens": "i32", "key_units": "i32"},
@@ -244,7 +244,7 @@ def specimens() -> Iterator[Specimen]:
                 scalar_loads=how.rows if eight else 0,
                 architectures=architectures,
             )
-    yield Specimen(
+    yield CompileVariant(
         name="add_long bf16 D=4096",
         kernel=add_long,
         signature={"sums": "*fp32", "slots": "*i32", "long_rows": "*i32", "out": "*bf16", "longs": "i32", "programs": "i32"},
@@ -254,7 +254,11 @@ def specimens() -> Iterator[Specimen]:
         scalar_loads=5,
     )
     signature = {"out": "*bf16", "last": "*i32", "rows": "i32"}
-    yield Specimen("zero_rest D=1024", zero_rest, signature, {"D": 1024, "BLOCK_D": 1024}, ("out",), num_warps=4, row_bytes=4)
+    yield CompileVariant(
+        "zero_rest D=1024", zero_rest, signature, {"D": 1024, "BLOCK_D": 1024}, ("out",), num_warps=4, row_bytes=4
+    )
     signature = {"dots": "*fp32", "order": "*i64", "out": "*bf16", "reads": "i32"}
     aligned, sizes = ("dots", "order", "out"), {"SLICES": 2, "BLOCK": DOTS}
-    yield Specimen("finish_dots D=1024", finish_dots, signature, sizes, aligned, num_warps=4, row_bytes=4, scalar_loads=24)
+    yield CompileVariant(
+        "finish_dots D=1024", finish_dots, signature, sizes, aligned, num_warps=4, row_bytes=4, scalar_loads=24
+    )

@@ -1,7 +1,7 @@
 """Small functions that the Triton kernels share: 8-bit floats as bits, random bits, stochastic rounding.
 
-Plain integer and fp32 arithmetic, which every architecture and the interpreter have; only tables of `tl.float8e4nv`,
-which sm_89 and newer convert by an instruction, are left to it.
+They use integer and fp32 arithmetic, available on every architecture and in the interpreter; only tables of
+`tl.float8e4nv` are converted by the instruction of sm_89 and newer.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ ROUNDS: tl.constexpr = tl.constexpr(7)  # of philox: the fewest that pass BigCru
 
 @triton.jit
 def load_rows(values, row, first, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Columns `first + 0..BLOCK_D-1` of table rows, as fp32 [ROWS, BLOCK_D]; those decoded here come 256 times too small.
+    """Columns `first + 0..BLOCK_D-1` of table rows, as fp32 [ROWS, BLOCK_D]; values decoded here are 256 times too small.
 
-    8-bit tables arrive as they are where the device converts them, which makes fp32 of the right size by half the
-    instructions; else as int32 words of four values, or as bytes where a row is no whole number of words.
+    8-bit tables are passed unchanged if the device can convert them (half the instructions, right magnitude); else as int32
+    words of four values, or as bytes if the row width is not a multiple of four.
     """
     if values.dtype.element_ty == tl.int32:
         word = first // 4 + tl.arange(0, BLOCK_D // 4)
@@ -36,16 +36,16 @@ def load_rows(values, row, first, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def unscaled(values, factor):
-    """A factor of what `load_rows` returns, with the 256 that values decoded here lack."""
+    """A factor for the result of `load_rows`, times 256 if the values were decoded here."""
     small: tl.constexpr = (values.dtype.element_ty == tl.int32) or (values.dtype.element_ty == tl.uint8)
     return factor * 256.0 if small else factor
 
 
 @triton.jit
 def decode_e4m3(code):
-    """e4m3 bytes as fp32, over 256: an fp16 with their exponent's bits is that much smaller, subnormals included."""
+    """e4m3 bytes as fp32, divided by 256: an fp16 with the same exponent bits is 256 times smaller, subnormals included."""
     bits = code.to(tl.int8, bitcast=True).to(tl.int16)  # sign-extended: one shift places the sign and the rest
-    half = ((bits << 7) & -16512) | ((((bits & 0x7F) + 1) & 0x80) << 7)  # 0xBF80; the one NaN gets fp16's
+    half = ((bits << 7) & -16512) | ((((bits & 0x7F) + 1) & 0x80) << 7)  # 0xBF80; e4m3's only NaN becomes an fp16 NaN
     return half.to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -53,7 +53,7 @@ def decode_e4m3(code):
 def decode_words(words):
     """`decode_e4m3` of four bytes a word, two at a time: int32 [ROWS, n] -> fp32 [ROWS, 4n]."""
     bits = words.to(tl.uint32, bitcast=True)
-    nan = (bits & 0x7F7F7F7F) + 0x01010101  # reaches a byte's top bit for 0x7F only
+    nan = (bits & 0x7F7F7F7F) + 0x01010101  # sets a byte's top bit for 0x7F only
     even = ((bits << 7) & 0x3F803F80) | ((bits << 8) & 0x80008000) | ((nan << 7) & 0x40004000)  # bytes 0 and 2
     odd = ((bits >> 1) & 0x3F803F80) | (bits & 0x80008000) | ((nan >> 1) & 0x40004000)  # bytes 1 and 3
     low, high = tl.join(even & 0xFFFF, odd & 0xFFFF), tl.join(even >> 16, odd >> 16)  # bytes 0 1, bytes 2 3
@@ -64,10 +64,10 @@ def decode_words(words):
 
 @triton.jit
 def encode_e4m3(x, uniform):
-    """e4m3 bytes of fp32 values, rounded up with the probability of their distance; `uniform` in [0, 1)."""
+    """e4m3 bytes of fp32 values, stochastically rounded (unbiased); `uniform` in [0, 1)."""
     size = tl.abs(x)
     exponent = tl.maximum(((size.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127, -6)
-    steps = tl.floor(size * power_of_two(3 - exponent) + uniform)  # 8..16 of them, or fewer below the normal numbers
+    steps = tl.floor(size * power_of_two(3 - exponent) + uniform)  # 8..16, fewer for subnormal numbers
     code = tl.minimum((exponent + 6) * 8 + steps.to(tl.int32), 0x7E)  # 16 steps carry into the exponent
     code = tl.where(size == size, code, 0x7F)
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
@@ -84,7 +84,7 @@ def power_of_two(exponent):
 def random_bits(seed, stream, row, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """16 random bits for each of the columns `first + 0..BLOCK_D-1` of a row, as int32.
 
-    One philox call serves 8 columns. The counter is made of the row, the column and the stream alone.
+    One philox call gives the bits of 8 columns. The counter depends only on the row, the column and the stream.
     """
     group = row.to(tl.int64) * ((D + 7) // 8) + first // 8 + tl.arange(0, BLOCK_D // 8)
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
@@ -97,7 +97,7 @@ def random_bits(seed, stream, row, first, D: tl.constexpr, BLOCK_D: tl.constexpr
 
 @triton.jit
 def round_to(x, bits, dtype: tl.constexpr):
-    """fp32 in fp32, bf16 or fp16; the last two are rounded up with the probability of their distance."""
+    """fp32 values as fp32, bf16 or fp16; for the last two stochastically rounded (unbiased)."""
     if dtype == tl.bfloat16:
         out = round_bf16(x, bits)
     elif dtype == tl.float16:
@@ -109,7 +109,7 @@ def round_to(x, bits, dtype: tl.constexpr):
 
 @triton.jit
 def round_bf16(x, bits):
-    """Add random bits below bf16's last one, then cut; inf and NaN stay what they are."""
+    """Add random bits below bf16's last bit, then truncate; inf and NaN do not change."""
     raw = x.to(tl.int32, bitcast=True)
     cut = ((raw + bits) & -65536).to(tl.float32, bitcast=True)
     finite = (raw & 0x7F800000) != 0x7F800000
@@ -118,7 +118,7 @@ def round_bf16(x, bits):
 
 @triton.jit
 def round_fp16(x, bits):
-    """Count in steps of fp16's spacing at x: 2^(exponent - 10), and 2^-24 below the normal numbers."""
+    """Stochastic rounding in steps of fp16's spacing at x: 2^(exponent - 10), and 2^-24 for subnormal numbers."""
     exponent = tl.maximum(((x.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127, -14)
     steps = tl.floor(tl.abs(x) * power_of_two(10 - exponent) + uniform(bits))
     size = steps * power_of_two(exponent - 10)
@@ -127,5 +127,5 @@ def round_fp16(x, bits):
 
 @triton.jit
 def uniform(bits):
-    """16 random bits as a number in (0, 1), at the middle of its 1/65536."""
+    """16 random bits as a number in (0, 1): the middle of an interval of width 1/65536."""
     return (bits.to(tl.float32) + 0.5) * 1.52587890625e-05

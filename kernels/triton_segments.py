@@ -1,7 +1,8 @@
-"""Which tokens read which row: the reads of one or several lookups, sorted by row and cut into segments.
+"""Which tokens read which row: the reads of one or more lookups, sorted by row and split into segments.
 
-A stable sort brings the reads of a row together in the order (lookup, token, key); a row's reads are one segment, those
-of a hot row several of at most LENGTH. Counts stay on the device: sizes are upper bounds, what lies beyond is empty.
+A stable sort puts the reads of a row next to each other in the order (lookup, token, key). The reads of a row are one segment,
+those of a hot row several segments of at most LENGTH reads. Counts stay on the device: tensor sizes are upper bounds, and
+entries beyond the counts are empty.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 
-LENGTH = 128  # reads of a segment: a hot row's are added up side by side, 128 at a time
-MOST_PIECES = 2**15  # hot rows' segments have a sum [D] each: beyond four million reads segments grow, and these do not
+LENGTH = 128  # reads per segment: the segments of a hot row are summed in parallel
+MOST_PIECES = 2**15  # each segment of a hot row has a sum [D]: above four million reads, segments get longer, not more
 BLOCK = 512
-HOT_BLOCK, HOT_ROWS = 512, 4  # columns, and reads at once, of a program that adds up a hot row's segment
-LONG = 1 << 32  # counts rows above, their segments below
+HOT_BLOCK, HOT_ROWS = 512, 4  # columns, and reads at once, of a program that sums a segment of a hot row
+LONG = 1 << 32  # one counter for two counts: long rows in the high word, their segments in the low word
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Segments:
 
 
 def segment(indices: Sequence[Tensor], weights: Sequence[Tensor], slots: int) -> Segments:
-    """Sort the reads of lookups [T_l, K_l] of one table of `slots` rows. Nothing waits for the device."""
+    """Sort the reads of lookups [T_l, K_l] of one table of `slots` rows. Does not synchronize with the device."""
     kind = torch.int32 if slots < 2**31 else torch.int64
     found, order = torch.sort(_joined([i.reshape(-1).to(kind) for i in indices]), stable=True)
     reads = found.numel()
@@ -67,13 +68,13 @@ def segment(indices: Sequence[Tensor], weights: Sequence[Tensor], slots: int) ->
 
 
 def touched(segments: Segments) -> Tensor:
-    """The rows that were read, ascending, int64 [R]; the last one is repeated to fill up."""
+    """The rows that were read, ascending, int64 [R]; padded by repeating the last one."""
     last = segments.slots.numel() - 1
     return segments.slots[segments.starts[:-1].clamp(max=last).long()].long()
 
 
 def sum_hot(grad: Tensor, segments: Segments, **options: Any) -> Tensor:
-    """The gradients of the hot rows' segments, by place: fp32 [P, D]."""
+    """The gradient sums of the hot rows' segments, by place: fp32 [P, D]."""
     places, width = segments.long_segments.shape[0], grad.shape[1]
     sums = torch.empty(places, width, dtype=torch.float32, device=grad.device)
     if places:
@@ -89,7 +90,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _owners(indices: Sequence[Tensor]) -> Tensor:
-    """The token of each read of several lookups, counted through all of them; int32 [M]."""
+    """The token of each read of several lookups, numbered through all lookups; int32 [M]."""
     first, owners = 0, []
     for part in indices:
         tokens, keys = part.shape
@@ -101,7 +102,7 @@ def _owners(indices: Sequence[Tensor]) -> Tensor:
 
 @triton.jit(do_not_specialize=["reads", "keys"])
 def mark_starts(rank, order, owners, weights, starts, tokens, sorted_weights, reads, keys, BLOCK: tl.constexpr):
-    """Note where each row's reads begin; carry tokens and weights into sorted order."""
+    """Store where each row's reads begin; copy tokens and weights into sorted order."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = m < reads
     mine = tl.load(rank + m, live, 0)
@@ -115,7 +116,7 @@ def mark_starts(rank, order, owners, weights, starts, tokens, sorted_weights, re
 
 @triton.jit(do_not_specialize=["rows"])
 def count_long(starts, sums, rows, LENGTH: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr):
-    """sums[r + 1] = row r's segments and one long row, if it has several segments; sums[0] = 0."""
+    """sums[r + 1] = LONG + number of segments of row r if it has several segments, else 0; sums[0] = 0."""
     r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK) - 1
     live = (r >= 0) & (r < rows)
     count = tl.load(starts + r + 1, live, 0) - tl.load(starts + r, live, 0)
@@ -125,7 +126,7 @@ def count_long(starts, sums, rows, LENGTH: tl.constexpr, LONG: tl.constexpr, BLO
 
 @triton.jit(do_not_specialize=["reads"])
 def cut(rank, starts, sums, table, long_segments, long_rows, reads, LENGTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Every LENGTH-th read of a row begins a segment: fill in its entry, and a long row's with its first."""
+    """Every LENGTH-th read of a row starts a segment: write its entry; the first of a long row also writes the row's entry."""
     m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = m < reads
     row = tl.load(rank + m, live, 0)
@@ -161,7 +162,7 @@ def load_reads(tokens, weights, first, end, ROWS: tl.constexpr):
 
 @triton.jit
 def add_reads(grad, token, weight, row, dots, part, first, end, total, cols, D: tl.constexpr, ROWS: tl.constexpr):
-    """Add ROWS weighted output gradients to a row's, and note their dot products with the row."""
+    """Add ROWS weighted output gradients to a row's gradient, and store their dot products with the row."""
     read = first + tl.arange(0, ROWS)
     live = read < end
     tile = tl.load(grad + token.to(tl.int64)[:, None] * D + cols[None, :], live[:, None] & (cols < D)[None, :], 0).to(
@@ -186,7 +187,7 @@ def sum_long(grads, tokens, weights, long_segments, sums, D: tl.constexpr, BLOCK
         tl.store(sums + place.to(tl.int64) * D + cols, total, cols < D)
 
 
-def specimens() -> Iterator[Specimen]:
+def compile_variants() -> Iterator[CompileVariant]:
     """The kernels that build segments, for the compile gate. They move numbers, not rows."""
     words = dict.fromkeys(("rank", "starts", "tokens", "owners", "table", "long_segments", "long_rows"), "*i32")
     words |= {"order": "*i64", "sums": "*i64", "weights": "*bf16", "sorted_weights": "*bf16"}
@@ -201,7 +202,7 @@ def specimens() -> Iterator[Specimen]:
     )
     for kernel, note, constants in variants:
         names = [name for name in kernel.arg_names if name in words and name not in constants]
-        yield Specimen(
+        yield CompileVariant(
             name=f"{kernel.__name__}{note}",
             kernel=kernel,
             signature={name: words[name] for name in names} | dict.fromkeys(constants, "constexpr"),
@@ -213,7 +214,7 @@ def specimens() -> Iterator[Specimen]:
         )
     for kind in ("bf16", "fp32"):
         pointers = {"tokens": "*i32", "weights": f"*{kind}", "long_segments": "*i32", "grads": f"*{kind}", "sums": "*fp32"}
-        yield Specimen(
+        yield CompileVariant(
             name=f"sum_long {kind} D=4096",
             kernel=sum_long,
             signature=pointers,

@@ -1,7 +1,7 @@
-"""Sorting inside of registers, for Triton kernels: the largest of every column of a tile, and keys that order scores.
+"""Sorting in registers, for Triton kernels: the largest entries of every column of a tile, and integer keys that order scores.
 
-A bitonic network along dim 0 of [C, R]. Where the threads lie along R and a column in one thread, which is how the
-kernels lay their tiles, each comparison is a minimum and a maximum of registers and no thread talks to another.
+A bitonic network along dim 0 of [C, R]. With a column per thread, as in the tiles of the kernels, each comparison is a minimum
+and a maximum of registers, and threads do not communicate.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ def _log2(n):
 
 @triton.constexpr_function
 def least(dtype):
-    """The integer that no score's key has."""
+    """The smallest integer of the dtype; no key has this value."""
     return -(2 ** (dtype.primitive_bitwidth - 1))
 
 
 @triton.jit
 def _exchange(x, C: tl.constexpr, R: tl.constexpr, BIT: tl.constexpr, BLOCK: tl.constexpr, DOWN: tl.constexpr):
-    """One step of the network: partners differ in bit BIT of their place; blocks of 2^BLOCK go up and down in turn."""
+    """One step of the network: partners differ in bit BIT of their index; blocks of 2^BLOCK ascend and descend alternately."""
     x = tl.reshape(x, [C >> (BIT + 1), 2, 1 << BIT, R])
-    y = tl.sum(x, axis=1, keep_dims=True) - x  # the partner: folds away where it sits in the same thread
+    y = tl.sum(x, axis=1, keep_dims=True) - x  # the partner: optimized away if it is in the same thread
     right = tl.arange(0, 2)[None, :, None, None] == 1
-    first = tl.where(right, y, x)  # both partners make the same comparison: it is done once
+    first = tl.where(right, y, x)  # both partners need the same comparison: it is computed once
     second = tl.where(right, x, y)
     swap = first < second if DOWN else first > second
     if (C >> BLOCK) > 1:
         block = tl.arange(0, C >> (BIT + 1))[:, None, None, None] >> (BLOCK - BIT - 1)
         swap = swap ^ ((block & 1) == 1)
-    if x.dtype == tl.int64:  # in halves: two selects and one comparison; as a whole LLVM makes a minimum and a maximum
+    if (
+        x.dtype == tl.int64
+    ):  # in 32-bit halves: two selects and one comparison; on int64 LLVM would emit a minimum and a maximum
         top = tl.where(swap, (y >> 32).to(tl.int32), (x >> 32).to(tl.int32))
         low = tl.where(swap, y.to(tl.int32), x.to(tl.int32))
         x = (top.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
@@ -44,7 +46,7 @@ def _exchange(x, C: tl.constexpr, R: tl.constexpr, BIT: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _best(x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
-    """The K largest of every column of [C, R], upward: [K, R]; before them, if C < K, what is less than any key."""
+    """The K largest of every column of [C, R], ascending: [K, R]; if C < K, padded at the front with `least`."""
     for stage in tl.static_range(1, _log2(min(C, K)) + 1):
         for step in tl.static_range(stage):
             x = _exchange(x, C, R, stage - 1 - step, stage, False)
@@ -52,7 +54,7 @@ def _best(x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
         last = tl.arange(0, K // C)[:, None, None] == K // C - 1
         x = tl.reshape(tl.where(last, tl.reshape(x, [1, C, R]), least(x.dtype)), [K, R])
     for halving in tl.static_range(_log2(max(C // K, 1))):
-        x = tl.max(tl.reshape(x, [C // K >> (1 + halving), 2, K, R]), axis=1)  # of a run upward and one downward
+        x = tl.max(tl.reshape(x, [C // K >> (1 + halving), 2, K, R]), axis=1)  # of an ascending and a descending run
         x = tl.reshape(x, [C >> (1 + halving), R])
         for step in tl.static_range(_log2(K)):
             x = _exchange(x, C >> (1 + halving), R, _log2(K) - 1 - step, _log2(K), False)
@@ -61,7 +63,7 @@ def _best(x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def merge(best, x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
-    """The K largest of `best` [K, R], sorted downward, and of x [C, R]; sorted downward. C and K are powers of two."""
+    """The K largest of `best` [K, R] (descending) and x [C, R] together, descending. C and K are powers of two."""
     best = tl.maximum(best, _best(x, C, K, R))
     for step in tl.static_range(_log2(K)):
         best = _exchange(best, K, R, _log2(K) - 1 - step, _log2(K), True)
@@ -70,7 +72,7 @@ def merge(best, x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def maxima(x, C: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr):
-    """The largest of every group of scores, NaN above all: [C, R, GROUP] -> [C, R]."""
+    """The largest score of every group, NaN counts as largest: [C, R, GROUP] -> [C, R]."""
     dtype: tl.constexpr = x.dtype
     for halving in tl.static_range(1, _log2(GROUP) + 1):
         one, other = tl.split(tl.reshape(x, [C, R, GROUP >> halving, 2]))
@@ -80,7 +82,7 @@ def maxima(x, C: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr):
 
 @triton.jit
 def ordered(x):
-    """fp32 -> int32 in the same order; NaN is largest, both zeros are one, the least integer is free."""
+    """fp32 -> int32 with the same order; NaN is largest, -0 equals +0, and the smallest integer is unused."""
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
     sign = bits >> 31
@@ -96,7 +98,7 @@ def unordered(order):
 
 @triton.jit
 def keys_of(x, place):
-    """Integers that order by score, then by smaller place (< 65536): int64 for fp32, int32 for the half types."""
+    """Integer keys ordered by score, then by smaller place (< 65536): int64 for fp32, int32 for the half types."""
     if x.dtype == tl.float32:
         keys = (ordered(x).to(tl.int64) << 32) | (0xFFFF - place).to(tl.int64)
     else:
@@ -111,13 +113,13 @@ def keys_of(x, place):
 
 @triton.jit
 def places(keys):
-    """The places that `keys_of` was given, as int32."""
+    """The places in the keys of `keys_of`, as int32."""
     return 0xFFFF - (keys & 0xFFFF).to(tl.int32)
 
 
 @triton.jit
 def scores_of(keys, DTYPE: tl.constexpr):
-    """The scores of dtype DTYPE that `keys_of` was given, as fp32; NaN as one NaN, zeros as +0."""
+    """The scores (of dtype DTYPE) in the keys of `keys_of`, as fp32; one NaN for all NaNs, +0 for -0."""
     if keys.dtype == tl.int64:
         scores = unordered((keys >> 32).to(tl.int32))
     else:
@@ -130,7 +132,7 @@ def scores_of(keys, DTYPE: tl.constexpr):
 
 @triton.jit
 def softmax(x, live, K: tl.constexpr, R: tl.constexpr):
-    """Softmax along dim 0 of [K, R] over the live places, added up in pairs: the same bits in every layout."""
+    """Softmax along dim 0 of [K, R] over the live entries, summed pairwise: the same bits in every layout."""
     x = tl.where(live, tl.exp(x - tl.max(tl.where(live, x, float("-inf")), axis=0)[None, :]), 0.0)
     total = x
     for halving in tl.static_range(1, _log2(K) + 1):

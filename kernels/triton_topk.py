@@ -1,8 +1,8 @@
-"""The operator `product_key_topk` in Triton: the k best of all sums of two halves, exactly.
+"""The operator `product_key_topk` in Triton: exactly the k largest of all sums of two halves.
 
-`half_kernel` finds the k best of each half: the maxima of small groups, the k best groups, the k best of what those
-hold. `pair_kernel` adds the few pairs of ranks that can still win and sorts them. `scatter_kernel` is the backward.
-Comparisons are the cost, not memory: with many rows each lane sorts a row of its own, and lanes exchange nothing.
+`half_kernel` finds the k largest scores of each half: maxima of small groups, the k best groups, the k largest of their
+scores. `pair_kernel` adds the candidate pairs of ranks and sorts the sums. `scatter_kernel` is the backward.
+Comparisons dominate the time, not memory: with many rows, each lane sorts its own row, and lanes do not communicate.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 from memrewrite.kernels.triton_topk_kernels import half_kernel, pair_kernel, scatter_kernel
 
 MOST_KEYS, MOST_K = 65536, 256
-SCATTERED = 16  # chosen scores of a row whose gradients one program of the backward adds up
-FEW_ROWS = 1024  # up to here one row has several warps: with a lane a row, most of the device would idle
+SCATTERED = 16  # chosen scores of a row whose gradients one program of the backward adds
+FEW_ROWS = 1024  # up to here a row is sorted by several warps: with one lane per row, most of the device would be idle
 ELEMENT = {torch.float32: ("fp32", tl.float32), torch.float16: ("fp16", tl.float16), torch.bfloat16: ("bf16", tl.bfloat16)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a kernel cuts its work. The results do not depend on it: every key is distinct, so there is one right order."""
+    """How a kernel divides its work. The results do not depend on it: all keys are distinct, so the order is unique."""
 
-    rows: int  # of one program
+    rows: int  # per program
     chunk: int  # scores sorted at once, per row
-    group: int  # neighbouring scores of which only the largest is sorted at first; 1: all are sorted at once
+    group: int  # neighboring scores of which only the largest is sorted at first; 1: all are sorted at once
     warps: int
 
 
 def plan_halves(n: int, k: int, dtype: torch.dtype, vec: int, few: bool) -> Plan:
-    """Few rows: a row over several warps, all keys in one chunk. Many: a row in one lane, as many keys as registers hold."""
+    """Few rows: a row in several warps, all keys in one chunk. Many rows: a row per lane, as many keys as fit in registers."""
     top = triton.next_power_of_2(k)
     if few:
         chunk = max(top, min(8192, triton.next_power_of_2(n)), vec)
         return Plan(1, chunk, 1, min(8, max(1, chunk // 256)))
-    held = 64 if dtype.itemsize == 4 else 96  # keys that a lane's registers hold
+    held = 64 if dtype.itemsize == 4 else 96  # keys that fit in the registers of a lane
     chunk = max(16, top // 2)
-    sort = (top.bit_length() - 1) * (top.bit_length() + 4) / 2 + 3  # comparisons, about, for each key
+    sort = (top.bit_length() - 1) * (top.bit_length() + 4) / 2 + 3  # approximate number of comparisons per key
     costs = {1: n * (sort + 6)}
     for group in (8, 16, 32):
         if vec <= group <= chunk <= top * group and triton.cdiv(n, group) > top:
@@ -60,24 +60,24 @@ def plan_pairs(k: int, few: bool) -> Plan:
 
 
 def _rows(keys: int, held: int) -> int:
-    """Rows of a program, at most one a lane, so that each lane holds no more keys than that."""
+    """Rows per program, at most one per lane, so that each lane has at most `held` keys in registers."""
     return max(1, min(32, 1 << (32 * held // keys).bit_length() - 1))
 
 
 def supports(scores1: Tensor, k: int) -> str | None:
-    """Why these kernels cannot take a half's scores [..., n], or None."""
+    """Why these kernels do not support the scores [..., n] of a half, or None."""
     if scores1.dtype not in ELEMENT:
         return f"there are no top-k kernels for {scores1.dtype}"
     if k > MOST_K or scores1.shape[-1] > MOST_KEYS:
-        return f"the top-k kernels take k <= {MOST_K} and {MOST_KEYS} keys a half, not {k} and {scores1.shape[-1]}"
+        return f"the top-k kernels support k <= {MOST_K} and {MOST_KEYS} keys per half, not {k} and {scores1.shape[-1]}"
     return None
 
 
 def forward(scores1: Tensor, scores2: Tensor, k: int, softmax: bool = False) -> tuple[Tensor, Tensor]:
-    """[..., n1], [..., n2] -> the k best sums (or their softmax) in fp32, downward, and their slots i * n2 + j, int64.
+    """[..., n1], [..., n2] -> the k largest sums (or their softmax) in fp32, descending, and their slots i * n2 + j, int64.
 
-    Of equal scores in a half the smaller key is taken and ranked first; of equal sums among the pairs that can win, the
-    smaller slot: the smallest slots of all equal sums, where these are no work of rounding, an infinity or a NaN. NaN is
+    Among equal scores in a half, the smaller key is ranked first; among equal sums of candidate pairs, the smaller slot. So of
+    all equal sums the smallest slots are chosen, unless the sums are equal only by rounding, an infinity or a NaN. NaN is
     largest, -0 becomes +0. No bit depends on the number of rows: a batch may be split.
     """
     leading = scores1.shape[:-1]
@@ -104,7 +104,7 @@ def forward(scores1: Tensor, scores2: Tensor, k: int, softmax: bool = False) -> 
 
 
 def backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tensor, Tensor]:
-    """Each score's gradient [..., k] to both halves: [..., n1], [..., n2]; what meets in one key adds up in order of k."""
+    """Adds each score's gradient [..., k] to both halves: [..., n1], [..., n2]; those of one key in order of k."""
     leading, k = indices.shape[:-1], indices.shape[-1]
     grad, indices = grad.contiguous(), indices.contiguous()
     grad1, grad2 = grad.new_zeros((*leading, n1)), grad.new_zeros((*leading, n2))
@@ -117,7 +117,7 @@ def backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tensor, T
 
 
 def _flatten(scores1: Tensor, scores2: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Both as [outer, inner, n] over the same rows, without a copy where their strides allow; and inner."""
+    """Both as [outer, inner, n] with the same rows, without a copy if their strides allow it; and `inner`."""
     both = [scores1, scores2]
     if any(scores.stride(-1) != 1 and scores.shape[-1] > 1 for scores in both):
         both = [scores.contiguous() for scores in both]
@@ -140,7 +140,7 @@ def _flatten(scores1: Tensor, scores2: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def _launch_halves(halves: tuple[Tensor, ...], found: Tensor, k: int, rows: int, inner: int, few: bool) -> None:
-    """`half_kernel` for one half, or for both in one launch: the second is found by its distance from the first."""
+    """`half_kernel` for one half, or for both in one launch: `apart` is the address difference of the two halves."""
     first, last, n, size = halves[0], halves[-1], halves[0].shape[-1], halves[0].element_size()
     strides = [*first.stride()[:2], *last.stride()[:2]]
     vec = gcd(16, *(half.data_ptr() for half in halves), *(stride * size for stride in strides), n * size) // size
@@ -166,8 +166,8 @@ def _scatter_constants(n1: int, n2: int, k: int) -> dict[str, Any]:
     return {"N1": n1, "N2": n2, "k": k, "C": SCATTERED, "R": 32}
 
 
-def specimens() -> Iterator[Specimen]:
-    """What the gate compiles: every way of cutting, at the sizes that the layers use."""
+def compile_variants() -> Iterator[CompileVariant]:
+    """The variants for the compile gate: every kind of plan, with the sizes that the layers use."""
     half, single = torch.bfloat16, torch.float32
     for n, k, dtype, few in (
         (128, 4, half, False),
@@ -178,23 +178,23 @@ def specimens() -> Iterator[Specimen]:
         (1024, 32, half, True),
         (4096, 32, single, True),
     ):
-        yield _half_specimen(n, k, dtype, few)
+        yield _half_variant(n, k, dtype, few)
     for k, dtype, few in ((32, half, False), (64, single, False), (32, half, True)):
         plan, (element, _) = plan_pairs(k, few), ELEMENT[dtype]
         signature = {"found": _key(element), "scores": "*fp32", "indices": "*i64", "rows": "i32", "n2": "i32"}
         constants = _pair_constants(k, dtype, plan, True)
         signature.update(dict.fromkeys(constants, "constexpr"))
         name = f"pair_topk {element} k={k}{' few' if few else ''}"
-        yield Specimen(name, pair_kernel, signature, constants, ("found", "scores", "indices"), plan.warps, row_bytes=4)
+        yield CompileVariant(name, pair_kernel, signature, constants, ("found", "scores", "indices"), plan.warps, row_bytes=4)
     constants = _scatter_constants(1024, 1024, 32)
     signature = {"grad": "*fp32", "indices": "*i64", "grad1": "*fp32", "grad2": "*fp32", "rows": "i32"}
     signature.update(dict.fromkeys(constants, "constexpr"))
-    yield Specimen(
+    yield CompileVariant(
         "scatter_topk k=32", scatter_kernel, signature, constants, ("grad", "indices", "grad1", "grad2"), 1, row_bytes=4
     )
 
 
-def _half_specimen(n: int, k: int, dtype: torch.dtype, few: bool) -> Specimen:
+def _half_variant(n: int, k: int, dtype: torch.dtype, few: bool) -> CompileVariant:
     element, vec = ELEMENT[dtype][0], 16 // dtype.itemsize
     plan = plan_halves(n, k, dtype, vec, few)
     constants = _half_constants(n, k, plan, vec)
@@ -202,8 +202,8 @@ def _half_specimen(n: int, k: int, dtype: torch.dtype, few: bool) -> Specimen:
     signature.update(dict.fromkeys(("apart", "outer1", "inner1", "outer2", "inner2"), "i64"))
     signature.update(dict.fromkeys(constants, "constexpr"))
     name = f"half_topk {element} n={n} k={k}{' few' if few else ''}"
-    groups = plan.chunk // plan.group if plan.group > 1 else 0  # numbers of groups, read one by one
-    return Specimen(name, half_kernel, signature, constants, ("scores",), plan.warps, scalar_loads=groups)
+    groups = plan.chunk // plan.group if plan.group > 1 else 0  # group indices, loaded one by one
+    return CompileVariant(name, half_kernel, signature, constants, ("scores",), plan.warps, scalar_loads=groups)
 
 
 def _key(element: str) -> str:

@@ -1,7 +1,7 @@
 """The kernels of the operator `product_key_topk`; `triton_topk` launches them.
 
-A lane has a row, or a row has several warps: the layouts follow from the shapes of the tiles that are loaded. Scores
-become integer keys that hold their place as well, and everything after that is sorting of distinct integers.
+A row is in one lane, or in several warps: the layouts follow from the shapes of the loaded tiles. Scores become integer keys
+that also contain their index, so everything after that sorts distinct integers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from memrewrite.kernels.triton_sort import keys_of, least, maxima, merge, ordere
 @triton.jit
 def _scan(best, scores, base, columns, N: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
           VEC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Read the scores in the columns [C/VEC, R*VEC] and merge them into the best."""
+    """Load the scores in the columns [C/VEC, R*VEC] and merge them into `best`."""
     if MASKED:
         x = tl.load(scores + base[None, :] + columns, mask=columns < N, other=0.0)
         keys = tl.where(columns < N, keys_of(x, columns), least(best.dtype))
@@ -28,7 +28,7 @@ def _scan(best, scores, base, columns, N: tl.constexpr, C: tl.constexpr, K: tl.c
 @triton.jit
 def _best_groups(best, scores, base, N: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
                  VEC: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Keys of the K groups with the largest maxima; of equal maxima the earlier group, so none that counts is left out."""
+    """Keys of the K groups with the largest maxima; for equal maxima the earlier group, so no score of the result is lost."""
     PARTS: tl.constexpr = GROUP // VEC
     for c in range((N + C * GROUP - 1) // (C * GROUP)):
         pieces = (c * C * PARTS + tl.arange(0, C * PARTS)) * VEC
@@ -55,13 +55,13 @@ def half_kernel(
     apart: tl.int64, outer1: tl.int64, inner1: tl.int64, outer2: tl.int64, inner2: tl.int64,
     N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The keys of the K best scores of each row of each half, downward -> found [halves, K, rows].
+    """The keys of the K largest scores of each row of each half, descending -> found [halves, K, rows].
 
-    All strides, and the way `apart` from the first half's scores to the second's, count in pieces of VEC scores.
+    All strides, and the address difference `apart` of the two halves, are in units of VEC scores.
     """
     MASKED: tl.constexpr = N % (C * GROUP) != 0
     half = tl.program_id(1).to(tl.int64)
-    lane = tl.arange(0, R * VEC)  # VEC scores of one row side by side: one load; the rows beside each other: the lanes
+    lane = tl.arange(0, R * VEC)  # VEC consecutive scores of one row are one load; consecutive rows are consecutive lanes
     row = tl.minimum(tl.program_id(0) * R + lane // VEC, rows - 1)
     outer = tl.where(half == 0, outer1, outer2)
     stride = tl.where(half == 0, inner1, inner2)
@@ -75,13 +75,13 @@ def half_kernel(
             best = _scan(best, scores, base, pieces[:, None] + (lane % VEC)[None, :], N, C, K, R, VEC, MASKED)
     else:
         groups = _best_groups(best, scores, base, N, C, K, R, VEC, GROUP, MASKED)
-        # Through memory, since no register can be chosen by a running number: the loop below wants a few at a time.
+        # Through memory, since registers cannot be indexed by a loop variable: the loop below loads a few at a time.
         tl.store(found + ranks[:, None] * rows + row[None, :], groups, mask=(row < rows)[None, :])
         tl.debug_barrier()
         within = tl.arange(0, GROUP // VEC)[None, :, None, None] * VEC + tl.arange(0, VEC)[None, None, None, :]
         for c in range(K * GROUP // C):
             some = half * K + c * (C // GROUP) + tl.arange(0, C // GROUP)
-            # Masked and not clamped, here and below: Triton then knows that rows are neighbours, and keeps them in lanes.
+            # Masked, not clamped, here and below: Triton then knows that rows are consecutive, and keeps them in lanes.
             group = places(tl.load(found + some[:, None] * rows + row[None, :], mask=(row < rows)[None, :], other=0xFFFF))
             columns = tl.reshape(group[:, None, :, None] * GROUP + within, [C // VEC, R * VEC])
             columns = tl.max_contiguous(tl.multiple_of(columns, [1, VEC]), [1, VEC])
@@ -95,10 +95,11 @@ def pair_kernel(
     found, scores, indices, rows, n2, k: tl.constexpr, DTYPE: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
     R: tl.constexpr, BLOCKS: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
-    """The k best sums of the halves' keys found [2, K, rows] -> scores and slots [rows, k].
+    """The k largest sums of the halves' keys `found` [2, K, rows] -> scores and slots [rows, k].
 
-    Of the ranks from 1, a pair (i, j) can be among the k best if i * j <= k. Block b holds those with i in [2^b, 2^(b+1)),
-    j <= K / 2^b: K pairs, each b. The last block would hold (K, 1) alone, which takes a place that is free before it.
+    With ranks from 1, a pair (i, j) can be among the k largest only if i * j <= k. Block b has the pairs with i in
+    [2^b, 2^(b+1)) and j <= K / 2^b: K pairs for each b. A last block would have only (K, 1), which is put in an unused entry of
+    the block before it.
     """
     row = tl.program_id(0) * R + tl.arange(0, R)
     valid = (row < rows)[None, :]
@@ -132,7 +133,7 @@ def pair_kernel(
 def scatter_kernel(
     grad, indices, grad1, grad2, rows, N1: tl.constexpr, N2: tl.constexpr, k: tl.constexpr, C: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
-    """The gradient of each of C chosen scores to both halves' keys, with that of all others of the same key, in order."""
+    """Write the gradients of the keys of C chosen scores to both halves: per key, the sum of all its scores, in order."""
     row = tl.program_id(0) * R + tl.arange(0, R)[None, :]
     place = tl.program_id(1) * C + tl.arange(0, C)[:, None]
     start = tl.minimum(row, rows - 1).to(tl.int64) * k

@@ -1,7 +1,7 @@
-"""The optimizer's step on the rows that were read, as one Triton kernel: no gradient of the table is ever in memory.
+"""The optimizer step on the rows that were read, as one Triton kernel, without a gradient of the table in memory.
 
-The reads of all lookups of a table are sorted by row (`triton_segments`). A row's program adds up its gradient in
-registers, moves the row's state and the row, and stores both; only hot rows' gradients are added up in parts before.
+The reads of all lookups of a table are sorted by row (`triton_segments`). The program of a row sums its gradient in registers,
+updates the row and its optimizer state, and stores both; only the gradients of hot rows are summed by segments before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 from memrewrite.kernels.triton_lookup import ELEMENT, Plan
 from memrewrite.kernels.triton_math import (
     LARGEST_E4M3,
@@ -27,13 +27,13 @@ from memrewrite.kernels.triton_math import (
 )
 from memrewrite.kernels.triton_segments import LENGTH, add_reads, load_reads, segment, sum_hot
 
-PER_PROGRAM = 8  # rows of one program
-REGISTERS, REGISTERS_IN_SLICES = {1: 96, 2: 80, 4: 128}, 200  # of a thread at most, by the bytes of a value
-WIDEST = 4096  # columns that stay in registers; wider rows are gone through slice by slice, more than once
+PER_PROGRAM = 8  # rows per program
+REGISTERS, REGISTERS_IN_SLICES = {1: 96, 2: 80, 4: 128}, 200  # maximum per thread, by the bytes of a value
+WIDEST = 4096  # columns that fit in registers; wider rows are processed in slices, in several passes
 
 
 def plan(width: int) -> Plan:
-    """A whole row a program, 16 columns a thread."""
+    """A whole row per program, 16 columns per thread."""
     block = max(16, min(triton.next_power_of_2(width), WIDEST))
     return Plan(2, block, max(1, block // 512), triton.cdiv(width, block))
 
@@ -43,7 +43,7 @@ def adagrad_(
     grads: Sequence[Tensor], indices: Sequence[Tensor], weights: Sequence[Tensor],
     *, lr: float, eps: float, weight_decay: float, seed: int,
 ) -> None:  # fmt: skip
-    """Row-wise Adagrad, in place and on touched rows only; `grads` are the gradients of the lookups' outputs.
+    """Row-wise Adagrad, in place and only on touched rows; `grads` are the gradients of the lookups' outputs.
 
     total += mean(g²);  p = p·(1 - lr·weight_decay) - lr·g / (sqrt(total) + eps). `total` is fp32 [N].
     """
@@ -56,7 +56,7 @@ def adam_(
     grads: Sequence[Tensor], indices: Sequence[Tensor], weights: Sequence[Tensor],
     *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, seed: int,
 ) -> None:  # fmt: skip
-    """Adam with one second moment a row, in place and on touched rows only, `step` counted from 1.
+    """Adam with one second moment per row, in place and only on touched rows; `step` counts from 1.
 
     m = β1·m + (1-β1)·g;  v = β2·v + (1-β2)·mean(g²);  p = p·(1 - lr·weight_decay) - lr·(m/c1) / (sqrt(v/c2) + eps), where
     c1 = 1 - β1^step and c2 = 1 - β2^step. `exp_avg` is fp32 or bf16 [N, D], `exp_avg_sq` fp32 [N].
@@ -72,7 +72,7 @@ def _update(
 ) -> None:  # fmt: skip
     for name, state in (("values", values), ("scale", scale), ("exp_avg", average), ("the second moment", square)):
         if state is not None and not state.is_contiguous():
-            raise ValueError(f"fused update: {name} is not contiguous, and is changed in place: pass {name}.contiguous()")
+            raise ValueError(f"fused update: {name} is not contiguous, and is updated in place; try {name}.contiguous()")
     width = values.shape[1]
     how = plan(width)
     grad = grads[0].contiguous() if len(grads) == 1 else torch.cat(list(grads))
@@ -90,9 +90,9 @@ def _update(
 
 
 def _options(dtype: torch.dtype, how: Plan) -> dict[str, Any]:
-    """fp32 rows are moved by the formula itself: no multiplication may melt into an addition.
+    """Compiler options: for fp32 rows no fusion of multiplications and additions (FMA), so that they match the formula exactly.
 
-    The limits on registers are for the assembler, which left alone saves registers until it spills.
+    The register limits are for the assembler: without a limit it uses so few registers that it spills.
     """
     most = REGISTERS_IN_SLICES if how.slices > 1 else REGISTERS[dtype.itemsize]
     return {"enable_fp_fusion": dtype != torch.float32, "maxnreg": most}
@@ -100,7 +100,7 @@ def _options(dtype: torch.dtype, how: Plan) -> dict[str, Any]:
 
 @triton.jit
 def load_row(starts, at, rows):
-    """A row's first read and its end; equal beyond the last row."""
+    """The first read and the end of a row; equal beyond the last row."""
     return tl.load(starts + at, at < rows, 0), tl.load(starts + at + 1, at < rows, 0)
 
 
@@ -108,7 +108,7 @@ def load_row(starts, at, rows):
 def row_gradient(
     grads, tokens, weights, sums, token, weight, first, end, begin, until, cols, D: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Columns of a row's gradient: of its reads (the first ROWS are at hand), or of the sums of its segments."""
+    """Columns of a row's gradient: the sum of its reads (the first ROWS are already loaded), or of its segments' sums."""
     total = tl.zeros([cols.shape[0]], tl.float32)
     total = add_reads(grads, token, weight, total, None, 0, first, end, total, cols, D, ROWS)
     for m in range(first + ROWS, end, ROWS):
@@ -121,7 +121,7 @@ def row_gradient(
 
 @triton.jit
 def quotient(x, y, EXACT: tl.constexpr):
-    """x / y, rounded as IEEE wants where it matters."""
+    """x / y; with EXACT, rounded as in IEEE 754."""
     return tl.div_rn(x, y) if EXACT else x * (1.0 / y)
 
 
@@ -145,13 +145,13 @@ def moved(old, before, average, g, size, root, lr, decay, beta1, rest1, correct1
 
 @triton.jit
 def largest(row, cols, D: tl.constexpr):
-    """The largest size in a row; inf where there is a NaN, which a maximum may lose."""
+    """The largest absolute value in a row; inf if there is a NaN, which a maximum may ignore."""
     return tl.max(tl.where(cols < D, tl.where(row == row, tl.abs(row), float("inf")), 0.0), 0)
 
 
 @triton.jit
 def scale_of(top):
-    """The scale that makes the largest value e4m3's largest; NaN for a row that is not finite, 1 for one of zeros."""
+    """The scale that maps the largest value to the largest e4m3 value; NaN for a row that is not finite, 1 for zeros."""
     size = tl.maximum(top / LARGEST_E4M3, SMALLEST_NORMAL)
     return tl.where(top == 0, 1.0, tl.where(top < float("inf"), size, float("nan")))
 
@@ -163,7 +163,7 @@ def update_rows(
     LENGTH: tl.constexpr, EXACT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
     ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,). Adagrad without `average`, Adam with it. A row's reads are loaded while the one before is moved."""
+    """Grid (programs,). Adagrad without `average`, Adam with it. The reads of a row are loaded during the previous update."""
     mine = tl.program_id(0)
     first, end = load_row(starts, mine, rows)
     token, weight = load_reads(tokens, weights, first, end, ROWS)
@@ -192,13 +192,13 @@ def move_row(
     lr, decay, eps, beta1, rest1, beta2, rest2, correct1, correct2, seed,
     EXACT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One row's step. Rows of several slices have their gradient added up anew for each thing that needs all of it."""
+    """The step of one row. For rows of several slices, the gradient is summed again in every pass that needs all of it."""
     cols = tl.arange(0, BLOCK_D)
     at = slot * D
-    size = 256.0  # what `decode_e4m3` leaves out
+    size = 256.0  # the factor that `decode_e4m3` omits
     if scale is not None:
         size *= tl.load(scale + slot)
-    old, before = load_state(values, average, at, cols, D)  # on their way while the gradient is added up
+    old, before = load_state(values, average, at, cols, D)  # loaded while the gradient is summed
     moment2 = beta2 * tl.load(square + slot)
     g = row_gradient(grads, tokens, weights, sums, token, weight, first, end, begin, until, cols, D, ROWS)
     power = tl.sum(g * g, 0)
@@ -239,8 +239,8 @@ def move_row(
             tl.store(average + at + more, round_to(moment, bits, average.dtype.element_ty), more < D)
 
 
-def specimens() -> Iterator[Specimen]:
-    """The updates' variants, for the compile gate."""
+def compile_variants() -> Iterator[CompileVariant]:
+    """The variants of the update kernel, for the compile gate."""
     bf16, fp32, fp8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
     for width, dtype, average in (
         (576, bf16, None), (1024, bf16, None), (2048, bf16, None), (4096, bf16, None), (8192, bf16, None),
@@ -248,12 +248,12 @@ def specimens() -> Iterator[Specimen]:
         (1024, bf16, bf16), (4096, bf16, bf16), (1024, fp32, fp32), (1024, fp8, bf16),
     ):  # fmt: skip
         how, eight = plan(width), dtype == fp8
-        kind = "fp32" if eight else ELEMENT[dtype]  # what a lookup of 8 bits has gradients in
+        kind = "fp32" if eight else ELEMENT[dtype]  # dtype of the gradients of an 8-bit lookup
         pointers = {"values": "*u8" if eight else f"*{kind}", "square": "*fp32", "grads": f"*{kind}", "tokens": "*i32"}
         pointers |= {"weights": f"*{kind}", "slots": "*i32", "starts": "*i32", "counts": "*i64", "sums": "*fp32"}
         pointers |= ({"scale": "*fp32"} if eight else {}) | ({"average": f"*{ELEMENT[average]}"} if average else {})
         rates = ("lr", "decay", "eps", "beta1", "rest1", "beta2", "rest2", "correct1", "correct2")
-        yield Specimen(
+        yield CompileVariant(
             name=f"{'adam' if average else 'adagrad'} {'fp8' if eight else kind} D={width}",
             kernel=update_rows,
             signature=pointers | {"rows": "i32", "programs": "i32", "seed": "i64"} | dict.fromkeys(rates, "fp32"),

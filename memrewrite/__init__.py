@@ -1,6 +1,6 @@
-"""memrewrite rewrites transformers: it finds their MLPs by dataflow and puts memory layers in their places.
+"""memrewrite rewrites transformers: it finds their MLPs by dataflow and replaces them with memory layers.
 
-This face is lazy: importing it loads neither torch nor the passes; the first use of a name does.
+The public API. Names are imported on first use: `import memrewrite` loads neither torch nor the passes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = version("memrewrite")
 
-_HOMES = {
+_MODULES = {
     "MemrewriteError": "memrewrite.errors",
     "Recipe": "memrewrite.recipes.schema",
     "Report": "memrewrite.report",
@@ -64,10 +64,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'memrewrite' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_MODULES])

@@ -1,4 +1,4 @@
-"""What a layer costs: parameters, arithmetic and bytes moved per token. Pure arithmetic, no tensors."""
+"""Cost of a layer: parameters, floating-point operations and bytes read per token. Computed from sizes, without tensors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Cost(BaseModel):
-    """Cost of one layer. `flops` counts a multiply-add as two; `bytes_read` is weights and table rows read for one token.
+    """Cost of one layer. `a + b` adds every field.
 
-    A dense layer reads its weights once per *batch*; `bytes_read` states the decode case (one token), where reading
-    dominates. Adding two costs adds every field.
+    Attributes:
+        parameters: Number of parameters.
+        parameter_bytes: Bytes in which they are stored.
+        flops: Floating-point operations per token; a multiply-add counts as two.
+        bytes_read: Bytes of weights and table rows read for one token. A dense layer reads its weights once per
+            *batch*; this field is for decoding with one token, where reading dominates.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,7 +33,14 @@ class Cost(BaseModel):
 
 
 def dense_cost(weights: int, biases: int, itemsize: int, active: int | None = None) -> Cost:
-    """Cost of matrices with `weights` entries in all, of which a token uses `active` (all of them), and of `biases`."""
+    """Cost of dense matrices.
+
+    Args:
+        weights: Entries of all matrices together.
+        biases: Entries of all biases together.
+        itemsize: Bytes of one entry.
+        active: Matrix entries that one token uses, fewer than `weights` in a mixture of experts. Default: all.
+    """
     used = weights if active is None else active
     stored, read = (weights + biases) * itemsize, (used + biases) * itemsize
     return Cost(parameters=weights + biases, parameter_bytes=stored, flops=2 * used + biases, bytes_read=read)

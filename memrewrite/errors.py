@@ -1,6 +1,6 @@
-"""Every error a user can meet: what happened, where, and what to try.
+"""The errors that memrewrite raises: what happened, where, and what to try.
 
-Raised anywhere below the door; `cli` prints them and turns `exit_code` into the process's exit code.
+The command line prints them; `exit_code` becomes the exit code of the process.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ def in_one_line(error: BaseException, *, kind: bool = True, limit: int = 300) ->
 
 
 class MemrewriteError(Exception):
-    """An error with a place and a way out. Exit code 1: the fault is ours or the machine's.
+    """Base class: an error with a place and a hint. Exit code 1: the cause is in memrewrite or the machine.
 
-    `what` says what happened, quoting the user's own words; `where` is `file:line:column`, or a module path and a
-    graph node; `hint` says what to try.
+    Args:
+        what: What happened, quoting the user's input.
+        where: `file:line:column`, or a module path and a graph node.
+        hint: What to try.
     """
 
     exit_code = 1
@@ -43,7 +45,7 @@ class MemrewriteError(Exception):
 
 
 class UserError(MemrewriteError):
-    """The input cannot be used as it is. Exit code 2: the user can mend it."""
+    """The input cannot be used as it is. Exit code 2: the user can correct it."""
 
     exit_code = 2
 
@@ -57,27 +59,27 @@ class CaptureError(UserError):
 
 
 class RecipeError(UserError):
-    """The recipe is not well formed: the message carries file, line, column and a caret."""
+    """The recipe is invalid: the message contains file, line, column and a caret."""
 
 
 class SelectError(UserError):
-    """The recipe is well formed but does not fit this model."""
+    """The recipe is valid but does not fit this model."""
 
 
 class CheckpointError(UserError):
-    """A saved directory is missing something, was changed, or would be overwritten."""
+    """A saved directory is incomplete, was modified, or would be overwritten."""
 
 
 class ExportError(UserError):
-    """A model cannot be written as ONNX, or an ONNX file cannot be run as asked."""
+    """A model cannot be written as ONNX, or an ONNX file cannot be run as requested."""
 
 
 class VerificationError(MemrewriteError):
-    """A check of `verify` failed; the rewrite was undone. `report` holds every check."""
+    """A check of `verify` failed; the rewrite was undone. `report` contains every check."""
 
     report: Report | None = None
 
     def with_report(self, report: Report) -> VerificationError:
-        """This error, with the report of all checks."""
+        """Set the report of all checks and return this error."""
         self.report = report
         return self

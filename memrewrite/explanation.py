@@ -1,4 +1,4 @@
-"""Why a place in a model is, or is not, an MLP, as plain data: an `Explanation`, resting on one `Finding` for each linear."""
+"""Why a part of a model is, or is not, an MLP, as plain data: an `Explanation` with one `Finding` per linear op."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ Verdict = Literal["mlp", "part", "holds", "refused", "no candidate", "not run"]
 
 
 class Finding(Frozen):
-    """One product with a weight, tried as the last matrix of an MLP, and what came of it.
+    """One matrix product with a weight, tested as the last matrix of an MLP, and the result.
 
-    `site` names the MLP it belongs to. Otherwise `reason` says what `rule` found at the graph node `node`, made by module `at`
-    at the source line `source` (`file:line`), whose text is `line`; `advice` says what one could do about it.
+    Attributes:
+        linear: Graph node of the product.
+        path: Module that computes it.
+        weights: Names of its weights.
+        outcome: "site": it belongs to an MLP; "refused": it looked like one and a rule refused it; "never": it cannot be one.
+        site: Path of the MLP it belongs to.
+        rule: Name of the rule that refused it.
+        reason: What the rule found, in words.
+        advice: What the user can change.
+        node: Graph node at which the rule failed.
+        at: Module that computes this node.
+        source: Source line of this node, `file:line`.
+        line: Text of this source line.
     """
 
     linear: str
@@ -32,14 +43,18 @@ class Finding(Frozen):
 
 
 class Explanation(Frozen):
-    """The answer to *why*, for a module, a container, a parameter or a graph node.
+    """Why a module, container, parameter or graph node is, or is not, an MLP.
 
-    mlp:          it is a site.
-    part:         everything it does belongs to one site.
-    holds:        sites lie inside it.
-    refused:      it looked like an MLP, and a rule refused it.
-    no candidate: it runs, and nothing in it looks like an MLP.
-    not run:      nothing of it is in the captured forward.
+    Attributes:
+        asked: The path or name that was requested.
+        kind: What it names.
+        verdict: "mlp": it is a site. "part": all its operations belong to one site. "holds": it contains sites.
+            "refused": it looked like an MLP, and a rule refused it. "no candidate": it runs, and nothing in it looks
+            like an MLP. "not run": none of its operations is in the captured forward.
+        summary: The verdict in one sentence.
+        sites: Sites it is, belongs to, or contains.
+        findings: One per matrix product with a weight.
+        captured: How the model was captured.
     """
 
     asked: str

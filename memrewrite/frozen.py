@@ -1,4 +1,4 @@
-"""The base class of plain data that is immutable and has JSON both ways."""
+"""Base class of immutable plain data that converts to and from JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Frozen(BaseModel):
-    """Immutable plain data with JSON both ways; unknown keys are refused."""
+    """Immutable plain data that converts to and from JSON; unknown keys raise `pydantic.ValidationError`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

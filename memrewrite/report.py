@@ -1,4 +1,4 @@
-"""What a rewrite did and what was proved about it: checks with outcome, number and sentence; totals before and after."""
+"""What a rewrite did and what was checked: checks with outcome, number and sentence; totals before and after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ Outcome = Literal["passed", "failed", "skipped"]
 
 
 class Check(Frozen):
-    """One named check: how it ended, the number it rests on, and a sentence. `skipped` says why in the sentence."""
+    """One named check.
+
+    Attributes:
+        name: Name of the check, such as "null" or "frame".
+        outcome: "passed", "failed" or "skipped".
+        number: The measured number that decided it.
+        sentence: The result in words; for "skipped", the reason.
+    """
 
     name: str
     outcome: Outcome
@@ -26,26 +33,40 @@ class Check(Frozen):
 
 
 class Report(Frozen):
-    """The outcome of one rewrite. `model` is the rewritten model (not part of the JSON)."""
+    """The result of one rewrite. The property `model` is not part of the JSON.
+
+    Attributes:
+        plan: The plan that was applied.
+        checks: Every check; empty with `verify: off`.
+        parameters_before: Parameters of the whole model before the rewrite.
+        parameters_after: Parameters of the whole model after it.
+        before: Cost of the selected MLPs per token.
+        after: Cost of the new layers per token.
+        seconds: Wall-clock time of the rewrite.
+    """
 
     plan: Plan
     checks: tuple[Check, ...]
     parameters_before: int
     parameters_after: int
-    before: Cost  # of the selected MLPs, per token
-    after: Cost  # of what took their place, per token
+    before: Cost
+    after: Cost
     seconds: float
     _model: nn.Module | None = PrivateAttr(default=None)
 
     @property
     def model(self) -> nn.Module:
-        """The rewritten model: the same object for a live module, a new GraphModule for a traced one."""
+        """The rewritten model: the same object for a live module, a new GraphModule for a traced model.
+
+        Raises:
+            AttributeError: The report was read from a file.
+        """
         if self._model is None:
-            raise AttributeError("this report was read from a file and holds no model; use memrewrite.load")
+            raise AttributeError("this report was read from a file and has no model; use memrewrite.load")
         return self._model
 
     def of_model(self, model: nn.Module) -> Report:
-        """This report, holding the rewritten model."""
+        """Set the rewritten model and return this report."""
         self._model = model
         return self
 

@@ -1,4 +1,4 @@
-"""What was located in a model, as plain data: `Site`, `NearMiss` and the `Binding` that says how the live model is edited."""
+"""What was found in a model, as plain data: `Site`, `NearMiss`, and `Binding`: how the module tree is edited."""
 
 from __future__ import annotations
 
@@ -9,20 +9,29 @@ from memrewrite.frozen import Frozen
 
 
 class Binding(Frozen):
-    """How a site is reached in the live module tree.
+    """How a site is edited in the module tree.
 
-    module: one module takes the MLP's input and returns its output; it is both entry and exit.
-    span:   the modules at `entries` read the input, the module at `exit` returns the output, other code runs in between.
-    graph:  the module at `exit` holds the whole MLP but gives no hold of it; its forward becomes a graph. `why` says so.
-    none:   the module tree cannot express it; `why` says so. The graph emitter still can.
+    Attributes:
+        kind: "module": one module takes the MLP's input and returns its output; it is both entry and exit.
+            "span": the modules at `entries` read the input, the module at `exit` returns the output, and other code runs
+            in between. "graph": the module at `exit` contains the whole MLP, but no submodule starts or ends there; its
+            forward is replaced by its exported graph. "none": the module tree cannot be edited there; the captured graph
+            can (`emit="graph"`).
+        entries: Paths of the modules that read the MLP's input.
+        widths: Features that each entry returns. Empty: the entries are not replaced; pre-hooks only read their input.
+        takes: Position or keyword of the MLP's input among an entry's arguments.
+        alone: True if the input is the only argument that the exit of a "module" binding is called with.
+        gives: `(index, length)` of the MLP's output in the tuple that the exit returns; None if it returns the output.
+        exit: Path of the module that returns the output.
+        why: Reason for "graph" and "none".
     """
 
     kind: Literal["module", "span", "graph", "none"]
     entries: tuple[str, ...] = ()
-    widths: tuple[int, ...] = ()  # features each entry returns; none: entries stay what they are and are listened to
-    takes: int | str = 0  # position or keyword, among an entry's arguments, of the MLP's input
-    alone: bool = True  # the exit of a module is called with the input and nothing else
-    gives: tuple[int, int] | None = None  # which item is the output, and of how many, where the exit returns a tuple
+    widths: tuple[int, ...] = ()
+    takes: int | str = 0
+    alone: bool = True
+    gives: tuple[int, int] | None = None
     exit: str = ""
     why: str = ""
 
@@ -30,9 +39,26 @@ class Binding(Frozen):
 class Site(Frozen):
     """One located MLP.
 
-    `path` is the narrowest module that contains the whole MLP, `block` its index in the stack of blocks `tower`
-    (`None` outside of one). `d_model` is the width of the output, `d_in` of the input, `d_hidden` of the value the last
-    matrix reads. `calls` counts runs in one forward. `parameters` names every weight and bias inside.
+    Attributes:
+        path: Narrowest module that contains the whole MLP.
+        pattern: How its matrices are arranged, such as "gated".
+        d_model: Width of the output.
+        d_in: Width of the input.
+        d_hidden: Width of the value that the last matrix reads.
+        activation: Name of the activation function.
+        axis: Feature axis of input and output: -1, except for convolutions.
+        calls: Number of runs in one forward.
+        parameters: Names of all weights and biases inside.
+        modules: Paths of the modules inside.
+        weights: Entries of all matrices.
+        active: Matrix entries that one token is multiplied by: fewer than `weights` in a mixture of experts.
+        biases: Entries of all other parameters.
+        dtype: Dtype of the parameters, by its torch name.
+        device: Device of the parameters.
+        tower: Path of the stack of blocks that contains it, "" outside of one.
+        block: Index of its block in `tower`, or None.
+        tower_blocks: Number of blocks in `tower`.
+        bindings: How it is edited: one binding, or several where modules share the weights.
     """
 
     path: str
@@ -41,19 +67,19 @@ class Site(Frozen):
     d_in: int
     d_hidden: int
     activation: str
-    axis: int = -1  # of the features in the input and the output, as the model lays them out: -1, but for convolutions
+    axis: int = -1
     calls: int
     parameters: tuple[str, ...]
     modules: tuple[str, ...]
-    weights: int  # entries of the matrices
-    active: int  # multiplications by them for one token: fewer in a mixture of experts
-    biases: int  # entries of everything else
+    weights: int
+    active: int
+    biases: int
     dtype: str
     device: str
     tower: str
     block: int | None
     tower_blocks: int
-    bindings: tuple[Binding, ...]  # one, but for weights that several modules share
+    bindings: tuple[Binding, ...]
 
     def cost(self) -> Cost:
         """Cost of this MLP for one token and one call."""
@@ -61,17 +87,31 @@ class Site(Frozen):
 
 
 class NearMiss(Frozen):
-    """A region that looked like an MLP and was rejected: why, at which graph node, from which source line, by which rule."""
+    """A region that looked like an MLP and was refused.
+
+    Attributes:
+        path: Module that contains it.
+        reason: Why it was refused.
+        node: Graph node at which it was refused.
+        source: Source line of this node, `file:line`.
+        rule: Name of the rule that refused it; "" in files of earlier versions.
+    """
 
     path: str
     reason: str
     node: str
     source: str = ""
-    rule: str = ""  # the name of the rule; "" in files of earlier versions
+    rule: str = ""
 
 
 class Inspection(Frozen):
-    """What `locate` found: the sites in the order they run, the near misses, and how the model was captured."""
+    """What `memrewrite.inspect` found.
+
+    Attributes:
+        sites: The MLPs, in the order in which they run.
+        near_misses: Regions that looked like MLPs and were refused.
+        captured: How the model was captured.
+    """
 
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]
@@ -79,7 +119,7 @@ class Inspection(Frozen):
 
 
 def itemsize_of(dtype: str) -> int:
-    """Bytes of one element of a dtype given by its torch name."""
+    """Bytes of one element of a dtype, named as in torch ("bfloat16")."""
     import torch
 
     size: int = getattr(torch, dtype).itemsize

@@ -1,4 +1,4 @@
-"""Helpers for training a rewritten model: the values of a memory learn at a rate of their own."""
+"""Training a rewritten model: parameter groups with a separate learning rate for the value tables."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from memrewrite.layers.pool import Pool
 def param_groups(
     model: nn.Module, lr: float, value_lr: float | None = None, *, weight_decay: float = 0.1, value_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Two parameter groups for a torch optimizer: everything else at `lr`, the value tables at `value_lr`.
+    """Two parameter groups for a torch optimizer: first all other parameters, then the value tables of the pools.
 
-    `value_lr` defaults to ten times `lr`, the paper's ratio (1e-3 against 1e-4; section 4, "Memory Layers at Scale", arXiv
-    2412.09764). The paper decays values like all weights; rows that are not read would shrink, so the default here is not to.
-    Frozen parameters are left out.
+    Parameters with `requires_grad=False` are omitted.
+
+    Args:
+        model: A model, rewritten or not.
+        lr: Learning rate of the other parameters.
+        value_lr: Learning rate of the value tables. Default: ten times `lr`, the paper's ratio (1e-3 and 1e-4; section 4,
+            "Memory Layers at Scale", arXiv 2412.09764).
+        weight_decay: Weight decay of the other parameters.
+        value_decay: Weight decay of the value tables. The paper decays values like all weights; rows that are not read
+            would shrink, so the default is 0.
     """
     tables = {id(p) for module in model.modules() if isinstance(module, Pool) for p in module.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import ModelError, SelectError
 from memrewrite.explanation import Explanation
-from memrewrite.outline import ModuleNode
+from memrewrite.module_node import ModuleNode
 from memrewrite.passes.capture.capture import as_graph, capture, is_traced
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.explain.explain import explained

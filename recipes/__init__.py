@@ -1,1 +1,1 @@
-"""What one may wish: the recipe's schema, its reader and the gallery."""
+"""Recipes: their schema, their reader, and the gallery of ready-made recipes. YAML, mappings or names in, `Recipe` out."""

@@ -1,6 +1,6 @@
-"""The recipe's JSON schema, from which editors complete and check recipes as they are written.
+"""The JSON schema of recipes, for completion and checks in editors.
 
-`Recipe`'s schema → the kinds' options added as definitions → one if-then per kind, chosen by `with`.
+Flow: schema of `Recipe` → options of the layer kinds added as definitions → one if-then per kind, selected by `with`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _REF = "#/$defs/{model}"
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe, with the options of every layer kind."""
+    """The JSON schema of a recipe, with the options of every layer kind, as a dict."""
     schema = Recipe.model_json_schema(by_alias=True, ref_template=_REF)
     definitions: dict[str, Any] = schema["$defs"]
     rule = definitions["Rule"]
@@ -29,7 +29,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _options_of(kind: type[MemoryLayer], definitions: dict[str, Any]) -> dict[str, Any]:
-    """`with: kind` → these options, and a pool or none; the options' own definitions move to the top."""
+    """The if-then of one kind: which options it has, and whether it needs a pool. Nested definitions move to the top level."""
     name = f"{kind.kind}_options"
     options = kind.Options.model_json_schema(by_alias=True, ref_template=f"#/$defs/{name}_{{model}}")
     for inner, definition in options.pop("$defs", {}).items():

@@ -1,6 +1,6 @@
-"""Reads what the user wishes, from wherever it comes: gallery name, file, text, mapping or `Recipe`.
+"""Reads a recipe from a gallery name, a file, text, a mapping or a `Recipe`.
 
-Source → data with places (`source`) → schema → a `Recipe`, or one `RecipeError` that names every problem and its place.
+Flow: source → data with line numbers (`yaml_source`) → schema → a `Recipe`, or one `RecipeError` with every problem.
 """
 
 from __future__ import annotations
@@ -13,17 +13,24 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from memrewrite.errors import RecipeError
-from memrewrite.recipes.problems import Loc, Problem, did_you_mean, one_of, problems_of
+from memrewrite.recipes.gallery_index import gallery
 from memrewrite.recipes.schema import Recipe
-from memrewrite.recipes.shelf import gallery
-from memrewrite.recipes.source import MAX_BYTES, Document, Source, decode, read_document
+from memrewrite.recipes.validation_errors import Loc, Problem, did_you_mean, one_of, problems_of
+from memrewrite.recipes.yaml_source import MAX_BYTES, Document, Source, decode, read_document
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe  # gallery name or path, path, mapping, recipe
-Place = Callable[[Problem], tuple[str, str]]  # where it is, and an excerpt of it
+Place = Callable[[Problem], tuple[str, str]]  # problem → its location, and an excerpt of the text there
 
 
 def read_recipe(source: RecipeLike) -> Recipe:
-    """Read a recipe: the name of a gallery recipe, a path, a mapping, or a `Recipe` (returned as it is)."""
+    """Read a recipe.
+
+    Args:
+        source: Name of a gallery recipe, path of a YAML file, a mapping, or a `Recipe` (returned unchanged).
+
+    Raises:
+        RecipeError: The recipe cannot be read or is invalid; the message lists every problem with its location.
+    """
     if isinstance(source, Recipe):
         return source
     if isinstance(source, Mapping):
@@ -31,13 +38,21 @@ def read_recipe(source: RecipeLike) -> Recipe:
     if not _is_path(source):
         hint = "give a gallery name, a path, a mapping or a Recipe"
         raise RecipeError(f"a recipe cannot be read from {type(source).__name__}", hint=hint)
-    if isinstance(source, str) and source in (shelf := gallery()):
-        return parse_recipe(shelf[source], name=f"gallery:{source}")
+    if isinstance(source, str) and source in (texts := gallery()):
+        return parse_recipe(texts[source], name=f"gallery:{source}")
     return _recipe_in(decode(os.fspath(source), _bytes_of(source)))
 
 
 def parse_recipe(text: str, *, name: str = "<text>") -> Recipe:
-    """Read a recipe from YAML text; `name` stands for the file in error messages."""
+    """Read a recipe from YAML text.
+
+    Args:
+        text: The YAML text.
+        name: File name to print in error messages.
+
+    Raises:
+        RecipeError: The recipe is invalid; the message lists every problem with its location.
+    """
     return _recipe_in(Source(name, text))
 
 
@@ -51,12 +66,12 @@ def _recipe_in(source: Source) -> Recipe:
     return _validated(document.data, place, document)
 
 
-def _is_path(source: object) -> bool:  # types are promises: a caller without a type checker may pass anything
+def _is_path(source: object) -> bool:  # a caller without a type checker may pass any type
     return isinstance(source, str | os.PathLike)
 
 
 def _bytes_of(source: str | os.PathLike[str]) -> bytes:
-    """The bytes of the file, one more than allowed at most: enough to see that it is too large."""
+    """The first MAX_BYTES + 1 bytes of the file: enough to detect that it is too large."""
     try:
         with Path(source).open("rb") as file:
             return file.read(MAX_BYTES + 1)
@@ -71,9 +86,9 @@ def _bytes_of(source: str | os.PathLike[str]) -> bytes:
 def _fail_unknown(name: str) -> NoReturn:
     names = list(gallery())
     if "\n" in name:
-        raise RecipeError("a path was expected, and this is text of several lines", hint="read text with `parse_recipe`")
+        raise RecipeError("expected a path, not text of several lines", hint="read text with `parse_recipe`")
     hint = did_you_mean(Path(name).stem, names) or f"a path that exists, or a recipe of the gallery: {one_of(names)}"
-    raise RecipeError(f"the path {name!r} does not exist, and no gallery recipe is named so", hint=hint) from None
+    raise RecipeError(f"the path {name!r} does not exist, and no gallery recipe has this name", hint=hint) from None
 
 
 def _fail_unreadable(name: str, error: Exception) -> NoReturn:
@@ -87,7 +102,7 @@ def _validated(data: dict[str, Any], place: Place, document: Document | None = N
         return Recipe.model_validate(data)
     except ValidationError as error:
         problems = problems_of(error, Recipe, data)
-    if document is not None:  # in a file, problems are read from top to bottom
+    if document is not None:  # in a file, list problems from top to bottom
         problems = tuple(sorted(problems, key=lambda p: document.span(p.loc, at_key=p.at_key)))
     raise _error_of(problems, place)
 
@@ -108,6 +123,6 @@ def _place_in_mapping(problem: Problem) -> tuple[str, str]:
 
 
 def dotted(loc: Loc) -> str:
-    """A location in data as Python spells it: `replace[0].with`."""
+    """A location in data, written as in Python: `replace[0].with`."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in loc)
     return text.lstrip(".") or "the recipe"

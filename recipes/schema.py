@@ -1,6 +1,6 @@
-"""What a recipe may say: frozen models that are the Python object and the YAML's schema at once.
+"""The recipe: immutable pydantic models that are both the Python object and the schema of the YAML.
 
-Plain data → field types → each kind's own options → cross checks (a rule's pool exists, a pool is used) → `Recipe`.
+Flow: plain data → field types → options of each layer kind → cross checks (a rule's pool exists, a pool is used) → `Recipe`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
 from memrewrite.layers.pool import Backend, Gradient, Pools, PoolSpec, ValueType, needs_fused
 from memrewrite.plans import Placement
-from memrewrite.recipes.problems import did_you_mean, one_of, refused
+from memrewrite.recipes.validation_errors import did_you_mean, one_of, refused
 
 VERSIONS = (1,)  # the format versions this package reads
-MAX_KEYS = 2**16  # per half: 2**32 slots, sixty-four times the paper's largest pool
+MAX_KEYS = 2**16  # per half: 2**32 slots, 64 times the paper's largest pool
 _ANY_WIDTH = 2**12 * 3 * 5 * 7
 
-# strict: YAML 1.1 reads `yes` and `on` as true, which would otherwise pass for the number 1
+# strict: YAML 1.1 reads `yes` and `on` as true, which would otherwise be accepted as the number 1
 Whole = Annotated[int, Field(strict=True)]
 Index = Annotated[int, Field(strict=True, ge=0)]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -35,33 +35,33 @@ Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]
 
 
-class PoolWish(Frozen):
+class PoolEntry(Frozen):
     """A value table that the layers of one or more rules share."""
 
     keys: Whole = Field(ge=1, le=MAX_KEYS, description="Keys per half; the pool has keys × keys slots.")
-    value_dim: Count | None = Field(default=None, description="Width of one value; left out: the d_model of the sites.")
-    init: Literal["paper"] = Field(default="paper", description="How values start: 'paper' is N(0, value_dim^-1/2).")
-    seed: Whole = Field(default=0, ge=0, lt=2**63, description="Seed of the pool's initial values.")
-    dtype: ValueType | None = Field(default=None, description="Type of the stored values; left out: the dtype of the sites.")
+    value_dim: Count | None = Field(default=None, description="Width of one value. Default: the d_model of the MLPs.")
+    init: Literal["paper"] = Field(default="paper", description="Initialization of the values: 'paper': N(0, value_dim^-1/2).")
+    seed: Whole = Field(default=0, ge=0, lt=2**63, description="Seed of the initial values.")
+    dtype: ValueType | None = Field(default=None, description="Dtype of the stored values. Default: the dtype of the MLPs.")
     gradient: Gradient = "dense"
     backend: Backend = "auto"
 
     @model_validator(mode="after")
-    def _can_learn(self) -> PoolWish:
+    def _can_learn(self) -> PoolEntry:
         if needs_fused(self.dtype, self.gradient):
-            raise refused(f"a table of {self.dtype} learns by fused updates alone", "gradient: fused")
+            raise refused(f"a table of {self.dtype} can be trained only by fused updates", "gradient: fused")
         return self
 
 
 class Centred(Frozen):
-    """`count` blocks, `stride` apart, around the middle of the stack."""
+    """`count` blocks at distance `stride`, around the middle of the stack of blocks."""
 
-    count: Count = Field(description="How many blocks.")
-    stride: Count = Field(default=1, description="Distance from one to the next, in blocks.")
+    count: Count = Field(description="Number of blocks.")
+    stride: Count = Field(default=1, description="Distance from one block to the next, in blocks.")
 
 
 class Where(Frozen):
-    """Selects MLPs; the selectors given must all hold."""
+    """Selects MLPs: an MLP must match every selector that is set."""
 
     layers: tuple[Index, ...] | None = Field(default=None, min_length=1, description="Blocks by index, from 0.")
     centred: Centred | None = Field(default=None, description="Blocks around the middle of the stack, as in the paper.")
@@ -87,39 +87,39 @@ class Where(Frozen):
         try:
             re.compile(regex or "")
         except (re.error, RecursionError, OverflowError) as error:
-            hint = "mend the expression, or use `path` with a glob such as '*.mlp'"
-            raise refused(f"{regex!r} is no regular expression: {error}", hint) from None
+            hint = "correct the expression, or use `path` with a glob such as '*.mlp'"
+            raise refused(f"{regex!r} is not a regular expression: {error}", hint) from None
         return regex
 
     @property
     def counts(self) -> bool:
-        """Whether blocks are counted, which takes the whole stack of them."""
-        return any(wish is not None for wish in (self.layers, self.centred, self.every, self.tower))
+        """True if a selector depends on block numbers, and so on the whole stack of blocks."""
+        return any(selector is not None for selector in (self.layers, self.centred, self.every, self.tower))
 
     @model_validator(mode="after")
     def _selects(self) -> Where:
         if not self.model_dump(exclude_defaults=True):
             names = ", ".join(f"`{name}`" for name in type(self).model_fields)
-            raise refused("`where` selects nothing", f"give at least one of {names}; `all: true` takes every MLP")
+            raise refused("`where` selects nothing", f"set at least one of {names}; `all: true` selects every MLP")
         return self
 
 
 class Rule(Frozen):
-    """Which MLPs get which layer."""
+    """Which MLPs get which layer. In Python, the field `with` is `with_`."""
 
-    model_config = ConfigDict(populate_by_name=True)  # `with` is a keyword: `with_` from Python
+    model_config = ConfigDict(populate_by_name=True)  # `with` is a keyword in Python
 
     where: Where = Field(description="Which MLPs.")
     with_: Text = Field(validation_alias="with", serialization_alias="with", description="The layer kind.")
-    pool: Text | None = Field(default=None, description="Name of the pool the layers read, from `pools`.")
+    pool: Text | None = Field(default=None, description="Name of the pool that the layers read, from `pools`.")
     placement: Placement = Field(
         default="replace",
-        description="'replace': the layer takes the MLP's place; 'parallel': it is added to the MLP's output.",
+        description="'replace': the layer replaces the MLP; 'parallel': the layer's output is added to the MLP's output.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
         validate_default=True,
-        description="Options of the layer kind; what is left out is default.",
+        description="Options of the layer kind; the others have their defaults.",
     )
 
     @property
@@ -128,7 +128,7 @@ class Rule(Frozen):
         return _kinds()[self.with_]
 
     def layer_options(self) -> LayerOptions:
-        """The options as the kind's own frozen model."""
+        """The options as an instance of the kind's `Options`."""
         return self.kind.Options.model_validate(self.options)
 
     @field_validator("with_")
@@ -142,7 +142,7 @@ class Rule(Frozen):
     @classmethod
     def _normalised(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         kind = _kinds().get(info.data.get("with_", ""))
-        if kind is None:  # the kind is refused already; its options cannot be judged
+        if kind is None:  # the kind was refused already, so its options cannot be checked
             return given
         options = kind.Options.model_validate(given).model_dump(mode="json")
         for name, value in given.items():  # `heads: yes` must not become one head
@@ -153,26 +153,26 @@ class Rule(Frozen):
     @model_validator(mode="after")
     def _pool_fits_kind(self) -> Rule:
         if self.kind.uses_pool and self.pool is None:
-            _raise_at(("with",), f"{self.with_!r} reads a pool, and the rule names none", "add `pool:` to this rule")
+            _raise_at(("with",), f"{self.with_!r} reads a pool, but the rule names none", "add `pool:` to this rule")
         if not self.kind.uses_pool and self.pool is not None:
-            _raise_at(("pool",), f"{self.with_!r} reads no pool", "take `pool:` out of this rule", key=True)
+            _raise_at(("pool",), f"{self.with_!r} reads no pool", "remove `pool:` from this rule", key=True)
         return self
 
 
 class Recipe(Frozen):
-    """What the user wants done to a model: pools, and rules that say which MLPs get which layer."""
+    """A rewrite of a model: pools, and rules that state which MLPs get which layer."""
 
     memrewrite: Literal[1] = Field(description="Version of the recipe format: 1.")
-    pools: dict[str, PoolWish] = Field(default_factory=dict, description="Value tables by name, shared by the layers.")
-    replace: tuple[Rule, ...] = Field(min_length=1, description="Rules; no two may claim the same MLP.")
-    verify: Literal["full", "off"] = Field(default="full", description="'full': check the rewritten model; 'off': don't.")
+    pools: dict[str, PoolEntry] = Field(default_factory=dict, description="Value tables by name, shared by the layers.")
+    replace: tuple[Rule, ...] = Field(min_length=1, description="Rules; no two may select the same MLP.")
+    verify: Literal["full", "off"] = Field(default="full", description="'full': check the rewritten model; 'off': no checks.")
 
     @field_validator("memrewrite", mode="before")
     @classmethod
     def _readable(cls, version: Any) -> Any:
         if type(version) is not int or version not in VERSIONS:
             read = ", ".join(map(str, VERSIONS))
-            raise refused(f"recipe format version {version!r} cannot be read here", f"versions read here: {read}")
+            raise refused(f"recipe format version {version!r} cannot be read", f"supported versions: {read}")
         return version
 
     @field_validator("verify", mode="before")
@@ -192,31 +192,31 @@ class Recipe(Frozen):
         used = {rule.pool for rule in self.replace}
         for name in self.pools:
             if not _can_be_attribute(name):
-                hint = "a pool hangs at `model.memory.<name>`: use letters, digits, _, and no name that torch modules use"
+                hint = "a pool becomes `model.memory.<name>`: use letters, digits, _, and no attribute name of torch modules"
                 lines.append(_line(("pools", name), f"a pool cannot be named {name!r}", hint, key=True))
             elif name not in used:
-                hint = f"name it in a rule (`pool: {name}`) or take it out"
-                lines.append(_line(("pools", name), f"pool {name!r} is used by no rule", hint, key=True))
+                hint = f"name it in a rule (`pool: {name}`) or remove it"
+                lines.append(_line(("pools", name), f"pool {name!r} is not used by any rule", hint, key=True))
         if lines:
             raise ValidationError.from_exception_data("Recipe", lines)
         return self
 
     def to_data(self) -> dict[str, Any]:
-        """The recipe as plain data: what `read_recipe` takes back. Defaults are written out, except selectors'."""
+        """The recipe as plain data that `read_recipe` accepts. Defaults are included, except those of selectors."""
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         for rule, written in zip(self.replace, data["replace"], strict=True):
-            written["options"] = rule.options  # complete: an option's None may differ from its default
+            written["options"] = rule.options  # all of them: None may differ from an option's default
             written["where"] = rule.where.model_dump(mode="json", exclude_defaults=True)
         return data
 
     def to_yaml(self) -> str:
-        """The recipe as YAML; reading it again gives an equal recipe."""
+        """The recipe as YAML; reading it gives an equal recipe."""
         # non-ASCII is escaped: PyYAML writes a bare U+0085 and reads it back as a space
         text: str = yaml.safe_dump(self.to_data(), sort_keys=False, width=120)
         return text
 
     def digest(self) -> str:
-        """A stable hash of what the recipe means, in hexadecimal; spelling, order of keys and comments do not count."""
+        """SHA-256 of the recipe's content, in hexadecimal; formatting, order of keys and comments have no effect."""
         text = json.dumps(self.to_data(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -225,10 +225,10 @@ def _kinds() -> dict[str, type[MemoryLayer]]:
     return {kind.kind: kind for kind in KINDS}
 
 
-def _buildable(rule: Rule, loc: tuple[str | int, ...], wish: PoolWish | None) -> list[InitErrorDetails]:
-    """What the kind's own `check` refuses whatever the model: tried at a width that suits every option."""
+def _buildable(rule: Rule, loc: tuple[str | int, ...], entry: PoolEntry | None) -> list[InitErrorDetails]:
+    """What the kind's `check` refuses for every model: tested with a width that suits every option."""
     width = rule.where.d_model or _ANY_WIDTH
-    pool = None if wish is None else _spec(wish, width)
+    pool = None if entry is None else _spec(entry, width)
     try:
         rule.kind.check(width, width, rule.layer_options(), pool)
     except UserError as error:
@@ -237,13 +237,13 @@ def _buildable(rule: Rule, loc: tuple[str | int, ...], wish: PoolWish | None) ->
     return []
 
 
-def _spec(wish: PoolWish, width: int) -> PoolSpec:
-    given = wish.model_dump(exclude_none=True)
-    return PoolSpec.model_validate({"value_dim": width, **given})
+def _spec(entry: PoolEntry, width: int) -> PoolSpec:
+    fields = entry.model_dump(exclude_none=True)
+    return PoolSpec.model_validate({"value_dim": width, **fields})
 
 
 def _can_be_attribute(name: str) -> bool:
-    """Whether a pool can hang under this name at the root: the rule of `Pools`, told before there is a model."""
+    """True if `Pools` accepts a pool with this name; tested before a model exists."""
     plain = name.isascii() and name.isidentifier() and not name.startswith("_") and not keyword.iskeyword(name)
     return plain and not hasattr(Pools({}), name)
 

@@ -1,7 +1,7 @@
-"""The project's own table of model families: how each is built tiny, and where its MLPs are.
+"""The project's table of model families: how to build a tiny model of each, and where its MLPs are.
 
-The truth is read off the models' sources (which parameters make up an MLP, of which widths, run how often), never off
-what the locator prints; `test_locate.py` holds the locator against it, and the truth against the parameters' shapes.
+The entries come from the models' sources (the parameters of each MLP, its widths, its number of calls), never from the output
+of the locator; `test_locate.py` compares the locator with them, and them with the shapes of the parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ D, HIDDEN, VOCAB, TOKENS, BATCH = 32, 48, 64, 8, 2
 
 @dataclass(frozen=True)
 class Mlp:
-    """What should be found at `path`. `leaves` are the modules or parameters under it that make it up; none: all of them."""
+    """An MLP that must be found at `path`. `leaves`: the modules or parameters under it that belong to it; empty: all."""
 
     path: str
     pattern: str
@@ -31,7 +31,7 @@ class Mlp:
     leaves: tuple[str, ...] = ()
 
     def parameters(self, model: nn.Module) -> frozenset[str]:
-        """The names of the parameters inside, as the model lists them."""
+        """The names of the parameters inside, in the model's order."""
         prefix = f"{self.path}." if self.path else ""
         starts = tuple(prefix + leaf for leaf in self.leaves) or (self.path,)
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -40,7 +40,7 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Family:
-    """A model and its truth. `misses` are paths at which a near miss must be reported, with a word of its reason."""
+    """A model and its MLPs. `misses`: paths at which a near miss must be reported, each with a word of its reason."""
 
     build: Callable[[], nn.Module]
     inputs: Callable[[], Any]
@@ -49,12 +49,12 @@ class Family:
 
 
 def each(numbers: Iterable[int], mlp: Mlp) -> tuple[Mlp, ...]:
-    """One `Mlp` for each block number: `{}` in the path is the number."""
+    """One `Mlp` per block; `{}` in the path is the block number."""
     return tuple(Mlp(**{**vars(mlp), "path": mlp.path.format(i)}) for i in numbers)
 
 
 def tokens(*shape: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
-    """Token numbers."""
+    """Token ids."""
     return torch.randint(4, vocab, shape or (BATCH, TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
@@ -191,7 +191,7 @@ PRETRAINED: dict[str, Family] = {
         text,
         plain("layer.{}.ff", "gelu", "layer_1", "layer_2"),
     ),
-    "mamba": Family(  # one gated shape a block, with a scan over the tokens inside
+    "mamba": Family(  # per block one region with the shape of a gated MLP, but with a scan over the tokens inside
         pretrained("MambaModel", hidden_size=D, state_size=4, num_hidden_layers=2, vocab_size=VOCAB, use_cache=False),
         text,
         (),
@@ -254,7 +254,7 @@ PRETRAINED: dict[str, Family] = {
         text,
         plain("encoder.blocks.{}.0.ffn", "gelu_tanh", "linear_1", "linear_2"),
     ),
-    "mobilebert": Family(  # three MLPs a block, inside a bottleneck half as wide
+    "mobilebert": Family(  # three MLPs per block, inside a bottleneck of half the width
         pretrained(
             "MobileBertModel",
             **BASE,
@@ -327,7 +327,7 @@ PRETRAINED: dict[str, Family] = {
             *each(range(3), Mlp("encoder.layers.1.blocks.{}.mlp", "plain", 32, 96, "gelu")),
         ),
     ),
-    "segformer": Family(  # a depthwise convolution over the image sits in every MLP
+    "segformer": Family(  # every MLP contains a depthwise convolution over the image
         pretrained(
             "SegformerModel",
             num_encoder_blocks=2,
@@ -343,7 +343,7 @@ PRETRAINED: dict[str, Family] = {
         (),
         {"stages.0.blocks.0.mlp.fc2": "token", "stages.1.blocks.0.mlp.fc2": "token"},
     ),
-    "wav2vec2, conformer": Family(  # two half-steps a block, and between them a gated convolution that is none
+    "wav2vec2, conformer": Family(  # per block two MLPs, and between them a gated convolution that is not an MLP
         pretrained(
             "Wav2Vec2ConformerModel",
             **{k: v for k, v in VISION.items() if k not in ("image_size", "patch_size")},
@@ -377,7 +377,7 @@ class Attention(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks made by `make`, between an embedding and a head."""
+    """Blocks created by `make`, between an embedding and a head."""
 
     def __init__(self, make: Callable[[], nn.Module], depth: int = 2) -> None:
         super().__init__()
@@ -405,7 +405,7 @@ class Block(nn.Module):
 
 
 class Parallel(Block):
-    """Attention and MLP read one normed value; three terms are summed."""
+    """Attention and MLP read the same normalized value; three terms are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm1(x)
@@ -413,7 +413,7 @@ class Parallel(Block):
 
 
 class PostNorm(Block):
-    """The norm follows the sum."""
+    """The norm is after the sum."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x + self.attention(x))
@@ -441,7 +441,7 @@ class HalfStep(Block):
 
 
 class Scaled(Block):
-    """The MLP's output is scaled feature by feature, by a parameter."""
+    """The MLP's output is multiplied by a parameter, per feature."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__(mlp)
@@ -462,7 +462,7 @@ class Flattened(Block):
 
 
 class Checkerboard(Block):
-    """The MLP runs on slices of the tokens, one after the other."""
+    """The MLP runs on slices of the tokens in sequence."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -482,7 +482,7 @@ class Twice(nn.Module):
 
 
 class Up(nn.Module):
-    """`down(act(up(x)))` with modules of its own."""
+    """`down(act(up(x)))` with a module for each part."""
 
     def __init__(self, act: Callable[[Tensor], Tensor] = F.gelu, bias: bool = True) -> None:
         super().__init__()
@@ -504,7 +504,7 @@ class Residual(Up):
 
 
 class Bare(nn.Module):
-    """Weights with no modules of their own, multiplied by einsum."""
+    """Weights are parameters without `nn.Linear` modules, multiplied by einsum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -517,7 +517,7 @@ class Bare(nn.Module):
 
 
 class Tied(nn.Module):
-    """One matrix up and, transposed, down."""
+    """One matrix is used up and, transposed, down."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -528,7 +528,7 @@ class Tied(nn.Module):
 
 
 class Packed(nn.Module):
-    """A gate packed with its value in one matrix; `cut` says how they are told apart."""
+    """Gate and value packed in one matrix; `cut` is how they are split."""
 
     def __init__(self, cut: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
@@ -571,7 +571,7 @@ class Gated(nn.Module):
 
 
 class Clamped(Gated):
-    """Gate and value are clamped and shifted on their way."""
+    """Gate and value are clamped and shifted before their product."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.gate(x).clamp(max=7.0), self.up(x).clamp(-7.0, 7.0)
@@ -648,7 +648,7 @@ RETURNS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
 
 
 class SomeTokens(Block):
-    """The MLP runs on the tokens that a mask picks."""
+    """The MLP runs on the tokens that a mask selects."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -672,7 +672,7 @@ class SomeDepth(Block):
 
 
 class Reversible(nn.Module):
-    """Two streams: each is added a function of the other."""
+    """Two streams: a function of each is added to the other."""
 
     def __init__(self, depth: int = 5) -> None:
         super().__init__()
@@ -690,7 +690,7 @@ class Reversible(nn.Module):
 
 
 class Streams(nn.Module):
-    """Four streams; every module reads a learned mix of them, and its output is given to each by a learned weight."""
+    """Four streams; every module reads a learned mix of them, and its output is added to each with a learned weight."""
 
     def __init__(self, by: str, depth: int = 3) -> None:
         super().__init__()
@@ -727,7 +727,7 @@ class Neighbours(nn.Module):
 
 
 class FeaturesFirst(nn.Module):
-    """The stream is [B, D, T]; weights stand on the left."""
+    """The stream is [B, D, T]; weights are the left operands."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -744,7 +744,7 @@ class FeaturesFirst(nn.Module):
 
 
 class InParts(Up):
-    """Products summed over slices of what they read, each with its columns of the weight."""
+    """A sum of products of input slices, each with its columns of the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         hidden, total = self.act(self.up(x)), torch.zeros_like(x)
@@ -755,7 +755,7 @@ class InParts(Up):
 
 
 class ByRows(Up):
-    """Products put beside each other, each with its rows of the weight."""
+    """A concatenation of products, each with its rows of the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.cat([F.linear(x, rows) for rows in self.up.weight.chunk(3)], -1) + self.up.bias
@@ -763,7 +763,7 @@ class ByRows(Up):
 
 
 class Batched(Up):
-    """Products of a batch with a weight repeated for each."""
+    """A batched product with the weight repeated for each item."""
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up.weight.t().expand(x.shape[0], -1, -1)
@@ -774,7 +774,7 @@ class Batched(Up):
 
 
 class GroupedConvolutions(nn.Module):
-    """Every group of channels is multiplied by a matrix of its own."""
+    """Every group of channels has its own matrix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -797,7 +797,7 @@ class TwoInOne(nn.Module):
 
 
 class LargerHalf(nn.Module):
-    """The larger of two products feature by feature, and no other nonlinearity."""
+    """The elementwise maximum of two products, and no other nonlinearity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -808,7 +808,7 @@ class LargerHalf(nn.Module):
 
 
 class Fused(nn.Module):
-    """One matrix makes queries, keys, values and the MLP's inner features; the rest of attention and MLP stand apart."""
+    """One matrix computes queries, keys, values and the MLP's hidden features; the other matrices are separate."""
 
     def __init__(self, gated: bool = False) -> None:
         super().__init__()
@@ -834,7 +834,7 @@ class Adapted(Block):
 
 
 class DepthAttention(Block):
-    """The MLP reads an attention over the embedding and the present state of each token, and is added to the latter."""
+    """The MLP reads an attention over the embedding and the current state of each token; its output is added to the state."""
 
     def __init__(self) -> None:
         super().__init__(Up())
@@ -847,7 +847,7 @@ class DepthAttention(Block):
 
 
 class Rounded(nn.Linear):
-    """Norms and rounds what it reads, and rounds its weight, with gradients as if it did not."""
+    """Normalizes and rounds its input, and rounds its weight; gradients ignore the rounding (straight-through)."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.rms_norm(x, x.shape[-1:])
@@ -857,7 +857,7 @@ class Rounded(nn.Linear):
 
 
 class RoundedGated(Gated):
-    """Every matrix rounds for itself."""
+    """Every matrix has its own rounding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -866,7 +866,7 @@ class RoundedGated(Gated):
 
 
 class Recurrent(Block):
-    """A recurrent cell takes the MLP's output in, with the stream as its state."""
+    """The MLP's output is the input of a recurrent cell whose state is the residual stream."""
 
     def __init__(self) -> None:
         super().__init__(Up())
@@ -903,7 +903,7 @@ def stack(block: Callable[[nn.Module], nn.Module], mlp: Callable[[], nn.Module])
 
 
 def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """A builder of `make`, from a fixed seed."""
+    """A builder that calls `make` with a fixed seed."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)

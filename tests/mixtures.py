@@ -1,4 +1,4 @@
-"""Mixtures of experts, however they are written, that tests share. The truth is read off the modules."""
+"""Mixtures of experts in many forms, shared by tests. The expected results are read from the modules."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ D, WIDTH, EXPERTS, CHOSEN = 32, 24, 4, 2
 
 
 class Experts(nn.Module):
-    """The weights of a mixture; spellings differ in `routed`."""
+    """The weights of a mixture; subclasses differ in `routed`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Masked(Experts):
 
 
 class Looped(Experts):
-    """A loop over the experts that were chosen, each on its tokens: no tracer follows it."""
+    """A loop over the chosen experts, each on its tokens: it cannot be traced."""
 
     def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         out = torch.zeros_like(x)
@@ -85,7 +85,7 @@ class Looped(Experts):
 
 
 class Sorted(Experts):
-    """Rows sorted by expert, cut where the next begins, and put back."""
+    """Rows sorted by expert, split per expert, and restored to their order."""
 
     def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         order = chosen.flatten().argsort()
@@ -97,7 +97,7 @@ class Sorted(Experts):
 
 
 class Modules(nn.Module):
-    """Every expert a module of its own."""
+    """Every expert is a separate module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Modules(nn.Module):
 
 
 class Shared(AllExperts):
-    """A shared expert is added, behind a gate of its own."""
+    """A shared expert with its own gate is added."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Shared(AllExperts):
 
 
 class Latent(Drawn):
-    """The experts work in a narrower space."""
+    """The experts have a narrower input and output than the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Latent(Drawn):
 
 
 class Scored(Drawn):
-    """Returns the router's weights too."""
+    """Also returns the router's weights."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         flat = x.reshape(-1, D)
@@ -150,7 +150,7 @@ class Scored(Drawn):
 
 
 class TakesFirst(Block):
-    """A block that keeps the first of what its MLP returns."""
+    """A block that uses the first item that its MLP returns."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -159,7 +159,7 @@ class TakesFirst(Block):
 
 
 class ByName(Block):
-    """A block that calls its MLP by keyword, with something beside."""
+    """A block that calls its MLP by keyword, with a further argument."""
 
     class Mlp(Drawn):
         def forward(self, number: int, *, hidden: Tensor) -> Tensor:  # type: ignore[override]
@@ -171,7 +171,7 @@ class ByName(Block):
 
 
 class RouterOutside(Block):
-    """Router and experts are modules of the block, and a dense MLP works beside them on the same stream."""
+    """Router and experts are modules of the block; a dense MLP runs in parallel with them."""
 
     class Chosen(Drawn):
         def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:  # type: ignore[override]

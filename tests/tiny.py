@@ -25,7 +25,7 @@ BLOCKS = 3
 
 
 def recipe(placement: str = "replace", *, where: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """Memory+ layers on one pool of 8 × 8 slots; `changes` go to the top level of the recipe."""
+    """Memory+ layers with one pool of 8 × 8 slots; `changes` override top-level fields of the recipe."""
     rule: dict[str, Any] = {"where": where or {"all": True}, "with": "memory_plus", "pool": "shared"}
     rule |= {"placement": placement, "options": {"heads": 2, "topk": 4}}
     return {"memrewrite": 1, "pools": {"shared": {"keys": 8}}, "replace": [rule], **changes}
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 class Loose(Block):
-    """A block whose MLP is no module: two matrices hang on the block, and a function runs in between."""
+    """A block whose MLP is not a module: two matrices are children of the block, with a function in between."""
 
     def __init__(self, d: int, dropout: float) -> None:
         super().__init__(d, lambda d: nn.Identity(), dropout)
@@ -120,13 +120,13 @@ def sequential() -> Tiny:
 
 
 def loose(dropout: float = 0.0) -> Tiny:
-    """No MLP is a module: matrices with a function in between."""
+    """No MLP is a module: two matrices with a function in between."""
     torch.manual_seed(0)
     return Tiny([Loose(WIDTH, dropout) for _ in range(BLOCKS)]).eval()
 
 
 def shared() -> Tiny:
-    """All blocks call one and the same MLP, which is reached by one name for each."""
+    """All blocks call the same MLP; each block has its own name for it."""
     torch.manual_seed(0)
     mlp = MLP(WIDTH, 2 * WIDTH)
     return Tiny([Block(WIDTH, lambda d: mlp, 0.0) for _ in range(BLOCKS)]).eval()
@@ -215,7 +215,7 @@ def values_of(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
-    """All forward and backward hooks, by the names of their modules; modules without one left out."""
+    """All forward and backward hooks by module name; modules without hooks are omitted."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -226,7 +226,7 @@ def hooks_of(model: nn.Module) -> dict[str, list[Any]]:
 
 
 class Photograph:
-    """What a model is: every module and tensor by identity and name, every bit, every hook, every mode."""
+    """Snapshot of a model: every module and tensor by identity and name, every bit, every hook, every mode."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = {name: id(m) for name, m in model.named_modules(remove_duplicate=False)}
@@ -240,7 +240,7 @@ class Photograph:
         self.hooks = hooks_of(model)
 
     def differences(self, other: Photograph) -> list[str]:
-        """The names of what differs; empty when nothing does."""
+        """The names of everything that differs; empty if nothing does."""
         plain = ("modules", "order", "modes", "attributes", "tensors", "keys", "hooks")
         found = [what for what in plain if getattr(self, what) != getattr(other, what)]
         for name in self.state.keys() & other.state.keys():
@@ -252,7 +252,7 @@ class Photograph:
 
 @cache
 def plan_of(name: str, placement: str = "replace") -> Plan:
-    """The plan of `recipe` for a model of the table; made once, for capturing takes most of a test's time."""
+    """The plan of `recipe` for a model of the table; cached, since capturing takes most of a test's time."""
     import memrewrite
 
     model, inputs = named(name)
@@ -272,7 +272,7 @@ def rewritten(name: str, placement: str = "replace") -> tuple[Any, dict[str, Any
 
 
 def open_up(model: nn.Module) -> None:
-    """Let layers that start at zero say something."""
+    """Give layers whose output starts at zero a nonzero output."""
     from memrewrite.layers.contract import MemoryLayer
 
     generator = torch.Generator().manual_seed(1)

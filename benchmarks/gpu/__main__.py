@@ -1,4 +1,4 @@
-"""`python benchmarks/gpu` is `run.main`."""
+"""`python benchmarks/gpu` runs `run.main`."""
 
 import sys
 

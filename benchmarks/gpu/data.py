@@ -1,6 +1,6 @@
 """Inputs of the GPU benchmark: tables, slots read in several patterns, weights, and the bytes that a call must move.
 
-Random, never zeros: zeros compress, and hide what was not written.
+Random data, never zeros: devices compress zeros, and zeros hide elements that were not written.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 28  # elements drawn at a time where a temporary is needed
+CHUNK = 1 << 28  # elements sampled at a time where a temporary is needed
 
 
 def table(slots: int, dim: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-    """[N, D] drawn from N(0, 1/√D)."""
+    """[N, D] sampled from N(0, 1/√D)."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.empty(slots, dim, dtype=dtype, device=device).normal_(0.0, dim**-0.5, generator=generator)
 
@@ -24,8 +24,8 @@ def fp8_table(slots: int, dim: int, device: torch.device, seed: int = 0) -> tupl
     generator = torch.Generator(device).manual_seed(seed)
     codes = torch.empty(slots, dim, dtype=torch.uint8, device=device)
     for part in codes.flatten().split(CHUNK):
-        drawn = torch.randint(0, 254, part.shape, dtype=torch.uint8, device=device, generator=generator)
-        part.copy_(drawn + (drawn >= 127))  # 127 and 255 are NaN
+        sampled = torch.randint(0, 254, part.shape, dtype=torch.uint8, device=device, generator=generator)
+        part.copy_(sampled + (sampled >= 127))  # 127 and 255 are NaN
     scale = torch.rand(slots, device=device, generator=generator) * 1e-3 + 1e-3
     return codes.view(torch.float8_e4m3fn), scale
 
@@ -39,21 +39,21 @@ def slots_read(
         u = torch.rand(tokens, reads, device=device, dtype=torch.float64, generator=generator)
         rank = (torch.exp(u * math.log(slots + 1)) - 1).long().clamp_(0, slots - 1)
         return (rank * 2654435761 % slots).to(dtype)
-    drawn = torch.randint(0, slots, (tokens, reads), device=device, dtype=dtype, generator=generator)
+    sampled = torch.randint(0, slots, (tokens, reads), device=device, dtype=dtype, generator=generator)
     if pattern == "hot":
-        drawn[:, 0] = slots // 2
-    return drawn
+        sampled[:, 0] = slots // 2
+    return sampled
 
 
 def weights_like(indices: Tensor, dtype: torch.dtype, seed: int = 2) -> Tensor:
     """[T, K] softmax weights."""
     generator = torch.Generator(indices.device).manual_seed(seed)
-    drawn = torch.randn(indices.shape, device=indices.device, generator=generator)
-    return drawn.softmax(-1).to(dtype)
+    sampled = torch.randn(indices.shape, device=indices.device, generator=generator)
+    return sampled.softmax(-1).to(dtype)
 
 
 def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 3) -> Tensor:
-    """N(0, 1)."""
+    """Samples of N(0, 1)."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(*shape, device=device, generator=generator).to(dtype)
 
@@ -64,16 +64,16 @@ def size_of(*tensors: Tensor) -> int:
 
 
 def forward_bytes(values: Tensor, indices: Tensor, weights: Tensor) -> int:
-    """Rows, slots and weights read, output written.
+    """Bytes of rows, slots and weights read, and output written.
 
-    A row counts at every read: between two reads of it pass more bytes than the L2 holds.
+    A row counts at every read: between two reads of it, more bytes are read than fit in the L2 cache.
     """
     row = values.shape[1] * values.element_size()
     return indices.numel() * row + size_of(indices, weights) + indices.shape[0] * values.shape[1] * weights.element_size()
 
 
 def touched(indices: Tensor) -> int:
-    """Distinct rows of a lookup."""
+    """Number of distinct rows of a lookup."""
     return int(indices.unique().numel())
 
 

@@ -1,6 +1,7 @@
-"""What the sections of `benchmarks/gpu` share: the sizes, the kernels under test, the clock, and the shape of a result.
+"""Shared by the sections of `benchmarks/gpu`: the sizes, the kernels under test, the timer, and the form of a result.
 
-A case makes contestants → `Bench.race` times them in interleaved rounds → `Bench.result` holds them against floor and targets.
+Flow: a case creates implementations → `Bench.race` times them in interleaved rounds → `Bench.result` compares the times with
+floor and targets.
 """
 
 from __future__ import annotations
@@ -16,24 +17,24 @@ import torch
 from memrewrite.kernels import torch_backend, triton_backend
 
 Run = Callable[[], Any]
-ROUNDS = 25  # at most; slow contestants take fewer
+ROUNDS = 25  # maximum; slow implementations have fewer
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is; the defaults are the device's, `rehearsal` the CPU's."""
+    """All sizes; the defaults are for the device, `rehearsal` for the CPU."""
 
     tokens: int = 16384
     heads: int = 4
     topk: int = 32
     dims: tuple[int, ...] = (1024, 2048, 4096)
-    keys: int = 2048  # per half: 4 M slots, so that half the rows of a lookup are read once, and far more than any L2
+    keys: int = 2048  # per half: 4 M slots, so that half of the rows read are read once, and far larger than any L2
     train_keys: int = 1024
     decode: tuple[int, ...] = (1, 8, 64)
-    sets: int = 16  # of indices, that decoding goes through, so that no row is in a cache when it is read
+    sets: int = 16  # index sets in decoding, so that no row is in a cache when it is read
     topk_rows: int = 65536
     topk_keys: tuple[int, ...] = (1024, 4096)
-    hidden: int = 7  # halves of d_model in the dense MLP: 3.5 × d_model, as in Llama 3 8B
+    hidden: int = 7  # hidden width of the dense MLP in units of d_model / 2: 3.5 × d_model, as in Llama 3 8B
     huge: tuple[tuple[int, int, str], ...] = ((4096, 4096, "float8_e4m3fn"), (3872, 4096, "bfloat16"))  # keys, dim, dtype
     copy_bytes: int = 8 << 30
     matmul: int = 8192
@@ -48,7 +49,7 @@ class Sizes:
 
     @property
     def reads(self) -> int:
-        """K: slots that a token reads."""
+        """K: slots per token."""
         return self.heads * self.topk
 
 
@@ -63,7 +64,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Target:
-    """At least `least` times as fast as `of`, or as near to the floor."""
+    """At least `least` times as fast as the baseline `of`; for "floor", at least this share of the floor."""
 
     of: str
     least: float
@@ -74,7 +75,7 @@ class Target:
 
 @dataclass
 class Result:
-    """One line of the table. `ms` is ours; a rival that could not run has its reason in place of its time."""
+    """One line of the table. `ms` is our time; `rivals` are the baselines: their time, or the reason why one could not run."""
 
     section: str
     case: str
@@ -83,39 +84,39 @@ class Result:
     min_ms: float | None = None
     gbps: float | None = None
     of_floor: float | None = None
-    rivals: dict[str, float | str] = field(default_factory=dict)  # milliseconds, or why not
-    ratios: dict[str, float] = field(default_factory=dict)  # the rival's time over ours
+    rivals: dict[str, float | str] = field(default_factory=dict)  # baseline → milliseconds, or why it could not run
+    ratios: dict[str, float] = field(default_factory=dict)  # baseline → its time divided by ours
     targets: list[tuple[str, bool | None]] = field(default_factory=list)
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure; it may yield several lines."""
+    """One measurement; it may give several lines."""
 
     name: str
     run: Callable[[Bench], Iterable[Result]]
 
 
-class Stop(Exception):  # noqa: N818 - the end of a run, not a fault of this program
-    """A kernel is wrong: nothing that follows would mean anything."""
+class Stop(Exception):  # noqa: N818 - ends a run; not an error of this program
+    """A kernel is wrong: later results would be meaningless."""
 
 
 class Bench:
-    """A device (or the CPU, in a rehearsal), its measured ceilings, and the clock."""
+    """A device (the CPU in a rehearsal), its measured peak rates, and the timer."""
 
     def __init__(self, *, rehearse: bool, triton: bool) -> None:
         self.rehearse = rehearse
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.sizes = Sizes.rehearsal() if rehearse else Sizes()
-        self.kernels: Any = triton_backend if triton else torch_backend  # the same functions by the same names
+        self.kernels: Any = triton_backend if triton else torch_backend  # both modules have the same functions
         self.copy = math.nan  # bytes per second, read and written
         self.matmul = math.nan  # bf16 operations per second
         l2 = 0 if rehearse else torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(0 if rehearse else max(4 * l2, 256 << 20), dtype=torch.uint8, device=self.device)
 
     def free(self) -> int:
-        """Bytes that can still be allocated; a rehearsal has a fixed few."""
+        """Bytes that can still be allocated; a fixed number in a rehearsal."""
         if self.rehearse:
             return 1 << 30
         torch.cuda.empty_cache()
@@ -135,7 +136,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def compile(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """`torch.compile`; a rehearsal captures in the same way but leaves out the code generator."""
+        """`torch.compile`; a rehearsal captures in the same way but without code generation."""
         if self.rehearse:
             options.pop("mode", None)
             options["backend"] = "aot_eager"
@@ -143,7 +144,7 @@ class Bench:
         return compiled
 
     def graphed(self, run: Run) -> Run:
-        """`run` captured once as a CUDA graph, so that its launches cost the host nothing."""
+        """`run` captured once as a CUDA graph, so that launches take no host time."""
         if self.rehearse:
             return run
         side = torch.cuda.Stream()
@@ -156,15 +157,15 @@ class Bench:
         with torch.cuda.graph(graph):
             kept = run()
 
-        def replay(_: Any = kept) -> None:  # the outputs live as long as the graph that writes them
+        def replay(_: Any = kept) -> None:  # keeps the outputs alive as long as the graph that writes them
             graph.replay()
 
         return replay
 
     def race(self, runs: dict[str, Run], *, seconds: float = 0.5, per: int = 1) -> dict[str, Timing | str]:
-        """Times of all contestants in interleaved rounds, caches flushed before each; `per` calls count as one run.
+        """Times of all implementations in interleaved rounds, caches flushed before each; `per` calls count as one run.
 
-        `seconds` is what each may take in all. A rival that cannot run gets its reason; "ours" must run.
+        `seconds` is the time limit of each. A baseline that cannot run gets the reason; "ours" must run.
         """
         plan: dict[str, int] = {}
         times: dict[str, list[float]] = {}
@@ -173,7 +174,7 @@ class Bench:
             try:
                 run()
                 estimate = 0.0 if self.rehearse else self._once(run)
-            except Exception as error:  # a rival may fail in any way, and the line says how
+            except Exception as error:  # a baseline may fail in any way; the line reports how
                 if name == "ours":
                     raise
                 out[name] = reason(error)
@@ -210,10 +211,10 @@ class Bench:
         targets: Iterable[Target] = (),
         note: str = "",
     ) -> Result:
-        """The line of a race: `moved` is the bytes that must move; the floor is their time at the copy's bandwidth."""
+        """The line of a race: `moved` is the number of bytes that must move; the floor is their time at the copy rate."""
         ours = times["ours"]
         assert isinstance(ours, Timing)
-        if self.rehearse:  # times of a rehearsal mean nothing, and are not kept
+        if self.rehearse:  # times of a rehearsal are meaningless and not stored
             why = {name: t if isinstance(t, str) else "rehearsed" for name, t in times.items() if name != "ours"}
             return Result(section, case, "rehearsed", rivals=dict(why), targets=[(str(t), None) for t in targets], note=note)
         rivals = {name: t.ms if isinstance(t, Timing) else t for name, t in times.items() if name != "ours"}

@@ -1,6 +1,6 @@
-"""The Memory+ layer against the SwiGLU MLP it replaces, forward, training step and decoding; and what torch.compile promises.
+"""The Memory+ layer and the SwiGLU MLP that it replaces: forward, training step, decoding; and checks of torch.compile.
 
-The MLP is 3.5 times as wide inside as outside, as in Llama 3 8B; its time over the layer's is the ratio.
+The hidden width of the MLP is 3.5 × d_model, as in Llama 3 8B; the ratio is the MLP's time divided by the layer's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 def layer_cases(bench: Bench) -> Iterator[Case]:
-    """The widest first: there the memory is to win."""
+    """The widest first, where the memory layer should be faster."""
     for dim in dict.fromkeys((bench.sizes.dims[-1], bench.sizes.dims[0])):
         yield Case(f"forward D={dim}", partial(forward, dim=dim, tokens=bench.sizes.tokens))
         yield Case(f"decode D={dim}", partial(forward, dim=dim, tokens=1))
@@ -27,7 +27,7 @@ def layer_cases(bench: Bench) -> Iterator[Case]:
 
 
 def _keys(bench: Bench, dim: int) -> int:
-    return bench.keys_within(bench.sizes.train_keys, dim, 16, 0.6)  # bytes of an entry, in all contestants together
+    return bench.keys_within(bench.sizes.train_keys, dim, 16, 0.6)  # bytes per table entry, all implementations together
 
 
 def _dense(bench: Bench, dim: int) -> SwiGLU:
@@ -35,7 +35,7 @@ def _dense(bench: Bench, dim: int) -> SwiGLU:
 
 
 def forward(bench: Bench, dim: int, tokens: int) -> list[Result]:
-    """Without gradients; one token from a CUDA graph, as a server decodes."""
+    """Without gradients; one token with a CUDA graph, as in serving."""
     keys = _keys(bench, dim)
     memory, dense = memory_layer(bench, dim, keys), _dense(bench, dim)
     x = data.normal(tokens, dim, dtype=DTYPE, device=bench.device)
@@ -58,7 +58,7 @@ def forward(bench: Bench, dim: int, tokens: int) -> list[Result]:
 
 
 def step(bench: Bench, dim: int) -> list[Result]:
-    """Forward, backward and optimizer; ours with the fused row-wise Adagrad, and with a dense gradient and AdamW."""
+    """Forward, backward and optimizer; ours with fused row-wise Adagrad, and with a dense gradient and AdamW."""
     keys = _keys(bench, dim)
     x = data.normal(bench.sizes.tokens, dim, dtype=DTYPE, device=bench.device)
 
@@ -81,14 +81,14 @@ def step(bench: Bench, dim: int) -> list[Result]:
 
 
 def compile_cases(bench: Bench) -> Iterator[Case]:
-    """What torch.compile must not do, and what it must give."""
+    """Checks of torch.compile: no recompilation, and results equal to eager."""
     yield Case("no recompilation when T changes", partial(recompiles, train=False))
     yield Case("no recompilation when T changes, training", partial(recompiles, train=True))
     yield Case("CUDA graphs equal eager", graphs)
 
 
 def recompiles(bench: Bench, train: bool) -> list[Result]:
-    """One dynamic graph serves every number of tokens, of the layer's forward or its training step."""
+    """One dynamic graph must be enough for all numbers of tokens, in the layer's forward or its training step."""
     dim = bench.sizes.dims[0]
     memory = memory_layer(bench, dim, min(_keys(bench, dim), 128))
     torch._dynamo.reset()
@@ -110,7 +110,7 @@ def recompiles(bench: Bench, train: bool) -> list[Result]:
 
 
 def graphs(bench: Bench) -> list[Result]:
-    """mode="reduce-overhead" replays CUDA graphs: on new inputs it must give what eager gives, in the same dtype class."""
+    """mode="reduce-overhead" replays CUDA graphs: on new inputs its results must match eager's to the dtype's precision."""
     dim = bench.sizes.dims[0]
     memory = memory_layer(bench, dim, min(_keys(bench, dim), 128))
     torch._dynamo.reset()
@@ -123,15 +123,15 @@ def graphs(bench: Bench) -> list[Result]:
             want = memory(x)
             worst = max(worst, float((got.float() - want.float()).norm() / want.float().norm()))
     exact = _captured(bench, memory, dim)
-    bits = "the same" if exact else "other"
-    note = f"largest difference of reduce-overhead {worst:.1e}; a graph captured by hand gives {bits} bits"
+    bits = "the same" if exact else "different"
+    note = f"largest difference of reduce-overhead {worst:.1e}; a manually captured graph gives {bits} bits"
     return [
         Result("compile", "CUDA graphs equal eager", _status(bench), targets=[("equal", worst < 2e-2 and exact)], note=note)
     ]
 
 
 def _captured(bench: Bench, model: nn.Module, dim: int) -> bool:
-    """Whether a graph that was captured on one input gives eager's bits on another."""
+    """True if a graph that was captured with one input gives the same bits as eager for another input."""
     still, fresh = (data.normal(64, dim, dtype=DTYPE, device=bench.device, seed=s) for s in (20, 21))
     kept: list[Tensor] = []
 

@@ -1,6 +1,6 @@
 """The lookup on tables far larger than the L2: forward, decode (few tokens), and backward under three patterns of reads.
 
-Ours is the kernel's launcher; what a training step or an operator adds around it is in the sections of steps and layers.
+"ours" is the kernel launcher; the overhead of operators and training steps is in the sections of steps and layers.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from memrewrite.kernels import ops
 DTYPE = torch.bfloat16
 
 
-def rivals() -> Any:
-    """The comparison kernels; Triton is imported by the first that asks."""
-    import rivals
+def baselines() -> Any:
+    """The module of baseline kernels, imported (with Triton) on first use."""
+    import baselines
 
-    return rivals
+    return baselines
 
 
 def unless_missing(make: Callable[[], Run]) -> Run:
-    """A run that is made now; where it cannot be made, a run that says why when it is called."""
+    """The run that `make` creates; if it fails, a run that raises its error when called."""
     try:
         return make()
-    except Exception as error:  # noqa: BLE001 - any reason is one
+    except Exception as error:  # noqa: BLE001 - every error is reported by the run
         caught = error
 
         def fail() -> None:
@@ -44,7 +44,7 @@ def unless_missing(make: Callable[[], Run]) -> Run:
 
 
 def forward_cases(bench: Bench) -> Iterator[Case]:
-    """bf16 at every width with all rivals; fp32, fp8 and skewed reads of ours."""
+    """bf16 at every width, uniform and skewed reads, fp32: with all baselines; fp8: ours only."""
     for dim in bench.sizes.dims:
         yield Case(f"D={dim} bfloat16 uniform", partial(forward, dim=dim, pattern="uniform"))
     dim = bench.sizes.dims[0]
@@ -56,19 +56,19 @@ def forward_cases(bench: Bench) -> Iterator[Case]:
 
 
 def forward(bench: Bench, dim: int, pattern: str, dtype: torch.dtype = DTYPE) -> list[Result]:
-    """All contestants on one table."""
+    """All implementations on one table."""
     sizes = bench.sizes
     keys = bench.keys_within(sizes.keys, dim, dtype.itemsize, 0.25)
     values = data.table(keys * keys, dim, dtype, bench.device)
     indices = data.slots_read(pattern, sizes.tokens, sizes.reads, keys * keys, bench.device)
     weights = data.weights_like(indices, dtype)
     inputs = (values, indices, weights)
-    times = bench.race({"ours": lambda: bench.kernels.forward(*inputs, None), **forward_rivals(values, indices, weights)})
+    times = bench.race({"ours": lambda: bench.kernels.forward(*inputs, None), **forward_baselines(values, indices, weights)})
     targets = [Target("embedding_bag", 2), Target("triton", 1)]
     if pattern == "uniform":
         moved = data.forward_bytes(*inputs)
         targets.insert(0, Target("floor", 0.85))
-    else:  # rows that come again and again stay in the L2: only the first read must reach memory
+    else:  # rows that are read repeatedly stay in the L2 cache: only the first read must reach memory
         moved = (
             data.touched(indices) * dim * dtype.itemsize + data.size_of(indices, weights) + sizes.tokens * dim * dtype.itemsize
         )
@@ -76,20 +76,20 @@ def forward(bench: Bench, dim: int, pattern: str, dtype: torch.dtype = DTYPE) ->
     return [bench.result("forward", case, times, moved=moved, targets=targets if dtype == DTYPE else ())]
 
 
-def forward_rivals(values: Tensor, indices: Tensor, weights: Tensor) -> dict[str, Run]:
-    """Everything that computes the forward."""
+def forward_baselines(values: Tensor, indices: Tensor, weights: Tensor) -> dict[str, Run]:
+    """All baselines for the forward."""
     inputs = (values, indices, weights)
-    fbgemm = unless_missing(lambda: partial(rivals().Fbgemm(values).forward, indices, weights))
+    fbgemm = unless_missing(lambda: partial(baselines().Fbgemm(values).forward, indices, weights))
     return {
-        "embedding_bag": lambda: rivals().bag_forward(*inputs),
-        "torch": lambda: rivals().torch_forward(*inputs),
-        "triton": lambda: rivals().triton_forward(*inputs),
+        "embedding_bag": lambda: baselines().bag_forward(*inputs),
+        "torch": lambda: baselines().torch_forward(*inputs),
+        "triton": lambda: baselines().triton_forward(*inputs),
         "fbgemm": fbgemm,
     }
 
 
 def forward_fp8(bench: Bench, dim: int) -> list[Result]:
-    """An fp8 table with weights in bf16: half the bytes; no rival reads such a table."""
+    """An fp8 table with bf16 weights: half the bytes; no baseline supports such a table."""
     sizes = bench.sizes
     keys = bench.keys_within(sizes.keys, dim, 1, 0.25)
     values, scale = data.fp8_table(keys * keys, dim, bench.device)
@@ -105,14 +105,14 @@ def forward_fp8(bench: Bench, dim: int) -> list[Result]:
 
 
 def decode_cases(bench: Bench) -> Iterator[Case]:
-    """Few tokens, at the narrowest and the widest table."""
+    """Few tokens, with the narrowest and the widest table."""
     for dim in dict.fromkeys((bench.sizes.dims[0], bench.sizes.dims[-1])):
         for tokens in bench.sizes.decode:
             yield Case(f"T={tokens} D={dim}", partial(decode, tokens=tokens, dim=dim))
 
 
 def decode(bench: Bench, tokens: int, dim: int) -> list[Result]:
-    """Device time from CUDA graphs of several calls on rows that no cache holds; the eager call's cost is in the note."""
+    """Device time of CUDA graphs with several calls on rows that are in no cache; the note has the time of an eager call."""
     reads = bench.sizes.reads
     keys = bench.keys_within(bench.sizes.keys, dim, DTYPE.itemsize, 0.25)
     values = data.table(keys * keys, dim, DTYPE, bench.device)
@@ -125,14 +125,14 @@ def decode(bench: Bench, tokens: int, dim: int) -> list[Result]:
     times = bench.race(
         {
             "ours": all_sets(lambda v, i, w: bench.kernels.forward(v, i, w, None)),
-            "embedding_bag": all_sets(lambda v, i, w: rivals().bag_forward(v, i, w)),
-            "torch": all_sets(lambda v, i, w: rivals().torch_forward(v, i, w)),
-            "triton": all_sets(lambda v, i, w: rivals().triton_forward(v, i, w)),
+            "embedding_bag": all_sets(lambda v, i, w: baselines().bag_forward(v, i, w)),
+            "torch": all_sets(lambda v, i, w: baselines().torch_forward(v, i, w)),
+            "triton": all_sets(lambda v, i, w: baselines().triton_forward(v, i, w)),
         },
         per=bench.sizes.sets,
     )
     moved = data.forward_bytes(values, sets[0], weights)
-    eager = eager_us(bench, {"op": ops.sparse_lookup, "embedding_bag": rivals().bag_forward}, (values, sets[0], weights))
+    eager = eager_us(bench, {"op": ops.sparse_lookup, "embedding_bag": baselines().bag_forward}, (values, sets[0], weights))
     case = f"T={tokens} K={reads} D={dim} N={keys}² bfloat16"
     return [
         bench.result("decode", case, times, moved=moved, targets=[Target("embedding_bag", 2), Target("triton", 5)], note=eager)
@@ -143,7 +143,7 @@ def eager_us(bench: Bench, calls: dict[str, Callable[..., Any]], inputs: tuple[T
     """Microseconds of wall time per eager call, launch included, as text."""
     if bench.rehearse:
         return ""
-    said = []
+    texts = []
     for name, call in calls.items():
         for _ in range(20):
             call(*inputs)
@@ -152,8 +152,8 @@ def eager_us(bench: Bench, calls: dict[str, Callable[..., Any]], inputs: tuple[T
         for _ in range(200):
             call(*inputs)
         bench.sync()
-        said.append(f"{name} {(time.perf_counter() - start) * 5e3:.0f} µs")
-    return "eager call: " + ", ".join(said)
+        texts.append(f"{name} {(time.perf_counter() - start) * 5e3:.0f} µs")
+    return "eager call: " + ", ".join(texts)
 
 
 # ------------------------------------------------------------------------------------------------------------ backward
@@ -167,7 +167,7 @@ def backward_cases(bench: Bench) -> Iterator[Case]:
 
 
 def backward(bench: Bench, dim: int) -> list[Result]:
-    """Dense gradients of values and weights: uniform reads first, which skewed ones are held against."""
+    """Dense gradients of values and weights: first uniform reads, to which the skewed ones are compared."""
     keys = bench.keys_within(bench.sizes.train_keys, dim, 4 * DTYPE.itemsize, 0.5)
     values = data.table(keys * keys, dim, DTYPE, bench.device)
     lines: list[Result] = []
@@ -186,23 +186,23 @@ def backward(bench: Bench, dim: int) -> list[Result]:
 
 
 def backward_race(bench: Bench, values: Tensor, pattern: str) -> tuple[dict[str, Timing | str], int]:
-    """All contestants on one pattern, and the bytes that must move."""
+    """All implementations on one pattern, and the bytes that must move."""
     indices = data.slots_read(pattern, bench.sizes.tokens, bench.sizes.reads, values.shape[0], bench.device)
     weights = data.weights_like(indices, DTYPE)
     grad = data.normal(bench.sizes.tokens, values.shape[1], dtype=DTYPE, device=bench.device)
     inputs = (values, indices, weights)
     runs: dict[str, Run] = {
         "ours": lambda: bench.kernels.backward(grad, *inputs, None, True, True),
-        "embedding_bag": unless_missing(lambda: rivals().gradients(rivals().bag_forward, grad, *inputs)),
-        "torch": unless_missing(lambda: rivals().gradients(rivals().torch_forward, grad, *inputs)),
-        "triton": lambda: rivals().triton_backward(grad, *inputs),
-        "triton, fp32 sums": lambda: rivals().triton_backward(grad, *inputs, torch.float32),
+        "embedding_bag": unless_missing(lambda: baselines().gradients(baselines().bag_forward, grad, *inputs)),
+        "torch": unless_missing(lambda: baselines().gradients(baselines().torch_forward, grad, *inputs)),
+        "triton": lambda: baselines().triton_backward(grad, *inputs),
+        "triton, fp32 sums": lambda: baselines().triton_backward(grad, *inputs, torch.float32),
     }
     return bench.race(runs), data.backward_bytes(*inputs, dense=True)
 
 
 def sparse_rows(bench: Bench, dim: int) -> list[Result]:
-    """Row-sparse gradient and weights' gradient, against `embedding_bag(sparse=True)`, which leaves its rows uncoalesced."""
+    """Row-sparse gradient and weights' gradient; the baseline `embedding_bag(sparse=True)` does not coalesce its rows."""
     keys = bench.keys_within(bench.sizes.train_keys, dim, 4 * DTYPE.itemsize, 0.5)
     values = data.table(keys * keys, dim, DTYPE, bench.device)
     indices = data.slots_read("uniform", bench.sizes.tokens, bench.sizes.reads, keys * keys, bench.device)
@@ -213,8 +213,8 @@ def sparse_rows(bench: Bench, dim: int) -> list[Result]:
         bench.kernels.rows(grad, indices, weights, keys * keys)
         bench.kernels.backward(grad, values, indices, weights, None, False, True)
 
-    bag = partial(rivals().bag_forward, sparse=True)
-    runs = {"ours": ours, "embedding_bag": unless_missing(lambda: rivals().gradients(bag, grad, values, indices, weights))}
+    bag = partial(baselines().bag_forward, sparse=True)
+    runs = {"ours": ours, "embedding_bag": unless_missing(lambda: baselines().gradients(bag, grad, values, indices, weights))}
     moved = data.backward_bytes(values, indices, weights, dense=False)
     case = f"T={bench.sizes.tokens} K={bench.sizes.reads} D={dim} N={keys}² uniform, rows"
     return [bench.result("backward", case, bench.race(runs), moved=moved)]

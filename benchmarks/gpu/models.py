@@ -1,6 +1,6 @@
-"""The modules that the layer sections set against each other, and a training step of either.
+"""The modules that the layer sections compare, and a training step for each.
 
-A Memory+ layer with its pool beside it, and the SwiGLU MLP it replaces, in bf16 on the device.
+A Memory+ layer with its pool, and the SwiGLU MLP that it replaces, in bf16 on the device.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Memory(nn.Module):
 
 
 def memory_layer(bench: Bench, dim: int, keys: int, **spec: Any) -> Memory:
-    """A layer of width `dim` on a pool of keys² × dim; `spec` goes to the PoolSpec (gradient, dtype)."""
+    """A layer of width `dim` with a pool of keys² × dim; `spec` has further fields of the PoolSpec (gradient, dtype)."""
     from memrewrite.layers.memory_plus import MemoryPlus, MemoryPlusOptions
     from memrewrite.layers.pool import Pool, PoolSpec
 

@@ -1,14 +1,15 @@
 """Checks and times the CUDA kernels of the memory operators in ONNX Runtime: `python benchmarks/gpu/onnx_cuda.py`, no network.
 
-Correctness first, in every type, with odd sizes and unaligned rows; then each kernel against its function of standard operators
-on the same provider, and against torch; a table last, and JSON. `--rehearse` goes the same way on the CPU at tiny sizes and
-keeps no times.
+First correctness, with every dtype, odd sizes and unaligned rows; then the times of each kernel, of its function of standard
+operators on the same provider, and of torch; finally a table, and JSON. `--rehearse` runs all this on the CPU with tiny sizes
+and stores no times.
 
-The machine needs torch with CUDA, onnx, onnxruntime-gpu, and either nvcc and a C++ compiler or a library built elsewhere
-(`memrewrite build-op --cuda`). Where it has no network, carry wheels: `pip download --no-deps --only-binary=:all: -d wheels
-onnxruntime-gpu onnx ml_dtypes protobuf flatbuffers` for its Python, then there `pip install --no-index --no-deps wheels/*`.
-Where 260 MB are too much, zero the machine code of all architectures but the machine's in `libonnxruntime_providers_cuda.so`
-(`cuobjdump -lelf` lists it) and compress: 60 MB remain. CUDA's own libraries are taken from torch, of the same major version.
+The machine needs torch with CUDA, onnx, onnxruntime-gpu, and either nvcc and a C++ compiler, or a library built elsewhere
+(`memrewrite build-op --cuda`). If it has no network, copy wheels: `pip download --no-deps --only-binary=:all: -d wheels
+onnxruntime-gpu onnx ml_dtypes protobuf flatbuffers` for its Python version, then on the machine `pip install --no-index
+--no-deps wheels/*`. If 260 MB are too much, overwrite with zeros the machine code of all other architectures in
+`libonnxruntime_providers_cuda.so` (`cuobjdump -lelf` lists it) and compress: 60 MB remain. CUDA's libraries are those of torch,
+of the same major version.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import source
+import import_checkout
 
-source.ensure()
+import_checkout.ensure()
 
 import data as data  # noqa: E402 - the package must be findable first
-import torch  # noqa: E402 - before onnxruntime, which then finds CUDA's libraries loaded
-from ceilings import copy  # noqa: E402
+import torch  # noqa: E402 - before onnxruntime, which needs CUDA's libraries to be loaded
 from harness import Bench, Case, Result, Run, Stop, reason  # noqa: E402
-from onnx_correct import DTYPES, checks, lookup_inputs  # noqa: E402
+from onnx_correctness import DTYPES, checks, lookup_inputs  # noqa: E402
 from onnx_operators import Operators, missing  # noqa: E402
+from peak_rates import copy  # noqa: E402
 from report import concluded, device, record, versions  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from memrewrite.errors import MemrewriteError, UserError  # noqa: E402
 from memrewrite.kernels import torch_backend  # noqa: E402
 
-TOKENS, READS, DIM, KEYS, HEADS, TOPK = (4096, 64, 1), 128, 1024, 1024, 4, 32  # of what is timed; KEYS² slots
+TOKENS, READS, DIM, KEYS, HEADS, TOPK = (4096, 64, 1), 128, 1024, 1024, 4, 32  # sizes of the timed cases; KEYS² slots
 
 
 def timed(bench: Bench, operators: Operators, seconds: float) -> Iterator[Case]:
-    """The device's copy, then both operators at many tokens and at few."""
+    """The device's copy rate, then both operators with many and with few tokens."""
     yield Case("copy", copy)
     for tokens in (3, 1) if bench.rehearse else TOKENS:
         for dtype in DTYPES:
@@ -54,7 +55,7 @@ def timed(bench: Bench, operators: Operators, seconds: float) -> Iterator[Case]:
 
 
 def later(make: Callable[[], Run]) -> Run:
-    """A run that is made by its first call: a rival that cannot be made is then one that cannot run."""
+    """A run that is created by its first call: a baseline that cannot be created then counts as one that cannot run."""
     made: list[Run] = []
 
     def run() -> Any:
@@ -66,7 +67,7 @@ def later(make: Callable[[], Run]) -> Run:
 
 
 def time_lookup(bench: Bench, operators: Operators, tokens: int, dtype: torch.dtype, seconds: float) -> list[Result]:
-    """The kernel, its function, and an embedding bag a token."""
+    """The kernel, its function, and an embedding bag per token."""
     dim, reads = (32, 4) if bench.rehearse else (DIM, READS)
     keys = bench.keys_within(8 if bench.rehearse else KEYS, dim, dtype.itemsize, 0.25)
     inputs = lookup_inputs(bench, (keys * keys, dim, tokens, reads), dtype)
@@ -82,7 +83,7 @@ def time_lookup(bench: Bench, operators: Operators, tokens: int, dtype: torch.dt
 
 
 def time_topk(bench: Bench, operators: Operators, tokens: int, dtype: torch.dtype, seconds: float) -> list[Result]:
-    """The kernel, its function, and the operator's plain torch, softmax included, for every head of the tokens."""
+    """The kernel, its function, and the operator in plain torch, with softmax, for every head of the tokens."""
     rows, n, k = tokens * HEADS, *((16, 4) if bench.rehearse else (KEYS, TOPK))
     one, two = (data.normal(rows, n, dtype=dtype, device=bench.device, seed=seed) for seed in (3, 4))
     inputs = {"scores1": one, "scores2": two}
@@ -98,10 +99,10 @@ def time_topk(bench: Bench, operators: Operators, tokens: int, dtype: torch.dtyp
 # ------------------------------------------------------------------------------------------------------------- command
 
 
-def measure(bench: Bench, operators: Operators, cases: Iterable[Case], say: Callable[[str], None]) -> list[Result]:
-    """Every case's lines, or why there are none; after each the library must have counted the calls that were made.
+def measure(bench: Bench, operators: Operators, cases: Iterable[Case], log: Callable[[str], None]) -> list[Result]:
+    """The lines of every case, or why there are none; after each case, the library's call counts must match the calls made.
 
-    What is wrong ends the run: nothing that follows would mean anything.
+    A wrong result ends the run: later results would be meaningless.
     """
     results: list[Result] = []
     start, before = time.perf_counter(), operators.counters()
@@ -112,23 +113,25 @@ def measure(bench: Bench, operators: Operators, cases: Iterable[Case], say: Call
             if found != operators.calls:
                 raise Stop(f"the native kernels ran {found} times in {operators.calls} calls")
         except Stop as wrong:
-            results += [Result("", case.name, f"WRONG: {wrong}"), Result("", "what follows", "not run (a kernel is wrong)")]
+            results += [Result("", case.name, f"WRONG: {wrong}"), Result("", "later cases", "not run (a kernel is wrong)")]
             break
-        except MemrewriteError:  # no session, so nothing else will run either
+        except MemrewriteError:  # no session can be created, so no other case would run
             raise
         except Exception as error:  # noqa: BLE001 - one broken case must not hide the others
             traceback.print_exception(error)
             results.append(Result("", case.name, f"FAILED: {reason(error)}"))
-        say(f"{time.perf_counter() - start:6.1f} s  {results[-1].section} {case.name}: {results[-1].status}")
+        log(f"{time.perf_counter() - start:6.1f} s  {results[-1].section} {case.name}: {results[-1].status}")
     return results
 
 
 def usable_library(given: Path | None, rehearse: bool) -> Path:
-    """The library to test: `given`, the one that was built, or built now. Raises UserError where there is none for CUDA."""
+    """The library to test: `given`, else the built one, else built now. Raises UserError if there is none for CUDA."""
     from memrewrite.passes.onnx.native_library import build_op, built_library, default_library
 
     if given is not None and not given.is_file():
-        raise UserError(f"there is no library {str(given)!r}", hint="memrewrite build-op --cuda -o FILE, where nvcc is")
+        raise UserError(
+            f"there is no library {str(given)!r}", hint="memrewrite build-op --cuda -o FILE, on a machine with nvcc"
+        )
     if given is not None:
         return given.resolve()
     if rehearse:
@@ -138,7 +141,7 @@ def usable_library(given: Path | None, rehearse: bool) -> Path:
 
 
 def require_cuda() -> None:
-    """Raise UserError where the CUDA provider cannot run."""
+    """Raise UserError if the CUDA provider cannot run."""
     if not torch.cuda.is_available():
         what = f"torch {torch.__version__} sees no CUDA GPU, so there is nothing to measure"
         hint = "a machine with an NVIDIA GPU and a CUDA build of torch; or --rehearse, which runs all this on the CPU"
@@ -151,23 +154,23 @@ def require_cuda() -> None:
         onnxruntime.preload_dlls()
     if CUDA not in onnxruntime.get_available_providers():
         what = f"this onnxruntime {onnxruntime.__version__} has no {CUDA}"
-        raise UserError(what, hint="pip install onnxruntime-gpu in place of onnxruntime; `--help` says how without network")
+        raise UserError(what, hint="pip install onnxruntime-gpu instead of onnxruntime; `--help` describes how without network")
 
 
 def main(argv: list[str]) -> int:
-    """Measure, write, print. 0: done; 1: a kernel is wrong, or a case failed; 2: something is missing."""
+    """Measure, write JSON, print. Returns 0: done; 1: a kernel is wrong, or a case failed; 2: a requirement is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=Path("onnx_cuda.json"), help="where the figures go")
-    parser.add_argument("--library", type=Path, metavar="FILE", help="the native library; left out: built here, by nvcc")
-    parser.add_argument("--seconds", type=float, default=0.5, help="that a contestant of a case may take in all")
-    parser.add_argument("--rehearse", action="store_true", help="run everything on the CPU at tiny sizes, without times")
+    parser.add_argument("--json", type=Path, default=Path("onnx_cuda.json"), help="output file")
+    parser.add_argument("--library", type=Path, metavar="FILE", help="the native library; default: built here with nvcc")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time limit per implementation and case")
+    parser.add_argument("--rehearse", action="store_true", help="run everything on the CPU with tiny sizes, without times")
     args = parser.parse_args(argv)
     try:
         if why := missing():
             raise UserError(why)
         if not args.rehearse:
             require_cuda()
-            torch.cuda.set_stream(torch.cuda.Stream())  # ONNX Runtime takes any stream but the default one
+            torch.cuda.set_stream(torch.cuda.Stream())  # ONNX Runtime does not accept the default stream
         library = usable_library(args.library, args.rehearse)
         with tempfile.TemporaryDirectory() as folder:
             return run(args, Operators(args.rehearse, library, Path(folder)))
@@ -177,16 +180,16 @@ def main(argv: list[str]) -> int:
 
 
 def run(args: argparse.Namespace, operators: Operators) -> int:
-    """The measurement and its outcome as an exit code."""
+    """Run the measurement; returns the exit code."""
     import onnxruntime
 
     start = time.perf_counter()
     bench = Bench(rehearse=args.rehearse, triton=False)
-    told = {**versions(), "onnxruntime": onnxruntime.__version__}
-    print(", ".join(f"{name} {value}" for name, value in {**device(args.rehearse), **told}.items()))
+    packages = {**versions(), "onnxruntime": onnxruntime.__version__}
+    print(", ".join(f"{name} {value}" for name, value in {**device(args.rehearse), **packages}.items()))
     cases = chain(checks(bench, operators), timed(bench, operators, args.seconds))
     results = measure(bench, operators, cases, lambda line: print(line, flush=True))
-    outcome = {**record(bench, results, time.perf_counter() - start), "benchmark": "onnx_cuda", "versions": told}
+    outcome = {**record(bench, results, time.perf_counter() - start), "benchmark": "onnx_cuda", "versions": packages}
     return concluded(args.json, outcome, results, lambda wrong: f"onnx_cuda: {wrong.case}")
 
 

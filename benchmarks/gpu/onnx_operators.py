@@ -1,7 +1,7 @@
-"""Files of one memory operator, and calls of them on tensors where these lie: for the benchmarks of the CPU and of the GPU.
+"""ONNX files with one memory operator, and calls of them on tensors without copies, for the CPU and GPU benchmarks.
 
 Flow: operator and types → a file with the node and its function → inputs and outputs bound to a session by address.
-`Operators` does all this on the device of `onnx_cuda`.
+`Operators` does this on the device of `onnx_cuda`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Inputs = Mapping[str, Tensor]
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], Outputs]
 OPSET, IR = 20, 9
-# Numbers of ONNX's element types.
+# ONNX's integers for element types.
 ELEMENTS = {torch.float32: 1, torch.int32: 6, torch.int64: 7, torch.float16: 10, torch.bfloat16: 16}
 
 
 def missing(*packages: str) -> str | None:
-    """Which of onnx, onnxruntime and `packages` is not installed, and what to try; None where all are."""
+    """Which of onnx, onnxruntime and `packages` is not installed, and what to try; None if all are installed."""
     for name in ("onnx", "onnxruntime", *packages):
         if find_spec(name) is None:
             return f"{name} is not installed\n  try: pip install 'memrewrite[onnx-cpu]' (for CUDA: 'memrewrite[onnx-gpu]')"
@@ -36,9 +36,9 @@ def missing(*packages: str) -> str | None:
 
 
 def operator_file(folder: Path, op: Op, inputs: Inputs, held: tuple[str, ...] = (), **attributes: int) -> Path:
-    """A file with one node of `op`, its function beside it, for inputs of these names, types and numbers of axes.
+    """A file with one node of `op` and its function, for inputs with these names, types and numbers of axes.
 
-    Those named in `held` are no inputs: the file holds them, as an exported model holds its table.
+    Inputs named in `held` are stored in the file as initializers, like the table of an exported model.
     """
     import onnx
     from onnx import helper
@@ -52,7 +52,7 @@ def operator_file(folder: Path, op: Op, inputs: Inputs, held: tuple[str, ...] = 
         return [helper.make_tensor_value_info(name, ELEMENTS[x.dtype], [None] * x.ndim) for name, x in values.items()]
 
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, VERSION)]
-    wanted = [function for function in functions(OPSET) if function.name == op]
+    bodies = [function for function in functions(OPSET) if function.name == op]
     weights = [
         helper.make_tensor(name, ELEMENTS[x.dtype], x.shape, x.contiguous().view(torch.uint8).numpy().tobytes(), raw=True)
         for name, x in inputs.items()
@@ -60,7 +60,7 @@ def operator_file(folder: Path, op: Op, inputs: Inputs, held: tuple[str, ...] = 
     ]
     given = {name: x for name, x in inputs.items() if name not in held}
     graph = helper.make_graph([node], op, ports(given), ports(results), initializer=weights)
-    model = helper.make_model(graph, functions=wanted, opset_imports=opsets, ir_version=IR)
+    model = helper.make_model(graph, functions=bodies, opset_imports=opsets, ir_version=IR)
     kinds = [str(x.dtype).removeprefix("torch.") for x in inputs.values()]
     path = folder / f"{'-'.join([op, *kinds, *(f'{name}{value}' for name, value in attributes.items())])}.onnx"
     onnx.save(model, path)
@@ -68,7 +68,7 @@ def operator_file(folder: Path, op: Op, inputs: Inputs, held: tuple[str, ...] = 
 
 
 def outputs_of(op: Op, inputs: Inputs, k: int = 0) -> dict[str, Tensor]:
-    """Memory for the outputs by name, full of NaN, or of -1: what a kernel leaves unwritten shows."""
+    """Output tensors by name, filled with NaN or -1, so that elements which a kernel does not write are detected."""
     first = next(iter(inputs.values()))
     if op == "SparseLookup":
         return {"y": first.new_full((inputs["indices"].shape[0], first.shape[1]), torch.nan)}
@@ -83,7 +83,7 @@ def bound(session: InferenceSession, inputs: Inputs, outputs: Inputs, options: R
     for values, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
         for name, x in values.items():
             bind(name, x.device.type, x.device.index or 0, ELEMENTS[x.dtype], list(x.shape), x.data_ptr())
-    kept = dict(inputs)  # the session knows their addresses alone
+    kept = dict(inputs)  # keeps the inputs alive: the session has only their addresses
 
     def call() -> Outputs:
         assert kept
@@ -94,7 +94,7 @@ def bound(session: InferenceSession, inputs: Inputs, outputs: Inputs, options: R
 
 
 class Operators:
-    """Files of one operator, in sessions on the device under test; counts the calls of the native kernels."""
+    """Sessions for files with one operator on the device under test; counts the calls of the native kernels."""
 
     def __init__(self, rehearse: bool, library: Path, folder: Path) -> None:
         from memrewrite.passes.onnx.session import CPU, CUDA
@@ -105,7 +105,7 @@ class Operators:
         self.calls: dict[str, int] = dict.fromkeys(OPS, 0)
 
     def call(self, route: str, op: Op, inputs: Inputs, **attributes: int) -> Call:
-        """A call by `route` ("native", "standard") that is queued on torch's stream, as torch's own operators are."""
+        """A call by `route` ("native", "standard"), queued on torch's stream like torch's own operators."""
         import onnxruntime
 
         path = operator_file(self.folder, op, inputs, **attributes)
@@ -130,7 +130,7 @@ class Operators:
         return session
 
     def counters(self) -> dict[str, int]:
-        """What the library says of its calls on the provider so far."""
+        """The library's number of calls on the provider so far, by operator."""
         from memrewrite.passes.onnx.session import calls_of
 
         return {op: calls_of(self.library, op, self.provider) for op in OPS}

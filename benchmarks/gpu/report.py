@@ -1,6 +1,6 @@
-"""The table that `benchmarks/gpu` prints last, and the JSON it writes.
+"""The table that `benchmarks/gpu` prints at the end, and the JSON that it writes.
 
-Lines of results → cells → columns as wide as they need to be; a line with several targets takes several rows.
+Flow: results → cells → columns of the necessary width; a result with several targets has several rows.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from harness import Bench, Result
 
 HEAD = ("section", "case", "ms", "GB/s", "of floor", "times as fast as", "target", "met", "note")
 RIGHT = {2, 3, 4}
-WIDEST = 58  # a longer cell is cut, in the table only
+WIDEST = 58  # longer cells are truncated, in the table only
 MET = {True: "yes", False: "NO", None: "–"}
 
 
 def table(results: list[Result]) -> str:
-    """Every line; checks that all passed take one."""
+    """The table as text; if all correctness checks passed, they are one line."""
     lines: list[tuple[str, ...]] = [HEAD]
     for result in _shortened(results):
         lines += _cells(result)
     widths = [min(WIDEST, max(len(line[i]) for line in lines)) for i in range(len(HEAD))]
-    cut = len(HEAD) - 1  # the note comes last and may be as long as it is
+    note = len(HEAD) - 1  # the last column is never truncated
     rows = []
     for line in lines:
-        cells = [c if i == cut or len(c) <= WIDEST else c[: WIDEST - 1] + "…" for i, c in enumerate(line)]
+        cells = [c if i == note or len(c) <= WIDEST else c[: WIDEST - 1] + "…" for i, c in enumerate(line)]
         rows.append(
             "  ".join(c.rjust(w) if i in RIGHT else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
         )
@@ -44,7 +44,7 @@ def table(results: list[Result]) -> str:
 
 
 def concluded(file: Path, outcome: dict[str, Any], results: list[Result], where: Callable[[Result], str]) -> int:
-    """Write the figures to `file`, print the table, and say on stderr `where` something is wrong: the exit code."""
+    """Write the results to `file`, print the table, print errors with `where` on stderr; returns the exit code."""
     file.write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
     print()
     print(table(results))
@@ -67,26 +67,26 @@ def _shortened(results: list[Result]) -> Iterable[Result]:
 
 
 def _cells(result: Result) -> list[tuple[str, ...]]:
-    """A result's rows: the first has everything, the others a target, or a rival that did not fit."""
+    """The rows of a result: the first has all columns, the others have further targets and baselines."""
     ms = "" if result.ms is None else f"{result.ms:.3f}" if result.ms < 100 else f"{result.ms:.0f}"
     note = result.note if result.status == "ok" else ", ".join(filter(None, (result.status, result.note)))
     gbps = "" if result.gbps is None else f"{result.gbps:.0f}"
     floor = "" if result.of_floor is None else f"{result.of_floor:.0%}"
-    rivals = [
+    baselines = [
         f"{name} {result.ratios[name]:.2f}×" if name in result.ratios else f"{name}: {t}" for name, t in result.rivals.items()
     ]
     targets = [(text, MET[met]) for text, met in result.targets]
     rows: list[tuple[str, ...]] = []
-    for i in range(max(1, len(rivals), len(targets))):
+    for i in range(max(1, len(baselines), len(targets))):
         first = (result.section, result.case, ms, gbps, floor) if i == 0 else ("",) * 5
-        rival = rivals[i] if i < len(rivals) else ""
+        baseline = baselines[i] if i < len(baselines) else ""
         target = targets[i] if i < len(targets) else ("", "")
-        rows.append((*first, rival, *target, note if i == 0 else ""))
+        rows.append((*first, baseline, *target, note if i == 0 else ""))
     return rows
 
 
 def record(bench: Bench, results: list[Result], seconds: float) -> dict[str, Any]:
-    """The JSON: what ran where, every line, and how many targets were met."""
+    """The JSON: device, versions, every result, and how many targets were met."""
     met = [met for result in results for _, met in result.targets]
     return {
         "benchmark": "gpu",
@@ -106,7 +106,7 @@ def _rate(rate: float) -> float | None:
 
 
 def device(rehearse: bool) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The properties of the device on which the numbers depend."""
     if rehearse:
         return {"name": "cpu"}
     properties = torch.cuda.get_device_properties(0)
@@ -121,7 +121,7 @@ def device(rehearse: bool) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of everything that a time depends on; None for what is not installed."""
+    """Versions of all packages that affect times; None for packages that are not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("torch", "triton", "numpy", "memrewrite", "fbgemm_gpu"):
         found[name] = _version(name)
@@ -131,6 +131,6 @@ def versions() -> dict[str, str | None]:
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:  # importable, perhaps, without having been installed
-        there = importlib.util.find_spec(name) is not None
-        return str(getattr(__import__(name), "__version__", "unknown")) if there else None
+    except PackageNotFoundError:  # it may be importable without being installed
+        importable = importlib.util.find_spec(name) is not None
+        return str(getattr(__import__(name), "__version__", "unknown")) if importable else None

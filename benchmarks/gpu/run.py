@@ -1,7 +1,7 @@
-"""Measures everything on a GPU by one command: `python benchmarks/gpu`, no arguments, no network, under eight minutes.
+"""Measures everything on a GPU with one command: `python benchmarks/gpu`, no arguments, no network, less than eight minutes.
 
-Correctness of every kernel first, then what the device can do, then each kernel, the training step, the largest tables, the
-layer and torch.compile; a table last, and JSON. `--rehearse` goes the same way on a CPU at tiny sizes and keeps no times.
+First the correctness of every kernel, then the peak rates of the device, each kernel, the training step, the largest tables,
+the layer and torch.compile; finally a table, and JSON. `--rehearse` runs all this on a CPU with tiny sizes and stores no times.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import source
+import import_checkout
 
-source.ensure()
+import_checkout.ensure()
 
-import torch  # noqa: E402 - the package must be findable first
+import torch  # noqa: E402 - the package must be importable first
 
 if TYPE_CHECKING:
     from harness import Bench, Case, Result
 
 
-WARMING = 75.0  # seconds, at most
+WARMING = 75.0  # maximum, in seconds
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the table, and the seconds it may take; what an earlier one leaves, later ones may use."""
+    """A part of the table and its time limit in seconds; unused time of earlier sections is available to later ones."""
 
     name: str
     seconds: float
@@ -43,38 +43,38 @@ class Section:
 
 
 def sections() -> tuple[Section, ...]:
-    """All of them, in order; 450 seconds together."""
-    import ceilings
-    import correct
-    import large
+    """All sections in order; 450 seconds in total."""
+    import correctness
+    import large_tables
     import layers
     import lookup
+    import peak_rates
     import steps
 
     return (
-        Section("correctness", 95, correct.cases),
-        Section("ceilings", 5, ceilings.cases),
+        Section("correctness", 95, correctness.cases),
+        Section("ceilings", 5, peak_rates.cases),
         Section("forward", 50, lookup.forward_cases),
         Section("decode", 20, lookup.decode_cases),
         Section("backward", 60, lookup.backward_cases),
         Section("topk", 25, steps.topk_cases),
         Section("update", 25, steps.update_cases),
         Section("training step", 20, steps.step_cases),
-        Section("memory size", 35, large.cases),
+        Section("memory size", 35, large_tables.cases),
         Section("layer", 85, layers.layer_cases),
         Section("compile", 30, layers.compile_cases),
     )
 
 
-def measure(bench: Bench, say: Callable[[str], None]) -> list[Result]:
-    """Every case of every section: its lines, or one that says why there are none."""
+def measure(bench: Bench, log: Callable[[str], None]) -> list[Result]:
+    """The lines of every case of every section, or one line with the reason why there are none."""
     from harness import Result, Stop
 
     results: list[Result] = []
     start, due = time.perf_counter(), 0.0
     stopped = ""
     if not bench.rehearse:
-        warm(say)
+        warm(log)
     for section in sections():
         due += section.seconds
         for case in section.cases(bench):
@@ -90,17 +90,17 @@ def measure(bench: Bench, say: Callable[[str], None]) -> list[Result]:
             except Exception as error:  # noqa: BLE001 - one broken case must not hide the others
                 results.append(_broken(section.name, case.name, error))
                 stopped = "a kernel cannot run" if section.name == "correctness" else stopped
-            say(f"{time.perf_counter() - start:6.1f} s  {section.name}: {case.name}: {results[-1].status}")
+            log(f"{time.perf_counter() - start:6.1f} s  {section.name}: {case.name}: {results[-1].status}")
             gc.collect()
             torch._dynamo.reset()
             bench.free()
     return results
 
 
-def warm(say: Callable[[str], None]) -> None:
-    """Compile for the device in several processes at once: this one then finds the kernels in Triton's cache.
+def warm(log: Callable[[str], None]) -> None:
+    """Compile kernels in several processes in parallel: this process then finds them in Triton's cache.
 
-    Each runs a share of the correctness cases and throws the outcome away; where that fails, this process compiles.
+    Each process runs a share of the correctness cases and discards the results; kernels it misses are compiled here.
     """
     share = max(1, min(8, (os.cpu_count() or 2) // 2))
     if share < 2:
@@ -111,7 +111,7 @@ def warm(say: Callable[[str], None]) -> None:
     running = [subprocess.Popen([*line, f"{i}/{share}"], stdout=quiet, stderr=quiet) for i in range(share)]
     for process in running:
         _end(process, WARMING - (time.perf_counter() - start))
-    say(f"{time.perf_counter() - start:6.1f} s  kernels compiled by {share} processes")
+    log(f"{time.perf_counter() - start:6.1f} s  kernels compiled by {share} processes")
 
 
 def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
@@ -123,20 +123,20 @@ def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def compile_share(share: str) -> int:
-    """What one of those processes does: the cases i, i + n, i + 2n, ... of correctness."""
-    import correct
+    """The work of one of these processes: the correctness cases i, i + n, i + 2n, ..."""
+    import correctness
     from harness import Bench
 
     i, n = (int(number) for number in share.split("/"))
     bench = Bench(rehearse=False, triton=True)
-    for case in list(correct.cases(bench))[i::n]:
-        with contextlib.suppress(Exception):  # what is wrong is said by the process that measures
+    for case in list(correctness.cases(bench))[i::n]:
+        with contextlib.suppress(Exception):  # errors are reported by the measuring process
             case.run(bench)
     return 0
 
 
 def _broken(section: str, case: str, error: Exception) -> Result:
-    """A case that could not run: not for want of a package that is not ours, or by our fault, with its trace on stderr."""
+    """The line of a case that could not run: "not run" if a third-party package is missing, else "FAILED" and a traceback."""
     from harness import Result, reason
 
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("memrewrite"):
@@ -146,7 +146,7 @@ def _broken(section: str, case: str, error: Exception) -> Result:
 
 
 def refusal(rehearse: bool) -> str | None:
-    """Why nothing can be measured here, and what to try; None where it can."""
+    """Why nothing can be measured on this machine, and what to try; None if it can."""
     if rehearse:
         return None
     if not torch.cuda.is_available():
@@ -163,15 +163,15 @@ def refusal(rehearse: bool) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether Triton's kernels can run on CPU tensors: it must be told before it is imported."""
+    """True if Triton's kernels can run on CPU tensors; the variable must be set before Triton is imported."""
     return find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def main(argv: list[str]) -> int:
-    """Measure, write, print. 0: done; 1: a kernel is wrong, or a case failed; 2: there is no GPU."""
+    """Measure, write JSON, print. Returns 0: done; 1: a kernel is wrong, or a case failed; 2: there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="where the figures go")
-    parser.add_argument("--rehearse", action="store_true", help="run everything on the CPU at tiny sizes, without times")
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="output file")
+    parser.add_argument("--rehearse", action="store_true", help="run everything on the CPU with tiny sizes, without times")
     parser.add_argument("--warm", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     why = refusal(args.rehearse)
@@ -187,7 +187,7 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(0)
     bench = Bench(rehearse=args.rehearse, triton=not args.rehearse or interpreted())
     if args.rehearse:
-        print(f"rehearsal on the CPU, kernels of {bench.kernels.NAME!r}: times mean nothing and are not kept")
+        print(f"rehearsal on the CPU, kernels of {bench.kernels.NAME!r}: times are meaningless and not stored")
     print(", ".join(f"{name} {value}" for name, value in {**device(args.rehearse), **versions()}.items()))
     results = measure(bench, lambda line: print(line, flush=True))
     seconds = time.perf_counter() - start

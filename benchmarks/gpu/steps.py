@@ -1,6 +1,6 @@
-"""Selecting slots, updating tables in place, and the training step that uses both: 1M × 1024, optimizer included.
+"""Selecting slots, updating tables in place, and the training step that uses both: 1M × 1024, with the optimizer.
 
-Each case makes its inputs, races its contestants, and says what the step replaces.
+Each case creates its inputs, times its implementations in turn, and returns a line per size.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import data as data
 import torch
 from harness import Bench, Case, Result, Run, Target
-from lookup import DTYPE, rivals, unless_missing
+from lookup import DTYPE, baselines, unless_missing
 from models import memory_layer, optimizer_step
 from torch import Tensor
 
@@ -25,7 +25,7 @@ RATES = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0}
 
 
 def topk_cases(bench: Bench) -> Iterator[Case]:
-    """Both numbers of keys, in bf16 and in fp32."""
+    """Both numbers of keys, in bf16 and fp32."""
     for n in bench.sizes.topk_keys:
         for dtype in (DTYPE, torch.float32):
             yield Case(f"n={n} {str(dtype)[6:]}", partial(topk, n=n, dtype=dtype))
@@ -40,12 +40,12 @@ def _scores(bench: Bench, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def topk(bench: Bench, n: int, dtype: torch.dtype) -> list[Result]:
-    """Ours with the softmax fused, against the chain of torch.topk with all k² sums and with the few that can win."""
+    """Ours with fused softmax; baselines are chains of torch.topk with all k² sums, and with only the candidate sums."""
     one, two = _scores(bench, n, dtype)
     k = bench.sizes.topk
 
     def chain() -> Any:
-        scores, slots = rivals().torch_topk(one, two, k)
+        scores, slots = baselines().torch_topk(one, two, k)
         return scores.softmax(-1), slots
 
     runs: dict[str, Run] = {
@@ -59,7 +59,7 @@ def topk(bench: Bench, n: int, dtype: torch.dtype) -> list[Result]:
 
 
 def topk_backward(bench: Bench, n: int) -> list[Result]:
-    """Gradients of both halves' scores, against scatter_add."""
+    """Gradients of both halves' scores; the baseline is scatter_add."""
     slots = torch_backend.topk(*_scores(bench, n, DTYPE), bench.sizes.topk, False)[1]
     grad = data.normal(*slots.shape, dtype=torch.float32, device=bench.device)
     runs: dict[str, Run] = {
@@ -75,7 +75,7 @@ def topk_backward(bench: Bench, n: int) -> list[Result]:
 
 
 def update_cases(bench: Bench) -> Iterator[Case]:
-    """Both rules at the narrowest and the widest table, uniform reads; one hot row; fp8."""
+    """Both rules with the narrowest and the widest table, uniform reads; one hot row; fp8."""
     first, last = bench.sizes.dims[0], bench.sizes.dims[-1]
     for dim in dict.fromkeys((first, last)):
         for rule in ("adagrad", "adam"):
@@ -85,7 +85,7 @@ def update_cases(bench: Bench) -> Iterator[Case]:
 
 
 def update(bench: Bench, rule: str, dim: int, pattern: str, fp8: bool = False) -> list[Result]:
-    """The fused update alone: the gradient of the table is summed and applied, and never stored."""
+    """Only the fused update: the gradient of the table is summed and applied, but never stored."""
     device, sizes = bench.device, bench.sizes
     keys = bench.keys_within(sizes.train_keys, dim, 8, 0.5)
     scale: Tensor | None = None
@@ -117,14 +117,14 @@ def update(bench: Bench, rule: str, dim: int, pattern: str, fp8: bool = False) -
 
 
 def step_cases(bench: Bench) -> Iterator[Case]:
-    """The whole step of a Memory+ layer on a 1M × 1024 table, and of the lookup alone."""
+    """The whole step of a Memory+ layer with a 1M × 1024 table, and of only the lookup."""
     dim = bench.sizes.dims[0]
     yield Case(f"layer D={dim}", partial(layer_step, dim=dim))
     yield Case(f"lookup D={dim}", partial(lookup_step, dim=dim))
 
 
 def layer_step(bench: Bench, dim: int) -> list[Result]:
-    """Forward, backward and optimizer of a layer: fused updates against dense gradients and AdamW(fused=True)."""
+    """Forward, backward and optimizer of a layer: fused updates; the baseline is dense gradients with AdamW(fused=True)."""
     keys = bench.keys_within(bench.sizes.train_keys, dim, 16, 0.6)
     x = data.normal(bench.sizes.tokens, dim, dtype=DTYPE, device=bench.device)
     runs: dict[str, Run] = {}
@@ -141,7 +141,7 @@ def _layer_run(bench: Bench, keys: int, x: Tensor, rule: str | None) -> Run:
 
 
 def lookup_step(bench: Bench, dim: int) -> list[Result]:
-    """The memory alone: forward, gradient of weights, and the table's update, against dense gradients and AdamW, and FBGEMM."""
+    """Only the memory: forward, gradient of weights, table update; baselines: dense gradients with AdamW, and FBGEMM."""
     device, sizes = bench.device, bench.sizes
     keys = bench.keys_within(sizes.train_keys, dim, 32, 0.5)
     values = data.table(keys * keys, dim, DTYPE, device)
@@ -156,10 +156,10 @@ def lookup_step(bench: Bench, dim: int) -> list[Result]:
         bench.kernels.adagrad_(values, None, total, [grad], [indices], [weights], **RATES, seed=1)
 
     runs: dict[str, Run] = {"ours": ours}
-    forwards = {"dense": ops.sparse_lookup, "embedding_bag": rivals().bag_forward, "torch": rivals().torch_forward}
+    forwards = {"dense": ops.sparse_lookup, "embedding_bag": baselines().bag_forward, "torch": baselines().torch_forward}
     for name, forward in forwards.items():
         runs[f"{name} + AdamW"] = unless_missing(partial(_dense_step, forward, values, indices, weights, grad))
-    runs["fbgemm"] = unless_missing(lambda: partial(rivals().Fbgemm(values, 1e-3).step, grad, indices, weights))
+    runs["fbgemm"] = unless_missing(lambda: partial(baselines().Fbgemm(values, 1e-3).step, grad, indices, weights))
     case = f"memory alone, row-wise Adagrad T={sizes.tokens} K={sizes.reads} D={dim} N={keys}²"
     return [bench.result("training step", case, bench.race(runs), targets=[Target("dense + AdamW", 3)])]
 

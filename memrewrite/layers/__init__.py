@@ -1,1 +1,1 @@
-"""The layers that may take an MLP's place, one kind a file; `kinds` lists them."""
+"""The layers that can replace an MLP, one kind per file; `kinds` lists them."""

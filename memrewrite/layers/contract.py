@@ -1,6 +1,6 @@
-"""What every layer kind offers: frozen options, a check before building, a cost, and a forward from d_model to d_out.
+"""The interface of every layer kind: options, a check before building, a cost, and a forward from d_model to d_out.
 
-`check` → build (uninitialised, also on meta) → `reset_parameters` or a checkpoint → `forward`.
+Flow: `check` → build (uninitialized, also on meta) → `reset_parameters` or a checkpoint → `forward`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LayerOptions(BaseModel):
-    """Options of a layer kind: frozen data, from which the recipe's schema and its help are derived."""
+    """Base class of a layer kind's options: immutable data; the recipe's JSON schema and help texts are derived from it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
 
@@ -27,11 +27,15 @@ O = TypeVar("O", bound=LayerOptions)  # noqa: E741 - O for options
 
 
 class MemoryLayer(nn.Module, ABC):
-    """A token-wise layer `[..., d_model] -> [..., d_out]` that may take an MLP's place.
+    """A token-wise layer `[..., d_model] -> [..., d_out]` that can replace an MLP.
 
-    A kind is one subclass: its name, its options, whether it reads a pool, `check`, `cost`, `forward` and
-    `reset_parameters`. The pool is held by reference and never registered here: it hangs once at the model's root,
-    and its parameter has one name there. A deepcopy of the model keeps its layers on one (copied) pool.
+    A kind is one subclass. The layer refers to its pool without registering it as a child: the pool is registered once, on
+    the root module, so its parameter has one name. In a deepcopy of the model, all layers share one copied pool.
+
+    Attributes:
+        kind: Name of the kind in recipes.
+        Options: Class of its options.
+        uses_pool: True if the kind reads a pool.
     """
 
     kind: ClassVar[str]
@@ -50,7 +54,21 @@ class MemoryLayer(nn.Module, ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Build with uninitialised parameters on `device`; `zero_output`: the layer starts by adding nothing."""
+        """Build the layer with uninitialized parameters.
+
+        Args:
+            d_model: Width of the input.
+            d_out: Width of the output.
+            options: Options of this kind.
+            pool: The pool to read, if the kind reads one.
+            zero_output: Make `reset_parameters` initialize the layer so that its output is zero.
+            device: Device of the parameters.
+            dtype: Dtype of the parameters.
+
+        Raises:
+            UserError: As `check`.
+            TypeError: The options are of another kind.
+        """
         super().__init__()
         self.d_model, self.d_out, self.options, self.zero_output = d_model, d_out, options, zero_output
         self._pool: tuple[Pool, ...] = () if pool is None else (pool,)  # in a tuple, so that it is not registered as a child
@@ -63,22 +81,31 @@ class MemoryLayer(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def check(cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None) -> None:
-        """Raise `UserError` when this layer cannot be built so (odd `key_dim`, `topk` > keys, ...)."""
+        """Raise `UserError` if no layer can be built with these options and this pool (odd `key_dim`, `topk` > keys, ...)."""
 
     @classmethod
     @abstractmethod
     def cost(
         cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None, itemsize: int, *, zero_output: bool
     ) -> Cost:
-        """Cost of one such layer without the pool's own parameters (counted once per pool)."""
+        """Cost of one such layer for one token, without the pool's parameters (counted once per pool).
+
+        Args:
+            d_model: Width of the input.
+            d_out: Width of the output.
+            options: Options of this kind.
+            pool: Size of the pool, if the kind reads one.
+            itemsize: Bytes of one parameter of the layer.
+            zero_output: As in `__init__`.
+        """
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Initialise in place as the paper says; a no-op on meta tensors."""
+        """Initialize the parameters in place as in the paper; no effect on meta tensors."""
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., d_model]` to `[..., d_out]`, each token by itself."""
+        """Map `[..., d_model]` to `[..., d_out]`; each token is computed independently of the others."""
 
     def extra_repr(self) -> str:
         """Widths and options, for `print(model)`."""
@@ -86,15 +113,15 @@ class MemoryLayer(nn.Module, ABC):
 
 
 def options_as(kind: type[O], options: LayerOptions) -> O:
-    """`options` as the kind's own class. Raises TypeError when they are another kind's."""
+    """`options`, typed as the class `kind`. Raises `TypeError` if they are of another class."""
     if not isinstance(options, kind):
-        raise TypeError(f"options of a {kind.__name__} are needed, not {type(options).__name__}")
+        raise TypeError(f"options must be {kind.__name__}, not {type(options).__name__}")
     return options
 
 
 def empty_linear(
     d_in: int, d_out: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Linear:
-    """An `nn.Linear` with bias whose entries are not initialised: no time, and no random number, is spent on them."""
+    """An `nn.Linear` with bias whose entries are not initialized: this takes no time and consumes no random numbers."""
     linear = nn.Linear(d_in, d_out, device="meta", dtype=dtype)
     return linear.to_empty(device=torch.get_default_device() if device is None else device)

@@ -1,4 +1,4 @@
-"""The layer kinds a recipe can name: adding one is its class in this tuple."""
+"""The layer kinds that a recipe can name. To add one, add its class to `KINDS`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KINDS: tuple[type[MemoryLayer], ...] = (MemoryPlus, Pkm)
 
 
 def kind_named(name: str) -> type[MemoryLayer]:
-    """The layer kind called `name`. Raises `UserError` with the nearest name."""
+    """The class of the layer kind `name`. Raises `UserError` with the most similar name if there is none."""
     kinds = {kind.kind: kind for kind in KINDS}
     if name in kinds:
         return kinds[name]

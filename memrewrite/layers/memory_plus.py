@@ -1,6 +1,6 @@
-"""Memory+: a product-key memory whose output is gated by the input, the layer of "Memory Layers at Scale".
+"""Memory+: a product-key memory whose output is gated by the input, from "Memory Layers at Scale" (arXiv 2412.09764).
 
-x → slots and weights → y, the weighted sum of values → y ⊙ silu(x W1) → W2.
+Flow: x → slots and weights → y, the weighted sum of values → y ⊙ silu(x W1) → W2.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from memrewrite.layers.product_keys import (
 
 
 class MemoryPlusOptions(ProductKeyOptions):
-    """Options of `memory_plus`; the defaults are the paper's."""
+    """Options of `memory_plus`; the defaults are the paper's (arXiv 2412.09764)."""
 
     gate: Literal["swilu", "sigmoid"] = Field(
-        "swilu", description="How x gates y: 'swilu' is y ⊙ silu(x W1), Memory+; 'sigmoid' is one number per token."
+        "swilu", description="How x gates y: 'swilu': y ⊙ silu(x W1), as in Memory+ (eq. 2); 'sigmoid': one factor per token."
     )
 
 
@@ -36,8 +36,8 @@ class MemoryPlus(ProductKeyLayer):
     """`output = (y ⊙ silu(xᵀ W1))ᵀ W2` with `y = s V_I`: eqs. (1) and (2) of arXiv 2412.09764.
 
     `gate` is W1 [d_model -> d_v] ([d_model -> 1] in the paper's "gated" variant), `value_proj` is W2 [d_v -> d_out],
-    both with a bias. With `zero_output` W2 and its bias start at zero: the layer returns exactly 0, and the first
-    gradient reaches W2 alone. Raises `UserError` as `check` does.
+    both with a bias; d_v is the pool's `value_dim`. With `zero_output`, W2 and its bias start at zero: the layer returns
+    exactly 0, and in the first step only W2 and its bias have a nonzero gradient.
     """
 
     kind = "memory_plus"
@@ -63,7 +63,7 @@ class MemoryPlus(ProductKeyLayer):
 
     @classmethod
     def check(cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None) -> None:
-        """Raise `UserError` for a missing pool, an odd key_dim, or a topk the pool cannot serve."""
+        """Raise `UserError` for a missing pool, an odd `key_dim`, or a `topk` above the pool's keys."""
         check_product_keys(d_model, options_as(MemoryPlusOptions, options), pool)
 
     @classmethod
@@ -77,14 +77,14 @@ class MemoryPlus(ProductKeyLayer):
         *,
         zero_output: bool,
     ) -> Cost:
-        """Query, half keys and lookup, and the two projections W1 and W2."""
+        """Cost of query, half keys, lookup, and the projections W1 and W2."""
         mine, d_v = options_as(MemoryPlusOptions, options), needed(pool).value_dim
         gate = d_v if mine.gate == "swilu" else 1
         projections = dense_cost(d_model * gate + d_v * d_out, gate + d_out, itemsize)
         return product_key_cost(d_model, mine, pool, itemsize) + projections
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """W1 and W2 from N(0, d_out^-1/2) with zero biases; a no-op on meta. `ProductKeys` says how the rest starts."""
+        """W1 and W2 from N(0, d_out^-1/2), biases zero, the rest as in `ProductKeys`; no effect on meta tensors."""
         if self.value_proj.weight.is_meta:
             return
         self.product_keys.reset_parameters(generator)
@@ -97,7 +97,7 @@ class MemoryPlus(ProductKeyLayer):
         nn.init.zeros_(self.value_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d_model] -> [..., d_out], each token by itself."""
+        """[..., d_model] -> [..., d_out], each token independently."""
         tokens = x.reshape(-1, self.d_model)  # [T, d]
         y = self.read(tokens)  # [T, d_v]
         gate = self.gate(tokens)  # [T, d_v] or [T, 1]

@@ -1,6 +1,6 @@
-"""PKM: the plain product-key memory (Lample et al. 2019; "Memory" in the paper's tables).
+"""PKM: the plain product-key memory (Lample et al. 2019; "Memory" in the tables of arXiv 2412.09764).
 
-x → slots and weights → y, the weighted sum of values, projected only where that cannot be avoided.
+Flow: x → slots and weights → y, the weighted sum of values → a projection, only where the widths or a zero start need it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from memrewrite.layers.product_keys import (
 
 
 class PkmOptions(ProductKeyOptions):
-    """Options of `pkm`; the defaults are those of Memory+, so that the two compare."""
+    """Options of `pkm`; the defaults are those of Memory+, so that the two can be compared."""
 
 
 class Pkm(ProductKeyLayer):
-    """`output = y = s V_I`: eq. (1) of arXiv 2412.09764, and nothing else.
+    """`output = y = s V_I`: eq. (1) of arXiv 2412.09764, without a gate.
 
-    Where values are not d_out wide, or the output must start at zero (a shared pool cannot), a projection `value_proj`
-    [d_v -> d_out] with bias follows. Raises `UserError` as `check` does.
+    If the values are not d_out wide, or the output must start at zero (the values of a shared pool cannot), a projection
+    `value_proj` [d_v -> d_out] with bias follows; d_v is the pool's `value_dim`.
     """
 
     kind = "pkm"
@@ -52,20 +52,20 @@ class Pkm(ProductKeyLayer):
 
     @classmethod
     def check(cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None) -> None:
-        """Raise `UserError` for a missing pool, an odd key_dim, or a topk the pool cannot serve."""
+        """Raise `UserError` for a missing pool, an odd `key_dim`, or a `topk` above the pool's keys."""
         check_product_keys(d_model, options_as(PkmOptions, options), pool)
 
     @classmethod
     def cost(
         cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None, itemsize: int, *, zero_output: bool
     ) -> Cost:
-        """Query, half keys and lookup, and the projection where there is one."""
+        """Cost of query, half keys, lookup, and the projection if there is one."""
         d_v = needed(pool).value_dim
         cost = product_key_cost(d_model, options_as(PkmOptions, options), pool, itemsize)
         return cost + dense_cost(d_v * d_out, d_out, itemsize) if zero_output or d_v != d_out else cost
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """The projection from N(0, d_out^-1/2), or zero; a no-op on meta. `ProductKeys` says how the rest starts."""
+        """The projection from N(0, d_out^-1/2), or zero; the rest as in `ProductKeys`; no effect on meta tensors."""
         if self.product_keys.keys.is_meta:
             return
         self.product_keys.reset_parameters(generator)
@@ -78,7 +78,7 @@ class Pkm(ProductKeyLayer):
         nn.init.zeros_(self.value_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d_model] -> [..., d_out], each token by itself."""
+        """[..., d_model] -> [..., d_out], each token independently."""
         y = self.read(x.reshape(-1, self.d_model))  # [T, d_v]
         out = y if self.value_proj is None else self.value_proj(y)
         return out.reshape(*x.shape[:-1], self.d_out)

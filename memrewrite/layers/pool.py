@@ -1,6 +1,6 @@
-"""The shared value table: what it is to be (`PoolSpec`), the module that holds it, and the root's container of pools.
+"""The shared value table: its specification, its module, and the container of all pools of a model.
 
-A `PoolSpec` is in the plan; a `Pool` is built from it; `Pools` hangs once at the model's root as `model.memory`.
+A `PoolSpec` is in the plan; a `Pool` is built from it; `Pools` is registered once on the root module as `model.memory`.
 """
 
 from __future__ import annotations
@@ -28,30 +28,44 @@ ValueType = Literal["float32", "float16", "bfloat16", "float64", "float8_e4m3fn"
 Gradient = Annotated[
     Literal["dense", "sparse", "fused"],
     Field(
-        description="How the table learns: 'dense' is a gradient like any parameter's; 'sparse' holds only the rows that "
-        "were read, for optimizers that take it; 'fused' makes none: `memrewrite.fuse` updates the rows in the step."
+        description="How the table is trained: 'dense': a gradient of the whole table; 'sparse': a COO gradient of the rows "
+        "that were read, for optimizers that accept it; 'fused': no gradient: with `memrewrite.fuse` the optimizer step "
+        "updates the rows that were read."
     ),
 ]
 Backend = Annotated[
     Literal["auto", "triton", "torch"],
-    Field(description="Which kernels read the table: 'auto' takes the fastest that can, and logs which and why."),
+    Field(description="Which kernels read the table: 'auto' selects the fastest that supports the call, and logs the choice."),
 ]
 
 
 def needs_fused(dtype: str | None, gradient: str) -> bool:
-    """Whether a table of this type cannot learn in this way: 8 bits are too few for gradients."""
+    """True if a table of this dtype can be trained only by fused updates, and `gradient` is another: 8-bit tables."""
     return dtype == FP8 and gradient != "fused"
 
 
 class PoolSpec(Frozen):
-    """A value table V of eq. (1): `keys`² slots, each `value_dim` wide."""
+    """A value table V [keys², value_dim] of eq. (1) of arXiv 2412.09764.
+
+    Attributes:
+        keys: Keys per half (√N); the table has keys² = N slots.
+        value_dim: Width of one value (d_v).
+        init: Initialization: "paper" is N(0, value_dim^-1/2).
+        seed: Seed of the initial values.
+        dtype: Dtype of the stored values. None: the dtype that the pool is built with.
+        gradient: How the table is trained: "dense", "sparse" or "fused".
+        backend: Kernels that read it: "auto", "triton" or "torch".
+
+    Raises:
+        pydantic.ValidationError: For sizes below 1, and for an 8-bit table whose gradient is not "fused".
+    """
 
     keys: int = Field(gt=0, description="Keys per half; the pool has keys × keys slots.")
     value_dim: int = Field(gt=0, description="Width of one value.")
-    init: Literal["paper"] = Field(default="paper", description="How values start: 'paper' is N(0, value_dim^-1/2).")
+    init: Literal["paper"] = Field(default="paper", description="Initialization of the values: 'paper': N(0, value_dim^-1/2).")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the initial values.")
     dtype: ValueType | None = Field(
-        default=None, description="Type of the stored values; left out: the type the pool is built with."
+        default=None, description="Dtype of the stored values. Default: the dtype that the pool is built with."
     )
     gradient: Gradient = "dense"
     backend: Backend = "auto"
@@ -59,28 +73,36 @@ class PoolSpec(Frozen):
     @model_validator(mode="after")
     def _can_learn(self) -> PoolSpec:
         if needs_fused(self.dtype, self.gradient):
-            raise ValueError(f"a table of {self.dtype} learns by fused updates alone: gradient='fused'")
+            raise ValueError(f"a table of {self.dtype} can be trained only by fused updates: gradient='fused'")
         return self
 
     @property
     def slots(self) -> int:
-        """Rows of the table: keys²."""
+        """Number of rows of the table: keys²."""
         return self.keys**2
 
     def cost(self) -> Cost:
-        """What the table stores, at float32 where the spec names no dtype. What layers read of it, the layers count."""
+        """Parameters and bytes of the table (float32 where the spec has no dtype). Reads are in the cost of the layers."""
         parameters = self.slots * self.value_dim
         scales = 4 * self.slots if self.dtype == FP8 else 0
         return Cost(parameters=parameters, parameter_bytes=parameters * itemsize_of(self.dtype or "float32") + scales)
 
 
 class Pool(nn.Module):
-    """A value table shared by memory layers; calling it is the lookup.
+    """A value table shared by memory layers; calling the module performs the lookup.
 
-    Its one parameter is `values` [keys², value_dim]. Layers call the pool and never touch `values`, so that hooks on
-    this module (FSDP2's unshard, offloading, quantisation) always fire. Built uninitialised, directly on `device` in
-    the spec's dtype (else `dtype`): call `reset_parameters` or load a checkpoint. A table of 8 bits has a buffer `scale`
-    [keys²], one fp32 number a row. With gradient "fused" `pending` holds what the next optimizer step has to do.
+    Layers call the pool and never access `values`, so that hooks on this module (FSDP2's unshard, offloading,
+    quantization) always run. The table is not initialized: call `reset_parameters` or load a checkpoint.
+
+    Args:
+        spec: Size, dtype and training of the table.
+        device: Device of the table.
+        dtype: Dtype of the table if the spec has none.
+
+    Attributes:
+        values: Parameter [keys², value_dim].
+        scale: Buffer [keys²], one fp32 scale per row of an 8-bit table; None for other tables.
+        pending: With gradient "fused", the queue of gradient factors for the next optimizer step; else None.
     """
 
     scale: Tensor | None
@@ -95,9 +117,9 @@ class Pool(nn.Module):
         self.pending = Pending() if spec.gradient == "fused" else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw N(0, d_v^-1/2) in place, as the paper does; a no-op on meta.
+        """Sample the values from N(0, d_v^-1/2) in place, as in the paper; no effect on meta tensors.
 
-        Without a `generator` the values follow from the spec's seed alone (for one device type, dtype and shape).
+        Without a `generator`, the values depend only on the spec's seed (for one device type, dtype and shape).
         """
         if self.values.is_meta:
             return
@@ -109,17 +131,22 @@ class Pool(nn.Module):
                 self.values.normal_(0.0, spread, generator=generator)
                 return
             for values, scale in in_pieces(self.spec.value_dim, self.values, self.scale):
-                drawn = torch.empty(values.shape, device=values.device).normal_(0.0, spread, generator=generator)
-                scale.copy_(rounding.row_scale(drawn))
-                values.copy_(drawn / scale.unsqueeze(-1))
+                sampled = torch.empty(values.shape, device=values.device).normal_(0.0, spread, generator=generator)
+                scale.copy_(rounding.row_scale(sampled))
+                values.copy_(sampled / scale.unsqueeze(-1))
 
     def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
         """`y_t = sum_j weights[t, j] * values[indices[t, j]]`: [T, K], [T, K] -> [T, d_v].
 
-        In the dtype of the values, which the weights are rounded to; of a table of 8 bits, in the dtype of the weights.
+        Args:
+            indices: Slots [T, K], int32 or int64.
+            weights: Weights [T, K]; cast to the dtype of the values, except for an 8-bit table.
+
+        Returns:
+            [T, d_v] in the dtype of the values; for an 8-bit table, in the dtype of the weights.
         """
         weights = weights if self.scale is not None else weights.to(self.values.dtype)
-        learns = torch.is_grad_enabled()  # else: how, is nobody's business, and no exported graph's
+        learns = torch.is_grad_enabled()  # without autograd the kind of gradient is irrelevant; keep it out of exported graphs
         return ops.sparse_lookup(
             self.values,
             indices,
@@ -137,9 +164,10 @@ class Pool(nn.Module):
 
 
 class Pools(nn.Module):
-    """The pools of a model by name, each a child module; hangs at the model's root as `model.memory`.
+    """The pools of a model, each a child module by its name; registered on the root module as `model.memory`.
 
-    Raises `UserError` for a name that cannot be an attribute of a module.
+    Raises:
+        UserError: A name cannot be an attribute of a module.
     """
 
     def __init__(self, pools: Mapping[str, Pool]) -> None:
@@ -150,12 +178,12 @@ class Pools(nn.Module):
             if not plain or hasattr(self, name):
                 raise UserError(
                     f"a pool cannot be named {name!r}",
-                    hint="use letters, digits and _, and no name that torch modules use for something else",
+                    hint="use letters, digits and _, and no attribute name of torch modules",
                 )
             self.add_module(name, pool)
 
     def forward(self, x: Any) -> Any:
-        """What it is given: a root that calls every child it has, as `nn.Sequential` does, calls this one too."""
+        """Return `x` unchanged: a root that calls all its children, such as `nn.Sequential`, calls this module too."""
         return x
 
     def __getitem__(self, name: str) -> Pool:

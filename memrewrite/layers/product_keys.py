@@ -1,6 +1,6 @@
-"""Product keys: from a token to the slots it reads and their weights, without ever making the N×n keys.
+"""Product keys: from a token to the slots it reads and their weights, without the full N × n key matrix.
 
-query projection → scores of both halves against their √N keys → exact top-k of all sums → softmax per head.
+Flow: query projection → scores of both halves with their √N keys → exact top-k of all sums → softmax per head.
 """
 
 from __future__ import annotations
@@ -19,20 +19,29 @@ from memrewrite.site import itemsize_of
 
 
 class ProductKeyOptions(LayerOptions):
-    """How a layer addresses its pool: the options that all product-key layers share, with the paper's values."""
+    """How a layer addresses its pool: options shared by all product-key layers; defaults as in arXiv 2412.09764.
 
-    heads: int = Field(4, gt=0, description="Independent queries per token; their values are summed.")
-    topk: int = Field(32, gt=0, description="Slots each head reads (k); at most the pool's keys per half.")
+    Attributes:
+        heads: Independent queries per token; the values they read are summed.
+        topk: Slots that each head reads (k), from 1 to the pool's keys per half.
+        key_dim: Width of a query, both halves together; even. None: half of d_model, as in Memory+.
+        qk_norm: Normalize queries and keys (RMSNorm with a learned scale).
+        query_dropout: Dropout probability on the query in training, in [0, 1).
+        dropout: Dropout probability on the values read (y) in training, in [0, 1).
+    """
+
+    heads: int = Field(4, gt=0, description="Independent queries per token; the values they read are summed.")
+    topk: int = Field(32, gt=0, description="Slots that each head reads (k); at most the pool's keys per half.")
     key_dim: int | None = Field(
         None,
         gt=0,
-        description="Width of a query, both halves together; even. Left out: half of d_model, as in Memory+.",
+        description="Width of a query, both halves together; even. Default: half of d_model, as in Memory+.",
     )
     qk_norm: bool = Field(
-        False, description="Normalise queries and keys (RMSNorm, learned scale): steadies large pools on small models."
+        False, description="Normalize queries and keys (RMSNorm, learned scale): stabilizes large pools on small models."
     )
-    query_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the query while training.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the values read (y) while training.")
+    query_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the query in training.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the values read (y) in training.")
 
     def query_width(self, d_model: int) -> int:
         """`key_dim`, or its default: half of d_model, rounded down to an even number, at least 2."""
@@ -40,11 +49,11 @@ class ProductKeyOptions(LayerOptions):
 
 
 class ProductKeys(nn.Module):
-    """`(I, s)` of eq. (1) by product keys (§2.1): for every token and head the k best slots and their softmax weights.
+    """`(I, s)` of eq. (1) by product keys (§2.1): for every token and head, the k best slots and their softmax weights.
 
-    Per head, slot i·√N + j has the key [K1_i, K2_j]; its score q·K is the sum of two halves' scores. `keys` is
-    [heads, 2, √N, key_dim / 2]. Scores are not scaled by 1/√key_dim, as in the paper. With qk_norm both halves of query
-    and key pass an RMSNorm; the keys' scale starts at (key_dim/2)^-1/2, so that scores start with unit variance.
+    Per head, slot i·√N + j has the key [K1_i, K2_j]; its score q·K is the sum of the two halves' scores. `keys` is
+    [heads, 2, √N, key_dim / 2]. As in the paper, scores are not scaled by 1/√key_dim. With `qk_norm`, both halves of query
+    and key go through an RMSNorm; the scale of the keys starts at (key_dim/2)^-1/2, so that scores start with unit variance.
     """
 
     def __init__(
@@ -65,10 +74,10 @@ class ProductKeys(nn.Module):
         self.key_norm = nn.RMSNorm(self.half_dim, device=device, dtype=dtype) if options.qk_norm else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Keys U(±key_dim^-1/2) and a Xavier-uniform query, as in the paper.
+        """Keys from U(±key_dim^-1/2), query Xavier-uniform, as in the paper.
 
-        The query's bias starts at zero: the paper does not say, and a random one would have all tokens prefer the same
-        slots before anything is learned.
+        The query bias starts at zero: the paper does not specify it, and with a random bias all tokens would prefer the
+        same slots at the start of training.
         """
         bound = (2 * self.half_dim) ** -0.5
         nn.init.uniform_(self.keys, -bound, bound, generator=generator)
@@ -79,20 +88,20 @@ class ProductKeys(nn.Module):
             nn.init.constant_(self.key_norm.weight, self.half_dim**-0.5)
 
     def forward(self, x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
-        """[T, d_model] -> slots (int64) and weights (at least fp32; 1 in sum per head), both [T, heads·k]."""
+        """[T, d_model] -> slots (int64) and weights (fp32 or wider; their sum per head is 1), both [T, heads·k]."""
         q = F.dropout(self.query(x), self.query_dropout, self.training)
         q = q.view(-1, 2 * self.heads, self.half_dim)  # [T, 2h, n/2]
         keys = self.keys.flatten(0, 1)  # [2h, √N, n/2]
         if self.query_norm is not None and self.key_norm is not None:
             q, keys = self.query_norm(q), self.key_norm(keys)
         scores = torch.bmm(q.transpose(0, 1), keys.transpose(1, 2))  # [2h, T, √N]
-        scores1, scores2 = scores[::2], scores[1::2]  # [h, T, √N] each: heads are the slower dimension
+        scores1, scores2 = scores[::2], scores[1::2]  # [h, T, √N] each: in dim 0 of `scores`, heads are the outer dimension
         s, slots = ops.product_key_topk(scores1, scores2, self.topk, softmax=True, backend=backend)  # [h, T, k]
         return slots.transpose(0, 1).flatten(1), s.transpose(0, 1).flatten(1)
 
 
 class ProductKeyLayer(MemoryLayer):
-    """Base of the kinds that read a pool through product keys: it finds the slots and reads `y = s V_I`, eq. (1)."""
+    """Base class of the kinds that read a pool through product keys: selects the slots and reads `y = s V_I`, eq. (1)."""
 
     def __init__(
         self,
@@ -112,7 +121,7 @@ class ProductKeyLayer(MemoryLayer):
         self.product_keys = ProductKeys(d_model, needed(spec).keys, options, device, dtype)
 
     def read(self, tokens: Tensor) -> Tensor:
-        """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; the rows of all heads are summed by one lookup."""
+        """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; one lookup sums the rows of all heads."""
         pool = self._pool[0]
         slots, s = self.product_keys(tokens, pool.spec.backend)
         y = pool(slots, s).to(tokens.dtype)
@@ -120,14 +129,14 @@ class ProductKeyLayer(MemoryLayer):
 
 
 def needed(pool: PoolSpec | None) -> PoolSpec:
-    """The pool, which these kinds cannot do without. Raises UserError."""
+    """`pool` itself. Raises `UserError` if it is None."""
     if pool is None:
-        raise UserError("this layer reads a pool, and none was given", hint="name one of the recipe's `pools`")
+        raise UserError("this layer reads a pool, and none is set", hint="name one of the recipe's `pools`")
     return pool
 
 
 def check_product_keys(d_model: int, options: ProductKeyOptions, pool: PoolSpec | None) -> None:
-    """Raise `UserError` for a missing pool, an odd key_dim, or a topk the pool cannot serve."""
+    """Raise `UserError` for a missing pool, an odd `key_dim`, or a `topk` above the pool's keys."""
     keys, key_dim = needed(pool).keys, options.query_width(d_model)
     if key_dim % 2:
         raise UserError(f"`key_dim: {key_dim}` is odd: a key has two equal halves", hint=f"key_dim: {key_dim + 1}")
@@ -141,7 +150,7 @@ def check_product_keys(d_model: int, options: ProductKeyOptions, pool: PoolSpec 
 
 
 def product_key_cost(d_model: int, options: ProductKeyOptions, pool: PoolSpec | None, itemsize: int) -> Cost:
-    """Cost of query, half keys and lookup: d·h·n + h·√N·n + h·k·d_v multiply-adds a token, n being key_dim.
+    """Cost of query, half keys and lookup: d·h·n + h·√N·n + h·k·d_v multiply-adds per token, with n = key_dim.
 
     Softmax, top-k and norms are not counted.
     """

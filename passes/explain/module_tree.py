@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.export import ExportedProgram
 
-from memrewrite.outline import ModuleNode
+from memrewrite.module_node import ModuleNode
 from memrewrite.passes.capture.capture import is_traced
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.graphs.provenance import clean, modules_of

@@ -1,4 +1,4 @@
-"""The command line: what it prints and where, exit codes, one clear error for each bad input, nothing left behind."""
+"""The command line: what it prints and where, exit codes, one clear error per bad input, no leftover files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from memrewrite.cli.app import app
-from memrewrite.cli.render import size
+from memrewrite.cli.text_output import size
 from memrewrite.passes import pipeline
 from memrewrite.passes.storage import source as sources
 
@@ -72,7 +72,7 @@ replace:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Runs the command line in a directory that holds model.py and r.yaml."""
+    """Runs the command line in a directory that contains model.py and r.yaml."""
     (tmp_path / "model.py").write_text(MODEL)
     (tmp_path / "r.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
@@ -83,7 +83,7 @@ def listing(directory: Path) -> list[str]:
     return sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
 
 
-# --------------------------------------------------------------------------------------------- quick, and without torch
+# ----------------------------------------------------------------------------------------------- fast, without torch
 
 
 QUICK = [["--help"], ["--version"], ["apply", "--help"], ["recipes"], ["recipes", "show", "pkm"]]
@@ -135,7 +135,7 @@ def test_help_states_the_exit_codes(run: Callable[..., Any]) -> None:
         assert "Exit codes: 0 done; 1" in run(*arguments).stdout
 
 
-def test_usage_errors_are_typers(run: Callable[..., Any]) -> None:
+def test_usage_errors_exit_with_2(run: Callable[..., Any]) -> None:
     assert run("apply", "model.py").exit_code == 2
     assert run("rewrite").exit_code == 2
     assert run("apply", "model.py", "r.yaml", "--emit", "onnx").exit_code == 2
@@ -159,7 +159,7 @@ def test_the_shell_completes_recipe_names() -> None:
     assert complete("memory") == ["memory-plus", "memory-plus-fused", "memory-plus-parallel"]
 
 
-# ----------------------------------------------------------------------------------------------------- what they show
+# ------------------------------------------------------------------------------------------------------------- output
 
 
 def test_inspect(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -178,15 +178,15 @@ def test_inspect(run: Callable[..., Any], tmp_path: Path) -> None:
 
 
 def test_inspect_why(run: Callable[..., Any]) -> None:
-    told = run("inspect", "model.py", "--why", "blocks.1.mlp").stdout
-    assert told.startswith("mlp: `blocks.1.mlp` is an MLP\n")
+    shown = run("inspect", "model.py", "--why", "blocks.1.mlp").stdout
+    assert shown.startswith("mlp: `blocks.1.mlp` is an MLP\n")
     assert all(
-        text in told for text in ("plain, gelu", "24 → 96 → 24", "blocks.1.mlp.up.weight", "as a module", "1 of 3 in blocks")
+        text in shown for text in ("plain, gelu", "24 → 96 → 24", "blocks.1.mlp.up.weight", "as a module", "1 of 3 in blocks")
     )
-    held = run("inspect", "model.py", "--why", "blocks").stdout
-    assert "holds 3 MLPs" in held
-    assert "blocks.0.out and 2 alike" in held
-    assert "model.py:19" in held  # the attention that its input is mixed by
+    container = run("inspect", "model.py", "--why", "blocks").stdout
+    assert "3 MLPs" in container
+    assert "blocks.0.out and 2 similar" in container
+    assert "model.py:19" in container  # the attention, which mixes the tokens of its input
     document = json.loads(run("inspect", "model.py", "--why", "head", "--json").stdout)
     assert document["verdict"] == "no candidate"
     assert document["findings"][0]["line"]
@@ -208,7 +208,7 @@ def test_inspect_why_of_a_refusal(run: Callable[..., Any], tmp_path: Path) -> No
 def test_inspect_draws_a_page(run: Callable[..., Any], tmp_path: Path) -> None:
     done = run("inspect", "model.py", "--html", "out.html", "--recipe", "r.yaml")
     assert done.exit_code == 0, done.stderr
-    assert "drawn in out.html" in done.stdout
+    assert "page written to out.html" in done.stdout
     text = (tmp_path / "out.html").read_text(encoding="utf-8")
     assert all(f'data-site="blocks.{i}.mlp"' in text for i in range(3))
     assert "memory_plus" in text
@@ -224,22 +224,22 @@ def test_inspect_draws_a_page(run: Callable[..., Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
         (["--html", "."], "is a directory"),
-        (["--html", "model.py", "--overwrite"], "is what is read"),
+        (["--html", "model.py", "--overwrite"], "is an input of this command"),
         (["--html", "no/where.html"], "cannot be written"),
-        (["--html", "out.html", "--why", "blocks"], "show different things"),
+        (["--html", "out.html", "--why", "blocks"], "cannot be combined"),
         (["--recipe", "r.yaml"], "--html FILE"),
         (["--html", "out.html", "--recipe", "bad.yaml"], "there is no block 9"),
     ],
 )
-def test_pages_that_cannot_be_drawn(run: Callable[..., Any], tmp_path: Path, arguments: list[str], says: str) -> None:
+def test_refused_page_requests(run: Callable[..., Any], tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "bad.yaml").write_text(RECIPE.replace("[0, 2]", "[0, 9]"))
     before = listing(tmp_path)
     done = run("inspect", "model.py", *arguments)
     assert done.exit_code == 2, done.output
-    assert says in done.stderr
+    assert message in done.stderr
     assert listing(tmp_path) == before
 
 
@@ -257,13 +257,13 @@ def test_plan_and_dry_run_change_nothing(run: Callable[..., Any], tmp_path: Path
     assert listing(tmp_path) == before
 
 
-def test_a_long_path_is_not_cut(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_long_path_is_not_truncated(run: Callable[..., Any], tmp_path: Path) -> None:
     name = "a_stack_of_blocks_" * 8
     (tmp_path / "model.py").write_text(MODEL.replace("blocks", name))
     assert f"{name}.0.mlp" in run("inspect", "model.py").stdout
 
 
-def test_apply_reports_and_says_that_nothing_was_saved(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_apply_without_output_reports_that_nothing_was_saved(run: Callable[..., Any], tmp_path: Path) -> None:
     before = listing(tmp_path)
     done = run("apply", "model.py", "r.yaml")
     assert done.exit_code == 0, done.stderr
@@ -315,7 +315,7 @@ def test_a_hugging_face_directory(run: Callable[..., Any]) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained("llama")
     done = run("apply", "llama", "r.yaml", "-o", "out")
     assert done.exit_code == 0, done.stderr
-    seen = json.loads(run("inspect", "out", "--json").stdout)  # no code of anyone's: no --trust-code
+    seen = json.loads(run("inspect", "out", "--json").stdout)  # no Python code is stored: --trust-code is not needed
     assert [s["path"] for s in seen["sites"]] == ["model.layers.1.mlp"]
 
 
@@ -336,7 +336,7 @@ def test_verify(run: Callable[..., Any]) -> None:
 BAD_RECIPES = [
     ("memory_plus", "memory_pluss", "did you mean 'memory_plus'"),
     ("keys: 8", "keyz: 8", "unknown key 'keyz'"),
-    ("keys: 8", "keys: many", "must be a whole number"),
+    ("keys: 8", "keys: many", "must be an integer"),
     ("pool: shared", "pool: shard", "there is no pool 'shard'"),
     ("topk: 4", "topk: 9", "topk"),
     ("topk: 4", "topk: 4, key_dim: 7", "key_dim"),
@@ -346,20 +346,20 @@ BAD_RECIPES = [
 ]
 
 
-@pytest.mark.parametrize(("good", "bad", "says"), BAD_RECIPES)
-def test_bad_recipes(run: Callable[..., Any], tmp_path: Path, good: str, bad: str, says: str) -> None:
+@pytest.mark.parametrize(("good", "bad", "message"), BAD_RECIPES)
+def test_bad_recipes(run: Callable[..., Any], tmp_path: Path, good: str, bad: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE.replace(good, bad))
     before = listing(tmp_path)
     done = run("apply", "model.py", "r.yaml", "-o", "out", "--json")
     assert done.exit_code == 2, done.output
     error = json.loads(done.stdout)["error"]
     assert error["exit_code"] == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("error: ") == 1
     assert listing(tmp_path) == before
 
 
-def test_two_rules_claiming_one_mlp(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_two_rules_that_select_one_mlp(run: Callable[..., Any], tmp_path: Path) -> None:
     rules = RECIPE.partition("replace:\n")[2]
     (tmp_path / "r.yaml").write_text(RECIPE + rules)
     done = run("plan", "model.py", "r.yaml")
@@ -368,7 +368,7 @@ def test_two_rules_claiming_one_mlp(run: Callable[..., Any], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("model", "says"),
+    ("model", "message"),
     [
         ("import nothing_of_the_kind\n", "cannot be imported"),
         (MODEL.replace("def build", "def construct"), "neither `build` nor `model`"),
@@ -376,18 +376,18 @@ def test_two_rules_claiming_one_mlp(run: Callable[..., Any], tmp_path: Path) -> 
         ("import torch\nmodel = torch.nn.Linear(4, 4)\ninputs = (torch.ones(2, 4),)\n", "no MLP was found"),
     ],
 )
-def test_bad_models(run: Callable[..., Any], tmp_path: Path, model: str, says: str) -> None:
+def test_bad_models(run: Callable[..., Any], tmp_path: Path, model: str, message: str) -> None:
     (tmp_path / "model.py").write_text(model)
     before = listing(tmp_path)
     done = run("apply", "model.py", "r.yaml", "-o", "out")
     assert done.exit_code == 2, done.output
-    assert says in done.stderr
+    assert message in done.stderr
     assert "  try: " in done.stderr
     assert not done.stdout
     assert listing(tmp_path) == before
 
 
-def test_an_output_in_use_is_refused_before_the_model_is_loaded(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_nonempty_output_is_refused_before_the_model_is_loaded(run: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
     for output in ("out", "model.py"):
@@ -411,13 +411,13 @@ def test_overwrite(run: Callable[..., Any], tmp_path: Path) -> None:
 
 def test_a_pool_that_does_not_fit_in_memory(run: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(RECIPE.replace("keys: 8", "keys: 65536"))
-    assert run("plan", "model.py", "r.yaml").exit_code == 0  # the plan says how much
+    assert run("plan", "model.py", "r.yaml").exit_code == 0  # the plan shows the size
     done = run("apply", "model.py", "r.yaml", "-o", "out")
     assert done.exit_code == 2
     assert "--allow-large" in done.stderr
 
 
-# ------------------------------------------------------------------------------------------------- what goes wrong in us
+# ------------------------------------------------------------------------------------------- failed checks and own bugs
 
 
 def test_a_failed_check_shows_the_checks_and_exits_1(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,5 +463,5 @@ def test_verbose_logs_every_replacement(run: Callable[..., Any]) -> None:
     assert "info: memory_plus takes the place of the MLP blocks.0.mlp" in run("-v", "apply", "model.py", "r.yaml").stderr
 
 
-def test_sizes_for_people() -> None:
+def test_sizes_have_units() -> None:
     assert [size(n) for n in (0, 1023, 1536, 3 * 2**30, 2**50)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB", "1,024.0 TiB"]

@@ -1,4 +1,4 @@
-"""`export`, `check` and `build-op` from the shell: exit codes, one JSON document, one clear error for each bad input."""
+"""`export`, `check` and `build-op` on the command line: exit codes, one JSON document, one clear error per bad input."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_model_is_exported_and_checked_and_a_fault_in_the_file_is_found(run: C
     done = run("check", "model.onnx", "model.py", "--route", "standard")
     assert done.exit_code == 1
     assert "failed" in done.stdout
-    assert "does not compute what the model does" in done.stderr
+    assert "does not compute the same as the model" in done.stderr
     done = run("check", "model.onnx", "--json", "--trust-code")
     assert done.exit_code == 1
     document = json.loads(done.stdout)
@@ -78,7 +78,7 @@ def test_a_model_is_exported_and_checked_and_a_fault_in_the_file_is_found(run: C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("export", "model.py", "-o", "model.py"), "is what is read"),
+        (("export", "model.py", "-o", "model.py"), "is an input of this command"),
         (("export", "model.py", "-o", "there.onnx"), "exists"),
         (("export", "model.py", "-o", "nowhere/model.onnx"), "cannot be written"),
         (("export", "model.py", "-o", "model.onnx", "--with-past"), "takes no 'input_ids'"),

@@ -1,4 +1,4 @@
-"""The page of a model: well formed, whole, alone; everything found is on it once; names and reasons may hold anything."""
+"""The HTML page: well formed, complete, self-contained; every finding is on it once; any text may be in names and reasons."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import tiny
 
-from memrewrite.cli.markup import count, said, short, tag
 from memrewrite.cli.page import page
-from memrewrite.outline import ModuleNode
+from memrewrite.cli.page_html import count, short, tag, with_code
+from memrewrite.module_node import ModuleNode
 from memrewrite.passes import pipeline
 from memrewrite.passes.plan.select import select
 from memrewrite.plans import Plan
@@ -28,7 +28,7 @@ HOSTILE = "</style><script>alert('x')</script>&amp;\"'<!--\x00\x1b[2J\ud800`"
 
 
 class Parsed(HTMLParser):
-    """Elements with attributes and texts, and whatever is not well formed."""
+    """Elements with attributes and texts, and a list of everything that is not well formed."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Parsed(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
         if len(dict(attrs)) != len(attrs):
-            self.wrong.append(f"{tag} says an attribute twice")
+            self.wrong.append(f"{tag} has an attribute twice")
         if tag not in VOID:
             self.open.append(tag)
 
@@ -85,7 +85,7 @@ def drawn(located: Inspection, root: ModuleNode, plan: Plan | None = None, name:
     return parsed
 
 
-# --------------------------------------------------------------------------------------------- models without a model
+# ------------------------------------------------------------------------------------------ inspections without a model
 
 
 def site(path: str, tower: str = "", block: int | None = None, blocks: int = 0, **changes: Any) -> Site:
@@ -103,7 +103,7 @@ def part(path: str, *children: ModuleNode, kind: str = "Thing", parameters: int 
 
 
 def deep(depth: int, towers: tuple[str, ...] = ("blocks",)) -> tuple[Inspection, ModuleNode]:
-    """A model of towers of blocks, each with an MLP."""
+    """A model with towers of blocks, each block with an MLP."""
     stacks = []
     for tower in towers:
         blocks = [part(f"{tower}.{i}", part(f"{tower}.{i}.mlp"), kind="Block") for i in range(depth)]
@@ -129,7 +129,7 @@ def test_models(name: str, towers: int) -> None:
 
 
 @pytest.mark.parametrize("placement", ["replace", "parallel"])
-def test_a_plan_is_drawn_at_the_sites_and_at_the_pools(placement: str) -> None:
+def test_a_plan_is_shown_at_the_sites_and_at_the_pools(placement: str) -> None:
     located, root, plan = surveyed("modular", placement)
     assert plan is not None
     parsed = drawn(located, root, plan)
@@ -138,11 +138,11 @@ def test_a_plan_is_drawn_at_the_sites_and_at_the_pools(placement: str) -> None:
     assert len([d for d in parsed.all("d") if d.startswith("M0,")]) == len(plan.substitutions)
     text = "".join(parsed.texts)
     assert "read by 3 layers" in text
-    assert {"replace": "takes its place", "parallel": "stands beside it"}[placement] in text
+    assert {"replace": "replaces the MLP", "parallel": "in parallel with the MLP"}[placement] in text
 
 
-def test_modules_are_drawn_in_the_order_they_ran() -> None:
-    """A class may register its norms last."""
+def test_modules_are_shown_in_the_order_in_which_they_ran() -> None:
+    """Registration order may differ: a class may register its norms last."""
     located, root, _ = surveyed("llama")
     block = next(child for child in root.children[0].children if child.path == "model.layers").children[0]
     names = [child.path.rpartition(".")[2] for child in block.children]
@@ -161,10 +161,10 @@ def test_many_layers_of_one_pool_share_a_line() -> None:
 # ----------------------------------------------------------------------------------------------------------- folding
 
 
-def test_alike_blocks_are_folded() -> None:
+def test_equal_blocks_are_folded() -> None:
     located, root = deep(126)
     parsed = drawn(located, root)
-    assert parsed.all("data-alike") == ["125"]
+    assert parsed.all("data-similar") == ["125"]
     assert "blocks 1–125" in parsed.texts
 
 
@@ -173,7 +173,7 @@ def test_blocks_that_differ_are_not_folded_together() -> None:
     odd = [missing("blocks.4.mlp"), missing("blocks.9.mlp")]
     sites = tuple(s for s in located.sites if s.block not in (4, 9))
     parsed = drawn(located.model_copy(update={"sites": sites, "near_misses": tuple(odd)}), root)
-    assert parsed.all("data-alike") == ["3", "4", "1", "2"]  # 1-3, 5-8, 9 like 4, 10-11; in full: 0 and 4
+    assert parsed.all("data-similar") == ["3", "4", "1", "2"]  # 1-3, 5-8, 9 (equal to 4), 10-11; not folded: 0 and 4
     assert "line used" not in [attrs.get("class") for _, attrs in parsed.elements]
 
 
@@ -181,11 +181,11 @@ def test_blocks_that_alternate_are_folded_into_one() -> None:
     located, root = deep(40)
     every_other = read_recipe(tiny.recipe(where={"every": 2}))
     parsed = drawn(located, root, select(located, every_other))
-    assert parsed.all("data-alike") == ["38"]
+    assert parsed.all("data-similar") == ["38"]
     assert "each like block 0 or 1" in parsed.texts
 
 
-def test_towers_stand_side_by_side() -> None:
+def test_towers_are_shown_in_columns() -> None:
     parsed = drawn(*deep(3, ("one", "two", "three")))
     assert parsed.all("data-tower") == ["one", "two", "three"]
     assert parsed.of_class("columns") == 1
@@ -202,8 +202,8 @@ def test_a_model_that_is_one_mlp_or_nothing() -> None:
     assert "Nothing in this model looks like an MLP." in nothing.texts
 
 
-def test_marks_at_modules_the_tree_lacks_and_several_at_one() -> None:
-    """A traced model may have forgotten its modules; two MLPs may live in one module."""
+def test_marks_at_missing_modules_and_several_marks_at_one_module() -> None:
+    """A traced model may no longer have its modules; two MLPs may be in one module."""
     located, root = deep(2)
     more = (site("blocks.0.mlp#linear_7"), site("gone.far.away"))
     near = (missing("blocks.1.mlp.act"), missing("blocks.1.mlp.act"), missing(""))
@@ -236,8 +236,8 @@ def test_markup() -> None:
     assert (
         tag("p", "<", None, tag("b", "&"), title='"', hidden=True, id=None) == '<p title="&quot;" hidden>&lt;<b>&amp;</b></p>'
     )
-    assert said("a `b` c") == "a <code>b</code> c"
-    assert said("a `b") == "a `b"
+    assert with_code("a `b` c") == "a <code>b</code> c"
+    assert with_code("a `b") == "a `b"
     numbers = (999, 9_999, 12_345, 999_999, 1_234_567, 134_515_008, 70 * 10**9)
     assert [short(n) for n in numbers] == ["999", "9,999", "12.3 k", "1.00 M", "1.23 M", "135 M", "70.0 B"]
     assert (count(1, "block"), count(2, "near miss", "near misses")) == ("1 block", "2 near misses")
@@ -249,7 +249,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def browse(file: Path, profile: Path) -> tuple[str, list[str]]:
-    """The document as a browser holds it, and what it says on its console: errors, and requests its policy forbids."""
+    """The DOM in a browser, and its console messages: errors, and requests that the page's policy forbids."""
     assert CHROMIUM is not None
     quiet = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     command = [CHROMIUM, *quiet, f"--user-data-dir={profile}", "--enable-logging=stderr", "--dump-dom", file.as_uri()]
@@ -265,6 +265,6 @@ def test_in_a_browser(tmp_path: Path) -> None:
     dom, console = browse(tmp_path / "page.html", tmp_path / "profile")
     assert console == []
     assert Counter(Parsed(dom.partition(">")[2]).all("data-site")) == Counter(site.path for site in located.sites)
-    loud = text.replace("</main>", '<img src="http://localhost:9/x.png"></main>')  # so that silence means something
+    loud = text.replace("</main>", '<img src="http://localhost:9/x.png"></main>')  # a violation must be reported
     (tmp_path / "loud.html").write_text(loud, encoding="utf-8")
     assert browse(tmp_path / "loud.html", tmp_path / "profile")[1]

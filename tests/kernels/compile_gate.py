@@ -1,7 +1,7 @@
 """Checks the machine code of the Triton kernels for each architecture, without a GPU: spills, narrow loads, more registers.
 
-Flow: compile every specimen of the kernel modules with the Triton that is importable → read the cubin → compare it with the
-specimen and with tests/kernels/compile_gate.json → print a table; any finding is exit code 1.
+Flow: compile every variant of the kernel modules with the Triton that is importable → read the cubin → compare it with the
+variant and with tests/kernels/compile_gate.json → print a table; any finding is exit code 1.
 `python tests/kernels/compile_gate.py --write` records the register counts of this Triton version. With `--cache DIR` a kernel
 whose source, options and compiler did not change is not compiled again: Triton's cache key is a hash of all of these.
 """
@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 
 MODULES = ("triton_lookup", "triton_segments", "triton_backward", "triton_update", "triton_topk")
 ARCHITECTURES = (80, 90, 100)
@@ -45,27 +45,27 @@ class Code:
         return " ".join(f"{count}x{width}B" for width, count in sorted(self.loads.items(), reverse=True))
 
 
-def specimens() -> Iterator[Specimen]:
-    """Every specimen of the kernel modules that exist."""
+def compile_variants() -> Iterator[CompileVariant]:
+    """Every variant of the kernel modules that exist."""
     for name in MODULES:
         if find_spec(f"memrewrite.kernels.{name}") is not None:
-            yield from import_module(f"memrewrite.kernels.{name}").specimens()
+            yield from import_module(f"memrewrite.kernels.{name}").compile_variants()
 
 
-def compiled(specimen: Specimen, arch: int) -> Code:
+def compiled(variant: CompileVariant, arch: int) -> Code:
     """Compile for one architecture and read the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    names = list(specimen.kernel.arg_names)
-    types = {**dict.fromkeys(specimen.constants, "constexpr"), **specimen.signature}
+    names = list(variant.kernel.arg_names)
+    types = {**dict.fromkeys(variant.constants, "constexpr"), **variant.signature}
     source = triton.compiler.ASTSource(
-        specimen.kernel,
+        variant.kernel,
         {name: types[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in specimen.constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in specimen.aligned},
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages, **specimen.options}
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return read(kernel.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
 
@@ -94,30 +94,30 @@ def width(load: str) -> int:
     return next((sizes[part] for part in load.split(".") if part in sizes), 4)
 
 
-def findings(specimen: Specimen, code: Code, known: int | None) -> Iterator[str]:
+def findings(variant: CompileVariant, code: Code, known: int | None) -> Iterator[str]:
     """Yield every fault of a kernel's code and what to try; `known` is the recorded register count, None if there is none."""
     if code.spills or code.stack:
         yield (
             f"{code.spills} spill instructions, {code.stack} bytes of stack at {code.registers} registers; "
             "try fewer rows or a smaller chunk in its plan, or more warps"
         )
-    if not any(size >= specimen.row_bytes for size in code.loads):
+    if not any(size >= variant.row_bytes for size in code.loads):
         yield (
-            f"no load of {specimen.row_bytes} bytes, only {code.widths or 'none'}; try a divisor of the stride as a constexpr, "
+            f"no load of {variant.row_bytes} bytes, only {code.widths or 'none'}; try a divisor of the stride as a constexpr, "
             "tl.multiple_of, tl.max_contiguous, and check for masks that change within one load"
         )
-    narrow = sum(count for size, count in code.loads.items() if size < specimen.row_bytes)
-    if narrow > specimen.scalar_loads:
+    narrow = sum(count for size, count in code.loads.items() if size < variant.row_bytes)
+    if narrow > variant.scalar_loads:
         yield (
-            f"{narrow} loads below {specimen.row_bytes} bytes ({code.widths}), {specimen.scalar_loads} are allowed; "
-            "make the row's alignment provable to the compiler, or set scalar_loads in the specimen if these loads read no rows"
+            f"{narrow} loads below {variant.row_bytes} bytes ({code.widths}), {variant.scalar_loads} are allowed; "
+            "make the row's alignment provable to the compiler, or set scalar_loads in the variant if these loads read no rows"
         )
     if known is None:
         yield "no register count on record; run `python tests/kernels/compile_gate.py --write` and review the diff"
     elif code.registers > known * GROWTH and code.registers > known + SLACK:
         yield (
-            f"{code.registers} registers, {known} on record: fewer warps fit on a multiprocessor; find the change that caused it, "
-            "or record the new count with `python tests/kernels/compile_gate.py --write`"
+            f"{code.registers} registers, {known} on record: fewer warps fit on a multiprocessor; find the change that caused it,"
+            " or record the new count with `python tests/kernels/compile_gate.py --write`"
         )
 
 
@@ -135,15 +135,15 @@ def run(options: argparse.Namespace, version: str) -> int:
     baseline: dict[str, Any] = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
     known = {} if options.write else baseline.get(version, {})
     rows, wrong, measured = [], 0, {}
-    for specimen in specimens():
-        for arch in (arch for arch in options.arch if arch in specimen.architectures):
-            code = compiled(specimen, arch)
-            record = code.registers if options.write else known.get(specimen.name, {}).get(str(arch))
-            for finding in findings(specimen, code, record):
-                print(f"FAILED {specimen.name} · sm_{arch} · Triton {version}: {finding}", flush=True)
+    for variant in compile_variants():
+        for arch in (arch for arch in options.arch if arch in variant.architectures):
+            code = compiled(variant, arch)
+            record = code.registers if options.write else known.get(variant.name, {}).get(str(arch))
+            for finding in findings(variant, code, record):
+                print(f"FAILED {variant.name} · sm_{arch} · Triton {version}: {finding}", flush=True)
                 wrong += 1
-            rows.append((specimen.name, arch, code, record))
-            measured.setdefault(specimen.name, {})[str(arch)] = code.registers
+            rows.append((variant.name, arch, code, record))
+            measured.setdefault(variant.name, {})[str(arch)] = code.registers
     if options.write:
         BASELINE.write_text(json.dumps({**baseline, version: measured}, indent=1, sort_keys=True) + "\n")
     if options.json is not None:

@@ -16,7 +16,7 @@ from types import ModuleType
 
 import pytest
 
-from memrewrite.kernels.specimens import Specimen
+from memrewrite.kernels.compile_variants import CompileVariant
 
 SCRIPT = Path(__file__).with_name("compile_gate.py")
 OLDEST = Path(sys.prefix) / "triton-3.6.0"  # not in site-packages: the Makefile installs it there
@@ -54,7 +54,7 @@ def judge() -> ModuleType:
 
 
 @pytest.fixture
-def specimen(tmp_path, monkeypatch) -> Specimen:
+def variant(tmp_path, monkeypatch) -> CompileVariant:
     """A small kernel without faults: it loads its rows 16 bytes at a time and does not spill."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -66,7 +66,7 @@ def specimen(tmp_path, monkeypatch) -> Specimen:
     signature = {"table": "*bf16", "out": "*fp32", "stride": "i32"}
     constants = {"BLOCK": 256, "ROWS": 8, "STEP": 1}
     signature.update(dict.fromkeys(constants, "constexpr"))
-    return Specimen("total", module.total, signature, constants, ("table", "out"), 1)
+    return CompileVariant("total", module.total, signature, constants, ("table", "out"), 1)
 
 
 @pytest.mark.parametrize(
@@ -93,28 +93,28 @@ def test_every_kernel_passes(which, architectures, tmp_path):
     assert not any(code["spills"] or code["stack"] for code in codes["kernels"])
 
 
-def test_a_cached_kernel_is_not_compiled_again_and_a_changed_one_is(judge, specimen, tmp_path):
-    first = judge.compiled(specimen, 90)
+def test_a_cached_kernel_is_not_compiled_again_and_a_changed_one_is(judge, variant, tmp_path):
+    first = judge.compiled(variant, 90)
     cubins = set(tmp_path.rglob("*.cubin"))
-    assert judge.compiled(specimen, 90) == first
+    assert judge.compiled(variant, 90) == first
     assert set(tmp_path.rglob("*.cubin")) == cubins
     file = tmp_path / "gate_kernels.py"
     file.write_text(KERNELS.replace("[None, :] * STEP", "[None, :] * STEP * 3"))  # the rows' loads become narrow
     spec = spec_from_file_location("gate_kernels_changed", file)
     changed = module_from_spec(spec)
     spec.loader.exec_module(changed)
-    assert judge.compiled(replace(specimen, kernel=changed.total), 90).loads != first.loads
+    assert judge.compiled(replace(variant, kernel=changed.total), 90).loads != first.loads
     assert len(set(tmp_path.rglob("*.cubin")) - cubins) == 1
 
 
-def test_a_kernel_without_faults_has_no_findings(judge, specimen):
-    code = judge.compiled(specimen, 90)
+def test_a_kernel_without_faults_has_no_findings(judge, variant):
+    code = judge.compiled(variant, 90)
     assert set(code.loads) == {16}
-    assert list(judge.findings(specimen, code, code.registers)) == []
+    assert list(judge.findings(variant, code, code.registers)) == []
 
 
-def test_spills_are_found(judge, specimen):
-    spilling = replace(specimen, constants={"BLOCK": 256, "ROWS": 32, "STEP": 1}, options={"maxnreg": 64})
+def test_spills_are_found(judge, variant):
+    spilling = replace(variant, constants={"BLOCK": 256, "ROWS": 32, "STEP": 1}, options={"maxnreg": 64})
     code = judge.compiled(spilling, 80)
     (finding,) = judge.findings(spilling, code, code.registers)
     assert code.spills > 0
@@ -122,36 +122,36 @@ def test_spills_are_found(judge, specimen):
     assert "try" in finding
 
 
-def test_narrow_loads_are_found(judge, specimen):
-    scalar = replace(specimen, constants={"BLOCK": 256, "ROWS": 8, "STEP": 3})
+def test_narrow_loads_are_found(judge, variant):
+    scalar = replace(variant, constants={"BLOCK": 256, "ROWS": 8, "STEP": 3})
     code = judge.compiled(scalar, 90)
     none_wide, narrow = judge.findings(scalar, code, code.registers)
     assert "no load of 16 bytes" in none_wide
     assert f"{code.loads[2]} loads below 16 bytes" in narrow
-    unaligned = replace(specimen, aligned=("out",))
+    unaligned = replace(variant, aligned=("out",))
     assert len(list(judge.findings(unaligned, judge.compiled(unaligned, 100), 255))) == 2
     assert list(judge.findings(replace(scalar, row_bytes=2), code, code.registers)) == []
 
 
-def test_an_increased_register_count_is_found(judge, specimen):
+def test_an_increased_register_count_is_found(judge, variant):
     code = judge.Code(registers=100, stack=0, spills=0, loads={16: 4, 4: 2})
-    allowed = replace(specimen, scalar_loads=2)
+    allowed = replace(variant, scalar_loads=2)
     assert list(judge.findings(allowed, code, 88)) == []
     assert list(judge.findings(allowed, replace(code, registers=30), 23)) == []
     (grown,) = judge.findings(allowed, code, 86)
     assert "100 registers, 86 on record" in grown
     (unknown,) = judge.findings(allowed, code, None)
     assert "--write" in unknown
-    (narrow,) = judge.findings(replace(specimen, scalar_loads=1), code, 100)
+    (narrow,) = judge.findings(replace(variant, scalar_loads=1), code, 100)
     assert "2 loads below 16 bytes" in narrow
 
 
-def test_a_finding_fails_the_run(judge, specimen, monkeypatch, tmp_path, capsys):
+def test_a_finding_fails_the_run(judge, variant, monkeypatch, tmp_path, capsys):
     """The exit status: without a recorded register count, with a recorded one, and with a lower one."""
     record = tmp_path / "record.json"
     record.write_text(json.dumps({"0.0": {"other": {"90": 1}}}))
     monkeypatch.setattr(judge, "BASELINE", record)
-    monkeypatch.setattr(judge, "specimens", lambda: iter([specimen]))
+    monkeypatch.setattr(judge, "compile_variants", lambda: iter([variant]))
     options = judge.argparse.Namespace(write=False, json=None, arch=[90])
     assert judge.run(options, "1.0") == 1
     assert "FAILED total · sm_90 · Triton 1.0: no register count on record" in capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_a_finding_fails_the_run(judge, specimen, monkeypatch, tmp_path, capsys)
     out = capsys.readouterr().out
     assert "10 on record" in out
     assert out.rstrip().endswith("1 compiled, 1 findings")
-    monkeypatch.setattr(judge, "specimens", lambda: iter(()))
+    monkeypatch.setattr(judge, "compile_variants", lambda: iter(()))
     assert judge.run(options, "1.0") == 1  # a run that compiled nothing fails
 
 

@@ -145,7 +145,7 @@ def test_hot_rows(backend, hot):
 @pytest.mark.parametrize(
     ("n", "t", "k", "d"), [(60, 0, 7, 20), (60, 63, 0, 20), (60, 5, 3, 0), (0, 0, 7, 20), (0, 63, 0, 20), (0, 0, 0, 0)]
 )
-def test_nothing(backend, n, t, k, d):
+def test_empty_inputs(backend, n, t, k, d):
     values, weights = torch.zeros(n, d, device=DEVICE), torch.zeros(t, k, device=DEVICE)
     indices, grad = torch.zeros(t, k, dtype=torch.int64, device=DEVICE), torch.ones(t, d, device=DEVICE)
     out, gv, gw = both(values, indices, weights, grad, backend)

@@ -1,4 +1,4 @@
-"""The operators against their meaning in float64: values, gradients of both orders, shapes, dtypes, errors, tracing."""
+"""The operators compared with their float64 reference: values, first and second gradients, shapes, dtypes, errors, tracing."""
 
 from __future__ import annotations
 
@@ -335,8 +335,8 @@ def test_compiled_ahead_of_time_with_dynamic_tokens(tmp_path):
         torch.testing.assert_close(compiled(*inputs), Both()(*inputs))
 
 
-def test_the_backend_is_told_once_and_why(caplog, monkeypatch):
-    monkeypatch.setattr("memrewrite.kernels.backends._told", set())
+def test_the_backend_and_the_reason_are_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr("memrewrite.kernels.backends._logged", set())
     inputs = lookup_inputs(6, 3, 4, 5)
     with caplog.at_level("INFO", "memrewrite.kernels"):
         for _ in range(3):
@@ -345,7 +345,7 @@ def test_the_backend_is_told_once_and_why(caplog, monkeypatch):
     told = [record.getMessage() for record in caplog.records]
     assert told == [
         "sparse_lookup runs on the backend 'torch' (triton cannot: the tensors are not on a CUDA device)",
-        "sparse_lookup runs on the backend 'torch' (asked for)",
+        "sparse_lookup runs on the backend 'torch' (requested)",
     ]
 
 
@@ -363,7 +363,7 @@ def test_backends_are_refused_by_name():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lookup_keeps_its_bits_across_batch_splits(dtype):
-    """A token's output, and the gradient of its weights, do not depend on who else is in the batch."""
+    """A token's output and the gradient of its weights do not depend on the other tokens of the batch."""
     values, indices, weights = lookup_inputs(1000, 576, 63, 128, dtype)
     grad = torch.randn(63, 576).to(dtype)
     whole = ops.sparse_lookup(values, indices, weights)
@@ -406,8 +406,8 @@ def test_opcheck_of_every_option():
     torch.library.opcheck(OPS.sparse_lookup_rows, (grad, indices, weights.detach(), 60), test_utils=tests)
 
 
-def test_topk_backward_goes_where_its_forward_went(monkeypatch):
-    """The choice looks at the widths of the scores, which the gradient does not have."""
+def test_topk_backward_uses_the_backend_of_its_forward(monkeypatch):
+    """The choice depends on the widths of the scores, which the gradient does not have."""
     asked = []
     monkeypatch.setattr(
         "memrewrite.kernels.triton_backend.supports_topk", lambda a, b, k: asked.append((a.shape[-1], b.shape[-1], k)) or "no"

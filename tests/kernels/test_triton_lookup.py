@@ -102,7 +102,7 @@ def test_forward_does_not_read_the_scale_of_rows_it_does_not_read():
 
 @pytest.fixture(params=[False, True], ids=["decoded", "converted"])
 def converts(request, monkeypatch) -> bool:
-    """Whether 8-bit tables are converted by Triton's own cast: what sm_89 and newer do by an instruction."""
+    """True: 8-bit tables are converted by Triton's cast, which is an instruction on sm_89 and newer."""
     monkeypatch.setattr(kernels("lookup"), "converts_e4m3", lambda device: request.param)
     return request.param
 

@@ -1,4 +1,4 @@
-"""The Triton top-k in Triton's interpreter: against the meaning, the order of ties, NaN, strides; and its backward."""
+"""The Triton top-k in Triton's interpreter: values against the reference, order of ties, NaN, strides; and its backward."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def kernels() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """What the launchers allocate is full of NaN and of the largest keys, not of zeros."""
+    """Memory that the launchers allocate is filled with NaN and the largest keys, not with zeros."""
     empty = torch.empty
 
     def poison(*args, **kwargs):
@@ -44,7 +44,7 @@ def poisoned(monkeypatch):
 
 @pytest.fixture(params=["few", "many"])
 def few(request, kernels, monkeypatch) -> bool:
-    """Both ways of laying rows over threads, whatever the number of rows."""
+    """Both plans (few rows, many rows), for any number of rows."""
     monkeypatch.setattr(kernels, "FEW_ROWS", 10**9 if request.param == "few" else 0)
     return request.param == "few"
 
@@ -54,14 +54,14 @@ def scores_of(rows: int, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def defined(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The order that the kernels promise where no sum is rounded: downward, NaN first, the smaller slot of equal sums."""
+    """The order that the kernels guarantee if no sum is rounded: descending, NaN first, smaller slots first in equal sums."""
     sums = (scores1.float().unsqueeze(-1) + scores2.float().unsqueeze(-2)).flatten(-2)
     best, slots = sums.sort(dim=-1, descending=True, stable=True)
     return best[..., :k], slots[..., :k]
 
 
 def assert_best(scores1: Tensor, scores2: Tensor, got: tuple[Tensor, Tensor], k: int) -> None:
-    """The scores to the bit; and each index names a sum of its own with its score."""
+    """The scores are equal bit for bit; indices are distinct, and each gives a sum with its score."""
     scores, indices = got
     want, _ = reference.product_key_topk(scores1.float(), scores2.float(), k)
     assert scores.dtype == torch.float32
@@ -100,7 +100,7 @@ def test_larger(kernels, few, n, k, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("n", "k", "high"), [(60, 8, 2), (300, 16, 4), (1024, 4, 3), (200, 5, 1)])
 def test_ties_go_to_the_smaller_slot(kernels, few, n, k, high, dtype):
-    """Small whole numbers: hardly a sum is alone, and none is rounded."""
+    """Small integers: nearly every sum occurs several times, and none is rounded."""
     g = torch.Generator().manual_seed(n)
     scores1, scores2 = (torch.randint(-1, high, (2, n), generator=g).to(dtype) for _ in range(2))
     want, slots = defined(scores1, scores2, k)
@@ -125,7 +125,7 @@ def test_nan_is_largest_and_zeros_are_one(kernels, few, dtype):
             assert torch.equal(indices, defined(scores1, scores2, 8)[1])
 
 
-def test_nothing_but_the_least(kernels, few):
+def test_all_scores_are_minus_infinity(kernels, few):
     scores = torch.full((2, 70), -INF, dtype=torch.float16)
     got, indices = kernels.forward(scores, scores, 9)
     assert (got == -INF).all()
@@ -178,7 +178,7 @@ def test_softmax(kernels, few, k):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softmax", [False, True])
 def test_a_batch_may_be_split(kernels, monkeypatch, dtype, softmax):
-    """The same bits twice, for a part of the rows, and for both ways of laying them out."""
+    """The same bits in two runs, for a part of the rows, and with both plans."""
     scores1, scores2 = ((3 * scores_of(3, 150, dtype, seed)).round() for seed in range(2))
     whole = kernels.forward(scores1, scores2, 8, softmax)
     assert all(map(torch.equal, whole, kernels.forward(scores1, scores2, 8, softmax)))
@@ -209,7 +209,7 @@ def test_any_input(kernels, data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "n1", "n2", "k"), [(3, 5, 7, 6), (40, 60, 33, 9), (2, 3, 1000, 40), (1, 1, 1, 1)])
 def test_backward(kernels, rows, n1, n2, k, dtype):
-    """Keys that are met often: few of them for k. The sums are those of a loop over k, to the bit in fp32."""
+    """Few keys for k, so each occurs often. The sums equal those of a loop over k, bit for bit in fp32."""
     g = torch.Generator().manual_seed(rows)
     indices = torch.randint(0, n1 * n2, (2, rows, k), generator=g)
     grad = torch.randn(2, rows, k, generator=g).to(dtype)
@@ -261,9 +261,9 @@ def test_what_is_refused(kernels):
     assert "65536 keys" in kernels.supports(torch.zeros(1, 65537), 4)
 
 
-def test_specimens_are_of_the_plans_that_run(kernels):
-    specimens = list(kernels.specimens())
-    assert len({specimen.name for specimen in specimens}) == len(specimens) == 11
-    for specimen in specimens:
-        names = [name for name, kind in specimen.signature.items() if kind == "constexpr"]
-        assert set(names) == set(specimen.constants), specimen.name
+def test_compile_variants_use_the_plans_of_the_launchers(kernels):
+    compile_variants = list(kernels.compile_variants())
+    assert len({variant.name for variant in compile_variants}) == len(compile_variants) == 11
+    for variant in compile_variants:
+        names = [name for name, kind in variant.signature.items() if kind == "constexpr"]
+        assert set(names) == set(variant.constants), variant.name

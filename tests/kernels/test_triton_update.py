@@ -1,4 +1,4 @@
-"""The fused updates in Triton's interpreter: bit for bit in fp32, unbiased where rows are rounded, nothing else touched."""
+"""The fused updates in Triton's interpreter: bit for bit in fp32, unbiased where rows are rounded, other rows unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def update():
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Scratch memory that no kernel writes is NaN, or a number that no table has."""
+    """Elements of scratch memory that no kernel writes are NaN, or a number that no table has."""
 
     def poison(tensor: Tensor) -> Tensor:
         return tensor.fill_(float("nan") if tensor.is_floating_point() else 77)
@@ -45,12 +45,12 @@ def length(request, update, monkeypatch):
 
 
 def root_of(x: Tensor) -> Tensor:
-    """The correctly rounded square root; torch's own of fp32 on the CPU is off by a bit now and then."""
+    """The correctly rounded square root; torch's fp32 root on the CPU is sometimes off by one bit."""
     return x.double().sqrt().float()
 
 
 class Case:
-    """A table with its state, and lookups whose gradients add up exactly in fp32, in any order."""
+    """A table with its state, and lookups whose gradient sums are exact in fp32, in any order."""
 
     def __init__(self, n=12, d=16, dtype=torch.float32, state=torch.float32, lookups=((5, 7), (3, 2)), seed=0):
         g = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ class Case:
         return total
 
     def expected(self, rule: str, lr: float, eps: float, weight_decay: float, beta1=0.0, beta2=0.0, step=0) -> list[Tensor]:
-        """The formulas, in fp32, one operation at a time."""
+        """The formulas in fp32, one operation after another."""
         read = torch.cat([i.flatten() for i in self.indices]).unique().long()
         g, p, m, v = self.gradient()[read], self.rows()[read], self.average.float()[read], self.square[read]
         power = (g * g).sum(1) / g.shape[1]
@@ -125,7 +125,7 @@ def test_fp32_any_width(update, rule, d, index):
 
 @pytest.mark.parametrize("rule", ["adagrad", "adam"])
 @pytest.mark.parametrize(("dtype", "spacing"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10), (FP8, 2**-3)], ids=str)
-def test_rounded_rows_are_next_to_the_formula(update, length, rule, dtype, spacing):
+def test_rounded_rows_are_neighbors_of_the_formula(update, length, rule, dtype, spacing):
     case = Case(d=40, dtype=dtype, state=torch.bfloat16)
     before = case.values.clone()
     want = case.expected(rule, **(ADAGRAD if rule == "adagrad" else ADAM))
@@ -163,7 +163,7 @@ def test_rounding_is_unbiased(update, dtype):
         assert (found.mean() - right).abs() <= 4.5 * error
 
 
-def test_the_seed_alone_decides(update, monkeypatch):
+def test_the_result_depends_only_on_the_seed(update, monkeypatch):
     def run(seed, **changes):
         case = Case(d=40, dtype=torch.bfloat16, state=torch.bfloat16)
         for name, value in changes.items():
@@ -190,7 +190,7 @@ def test_rows_in_slices(update, length, rule, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_weight_spoils_its_own_row(update, dtype, bad):
+def test_a_nonfinite_weight_affects_only_its_row(update, dtype, bad):
     case = Case(dtype=dtype)
     case.indices[1][1, 1] = 2
     case.weights[1][1, 1] = bad
@@ -201,7 +201,7 @@ def test_a_bad_weight_spoils_its_own_row(update, dtype, bad):
     assert after[others].isfinite().all()
 
 
-def test_every_e4m3_code_comes_back(update):
+def test_every_e4m3_code_round_trips(update):
     codes = torch.arange(256, dtype=torch.uint8).view(1, 256)
     codes[0, 0x7F] = codes[0, 0xFF] = 0  # NaN
     scale, total = torch.ones(1), torch.zeros(1)

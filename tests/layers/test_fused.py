@@ -1,4 +1,4 @@
-"""Fused updates: the rules against their reference, and training with them against training with a dense gradient."""
+"""Fused updates: the rules compared with their reference, and training compared with training with a dense gradient."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def touched_rows(n: int, indices: list[Tensor]) -> Tensor:
 
 
 def dense_gradient(values: Tensor, reads: tuple[list[Tensor], ...]) -> Tensor:
-    """The gradient that the operator's own backward gives, summed over the lookups."""
+    """The gradient from the operator's backward, summed over the lookups."""
     grads, indices, weights = (torch.cat(part) for part in reads)
     return torch.ops.memrewrite.sparse_lookup_backward(grads, values, indices, weights, True, False)[0]
 
@@ -77,7 +77,7 @@ def test_rules_are_their_reference_bit_for_bit_in_fp32(size, lookups):
 
 
 def test_rules_work_in_pieces(monkeypatch):
-    """Rows are updated a few at a time: where the pieces end changes nothing."""
+    """Rows are updated a few at a time: the size of the chunks does not change the result."""
     values, total, reads = torch.randn(60, 20), torch.rand(60), some_reads(60, 20, 63, 7)
     whole, pieces = (values.clone(), total.clone()), (values.clone(), total.clone())
     ops.rowwise_adagrad_(whole[0], None, whole[1], *reads, **NUMBERS, seed=0)
@@ -149,7 +149,7 @@ def test_the_scale_of_a_row_maps_its_largest_entry_to_the_largest_code():
     torch.testing.assert_close(scale, torch.tensor([3.0, 1e-3, 700.0]) / torch.finfo(FP8).max, rtol=1e-6, atol=0)
     stored = rounding.stored(rows / scale[:, None], FP8, torch.Generator().manual_seed(0)).float()
     assert stored.abs().amax(1).tolist() == [448.0] * 3
-    assert rounding.FP8_MAX == torch.finfo(FP8).max
+    assert torch.finfo(FP8).max == rounding.FP8_MAX
 
 
 def test_rules_repeat_bit_for_bit():
@@ -295,8 +295,8 @@ def test_training_is_that_of_a_dense_gradient(rule):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.03), ("float8_e4m3fn", 0.1)])
-def test_small_tables_train_to_the_loss_of_the_dense_way(dtype, tolerance):
-    """The CPU-sized twin of the largest table: fused, in few bits, against a dense gradient in fp32 and the same rule."""
+def test_small_tables_reach_the_loss_of_dense_training(dtype, tolerance):
+    """The largest table at CPU size: fused updates in few bits, compared with a dense fp32 gradient and the same rule."""
     fused, dense = Shared(dtype=dtype), Shared("dense")
     if dtype != "float32":  # the same start, as the narrow table holds it
         start = fused.pool.values.float()
@@ -320,14 +320,14 @@ def test_small_tables_train_to_the_loss_of_the_dense_way(dtype, tolerance):
 
 
 def largest_allocation(run) -> int:
-    """Bytes of the largest tensor that is made on the way."""
+    """Bytes of the largest intermediate tensor."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     return max(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
 
 
 @pytest.mark.parametrize(("gradient", "has_table"), [("fused", False), ("sparse", False), ("dense", True)])
-def test_no_gradient_table_is_ever_made(gradient, has_table):
+def test_no_gradient_table_is_allocated(gradient, has_table):
     """Nothing as large as a tenth of the table is allocated, in forward, backward and step; with "dense" it is."""
     pool = Pool(PoolSpec(keys=200, value_dim=64, gradient=gradient))  # 10 MB
     pool.reset_parameters()
@@ -352,7 +352,7 @@ def test_saved_for_the_backward_are_the_inputs():
     assert set(saved) <= known
 
 
-def test_rate_and_decay_are_the_groups(monkeypatch):
+def test_rate_and_decay_are_read_from_the_parameter_group(monkeypatch):
     seen = []
     rule = RowwiseAdagrad()
     monkeypatch.setattr(RowwiseAdagrad, "step", lambda self, pool, state, reads, step, numbers: seen.append(numbers))
@@ -383,7 +383,7 @@ def test_gradients_add_up_until_the_step():
     torch.testing.assert_close(once.pool.values, twice.pool.values)
 
 
-def test_zero_grad_drops_what_waits():
+def test_zero_grad_empties_the_queue():
     model = Shared()
     optimizer = optimizer_of(model)
     before = model.pool.values.detach().clone()
@@ -394,7 +394,7 @@ def test_zero_grad_drops_what_waits():
     assert model.layers[0].gate.weight.grad is None
 
 
-def test_clipping_sees_the_rest():
+def test_clipping_sees_only_the_other_parameters():
     model = Shared()
     optimizer = optimizer_of(model)
     loss_of(model).backward()
@@ -444,7 +444,7 @@ def test_state_of_another_rule_is_refused():
     adam = Shared(dtype="bfloat16")
     wrong = optimizer_of(adam, rule=RowwiseAdam())
     wrong.load_state_dict(saved)
-    with pytest.raises(UserError, match="not what RowwiseAdam"):
+    with pytest.raises(UserError, match="not the state of RowwiseAdam"):
         train(adam, wrong, range(1))
 
 
@@ -512,22 +512,22 @@ def test_fuse_refuses():
         fuse(torch.optim.SGD(Shared("dense").parameters(), lr=1.0), Shared("dense"))
     with pytest.raises(UserError, match=r"no parameter pool\.values"):
         fuse(torch.optim.SGD(model.layers.parameters(), lr=1.0), model)
-    with pytest.raises(UserError, match="maximises"):
+    with pytest.raises(UserError, match="maximizes"):
         fuse(torch.optim.SGD(model.parameters(), lr=1.0, maximize=True), model)
     double = Shared(dtype="float64")
     with pytest.raises(UserError, match="float64"):
         fuse(torch.optim.SGD(double.parameters(), lr=1.0), double)
     first = torch.optim.SGD(model.parameters(), lr=1.0)
     fuse(first, model)
-    with pytest.raises(UserError, match="an optimizer \\(SGD\\) updates pool already"):
+    with pytest.raises(UserError, match="an optimizer \\(SGD\\) already updates pool"):
         fuse(torch.optim.SGD(model.parameters(), lr=1.0), model)
 
 
-def test_an_optimizer_that_is_gone_takes_nothing():
+def test_a_deleted_optimizer_releases_the_pool():
     model = Shared()
     optimizer = optimizer_of(model)
     del optimizer
-    with pytest.raises(RuntimeError, match="no optimizer takes it"):
+    with pytest.raises(RuntimeError, match="no optimizer uses it"):
         loss_of(model).backward()
     train(model, optimizer_of(model), range(1))
 
@@ -548,7 +548,7 @@ def test_wrapped_optimizers():
 
 
 @pytest.mark.parametrize("ask", ["an input", "a weight", "backward to inputs"])
-def test_gradients_of_something_else_teach_the_table_nothing(ask):
+def test_gradients_of_other_inputs_do_not_update_the_table(ask):
     model = Shared()
     owner = optimizer_of(model)
     x, target = batch()
@@ -579,12 +579,12 @@ def test_a_table_that_was_replaced_is_refused():
     optimizer = optimizer_of(model)
     model.pool.values = nn.Parameter(model.pool.values.detach().clone())
     loss_of(model).backward()
-    with pytest.raises(UserError, match=r"pool\.values is another parameter"):
+    with pytest.raises(UserError, match=r"pool\.values was replaced by another parameter"):
         optimizer.step()
     assert model.pool.pending.waiting
 
 
-def test_a_step_that_fails_keeps_what_it_did_not_do(monkeypatch):
+def test_a_failed_step_keeps_the_gradients_of_pools_not_updated(monkeypatch):
     model = Shared()
     optimizer = optimizer_of(model)
     train(model, optimizer, range(1))
@@ -626,7 +626,7 @@ def test_optimizers_that_prepare_a_state_in_their_constructor():
     assert set(optimizer.state[model.pool.values]) == {"step", "total"}
 
 
-def test_states_are_found_by_place_not_by_number():
+def test_states_are_matched_by_position_not_by_saved_number():
     model, other = Shared(dtype="bfloat16"), Shared(dtype="bfloat16")
     optimizer = optimizer_of(model)
     train(model, optimizer, range(2))
@@ -644,7 +644,7 @@ def test_states_are_found_by_place_not_by_number():
     assert torch.equal(total, optimizer.state[model.pool.values]["total"])
 
 
-def test_copies_have_queues_of_their_own():
+def test_copies_have_their_own_queues():
     model = Shared()
     optimizer_of(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -654,7 +654,7 @@ def test_copies_have_queues_of_their_own():
         assert not torch.equal(other.pool.values, model.pool.values)
 
 
-def test_an_exported_model_knows_nothing_of_the_queue(tmp_path):
+def test_an_exported_model_does_not_contain_the_queue(tmp_path):
     model = Shared(dtype="float8_e4m3fn")
     x, _ = batch()
     t = torch.export.Dim("t", min=2, max=256)
@@ -670,7 +670,7 @@ def test_an_exported_model_knows_nothing_of_the_queue(tmp_path):
 
 
 def test_table_of_8_bits_needs_fused_updates():
-    with pytest.raises(ValueError, match="learns by fused updates alone"):
+    with pytest.raises(ValueError, match="can be trained only by fused updates"):
         PoolSpec(keys=4, value_dim=4, dtype="float8_e4m3fn")
     values = torch.zeros(4, 4).to(FP8).requires_grad_()
     with pytest.raises(ValueError, match='use gradient="fused"'):
@@ -756,7 +756,7 @@ def test_lookup_of_8_bits_and_its_weights_gradient():
         assert_norm_close(gw, want_gw, terms=20)
 
 
-def test_pool_of_8_bits_starts_as_the_paper_says():
+def test_pool_of_8_bits_has_the_papers_initialization():
     pool = Pool(PoolSpec(keys=40, value_dim=64, dtype="float8_e4m3fn", gradient="fused"))
     pool.reset_parameters()
     rows = pool.values.detach().float() * pool.scale[:, None]
@@ -776,7 +776,7 @@ def test_pool_of_8_bits_starts_as_the_paper_says():
     [{"gradient": "sparse"}, {"gradient": "fused"}, {"gradient": "fused", "dtype": "float8_e4m3fn"}],
     ids=lambda wish: "-".join(wish.values()),
 )
-def test_rewritten_model_is_proved_trained_saved_and_loaded(wish, placement, tmp_path):
+def test_rewritten_model_is_checked_trained_saved_and_loaded(wish, placement, tmp_path):
     model, inputs = llama(), {"input_ids": tokens(), "use_cache": False}
     rule = {"where": {"layers": [0, 2]}, "with": "memory_plus", "pool": "shared", "placement": placement}
     recipe = {
@@ -830,7 +830,7 @@ def test_the_trainer_trains_saves_and_resumes(tmp_path):
     assert torch.equal(resumed.model.memory.shared.values, table)
 
 
-def test_gradient_check_notices_a_table_cut_off(monkeypatch):
+def test_gradient_check_detects_a_detached_table(monkeypatch):
     monkeypatch.setattr("memrewrite.kernels.pending.Pending.keep", lambda *_: None)
     model, inputs = llama(), {"input_ids": tokens(), "use_cache": False}
     recipe = {
@@ -848,6 +848,6 @@ def test_recipe_refuses_8_bits_without_fused_updates():
         "pools": {"shared": {"keys": 16, "dtype": "float8_e4m3fn"}},
         "replace": [{"where": {"all": True}, "with": "pkm", "pool": "shared"}],
     }
-    with pytest.raises(memrewrite.MemrewriteError, match="learns by fused updates alone") as refused:
+    with pytest.raises(memrewrite.MemrewriteError, match="can be trained only by fused updates") as refused:
         memrewrite.plan(llama(), recipe, {"input_ids": tokens()})
     assert "gradient: fused" in str(refused.value)

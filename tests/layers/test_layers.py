@@ -1,4 +1,4 @@
-"""The layer kinds against the paper's equations in float64, one contract for all of them, and pools."""
+"""The layer kinds compared with the paper's equations in float64, one contract for all kinds, and pools."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_non_contiguous(kind):
 
 
 @every_kind
-def test_each_token_by_itself(kind):
+def test_tokens_are_independent(kind):
     layer = build(kind).blocks[0]
     x = torch.randn(9, D)
     other = x.clone()
@@ -163,7 +163,7 @@ def test_each_token_by_itself(kind):
 
 
 @every_kind
-def test_zero_output_adds_exactly_nothing_and_learns(kind):
+def test_zero_output_is_exactly_zero_and_can_be_trained(kind):
     model = build(kind, zero_output=True)
     x = torch.randn(7, D)
     assert torch.equal(model(x), x)
@@ -384,14 +384,14 @@ def test_check_refuses(kind):
     for options, pool, words in (
         ({"key_dim": 7}, spec, "`key_dim: 7` is odd"),
         ({"topk": KEYS + 1}, spec, f"`topk: {KEYS + 1}` is more than the pool's {KEYS} keys"),
-        ({}, None, "none was given"),
+        ({}, None, "none is set"),
     ):
         with pytest.raises(UserError, match=words) as caught:
             kind.check(D, D, kind.Options(**{"topk": 4, **options}), pool)
         assert caught.value.hint
     with pytest.raises(UserError, match="at least one slot"):
         kind.check(D, D, kind.Options.model_construct(topk=0), spec)
-    with pytest.raises(UserError, match="none was given"):
+    with pytest.raises(UserError, match="none is set"):
         kind(D, D, kind.Options())
 
 
@@ -408,7 +408,7 @@ def test_options_are_frozen_described_and_bounded(kind):
 
 
 def test_options_of_another_kind():
-    with pytest.raises(TypeError, match="MemoryPlusOptions are needed, not PkmOptions"):
+    with pytest.raises(TypeError, match="options must be MemoryPlusOptions, not PkmOptions"):
         MemoryPlus.check(D, D, Pkm.Options(), PoolSpec(keys=KEYS, value_dim=D))
 
 

@@ -1,4 +1,4 @@
-"""Values learn at a rate of their own, and every parameter learns exactly once."""
+"""Values have their own learning rate, and every parameter is in exactly one group."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ids(groups: list[dict[str, Any]]) -> list[int]:
 
 @pytest.mark.parametrize("placement", ["replace", "parallel"])
 @pytest.mark.parametrize("name", ["modular", "shared", "gpt2"])
-def test_the_groups_hold_every_parameter_exactly_once(name: str, placement: str) -> None:
+def test_the_groups_contain_every_parameter_exactly_once(name: str, placement: str) -> None:
     model, _ = tiny.rewritten(name, placement)
     found = ids(memrewrite.param_groups(model, 1e-3))
     assert len(found) == len(set(found))
@@ -34,14 +34,14 @@ def test_values_learn_ten_times_as_fast_and_do_not_decay() -> None:
     assert (rest["weight_decay"], values["weight_decay"]) == (0.1, 0.0)
 
 
-def test_rates_and_decays_can_be_given() -> None:
+def test_rates_and_decays_can_be_set() -> None:
     model, _ = tiny.rewritten("modular")
     rest, values = memrewrite.param_groups(model, 1e-3, 0.0, weight_decay=0.2, value_decay=0.3)
     assert values["lr"] == 0.0
     assert (rest["weight_decay"], values["weight_decay"]) == (0.2, 0.3)
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_omitted() -> None:
     model, _ = tiny.rewritten("modular", "parallel")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("memory" in name)
@@ -103,7 +103,7 @@ def test_the_memory_alone_learns(placement: str) -> None:
     assert changed == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_a_layer_that_starts_at_zero_opens_up_and_then_its_values_learn() -> None:
+def test_a_layer_that_starts_at_zero_leaves_zero_and_then_its_values_learn() -> None:
     model, inputs = tiny.rewritten("modular", "parallel")
     values = model.memory.shared.values
     start = values.clone()

@@ -1,4 +1,4 @@
-"""The GPU benchmark, rehearsed on the CPU: all of it runs, wrong kernels end it, rivals are right; and the CPU's benchmark."""
+"""The GPU benchmark, rehearsed on the CPU: it runs completely, wrong kernels end it, baselines are right; CPU benchmarks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ interpreted = [
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The benchmark's modules by name, without their folder staying on the path."""
+    """Imports modules of the benchmark by name; `sys.path` is restored afterwards."""
     monkeypatch.syspath_prepend(str(FOLDER.parent))
     monkeypatch.syspath_prepend(str(FOLDER))
 
@@ -51,7 +51,7 @@ def command(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
 # ----------------------------------------------------------------------------------------------------------- the command
 
 
-def test_without_a_gpu_it_says_so_and_what_to_try(tmp_path: Path) -> None:
+def test_without_a_gpu_the_error_states_what_to_try(tmp_path: Path) -> None:
     done = command("--json", str(tmp_path / "gpu.json"), CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert "no CUDA GPU" in done.stderr
@@ -86,7 +86,7 @@ def test_rehearsal_runs_every_section_and_keeps_no_times(tmp_path: Path, kernels
         assert "triton, fp32 sums" in {name for row in rows for name, how in row["rivals"].items() if how == "rehearsed"}
 
 
-def test_all_is_done_in_seven_and_a_half_minutes(bench: Any) -> None:
+def test_all_sections_together_take_at_most_450_seconds(bench: Any) -> None:
     assert [section.name for section in bench("run").sections()] == SECTIONS
     assert sum(section.seconds for section in bench("run").sections()) <= 450
 
@@ -107,7 +107,7 @@ def off(function: Any, by: float = 0.01) -> Any:
 
 
 def unwritten(function: Any) -> Any:
-    """`function` that leaves its last row as it found it in memory."""
+    """`function` that does not write its last row."""
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
         out = function(*args, **kwargs)
@@ -119,7 +119,7 @@ def unwritten(function: Any) -> Any:
 
 
 def biased(function: Any) -> Any:
-    """An update that rounds to nearest, where a small step is lost."""
+    """An update that rounds to nearest, so that small steps are lost."""
 
     def wrong(values: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         wide = values.float()
@@ -130,7 +130,7 @@ def biased(function: Any) -> Any:
 
 
 def unsteady(function: Any) -> Any:
-    """`function` whose bits differ from call to call, within its tolerance."""
+    """`function` whose bits differ between calls, within the tolerance."""
     calls = iter(range(10**6))
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
@@ -141,7 +141,7 @@ def unsteady(function: Any) -> Any:
 
 
 def greedy(function: Any) -> Any:
-    """An update that changes the rows that were not read, too."""
+    """An update that also changes rows that were not read."""
 
     def wrong(values: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         before = values.clone()
@@ -169,7 +169,7 @@ def test_a_wrong_kernel_ends_the_run(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, name: str, fault: Any, said: str
 ) -> None:
     gpu = bench("run")
-    monkeypatch.setattr(gpu, "interpreted", lambda: False)  # plain torch's kernels are quicker to be wrong with
+    monkeypatch.setattr(gpu, "interpreted", lambda: False)  # the torch backend is faster here
     monkeypatch.setattr(torch_backend, name, fault(getattr(torch_backend, name)))
     few = tuple(section for section in gpu.sections() if section.name in ("correctness", "forward"))
     monkeypatch.setattr(gpu, "sections", lambda: few)
@@ -183,7 +183,7 @@ def test_a_wrong_kernel_ends_the_run(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_case_that_fails_hides_no_other(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_after_a_failed_case_the_others_still_run(bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     gpu, harness = bench("run"), bench("harness")
 
     def broken(_: Any) -> Any:
@@ -199,7 +199,7 @@ def test_a_case_that_fails_hides_no_other(bench: Any, monkeypatch: pytest.Monkey
     assert "RuntimeError: the reason" in capsys.readouterr().err
 
 
-def test_what_there_is_no_time_for_is_listed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_without_time_left_are_listed(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, harness = bench("run"), bench("harness")
 
     def slow(_: Any) -> Any:
@@ -235,7 +235,7 @@ def test_floor_ratios_and_targets(bench: Any) -> None:
         assert cell in table
 
 
-def test_ours_must_run_and_a_rival_may_fail(bench: Any) -> None:
+def test_ours_must_run_and_a_baseline_may_fail(bench: Any) -> None:
     harness = bench("harness")
     b = harness.Bench(rehearse=True, triton=False)
 
@@ -249,7 +249,7 @@ def test_ours_must_run_and_a_rival_may_fail(bench: Any) -> None:
         b.race({"ours": fail})
 
 
-def test_inputs_are_what_they_say(bench: Any) -> None:
+def test_inputs_match_their_description(bench: Any) -> None:
     data, cpu = bench("data"), torch.device("cpu")
     zipf = data.slots_read("zipf", 100, 20, 1000, cpu)
     assert 0 <= int(zipf.min()) <= int(zipf.max()) < 1000
@@ -270,15 +270,13 @@ def test_inputs_are_what_they_say(bench: Any) -> None:
 
 def test_a_checkout_that_is_not_installed_is_found(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    bench("source").ensure()
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import memrewrite, memrewrite.kernels.specimens as s; print(s.__file__)"
-    )
+    bench("import_checkout").ensure()
+    code = "import sys; sys.path[:0] = sys.argv[1:]; from memrewrite.kernels import compile_variants as m; print(m.__file__)"
     done = subprocess.run([sys.executable, "-S", "-c", code, sys.path[0]], capture_output=True, text=True, check=True)
     assert done.stdout.startswith(sys.path[0])
 
 
-# -------------------------------------------------------------------------------------------------------------- rivals
+# ----------------------------------------------------------------------------------------------------------- baselines
 
 
 def lookup_inputs(dtype: torch.dtype = torch.float32, dim: int = 20) -> tuple[torch.Tensor, ...]:
@@ -289,41 +287,41 @@ def lookup_inputs(dtype: torch.dtype = torch.float32, dim: int = 20) -> tuple[to
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rival", [pytest.param("triton", marks=interpreted), "bag", "torch", "gradients of torch"])
-def test_rivals_are_right(monkeypatch: pytest.MonkeyPatch, rival: str, dtype: torch.dtype) -> None:
+def test_baselines_are_right(monkeypatch: pytest.MonkeyPatch, rival: str, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(FOLDER))
-    rivals = importlib.import_module("rivals")
+    baselines = importlib.import_module("baselines")
     values, weights, grad, indices = lookup_inputs(dtype)
     exact = values.double().requires_grad_(), weights.double().requires_grad_()
     want = reference.sparse_lookup(exact[0], indices, exact[1])
     want_gv, want_gw = torch.autograd.grad(want, exact, grad.double())
     most = most_reads(indices)  # these kernels may add up a row's gradient in its own dtype: one rounding per read
     name = rival.split()[-1]
-    forward = getattr(rivals, f"{name}_forward")
+    forward = getattr(baselines, f"{name}_forward")
     assert_norm_close(forward(values, indices, weights), want, terms=6)
     if rival == "triton":
         for sums in (None, torch.float32)[dtype != torch.float32 :]:  # the interpreter adds no bf16 atomically
-            gv, gw = rivals.triton_backward(grad, values, indices, weights, sums)
+            gv, gw = baselines.triton_backward(grad, values, indices, weights, sums)
             assert_norm_close(gv, want_gv, most, roundings=most + 1)
             assert_norm_close(gw, want_gw, terms=20)
     else:
-        gv, gw = rivals.gradients(forward, grad, values, indices, weights)()
+        gv, gw = baselines.gradients(forward, grad, values, indices, weights)()
         assert_norm_close(gv, want_gv, most, roundings=most + 1)
         assert_norm_close(gw, want_gw, terms=20)
 
 
-def test_the_rival_of_the_topk_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_baseline_of_the_topk_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.syspath_prepend(str(FOLDER))
-    rivals = importlib.import_module("rivals")
+    baselines = importlib.import_module("baselines")
     one, two = torch.randn(7, 20), torch.randn(7, 30)
-    scores, slots = rivals.torch_topk(one, two, 5)
+    scores, slots = baselines.torch_topk(one, two, 5)
     want, wanted = reference.product_key_topk(one, two, 5)
     assert torch.equal(scores, want)
     assert torch.equal(slots, wanted)
 
 
-# ------------------------------------------------------------------------------------------------------------- the CPU's
+# ----------------------------------------------------------------------------------------------------- CPU benchmarks
 
 
 def test_the_cpu_benchmark(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
@@ -340,7 +338,7 @@ def test_the_cpu_benchmark(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "ours / best" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------------- ONNX Runtime's
+# --------------------------------------------------------------------------------------------- ONNX Runtime benchmarks
 
 
 def onnx_cpu(library: Path, folder: Path, *more: str) -> list[str]:
@@ -379,7 +377,7 @@ def test_the_onnx_cpu_benchmark(
     assert "given inputs; ProductKeyTopk: native" in capsys.readouterr().out
 
 
-def test_inputs_of_a_model_that_cannot_be_drawn_are_asked_for(
+def test_model_inputs_that_cannot_be_sampled_must_be_given(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any, library: Path
 ) -> None:
     half = {name: torch.randn(3, 9) for name in ("scores1", "scores2")}
@@ -390,11 +388,11 @@ def test_inputs_of_a_model_that_cannot_be_drawn_are_asked_for(
     assert "--inputs FILE.npz" in capfd.readouterr().err
     dependent = SimpleNamespace(name="mask", shape=["batch", "past + sequence"], type="tensor(int64)")
     with pytest.raises(MemrewriteError, match="its axes depend on each other"):
-        bench("onnx_contests").drawn(dependent, 4)
+        bench("onnx_comparisons").sampled(dependent, 4)
 
 
 def wrongly(bound: Any, fault: Any) -> Any:
-    """`bound` whose calls give outputs with a fault."""
+    """`bound` whose calls return wrong outputs."""
 
     def wrong(*args: Any) -> Any:
         call = bound(*args)
@@ -408,9 +406,9 @@ def test_a_wrong_operator_is_not_timed(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, library: Path, fault: Any
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    contests, files = bench("onnx_contests"), bench("onnx_operators")
+    comparisons, files = bench("onnx_comparisons"), bench("onnx_operators")
     wrong = wrongly(files.bound, fault)
-    monkeypatch.setattr(contests, "bound", wrong)
+    monkeypatch.setattr(comparisons, "bound", wrong)
     assert bench("onnx_cpu").main(onnx_cpu(library, tmp_path)) == 1
     assert "SparseLookup by native: relative error" in capsys.readouterr().err
     monkeypatch.setattr(files, "bound", wrong)
@@ -445,7 +443,7 @@ def test_the_onnx_gpu_benchmark_counts_the_native_calls(
 @pytest.mark.parametrize(
     ("there", "said"), [(False, "no CUDA GPU"), (True, "has no CUDAExecutionProvider")], ids=["device", "provider"]
 )
-def test_without_cuda_the_onnx_gpu_benchmark_says_so(
+def test_without_cuda_the_onnx_gpu_benchmark_reports_it(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, there: bool, said: str
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
@@ -460,7 +458,7 @@ def test_without_cuda_the_onnx_gpu_benchmark_says_so(
 
 
 @pytest.mark.parametrize("name", ["onnx_cpu", "onnx_cuda"])
-def test_an_onnx_benchmark_without_its_library_says_so(
+def test_an_onnx_benchmark_without_its_library_reports_it(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, name: str
 ) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")

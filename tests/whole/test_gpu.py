@@ -1,4 +1,4 @@
-"""What needs a CUDA device: the memory operators in ONNX Runtime, checked there in every type by the benchmark's command."""
+"""Tests that need a CUDA device: the memory operators in ONNX Runtime with every dtype, by the benchmark's command."""
 
 from __future__ import annotations
 

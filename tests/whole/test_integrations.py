@@ -1,4 +1,4 @@
-"""A rewritten model goes on doing what models do: generate, save, copy, compile, export, train, be checkpointed."""
+"""A rewritten model still supports what models do: generate, save, copy, compile, export, train, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BOTH_KINDS = ["modular", "loose"]  # an MLP that is one module, and one that spa
 
 
 def rewritten(name: str, placement: str = "replace") -> tuple[Any, dict[str, Any]]:
-    """A rewritten model whose layers all say something."""
+    """A rewritten model whose layers all have nonzero output."""
     model, inputs = tiny.rewritten(name, placement)
     tiny.open_up(model)
     return model, inputs
@@ -85,10 +85,10 @@ def test_a_copy_is_independent_and_still_shares_its_table(name: str, placement: 
     assert not torch.equal(tiny.values_of(copied, inputs), before)
 
 
-def test_a_forward_that_failed_leaves_a_model_that_copies() -> None:
+def test_after_a_failed_forward_a_model_can_be_copied() -> None:
     model, inputs = rewritten("loose", "parallel")
     before = tiny.values_of(model, inputs)
-    handle = model.blocks[1].up.register_forward_hook(lambda *_: 1 / 0)  # after the input was handed on
+    handle = model.blocks[1].up.register_forward_hook(lambda *_: 1 / 0)  # after the input was passed on
     with pytest.raises(ZeroDivisionError):
         model(**inputs)
     handle.remove()
@@ -150,7 +150,7 @@ def test_exports_with_one_table(name: str, placement: str, strict: bool) -> None
     program = torch.export.export(model, (), inputs, strict=strict)
     assert torch.equal(tiny.values_of(program.module(), inputs), tiny.values_of(model, inputs))
     assert [key for key in program.state_dict if key.endswith("values")] == ["memory.shared.values"]
-    copy.deepcopy(model)  # tracing left nothing behind that cannot be copied
+    copy.deepcopy(model)  # tracing must not leave objects that cannot be copied
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -196,7 +196,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str, placement: s
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_after_gradient_checkpointing_a_model_still_copies(name: str) -> None:
+def test_after_gradient_checkpointing_a_model_can_be_copied(name: str) -> None:
     model, inputs = rewritten(name, "parallel")
     model.train().gradient_checkpointing_enable({"use_reentrant": False})
     gradients(model, inputs)
@@ -225,7 +225,7 @@ def test_functional_call(name: str) -> None:
     assert all(torch.equal(value.grad, expected[key]) for key, value in other.items())
 
 
-def test_state_and_optimizer_travel_as_weights_only() -> None:
+def test_state_and_optimizer_load_with_weights_only() -> None:
     model, inputs = rewritten("modular")
     optimizer = torch.optim.AdamW(memrewrite.param_groups(model, 1e-3))
     gradients(model, inputs)
@@ -273,7 +273,7 @@ def test_peft(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", BOTH_KINDS)
-def test_two_models_of_one_plan_keep_to_themselves(name: str) -> None:
+def test_two_models_of_one_plan_are_independent(name: str) -> None:
     (one, inputs), (other, _) = rewritten(name, "parallel"), rewritten(name, "parallel")
     expected = tiny.values_of(one, inputs)
     other(ids=tiny.tokens(1, 3))

@@ -51,5 +51,5 @@ def test_links_work_outside_of_the_repository() -> None:
     assert not [file for file in files if not (ROOT / file.partition("/main/")[2]).exists()]
 
 
-def test_it_fits_a_screen_or_so() -> None:
+def test_it_is_short() -> None:
     assert len(README.splitlines()) <= 90

@@ -14,8 +14,8 @@ from memrewrite.passes.plan import memory_budget
 from memrewrite.passes.plan.select import narrowed, select
 from memrewrite.passes.plan.selectors import centred
 from memrewrite.plans import Plan
+from memrewrite.recipes.gallery_index import gallery
 from memrewrite.recipes.schema import Recipe
-from memrewrite.recipes.shelf import gallery
 from memrewrite.site import Binding, Inspection, NearMiss, Site
 
 SMALL = {"heads": 2, "topk": 4}

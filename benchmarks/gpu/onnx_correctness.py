@@ -1,6 +1,6 @@
 """Correctness of the memory operators' kernels in ONNX Runtime on the device, before anything is timed.
 
-Each case draws inputs, has its outputs written over NaN, and compares with the formula in float64.
+Each case samples inputs, fills the outputs with NaN before the call, and compares with the formula in float64.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import partial
 
 import data as data
 import torch
-from correct_update import close, same
+from correctness_update import close, same
 from harness import Bench, Case, Result, Stop
 from onnx_operators import Operators
 from torch import Tensor
@@ -20,7 +20,7 @@ from memrewrite.kernels import reference
 Size = tuple[int, int, int, int]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-LOOKUPS = [  # N, D, T, K; each also with rows that do not begin at multiples of 16 bytes
+LOOKUPS = [  # N, D, T, K; each also with rows whose addresses are not multiples of 16 bytes
     (1, 1, 1, 1), (63, 20, 60, 7), (1000, 63, 1, 128), (97, 1000, 63, 300), (4096, 1024, 1000, 128), (4096, 2048, 5, 33)
 ]  # fmt: skip
 TOPKS = [  # rows, n1, n2, k
@@ -29,7 +29,7 @@ TOPKS = [  # rows, n1, n2, k
 
 
 def checks(bench: Bench, operators: Operators) -> Iterator[Case]:
-    """Both operators in all their types and sizes."""
+    """Both operators with all dtypes and sizes."""
     for dtype in DTYPES:
         kind = str(dtype).removeprefix("torch.")
         for size in LOOKUPS[:3] if bench.rehearse else LOOKUPS:
@@ -55,7 +55,7 @@ def _check(name: str, check: Callable[[Bench], float]) -> Case:
 def lookup_inputs(
     bench: Bench, size: Size, dtype: torch.dtype, index: torch.dtype = torch.int64, apart: int = 0
 ) -> dict[str, Tensor]:
-    """Inputs of SparseLookup; the table begins `apart` elements after a multiple of 16 bytes."""
+    """Inputs of SparseLookup; the table starts `apart` elements after a multiple of 16 bytes."""
     slots, dim, tokens, reads = size
     values = data.table(1, slots * dim + apart, dtype, bench.device)[0, apart:].view(slots, dim)
     indices = data.slots_read("uniform", tokens, reads, slots, bench.device, index)
@@ -63,7 +63,7 @@ def lookup_inputs(
 
 
 def lookup(operators: Operators, bench: Bench, size: Size, dtype: torch.dtype, index: torch.dtype, apart: int) -> float:
-    """Against the formula in float64; the same bits twice."""
+    """Compared with the formula in float64; the same bits in two runs."""
     inputs = lookup_inputs(bench, size, dtype, index, apart)
     wide = inputs["values"].double(), inputs["indices"], inputs["weights"].double()
     (found,) = operators.call("native", "SparseLookup", inputs)()
@@ -73,7 +73,7 @@ def lookup(operators: Operators, bench: Bench, size: Size, dtype: torch.dtype, i
 
 
 def no_row(operators: Operators, bench: Bench) -> float:
-    """A token that reads outside the table gets NaN, the others what they read."""
+    """A token that reads outside the table gets NaN; the results of other tokens are right."""
     inputs = lookup_inputs(bench, (63, 20, 9, 7), torch.float32)
     want = reference.sparse_lookup(*(x.double() if x.is_floating_point() else x for x in inputs.values()))
     inputs["indices"][2, 3], inputs["indices"][5, 0] = 63, -1
@@ -86,7 +86,7 @@ def no_row(operators: Operators, bench: Bench) -> float:
 
 
 def topk(operators: Operators, bench: Bench, size: Size, dtype: torch.dtype, soft: int) -> float:
-    """The scores are bit for bit the best sums, each slot names its sum, no slot comes twice; softmax; the same bits twice."""
+    """Scores are bit for bit the largest sums, each slot gives its sum, no slot occurs twice; same bits in two runs."""
     rows, n1, n2, k = size
     one, two = (data.normal(rows, n, dtype=dtype, device=bench.device, seed=n + at) for at, n in enumerate((n1, n2)))
     inputs = {"scores1": one, "scores2": two}

@@ -1,6 +1,6 @@
-"""The recipes that come with the package: their names, their text, and what each says of itself.
+"""The recipes that come with the package: names, texts and descriptions.
 
-The files of `gallery/` → text by name; the first comment line of a file is its description.
+Flow: the files of `gallery/` → text by name; the first comment line of a file is its description.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from functools import cache
 from importlib.resources import files
 
 from memrewrite.errors import RecipeError
-from memrewrite.recipes.problems import did_you_mean, one_of
+from memrewrite.recipes.validation_errors import did_you_mean, one_of
 
 
 def gallery() -> dict[str, str]:
@@ -18,11 +18,11 @@ def gallery() -> dict[str, str]:
 
 
 def describe(name: str) -> str:
-    """What a gallery recipe is for, in one line."""
-    shelf = gallery()
-    if name not in shelf:
-        raise RecipeError(f"no gallery recipe is named {name!r}", hint=did_you_mean(name, shelf) or one_of(shelf))
-    return shelf[name].splitlines()[0].lstrip("# ").rstrip()
+    """The purpose of a gallery recipe, in one line. Raises `RecipeError` for an unknown name."""
+    texts = gallery()
+    if name not in texts:
+        raise RecipeError(f"no gallery recipe is named {name!r}", hint=did_you_mean(name, texts) or one_of(texts))
+    return texts[name].splitlines()[0].lstrip("# ").rstrip()
 
 
 @cache

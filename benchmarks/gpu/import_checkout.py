@@ -1,6 +1,6 @@
-"""Makes this checkout importable where memrewrite is not installed, as on a GPU machine with torch and nothing else.
+"""Makes this checkout importable if memrewrite is not installed, e.g. on a GPU machine that has only torch.
 
-The five folders are linked into one package in a temporary folder, as an installation lays them.
+The five folders are linked into one package in a temporary folder, with the layout of an installation.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("passes", "kernels", "recipes", "cli")
+FOLDERS = ("passes", "kernels", "recipes", "cli")
 
 
 def ensure() -> None:
-    """Do nothing where memrewrite can be imported."""
+    """Make memrewrite importable; no effect if it already is."""
     if importlib.util.find_spec("memrewrite") is not None:
         return
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     package = Path(folder.name) / "memrewrite"
     package.mkdir()
-    for source in [*(ROOT / "memrewrite").iterdir(), *(ROOT / room for room in ROOMS)]:
+    for source in [*(ROOT / "memrewrite").iterdir(), *(ROOT / name for name in FOLDERS)]:
         (package / source.name).symlink_to(source)
     found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     number = found.group(1) if found else "0"

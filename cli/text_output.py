@@ -1,4 +1,4 @@
-"""Results as people read them: tables by rich on a terminal, aligned plain text elsewhere, nothing cut short."""
+"""Prints results as text: rich tables on a terminal, aligned plain text elsewhere; no cell is truncated."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ EDITED = {"graph": "as a graph of its block", "span": "between modules", "module
 STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
-def inspected(out: Console, located: Inspection, page: Path | None = None) -> None:
-    """Sites and near misses, and where the page of them lies."""
-    line(out, f"{len(located.sites)} MLPs · captured: {located.captured}")
-    sites(out, located.sites)
-    if located.near_misses:
-        line(out, f"\n{len(located.near_misses)} near misses")
-        rows = [(m.path or "(root)", m.reason, m.source or m.node) for m in located.near_misses]
+def show_inspection(out: Console, inspection: Inspection, page: Path | None = None) -> None:
+    """Print sites and near misses, and the path of the HTML page."""
+    line(out, f"{len(inspection.sites)} MLPs · captured: {inspection.captured}")
+    show_sites(out, inspection.sites)
+    if inspection.near_misses:
+        line(out, f"\n{len(inspection.near_misses)} near misses")
+        rows = [(m.path or "(root)", m.reason, m.source or m.node) for m in inspection.near_misses]
         table(out, ("path", "refused because", "at"), rows)
     if page is not None:
-        line(out, f"\ndrawn in {page}")
+        line(out, f"\npage written to {page}")
 
 
-def sites(out: Console, found: Sequence[Site]) -> None:
-    """MLPs, a row each."""
+def show_sites(out: Console, found: Sequence[Site]) -> None:
+    """Print a table of MLPs, one row each."""
     if found:
         heads = ("path", "pattern", "widths", "activation", "calls", "block", "edited")
         table(out, heads, [_site(site) for site in found], right=("calls",))
@@ -53,7 +53,7 @@ def _site(site: Site) -> Row:
 
 
 def edited(site: Site) -> str:
-    """How the site can be edited, in words."""
+    """How the site is edited, in words."""
     reasons = [b.why for b in site.bindings if b.kind == "none"]
     if reasons:
         return f"in the graph only: {reasons[0]}"
@@ -61,8 +61,8 @@ def edited(site: Site) -> str:
     return next((words for kind, words in EDITED.items() if kind in kinds), ", ".join(sorted(kinds)))
 
 
-def planned(out: Console, plan: Plan) -> None:
-    """Site → layer with its cost, the pools, and the totals."""
+def show_plan(out: Console, plan: Plan) -> None:
+    """Print site → layer with its cost, the pools, and the totals."""
     line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}")
     heads: Row = ("path", "pattern", "layer", "parameters", "stored", "FLOPs/token", "read/token")
     table(out, heads, [_substitution(s, plan) for s in plan.substitutions], right=heads[3:])
@@ -74,9 +74,9 @@ def planned(out: Console, plan: Plan) -> None:
     _totals(out, plan.before(), plan.after())
 
 
-def _substitution(made: Substitution, plan: Plan) -> Row:
-    site, old, new = made.site, made.site.cost(), made.cost(plan.pools)
-    layer = f"{made.kind} ({made.placement})" + (f" → {made.pool}" if made.pool else "")
+def _substitution(substitution: Substitution, plan: Plan) -> Row:
+    site, old, new = substitution.site, substitution.site.cost(), substitution.cost(plan.pools)
+    layer = f"{substitution.kind} ({substitution.placement})" + (f" → {substitution.pool}" if substitution.pool else "")
     calls = site.calls
     return (
         site.path or "(root)",
@@ -112,64 +112,66 @@ def _bytes(name: str, before: int, after: int) -> Row:
     return (name, size(before), size(after), _times(before, after))
 
 
-def applied(out: Console, report: Report, saved: Path | None) -> None:
-    """The plan, the checks, the totals, and where the result lies."""
-    planned(out, report.plan)
+def show_report(out: Console, report: Report, saved: Path | None) -> None:
+    """Print the plan, the checks, the totals, and where the result was saved."""
+    show_plan(out, report.plan)
     line(out)
-    checks(out, report)
+    show_checks(out, report)
     before, after = report.parameters_before, report.parameters_after
     line(out, f"\nwhole model: {before:,} → {after:,} parameters ({_times(before, after)}), in {report.seconds:.1f} s")
-    line(out, f"saved in {saved}" if saved else "not saved: give -o DIR to keep the result")
+    line(out, f"saved in {saved}" if saved else "not saved: use -o DIR to save the result")
 
 
-def verified(out: Console, report: Report, directory: Path) -> None:
-    """The checks of a saved result."""
-    checks(out, report)
-    line(out, f"\n{directory} is as it was saved")
+def show_verification(out: Console, report: Report, directory: Path) -> None:
+    """Print the checks of a saved result."""
+    show_checks(out, report)
+    line(out, f"\n{directory} is unchanged since it was saved")
 
 
-def checks(out: Console, report: Report) -> None:
-    """Every check: its outcome, its number and its sentence."""
+def show_checks(out: Console, report: Report) -> None:
+    """Print every check: outcome, number and sentence."""
     if not report.checks:
-        line(out, "no checks were run: the recipe says `verify: off`")
+        line(out, "no checks were run: the recipe has `verify: off`")
         return
     rows = [(c.name, c.outcome, _number(c.number), c.sentence) for c in report.checks]
     table(out, ("check", "outcome", "number", ""), rows, right=("number",))
 
 
-def exported(out: Console, made: Exported) -> None:
-    """What a file takes and gives, how its memory operators are written, and where it lies."""
-    rows = [(what, port.name, port.dtype, " × ".join(map(str, port.shape))) for what, ports in _ports(made) for port in ports]
+def show_export(out: Console, export: Exported) -> None:
+    """Print the inputs and outputs of an exported file, the form of its memory operators, and its path."""
+    rows = [(what, port.name, port.dtype, " × ".join(map(str, port.shape))) for what, ports in _ports(export) for port in ports]
     table(out, ("", "name", "type", "axes"), rows)
-    nodes = ", ".join(f"{count} {name}" for name, count in made.nodes.items()) or "written out as standard operators"
-    line(out, f"\nmemory operators: {nodes} · {made.dtype} · opset {made.opset} · {size(made.weights)} of weights")
-    line(out, f"saved in {made.path}" + (f", weights in {made.data}" if made.data else ""))
+    nodes = ", ".join(f"{count} {name}" for name, count in export.nodes.items()) or "as standard operators"
+    line(out, f"\nmemory operators: {nodes} · {export.dtype} · opset {export.opset} · {size(export.weights)} of weights")
+    line(out, f"saved in {export.path}" + (f", weights in {export.data}" if export.data else ""))
 
 
-def _ports(made: Exported) -> tuple[tuple[str, Sequence[Port]], ...]:
-    return (("input", made.inputs), ("output", made.outputs))
+def _ports(export: Exported) -> tuple[tuple[str, Sequence[Port]], ...]:
+    return (("input", export.inputs), ("output", export.outputs))
 
 
-def checked(out: Console, made: Checked) -> None:
-    """Every route's outputs at their worst, what its top-ks chose, and the inputs that were tried."""
-    for route in made.routes:
+def show_onnx_check(out: Console, result: Checked) -> None:
+    """Print the largest differences of every route's outputs, differing top-k choices, and the inputs that were tried."""
+    for route in result.routes:
         if route.skipped:
             line(out, f"{route.name}: not run: {route.skipped}\n")
             continue
         kernels = ", ".join(f"{name} {how}" for name, how in route.kernels.items()) or "no memory operators"
-        line(out, f"{route.name} on {made.provider}: {kernels}")
+        line(out, f"{route.name} on {result.provider}: {kernels}")
         heads = ("output", "outcome", "largest difference", "relative", "at")
         table(out, heads, [_compared(output) for output in route.outputs], right=heads[2:4])
         ties = route.ties
         if ties.differing:
-            judged = f"{ties.wrong:,} of them wrong" if ties.wrong else f"as good within {ties.gap:.2%} of the tolerance"
-            line(out, f"{ties.differing:,} of {ties.rows:,} top-ks took other slots, {judged}")
+            judgement = (
+                f"{ties.wrong:,} of them wrong" if ties.wrong else f"equally good within {ties.gap:.2%} of the tolerance"
+            )
+            line(out, f"{ties.differing:,} of {ties.rows:,} top-ks chose other slots, {judgement}")
         for failure in route.failures:
             line(out, f"failed: {failure}")
         line(out)
-    rows = [(d.name, ", ".join(f"{name} {n}" for name, n in d.lengths.items()), d.skipped or "run") for d in made.draws]
+    rows = [(d.name, ", ".join(f"{name} {n}" for name, n in d.lengths.items()), d.skipped or "run") for d in result.draws]
     table(out, ("inputs", "lengths", ""), rows)
-    line(out, f"\ntolerance {made.tolerance:g}, {made.dtype}; in {made.seconds:.1f} s")
+    line(out, f"\ntolerance {result.tolerance:g}, {result.dtype}; in {result.seconds:.1f} s")
 
 
 def _compared(output: Compared) -> Row:
@@ -178,13 +180,13 @@ def _compared(output: Compared) -> Row:
     return (output.name, outcome, f"{output.difference:.1e}", f"{output.relative:.1e}{misplaced}", output.draw)
 
 
-def listed(out: Console, described: Mapping[str, str]) -> None:
-    """Recipes and what they are for."""
-    table(out, ("recipe", "what it does"), list(described.items()))
+def show_recipes(out: Console, described: Mapping[str, str]) -> None:
+    """Print recipes and their descriptions."""
+    table(out, ("recipe", "description"), list(described.items()))
 
 
 def size(count: int) -> str:
-    """Bytes as people read them: `1.5 MiB`."""
+    """A number of bytes with a unit: `1.5 MiB`."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
@@ -202,12 +204,12 @@ def _times(before: int, after: int) -> str:
 
 
 def line(out: Console, text: str = "") -> None:
-    """A line, whole, however long."""
+    """Print a line without wrapping or truncating it."""
     out.print(text, soft_wrap=True)
 
 
 def table(out: Console, heads: Row, rows: Sequence[Row], right: Sequence[str] = ()) -> None:
-    """A table, its columns `right` set flush right."""
+    """Print a table; the columns named in `right` are right-aligned."""
     if not out.is_terminal:
         widths = [max(cell_len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
         for row in (heads, *rows):

@@ -1,6 +1,6 @@
-"""What is wrong with a recipe, in plain words: pydantic's errors become `Problem`s with a place and a way out.
+"""What is wrong with a recipe, in plain words: pydantic's errors become `Problem`s with a location and a hint.
 
-A `ValidationError` → one `Problem` per line of it, its location kept, its jargon replaced, a hint from the schema.
+Flow: a `ValidationError` → one `Problem` per error in it: same location, reworded message, a hint from the schema.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 Loc = tuple[str | int, ...]
 
-_REFUSED = "recipe"  # the type of the errors our own validators raise
-_SHAPES = {  # the first word of pydantic's error type → what was expected
-    "int": "a whole number",
+_REFUSED = "recipe"  # the error type of our own validators
+_SHAPES = {  # first word of pydantic's error type → what was expected
+    "int": "an integer",
     "float": "a number",
     "finite": "a finite number",
     "bool": "true or false",
@@ -40,7 +40,7 @@ _BOUNDS = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where in the data, whether the key or its value, what, and what to try."""
+    """One error: its location in the data, what is wrong, what to try, and whether the key (not its value) is wrong."""
 
     loc: Loc
     what: str
@@ -49,35 +49,35 @@ class Problem:
 
 
 def refused(what: str, hint: str, *, key: bool = False) -> PydanticCustomError:
-    """The error a validator raises in our grammar; `key`: the key is at fault, not its value."""
+    """The error that a validator raises, in our message format; `key`: the key is wrong, not its value."""
     return PydanticCustomError(_REFUSED, "{what}", {"what": what, "hint": hint, "key": key})
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`did you mean 'x'?` for the nearest known word, or nothing when none is near."""
+    """`did you mean 'x'?` for the most similar known word, or "" if none is similar."""
     near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else ""
 
 
 def one_of(known: Iterable[str]) -> str:
-    """The known words, as a hint."""
+    """A hint that lists the known words."""
     return "one of " + ", ".join(repr(word) for word in known)
 
 
 def problems_of(error: ValidationError, model: type[BaseModel], data: Mapping[str, Any]) -> tuple[Problem, ...]:
-    """Every line of `error`, met when validating `data` as `model`, in plain words."""
+    """Every error in `error`, raised when validating `data` as `model`, in plain words."""
     lines = [line for line in error.errors(include_url=False) if not _miscounted(line)]
     found = [_problem(line, model, data) for line in lines]
     typos = [(p.loc[:-1], p.hint) for line, p in zip(lines, found, strict=True) if line["type"] == "extra_forbidden"]
     # `kyes: 8` is one mistake, not an unknown key and a missing one
     explained = {(*around, name) for around, hint in typos for name in re.findall(r"^did you mean '(.*)'", hint)}
-    told = tuple(p for line, p in zip(lines, found, strict=True) if line["type"] != "missing" or p.loc not in explained)
-    # a file of another version is not ours to judge further
-    return tuple(p for p in told if p.loc == ("memrewrite",) and "version" in p.what) or told
+    kept = tuple(p for line, p in zip(lines, found, strict=True) if line["type"] != "missing" or p.loc not in explained)
+    # for a file of another format version, only the version is reported
+    return tuple(p for p in kept if p.loc == ("memrewrite",) and "version" in p.what) or kept
 
 
 def _miscounted(line: ErrorDetails) -> bool:
-    """Pydantic counts only the good items, and calls a list with one bad item too short as well."""
+    """True for a wrong "too short": pydantic counts only the valid items of a list."""
     return line["type"] == "too_short" and len(line["input"]) >= line["ctx"]["min_length"]
 
 
@@ -104,7 +104,7 @@ def _problem(line: ErrorDetails, model: type[BaseModel], data: Mapping[str, Any]
 
 
 def _complaint(line: ErrorDetails) -> str:
-    """What pydantic says of a value, without its jargon."""
+    """Pydantic's message about a value, in plain words."""
     kind, context = line["type"], line.get("ctx", {})
     if kind in _BOUNDS:
         words, key = _BOUNDS[kind]
@@ -121,7 +121,7 @@ def _complaint(line: ErrorDetails) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as it is spelled in YAML, short."""
+    """A value as written in YAML, shortened."""
     if value is None:
         return "empty"
     if isinstance(value, bool):
@@ -135,7 +135,7 @@ def shown(value: Any) -> str:
 
 
 def fields_at(loc: Loc, model: type[BaseModel], data: Any) -> dict[str, str]:
-    """Names and descriptions of the fields of the model that sits at `loc` in `data`."""
+    """Names and descriptions of the fields of the pydantic model at `loc` in `data`."""
     for index, step in enumerate(loc):
         value = _value_at(data, loc[:index])
         fields = {_name(name, field): field for name, field in model.model_fields.items()}
@@ -149,8 +149,8 @@ def fields_at(loc: Loc, model: type[BaseModel], data: Any) -> dict[str, str]:
 def _options_model(rule: Mapping[str, Any]) -> type[BaseModel] | None:
     from memrewrite.layers.kinds import KINDS
 
-    wanted = rule.get("with", rule.get("with_"))
-    return next((kind.Options for kind in KINDS if kind.kind == wanted), None)
+    name = rule.get("with", rule.get("with_"))
+    return next((kind.Options for kind in KINDS if kind.kind == name), None)
 
 
 def _name(name: str, field: Any) -> str:
@@ -174,5 +174,5 @@ def _value_at(data: Any, loc: Loc) -> Any:
 
 
 def _literals(expected: str) -> list[str]:
-    """Pydantic gives the allowed words as prose: `'a', 'b' or 'c'`."""
+    """The allowed words, from pydantic's text `'a', 'b' or 'c'`."""
     return [word.strip().strip("'") for word in expected.replace(" or ", ", ").split(",")]

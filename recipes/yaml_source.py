@@ -1,6 +1,6 @@
-"""A recipe's text as data that remembers its places: YAML read so that every key and value has a line and a column.
+"""Reads YAML so that every key and value has a line and a column.
 
-Bytes → checked text → PyYAML's node graph (composed, never constructed) → plain data, and a span for each path in it.
+Flow: bytes → checked text → PyYAML's node graph (composed, never constructed) → plain data, and a span for each path in it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from memrewrite.errors import RecipeError
-from memrewrite.recipes.problems import Loc
+from memrewrite.recipes.validation_errors import Loc
 
 MAX_BYTES = 1_000_000
-MAX_NODES = 10_000  # after aliases are followed: a few lines of aliases can spell billions of nodes
-_WIDTH = 100  # of an excerpt
+MAX_NODES = 10_000  # with aliases expanded: a few lines of aliases can expand to billions of nodes
+_WIDTH = 100  # of an excerpt, in characters
 _TAG = "tag:yaml.org,2002:"
-_BREAKS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # what PyYAML counts as the end of a line
+_BREAKS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # line ends as PyYAML counts them
 
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """A stretch of one line; line and column count from 1."""
+    """A part of one line; line and column count from 1, the width is in characters."""
 
     line: int
     column: int
@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Source:
-    """A text and its name, for pointing into it."""
+    """A text and its name, for locations in error messages."""
 
     name: str
     text: str
@@ -44,7 +44,7 @@ class Source:
         return f"{self.name}:{span.line}:{span.column}"
 
     def excerpt(self, span: Span) -> str:
-        """The line, cropped to what can be read, and a caret under the stretch that is meant."""
+        """The line, cropped to a readable width, with carets under the span."""
         lines = _BREAKS.split(self.text)
         line = lines[span.line - 1] if span.line <= len(lines) else ""
         start = max(0, span.column - 1 - _WIDTH // 2) if len(line) > _WIDTH else 0
@@ -54,13 +54,13 @@ class Source:
         return f"{margin}{shown}\n{' ' * (len(margin) - 2)}| {' ' * column}{carets}"
 
     def fail(self, span: Span, what: str, hint: str) -> NoReturn:
-        """Raise what is wrong at `span`."""
+        """Raise `RecipeError` for a problem at `span`."""
         raise RecipeError(what, where=f"{self.at(span)}\n{self.excerpt(span)}", hint=hint) from None
 
 
 @dataclass(frozen=True)
 class Document:
-    """A recipe's data and, for each path in it, where its key and its value stand."""
+    """A recipe's data and, for each path in it, the spans of its key and its value."""
 
     source: Source
     data: dict[str, Any]
@@ -68,7 +68,7 @@ class Document:
     values: dict[Loc, Span]
 
     def span(self, loc: Loc, *, at_key: bool = False) -> Span:
-        """Where `loc` stands; what is not in the file is shown at the nearest thing around it."""
+        """The span of `loc`; if it is not in the file, of the nearest enclosing key or value that is."""
         if at_key and loc in self.keys:
             return self.keys[loc]
         if loc in self.values:
@@ -79,7 +79,7 @@ class Document:
 
 
 def decode(name: str, raw: bytes) -> Source:
-    """The bytes of a file as text, when they can be a recipe at all."""
+    """The bytes of a file as text. Raises `RecipeError` if they are too many or not UTF-8."""
     if len(raw) > MAX_BYTES:
         raise RecipeError("the file is too large for a recipe", where=name, hint=f"at most {MAX_BYTES} bytes are read")
     try:
@@ -91,7 +91,7 @@ def decode(name: str, raw: bytes) -> Source:
 
 
 def read_document(source: Source) -> Document:
-    """Read YAML; only plain data: mappings with text keys, lists, text, numbers, booleans and nothing."""
+    """Read YAML, plain data only: mappings with text keys, lists, text, numbers, booleans and null. Raises `RecipeError`."""
     start = Span(1, 1)
     try:
         root = yaml.compose(source.text, Loader=yaml.SafeLoader)
@@ -109,19 +109,19 @@ def read_document(source: Source) -> Document:
 
 
 class _NodeReader:
-    """Turns nodes into data and notes where each key and value stands."""
+    """Converts nodes to data and records the span of each key and value."""
 
     def __init__(self, source: Source) -> None:
         self.source, self.left = source, MAX_NODES
         self.keys: dict[Loc, Span] = {}
         self.values: dict[Loc, Span] = {}
-        self.around: list[Node] = []  # the nodes being read: an alias to one of them has no end
+        self.around: list[Node] = []  # the nodes being read: an alias to one of them would recurse without end
 
     def read(self, node: Node, loc: Loc) -> Any:
-        """The data of `node`, which stands at `loc`."""
+        """The data of `node`, whose path is `loc`."""
         self.left -= 1
         if self.left < 0:
-            self.source.fail(_span(node), "the recipe is too large", f"at most {MAX_NODES} values, aliases followed")
+            self.source.fail(_span(node), "the recipe is too large", f"at most {MAX_NODES} values, with aliases expanded")
         if any(node is outer for outer in self.around):
             self.source.fail(_span(node), "this value contains itself through an alias", "write the value out")
         self.values[loc] = _span(node)
@@ -150,16 +150,16 @@ class _NodeReader:
             here = (*loc, key)
             if key in data:
                 first = self.keys[here].line
-                self.source.fail(span, f"key {key!r} is given twice", f"keep one; the first is in line {first}")
+                self.source.fail(span, f"key {key!r} appears twice", f"keep one; the first is in line {first}")
             self.keys[here] = span
             data[key] = self.read(value_node, here)
-        for other in merged:  # `<<: *defaults`: what is written here wins
+        for other in merged:  # `<<: *defaults`: keys written here override merged ones
             data = self._merge(other, loc) | data
         return data
 
     def _merge(self, other: Node, loc: Loc) -> dict[str, Any]:
         if not isinstance(other, MappingNode):
-            self.source.fail(_span(other), "`<<` takes a mapping", "name an anchored mapping: `<<: *defaults`")
+            self.source.fail(_span(other), "`<<` needs a mapping", "name an anchored mapping: `<<: *defaults`")
         keys, values = dict(self.keys), dict(self.values)
         data: dict[str, Any] = self.read(other, loc)
         self.keys, self.values = self.keys | keys, self.values | values
@@ -168,8 +168,8 @@ class _NodeReader:
     def _key(self, node: Node) -> str:
         key = self._scalar(node) if isinstance(node, ScalarNode) else None
         if not isinstance(key, str):
-            said = f"`{node.value}`" if isinstance(node, ScalarNode) else "this"
-            self.source.fail(_span(node), f"{said} is no name for a key", "put the key in quotes")
+            shown = f"`{node.value}`" if isinstance(node, ScalarNode) else "this"
+            self.source.fail(_span(node), f"{shown} cannot be a key: it is not text", "put the key in quotes")
         return key
 
     def _scalar(self, node: ScalarNode) -> Any:
@@ -187,7 +187,7 @@ class _NodeReader:
 
     def _refuse_tag(self, node: Node) -> NoReturn:
         tag = node.tag.replace(_TAG, "!!")
-        self.source.fail(_span(node), f"tag '{tag}' is not read in recipes", "write plain values, without tags")
+        self.source.fail(_span(node), f"tag '{tag}' is not allowed in recipes", "write plain values, without tags")
 
 
 def _span(node: Node) -> Span:
@@ -197,20 +197,20 @@ def _span(node: Node) -> Span:
 
 
 def _fail_yaml(source: Source, error: yaml.YAMLError) -> NoReturn:
-    """PyYAML's complaint as ours: where it is, and the commonest mistakes in plain words."""
+    """Raise PyYAML's error as a `RecipeError` with its location; the most common mistakes are reworded."""
     if isinstance(error, yaml.reader.ReaderError):
         before = _BREAKS.split(source.text[: error.position])
         span = Span(len(before), len(before[-1]) + 1)
         source.fail(span, "a character that YAML does not allow", "remove it, or write it as an escape in double quotes")
     if not isinstance(error, yaml.MarkedYAMLError) or (mark := error.problem_mark or error.context_mark) is None:
-        source.fail(Span(1, 1), f"this is not YAML: {error}", "mend the file")
+        source.fail(Span(1, 1), f"this is not YAML: {error}", "correct the file")
     span, problem = Span(mark.line + 1, mark.column + 1), error.problem or "it cannot be read"
     if "expected ':'" in problem and error.context_mark:  # PyYAML notices on the next line
         key = Span(error.context_mark.line + 1, error.context_mark.column + 1)
         source.fail(key, "a `:` is missing", "write `key: value`, with a space after the colon")
     if "another document" in problem:
-        source.fail(span, "the file holds more than one YAML document", "keep one recipe in a file")
+        source.fail(span, "the file contains more than one YAML document", "keep one recipe per file")
     if "'\\t'" in problem:
-        source.fail(span, "a tab stands where YAML allows only spaces", "indent with spaces")
+        source.fail(span, "a tab is used where YAML allows only spaces", "indent with spaces")
     context = f" {error.context}" if error.context else ""
     source.fail(span, f"this is not YAML: {problem}{context}", "check quotes, brackets, colons and indentation")

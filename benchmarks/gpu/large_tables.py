@@ -1,7 +1,7 @@
-"""How large a table trains on one device: the paper's largest, in fp8, and 15 M × 4096 in bf16, with fused row-wise Adagrad.
+"""How large a table can be trained on one device: the paper's largest in fp8, 15 M × 4096 in bf16; fused row-wise Adagrad.
 
-Allocates the table, runs real training steps of a Memory+ layer on it, and says peak memory and step time; a smaller device
-gets a smaller table, and is told.
+Allocates the table, runs real training steps of a Memory+ layer on it, and reports peak memory and step time; a smaller device
+gets a smaller table, with a note.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from harness import Bench, Case, Result
 from models import DTYPE, memory_layer, optimizer_step
 
 STEPS = 5
-REST = 14 << 30  # bytes that a step needs beside the table: activations, gradients, sorted reads
+REST = 14 << 30  # bytes that a step needs besides the table: activations, gradients, sorted reads
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """One table at a time; each fills the device."""
+    """One table per case; each fills the device."""
     for keys, dim, dtype in bench.sizes.huge:
         yield Case(f"{keys}² × {dim} {dtype}", partial(train, keys=keys, dim=dim, dtype=dtype))
 
 
 def train(bench: Bench, keys: int, dim: int, dtype: str) -> list[Result]:
-    """A few steps; the loss must fall or at least stay finite, and the touched rows must have moved."""
+    """A few training steps; the output must stay finite and must change."""
     gc.collect()
     wanted = keys
     itemsize = getattr(torch, dtype).itemsize

@@ -1,6 +1,6 @@
-"""The two rates that everything is held against: copying memory, and multiplying bf16 matrices, as measured here and now.
+"""The two measured peak rates of the device, to which results are compared: memory copy and bf16 matrix product.
 
-A copy larger than any cache, counting bytes read and written; a matrix product of random data.
+The copy is larger than any cache, and counts bytes read and written; the matrices have random data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from harness import Bench, Case, Result, Run, Timing
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """Both; the copy's rate is the floor of every other section."""
+    """Both rates; the copy rate gives the floor (minimum time) of every other section."""
     yield Case("copy", copy)
     yield Case("matmul", matmul)
 

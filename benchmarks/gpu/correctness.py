@@ -1,6 +1,6 @@
-"""Correctness of every kernel on the device, before anything is timed: a wrong kernel may be very fast.
+"""Correctness of every kernel on the device, before anything is timed: a wrong kernel may be fast.
 
-Each case draws inputs, poisons fresh memory with NaN, and compares with the formula in float64 by ‖out − ref‖ / ‖ref‖.
+Each case samples inputs, fills new memory with NaN, and compares with the formula in float64 by ‖out − ref‖ / ‖ref‖.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 import data as data
 import torch
-from correct_update import close, fp8_update, moving, same, updates
+from correctness_update import close, fp8_update, moving, same, updates
 from harness import Bench, Case, Result, Stop
 
 from memrewrite.kernels import reference
 
 SECTION = "correctness"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-Check = Callable[[Bench], float | str]  # the largest relative error, or what else it found; raises Stop
+Check = Callable[[Bench], float | str]  # the largest relative error, or a note; raises Stop
 
 # N, D, T, K, dtype of the table, dtype of the indices, pattern. Odd sizes first, then the measured widths.
 LOOKUPS = [
@@ -48,7 +48,7 @@ SMALL_TOPKS = [(5, 9, 6, 3, torch.float32), (3, 16, 16, 4, torch.bfloat16)]
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """One case per kernel and size; the first wrong one ends the run."""
+    """One case per kernel and size; the first wrong result ends the run."""
     small = bench.rehearse
     for size in SMALL_LOOKUPS if small else LOOKUPS:
         name = f"lookup N={size[0]} D={size[1]} T={size[2]} K={size[3]} {_short(size[4])} {_short(size[5])} {size[6]}"
@@ -76,8 +76,8 @@ def _case(name: str, check: Check) -> Case:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Within, `torch.empty` gives NaN: what a kernel leaves unwritten shows."""
-    deterministic: Any = torch.utils.deterministic  # a module with a property, which types cannot see
+    """Context manager: inside, `torch.empty` returns NaN, so that elements which a kernel does not write are detected."""
+    deterministic: Any = torch.utils.deterministic  # a module with a property, unknown to type checkers
     before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -91,7 +91,7 @@ def poisoned() -> Iterator[None]:
 
 
 def lookup(bench: Bench, size: tuple[int, int, int, int, torch.dtype, torch.dtype, str]) -> float:
-    """Forward, both gradients, rows; the same bits twice, and in two parts."""
+    """Forward, both gradients, row gradients; the same bits in two runs, and for the batch in two parts."""
     slots, dim, tokens, reads, dtype, index, pattern = size
     kernels, device = bench.kernels, bench.device
     values = data.table(slots, dim, dtype, device)
@@ -150,7 +150,7 @@ def fp8_lookup(bench: Bench, dim: int) -> float:
 
 
 def topk(bench: Bench, size: tuple[int, int, int, int, torch.dtype]) -> float:
-    """The scores are bit for bit the best sums, each slot names its sum, no slot comes twice; softmax; backward."""
+    """The scores are bit for bit the largest sums, each slot gives its sum, no slot occurs twice; softmax; backward."""
     rows, n1, n2, k, dtype = size
     kernels, device = bench.kernels, bench.device
     one = data.normal(rows, n1, dtype=dtype, device=device)

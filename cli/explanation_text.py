@@ -1,6 +1,6 @@
-"""An explanation as people read it: the verdict, what is known of the MLP it speaks of, and every refusal with its source.
+"""Prints an explanation: the verdict, the facts about its MLPs, and every refusal with its source line.
 
-Flow: the sentence → the site, or a table of sites → refusals in full → what was no candidate, alike ones in one row.
+Flow: the summary → the site, or a table of sites → refusals in full → linears that were no candidates, similar ones in one row.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from memrewrite.cli import render
+from memrewrite.cli import text_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,38 +17,38 @@ if TYPE_CHECKING:
     from memrewrite.explanation import Explanation, Finding
     from memrewrite.site import Site
 
-SHOWN = 12  # rows of a list that alike findings were folded in, before the rest is only counted
+MAX_ROWS = 12  # groups of similar findings that are listed; further groups are only counted
 
 
-def explained(out: Console, why: Explanation) -> None:
-    """The answer to `inspect --why`."""
-    render.line(out, f"{why.verdict}: {why.summary}")
-    render.line(out, f"captured: {why.captured}")
+def show_explanation(out: Console, why: Explanation) -> None:
+    """Print the answer to `inspect --why`."""
+    text_output.line(out, f"{why.verdict}: {why.summary}")
+    text_output.line(out, f"captured: {why.captured}")
     if len(why.sites) == 1:
-        render.line(out)
+        text_output.line(out)
         _pairs(out, _site(why.sites[0]))
     elif why.sites:
-        render.line(out)
-        render.sites(out, why.sites)
-    for finding, alike in _folded(why, "refused"):
-        render.line(out, f"\nrefused: {finding.path or '(root)'}{_more(alike)}")
+        text_output.line(out)
+        text_output.show_sites(out, why.sites)
+    for finding, similar in _folded(why, "refused"):
+        text_output.line(out, f"\nrefused: {finding.path or '(root)'}{_more(similar)}")
         _pairs(out, _refusal(finding))
     never = list(_folded(why, "never"))
     if never and why.verdict != "mlp":
-        render.line(out, "\nno last matrix of an MLP:")
-        rows = [(f"{f.path or '(root)'}{_more(n)}", f.reason, f.source) for f, n in never[:SHOWN]]
-        render.table(out, ("product with a weight", "because", "at"), rows)
-        if len(never) > SHOWN:
-            render.line(out, f"and {len(never) - SHOWN} more kinds: --json lists them all")
+        text_output.line(out, "\nnot the last matrix of an MLP:")
+        rows = [(f"{f.path or '(root)'}{_more(n)}", f.reason, f.source) for f, n in never[:MAX_ROWS]]
+        text_output.table(out, ("matrix product with a weight", "because", "at"), rows)
+        if len(never) > MAX_ROWS:
+            text_output.line(out, f"and {len(never) - MAX_ROWS} more groups: --json lists them all")
 
 
 def _pairs(out: Console, pairs: list[tuple[str, str]]) -> None:
     for name, text in pairs:
-        render.line(out, f"  {name:<10}  {text}")
+        text_output.line(out, f"  {name:<10}  {text}")
 
 
 def _site(site: Site) -> list[tuple[str, str]]:
-    """All that is known of one site."""
+    """The facts about one site, as (name, text) pairs."""
     pairs = [
         ("MLP", site.path or "(root)"),
         ("pattern", f"{site.pattern}, {site.activation}"),
@@ -58,11 +58,11 @@ def _site(site: Site) -> list[tuple[str, str]]:
     if site.block is not None:
         pairs.append(("block", f"{site.block} of {site.tower_blocks} in {site.tower}"))
     pairs += [("weights" if i == 0 else "", name) for i, name in enumerate(site.parameters)]
-    pairs.append(("edited", render.edited(site)))
+    pairs.append(("edited", text_output.edited(site)))
     for binding in site.bindings:
         ends = " + ".join(binding.entries)
         if binding.kind == "none":
-            pairs.append(("try", "--emit graph rewrites the captured graph, where no module is needed"))
+            pairs.append(("try", "--emit graph: it rewrites the captured graph and needs no module"))
         elif ends and ends != binding.exit:
             pairs.append(("", f"{ends} → {binding.exit}"))
         elif binding.exit:
@@ -80,7 +80,7 @@ def _refusal(finding: Finding) -> list[tuple[str, str]]:
 
 
 def _folded(why: Explanation, outcome: str) -> Iterator[tuple[Finding, int]]:
-    """Findings of one outcome, the first of each group that differs in numbers and node names alone, with its size."""
+    """Findings of one outcome in groups that differ only in numbers and node names: the first of each, and the group's size."""
     groups: dict[tuple[str, str], list[Finding]] = {}
     for finding in why.findings:
         if finding.outcome == outcome:
@@ -89,5 +89,5 @@ def _folded(why: Explanation, outcome: str) -> Iterator[tuple[Finding, int]]:
     return ((group[0], len(group)) for group in groups.values())
 
 
-def _more(alike: int) -> str:
-    return f" and {alike - 1} alike" if alike > 1 else ""
+def _more(similar: int) -> str:
+    return f" and {similar - 1} similar" if similar > 1 else ""

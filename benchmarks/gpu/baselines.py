@@ -1,6 +1,6 @@
-"""Comparison kernels, for comparison only: straightforward Triton, plain torch chains, embedding bags, and FBGEMM's tables.
+"""Baseline kernels for the benchmarks only: straightforward Triton, plain torch, embedding bags, and FBGEMM's tables.
 
-Each computes what ours computes, and the tests hold them to it: a rival that is wrong proves nothing. The product uses none.
+Each computes the same as ours; tests check this, since a comparison with a wrong baseline has no value.
 """
 
 # ruff: noqa: N803 - constants of a kernel are written in capitals
@@ -20,7 +20,7 @@ Run = Any
 
 @triton.jit
 def _forward(values, indices, weights, out, READS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """One warp adds up one token's rows, one after the other."""
+    """One warp adds one token's rows, one after the other."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -36,7 +36,7 @@ def _forward(values, indices, weights, out, READS: tl.constexpr, DIM: tl.constex
 def _backward(
     grad, values, indices, weights, grad_values, grad_weights, READS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A token's gradient is multiplied with each of its rows, and added to each row's gradient atomically."""
+    """Dot products of a token's gradient with its rows, and atomic additions to the gradients of the rows."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     g = tl.load(grad + token * DIM + column, mask=column < DIM, other=0.0).to(tl.float32)
@@ -50,7 +50,7 @@ def _backward(
 
 
 def triton_forward(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """[T, D], one warp a token."""
+    """[T, D], one warp per token."""
     (tokens, reads), dim = indices.shape, values.shape[1]
     out = values.new_empty(tokens, dim)
     _forward[(tokens,)](values, indices, weights, out, reads, dim, triton.next_power_of_2(dim), num_warps=1)
@@ -60,7 +60,7 @@ def triton_forward(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
 def triton_backward(
     grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Dense gradient of values, summed atomically in `dtype` (the values' own if left out), and of weights."""
+    """Dense gradient of values, summed atomically in `dtype` (default: that of the values), and gradient of weights."""
     (tokens, reads), dim = indices.shape, values.shape[1]
     grad_values = torch.zeros_like(values, dtype=dtype or values.dtype)
     grad_weights = torch.empty_like(weights)
@@ -80,14 +80,14 @@ def bag_forward(values: Tensor, indices: Tensor, weights: Tensor, sparse: bool =
 
 
 def gradients(forward: Any, grad: Tensor, values: Tensor, indices: Tensor, weights: Tensor) -> Run:
-    """The backward of `forward` alone, as a run: the graph is made once and kept."""
+    """A run of only the backward of `forward`: the autograd graph is created once and kept."""
     leaves = values.detach().requires_grad_(), weights.detach().requires_grad_()
     out = forward(leaves[0], indices, leaves[1])
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
 def torch_topk(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The textbook: top-k of both halves, all k² sums, top-k of those, and two gathers."""
+    """The direct way: top-k of both halves, all k² sums, top-k of those, and two gathers."""
     (best1, slots1), (best2, slots2) = scores1.topk(k, dim=-1), scores2.topk(k, dim=-1)
     sums = (best1.float().unsqueeze(-1) + best2.float().unsqueeze(-2)).flatten(-2)  # [..., k²]
     scores, chosen = sums.topk(k, dim=-1)
@@ -96,9 +96,9 @@ def torch_topk(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 class Fbgemm:
-    """FBGEMM's table-batched embedding holding a copy of `values`, with row-wise Adagrad fused into its backward.
+    """FBGEMM's table-batched embedding with a copy of `values`, and row-wise Adagrad fused into its backward.
 
-    Raises ModuleNotFoundError where FBGEMM is not installed.
+    Raises ModuleNotFoundError if FBGEMM is not installed.
     """
 
     def __init__(self, values: Tensor, lr: float = 0.0, eps: float = 1e-8) -> None:

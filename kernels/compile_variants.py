@@ -1,6 +1,6 @@
-"""What the compile gate builds: kernel variants that the launchers can choose, as plain data.
+"""Kernel variants that the launchers can choose, as plain data; the compile gate compiles and checks them.
 
-A `triton_*` file yields its specimens from the same plans that its launchers use; the gate compiles and judges them.
+Each `triton_*` file yields its variants from the same plans that its launchers use.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Specimen:
-    """One variant of one Triton kernel, and what its machine code may look like."""
+class CompileVariant:
+    """One variant of one Triton kernel, and limits for its machine code."""
 
     name: str  # "lookup_forward bf16 D=1024"
     kernel: Any  # the triton JITFunction
@@ -22,5 +22,5 @@ class Specimen:
     num_stages: int = 3
     options: dict[str, Any] = field(default_factory=dict)  # e.g. enable_fp_fusion=False
     row_bytes: int = 16  # widest global load that the row path must use, in bytes
-    scalar_loads: int = 0  # how many narrower LDG instructions are legitimate (indices, weights, offsets)
-    architectures: tuple[int, ...] = (80, 90, 100)  # on which a launcher can choose it; the gate skips the others
+    scalar_loads: int = 0  # how many narrower LDG instructions are allowed (indices, weights, offsets)
+    architectures: tuple[int, ...] = (80, 90, 100)  # on which a launcher can choose the variant; the gate skips others

@@ -1,4 +1,4 @@
-"""Markup in which everything is escaped that was not made here: a text is `str`, markup is `Html`."""
+"""Builds HTML. Plain text is `str` and gets escaped; finished markup is `Html` and does not."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from html import escape
 
 
 class Html(str):
-    """Markup, safe as it is."""
+    """Finished markup; not escaped again."""
 
     __slots__ = ()
 
@@ -15,13 +15,13 @@ Child = str | None
 
 
 def tag(name: str, *children: Child, **attributes: object) -> Html:
-    """An element. `class_` is `class`, `data_site` is `data-site`; attributes that are None or False are left out."""
-    given = "".join(_attribute(key, value) for key, value in attributes.items() if value is not None and value is not False)
-    return Html(f"<{name}{given}>{join(*children)}</{name}>")
+    """An element. `class_` becomes `class`, `data_site` becomes `data-site`; attributes that are None or False are omitted."""
+    written = "".join(_attribute(key, value) for key, value in attributes.items() if value is not None and value is not False)
+    return Html(f"<{name}{written}>{join(*children)}</{name}>")
 
 
 def join(*children: Child) -> Html:
-    """Texts, escaped, and markup, one after the other; None is nothing."""
+    """Concatenates escaped texts and markup; None is skipped."""
     return Html("".join(child if isinstance(child, Html) else _clean(child) for child in children if child is not None))
 
 
@@ -31,13 +31,13 @@ def _attribute(key: str, value: object) -> str:
 
 
 def _clean(text: str) -> str:
-    """Escaped, and what no page may hold (control characters, halves of surrogate pairs) made visible."""
+    """Escaped text; characters not allowed in HTML (control characters, lone surrogates) are written as escape sequences."""
     shown = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
     return escape("".join(shown), quote=True)
 
 
 def short(number: int) -> str:
-    """A count as people say it, to three digits: `12.3 k`, `135 M`; small ones whole."""
+    """A count with three significant digits and a unit: `12.3 k`, `135 M`; below 10,000 in full."""
     if number < 10_000:
         return f"{number:,}"
     value = float(number)
@@ -54,15 +54,15 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
-def said(text: str) -> Html:
-    """A sentence, what stands between backticks set as code."""
+def with_code(text: str) -> Html:
+    """A sentence in which text between backticks becomes a code element."""
     pieces = text.split("`")
-    if len(pieces) % 2 == 0:  # a backtick without its other half
+    if len(pieces) % 2 == 0:  # an unpaired backtick
         return join(text)
     return join(*(tag("code", piece) if i % 2 else piece for i, piece in enumerate(pieces)))
 
 
-def named(path: str, at: str = ".") -> Html:
-    """A path that may break after its dots, or after another character."""
+def breakable(path: str, at: str = ".") -> Html:
+    """A path that may wrap after each `at` character."""
     pieces = [piece for name in path.split(at) for piece in (name, join(at, Html("<wbr>")))]
     return join(*pieces[:-1])

@@ -1,6 +1,6 @@
 """Correctness of the fused updates on the device, and the two comparisons that every check uses.
 
-The rules are written here once more, in float64 and on a dense gradient, so that a mistake cannot be shared.
+The rules are implemented here again, in float64 and with a dense gradient, so that they share no mistake with the kernels.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ STEP = 3
 
 
 def close(name: str, got: Tensor | None, want: Tensor, tolerance: float) -> float:
-    """The relative error. Raises Stop where it is too large, or NaN."""
+    """The relative error. Raises Stop if it is too large, or NaN."""
     if got is None or got.shape != want.shape:
-        raise Stop(f"{name}: {None if got is None else tuple(got.shape)} came, not {tuple(want.shape)}")
+        raise Stop(f"{name}: the shape is {None if got is None else tuple(got.shape)}, not {tuple(want.shape)}")
     error = float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
     if not error <= tolerance:  # NaN never passes
         raise Stop(f"{name}: relative error {error:.2e}, allowed {tolerance:.0e}")
@@ -32,7 +32,7 @@ def same(name: str, one: Tensor | None, two: Tensor | None) -> None:
 
 
 def updates(bench: Bench, rule: str, dim: int, dtype: torch.dtype) -> float:
-    """One step of two lookups on one table: touched rows as the rule says, the others untouched, the same bits twice."""
+    """One step with two lookups on one table: touched rows follow the rule, others do not change; same bits in two runs."""
     slots = 100 if bench.rehearse else 2000
     values = data.table(slots, dim, dtype, bench.device)
     lookups = _lookups(bench, slots, dim, dtype)
@@ -47,7 +47,7 @@ def updates(bench: Bench, rule: str, dim: int, dtype: torch.dtype) -> float:
         error = max(error, close(name, state[name], want_state[name], 1e-2 if loose else 1e-5))
     again, _, _ = step(bench, rule, values, None, *lookups)
     if not torch.equal(got, again):
-        raise Stop("the same seed gave other bits")
+        raise Stop("the same seed gave different bits")
     return error
 
 
