@@ -81,7 +81,7 @@ def read(cubin: bytes, cuobjdump: Path) -> Code:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
     if found is None or not instructions:
-        raise RuntimeError(f"{cuobjdump} says nothing of registers or instructions; is its output of a new form?\n{usage}")
+        raise RuntimeError(f"{cuobjdump} printed no registers or instructions; does it have a new output format?\n{usage}")
     loads = Counter(width(name) for name in instructions if name.split(".")[0] in ("LDG", "LDGSTS"))
     spills = sum(name.split(".")[0] in ("STL", "LDL") for name in instructions)
     return Code(int(found[1]), int(found[2]), spills, dict(loads))

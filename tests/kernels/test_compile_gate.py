@@ -16,7 +16,7 @@ import pytest
 from memrewrite.kernels.compile_variants import CompileVariant
 
 SCRIPT = Path(__file__).with_name("compile_gate.py")
-OLDEST = Path(sys.prefix) / "triton-3.6.0"  # beside the installed one; `make test` puts it there
+OLDEST = Path(sys.prefix) / "triton-3.6.0"  # next to the installed version; installed by `make test`
 INSTALL = f"{sys.executable} -m pip install --no-deps --target {OLDEST} triton==3.6.0"
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1 compiles nothing")
 
