@@ -69,7 +69,7 @@ def surveyed(name: str, recipe: str | None = None) -> tuple[Inspection, ModuleNo
     return pipeline.survey(model, inputs, tiny.recipe(recipe) if recipe else None)
 
 
-def drawn(located: Inspection, root: ModuleNode, plan: Plan | None = None, name: str = "model.py") -> Parsed:
+def parsed_page(located: Inspection, root: ModuleNode, plan: Plan | None = None, name: str = "model.py") -> Parsed:
     text = page(name, root, located, plan)
     text.encode("utf-8")
     assert text.startswith("<!doctype html>\n")
@@ -122,7 +122,7 @@ def missing(path: str, reason: str = "its inner value `gelu_3` is also read outs
 @pytest.mark.parametrize(("name", "towers"), [("modular", 1), ("bert", 1), ("t5", 2), ("albert", 1), ("shared", 1)])
 def test_models(name: str, towers: int) -> None:
     located, root, _ = surveyed(name)
-    parsed = drawn(located, root)
+    parsed = parsed_page(located, root)
     assert len(parsed.all("data-tower")) == towers
     assert located.captured in "".join(parsed.texts)
     assert parsed.of_class("layer") == 0
@@ -132,7 +132,7 @@ def test_models(name: str, towers: int) -> None:
 def test_a_plan_is_shown_at_the_sites_and_at_the_pools(placement: str) -> None:
     located, root, plan = surveyed("modular", placement)
     assert plan is not None
-    parsed = drawn(located, root, plan)
+    parsed = parsed_page(located, root, plan)
     assert parsed.of_class("layer") == len(plan.substitutions) == parsed.all("href").count("#pool-0")
     assert parsed.all("id").count("pool-0") == 1
     assert len([d for d in parsed.all("d") if d.startswith("M0,")]) == len(plan.substitutions)
@@ -147,13 +147,13 @@ def test_modules_are_shown_in_the_order_in_which_they_ran() -> None:
     block = next(child for child in root.children[0].children if child.path == "model.layers").children[0]
     names = [child.path.rpartition(".")[2] for child in block.children]
     assert names == ["input_layernorm", "self_attn", "post_attention_layernorm", "mlp"]
-    assert drawn(located, root)
+    assert parsed_page(located, root)
 
 
 def test_many_layers_of_one_pool_share_a_line() -> None:
     located, root = deep(40)
     plan = select(located, read_recipe(tiny.recipe()))
-    parsed = drawn(located, root, plan)
+    parsed = parsed_page(located, root, plan)
     assert parsed.of_class("layer") == 40
     assert len([d for d in parsed.all("d") if d.startswith("M0,")]) == 1
 
@@ -163,7 +163,7 @@ def test_many_layers_of_one_pool_share_a_line() -> None:
 
 def test_equal_blocks_are_folded() -> None:
     located, root = deep(126)
-    parsed = drawn(located, root)
+    parsed = parsed_page(located, root)
     assert parsed.all("data-similar") == ["125"]
     assert "blocks 1–125" in parsed.texts
 
@@ -172,7 +172,7 @@ def test_blocks_that_differ_are_not_folded_together() -> None:
     located, root = deep(12)
     odd = [missing("blocks.4.mlp"), missing("blocks.9.mlp")]
     sites = tuple(s for s in located.sites if s.block not in (4, 9))
-    parsed = drawn(located.model_copy(update={"sites": sites, "near_misses": tuple(odd)}), root)
+    parsed = parsed_page(located.model_copy(update={"sites": sites, "near_misses": tuple(odd)}), root)
     assert parsed.all("data-similar") == ["3", "4", "1", "2"]  # 1-3, 5-8, 9 (equal to 4), 10-11; not folded: 0 and 4
     assert "line used" not in [attrs.get("class") for _, attrs in parsed.elements]
 
@@ -180,13 +180,13 @@ def test_blocks_that_differ_are_not_folded_together() -> None:
 def test_blocks_that_alternate_are_folded_into_one() -> None:
     located, root = deep(40)
     every_other = read_recipe(tiny.recipe(where={"every": 2}))
-    parsed = drawn(located, root, select(located, every_other))
+    parsed = parsed_page(located, root, select(located, every_other))
     assert parsed.all("data-similar") == ["38"]
     assert "each like block 0 or 1" in parsed.texts
 
 
 def test_towers_are_shown_in_columns() -> None:
-    parsed = drawn(*deep(3, ("one", "two", "three")))
+    parsed = parsed_page(*deep(3, ("one", "two", "three")))
     assert parsed.all("data-tower") == ["one", "two", "three"]
     assert parsed.of_class("columns") == 1
     assert parsed.of_class("column") == 3
@@ -197,8 +197,8 @@ def test_towers_are_shown_in_columns() -> None:
 
 def test_a_model_that_is_one_mlp_or_nothing() -> None:
     alone = Inspection(sites=(site("", modules=("",)),), near_misses=(), captured="as given")
-    assert drawn(alone, part("", part("up"), part("down")))
-    nothing = drawn(Inspection(sites=(), near_misses=(), captured="as given"), part("", parameters=0))
+    assert parsed_page(alone, part("", part("up"), part("down")))
+    nothing = parsed_page(Inspection(sites=(), near_misses=(), captured="as given"), part("", parameters=0))
     assert "Nothing in this model looks like an MLP." in nothing.texts
 
 
@@ -207,14 +207,14 @@ def test_marks_at_missing_modules_and_several_marks_at_one_module() -> None:
     located, root = deep(2)
     more = (site("blocks.0.mlp#linear_7"), site("gone.far.away"))
     near = (missing("blocks.1.mlp.act"), missing("blocks.1.mlp.act"), missing(""))
-    assert drawn(located.model_copy(update={"sites": (*located.sites, *more), "near_misses": near}), root)
+    assert parsed_page(located.model_copy(update={"sites": (*located.sites, *more), "near_misses": near}), root)
 
 
 def test_numbered_modules_that_are_no_tower() -> None:
     """A small head of numbered layers."""
     located, root = deep(2)
     root = root.model_copy(update={"children": (*root.children, part("head", part("head.0"), part("head.1", kind="Other")))})
-    assert drawn(located, root).all("data-tower") == ["blocks"]
+    assert parsed_page(located, root).all("data-tower") == ["blocks"]
 
 
 def test_hostile_names() -> None:

@@ -772,26 +772,26 @@ def test_pool_of_8_bits_has_the_papers_initialization():
 
 @pytest.mark.parametrize("placement", ["replace", "parallel"])
 @pytest.mark.parametrize(
-    "wish",
+    "entry",
     [{"gradient": "sparse"}, {"gradient": "fused"}, {"gradient": "fused", "dtype": "float8_e4m3fn"}],
-    ids=lambda wish: "-".join(wish.values()),
+    ids=lambda entry: "-".join(entry.values()),
 )
-def test_rewritten_model_is_checked_trained_saved_and_loaded(wish, placement, tmp_path):
+def test_rewritten_model_is_checked_trained_saved_and_loaded(entry, placement, tmp_path):
     model, inputs = llama(), {"input_ids": tokens(), "use_cache": False}
     rule = {"where": {"layers": [0, 2]}, "with": "memory_plus", "pool": "shared", "placement": placement}
     recipe = {
         "memrewrite": 1,
-        "pools": {"shared": {"keys": 16, **wish}},
+        "pools": {"shared": {"keys": 16, **entry}},
         "replace": [{**rule, "options": {"heads": 2, "topk": 4}}],
     }
     report = memrewrite.apply(model, recipe, inputs)
     assert {c.name: c.outcome for c in report.checks}["gradient"] == "passed"
-    if wish["gradient"] == "fused":
+    if entry["gradient"] == "fused":
         assert model.memory.shared.pending.taker is None
         optimizer = torch.optim.AdamW(memrewrite.param_groups(model, lr=1e-3))
         fuse(optimizer, model)
         before = model.memory.shared.values.detach().view(torch.uint8).clone()
-        for _ in range(2):  # a layer beside its MLP starts at zero: its table learns from the second step on
+        for _ in range(2):  # a parallel layer starts at zero: its table is trained from the second step on
             model(**inputs, labels=inputs["input_ids"]).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
