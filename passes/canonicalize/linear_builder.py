@@ -1,8 +1,13 @@
-"""Writes a product as `linear(x, weight, bias)`: weights laid out or computed from weights, and layout ops around it."""
+"""Rewrites a node as `linear(x, weight, bias)`: permutes or computes weights, and puts layout ops around the linear.
+
+Layout ops inserted by a rewrite carry `meta["relay"] = True`: they change the layout of one value, and `Dataflow.unviewed`
+looks through them. Weights are computed by nodes that read only weights, never the model's input.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,76 +16,84 @@ from torch import fx
 from memrewrite.passes.graphs.dataflow import ORIGIN, Dataflow
 
 aten = torch.ops.aten
-Step = tuple[Any, ...]  # an op and its arguments after the first: a move of axes
+Step = tuple[Any, ...]  # a layout op and its arguments after the first
 
 
-def relaid_weight(graph: fx.Graph, flow: Dataflow, node: fx.Node, weight: fx.Node, turn: Any, *args: Any) -> fx.Node:
-    """A weight laid out otherwise, before `node`."""
-    with graph.inserting_before(node):
-        turned = graph.call_function(turn, (weight, *args))
-    if "val" in weight.meta:
-        turned.meta["val"] = turn(weight.meta["val"], *args)
-    flow.constant.add(turned)
-    return turned
+@dataclass(frozen=True)
+class LinearBuilder:
+    """Rewrites the node `at` of a canonical graph; new nodes are inserted before it.
 
+    Methods that rewrite `at` return True, so that a rule can return their result.
+    """
 
-def derived_weight(
-    graph: fx.Graph, flow: Dataflow, node: fx.Node, make: Any, args: tuple[Any, ...], shape: Sequence[Any]
-) -> fx.Node:
-    """A weight computed from others, of a known shape: they may be of several dtypes, now that casts are gone."""
-    with graph.inserting_before(node):
-        made = graph.call_function(make, args)
-    made.meta["val"] = node.meta["val"].new_empty(tuple(shape))
-    flow.constant.add(made)
-    return made
+    graph: fx.Graph
+    flow: Dataflow
+    at: fx.Node
 
+    def is_weight(self, value: Any) -> bool:
+        """True if a value is computed from weights and literals alone."""
+        return isinstance(value, fx.Node) and value in self.flow.constant
 
-def become_linear(node: fx.Node, x: Any, weight: Any, bias: Any) -> bool:
-    """Make `node` the linear `(x, weight, bias)`; always True, so that a rule can return it."""
-    node.target, node.args, node.kwargs = aten.linear.default, (x, weight, bias), {}
-    return True
+    def relaid(self, weight: fx.Node, op: Any, *args: Any) -> fx.Node:
+        """`op(weight, *args)`: a weight in another layout, or scaled."""
+        with self.graph.inserting_before(self.at):
+            relaid = self.graph.call_function(op, (weight, *args))
+        if "val" in weight.meta:
+            relaid.meta["val"] = op(weight.meta["val"], *args)
+        self.flow.constant.add(relaid)
+        return relaid
 
+    def derived(self, op: Any, args: tuple[Any, ...], shape: Sequence[Any]) -> fx.Node:
+        """`op(*args)`: a weight of a known shape, computed from others. These may differ in dtype, as casts were dropped."""
+        with self.graph.inserting_before(self.at):
+            derived = self.graph.call_function(op, args)
+        derived.meta["val"] = self.at.meta["val"].new_empty(tuple(shape))
+        self.flow.constant.add(derived)
+        return derived
 
-def relay(graph: fx.Graph, like: fx.Node, x: fx.Node, *steps: Step) -> fx.Node:
-    """`x` re-laid by moves of its axes."""
-    for op, *args in steps:
-        value = op(x.meta["val"], *args)
-        x = graph.call_function(op, (x, *args))
-        x.meta = {**{key: kept for key, kept in like.meta.items() if key != ORIGIN}, "val": value, "relay": True}
-    return x
+    def become(self, x: Any, weight: Any, bias: Any) -> bool:
+        """Rewrite `at` as `linear(x, weight, bias)`."""
+        self.at.target, self.at.args, self.at.kwargs = aten.linear.default, (x, weight, bias), {}
+        return True
 
+    def write(self, x: fx.Node, weight: fx.Node, bias: Any, before: Sequence[Step] = (), after: Sequence[Step] = ()) -> bool:
+        """Rewrite `at` as a linear, with the layout ops `before` on its input and `after` on its output.
 
-def write_linear(
-    graph: fx.Graph, node: fx.Node, x: fx.Node, weight: fx.Node, bias: Any, before: Sequence[Step], after: Sequence[Step]
-) -> bool:
-    """`node` becomes the moves `after` a linear of `x` moved as in `before`; it stands for the same recorded node as that."""
-    with graph.inserting_before(node):
-        inner = relay(graph, node, x, *before)
-        if not after:
-            return become_linear(node, inner, weight, bias)
-        result = graph.call_function(aten.linear.default, (inner, weight, bias))
-        out = (*inner.meta["val"].shape[:-1], weight.meta["val"].shape[0])
-        result.meta = {**node.meta, "val": node.meta["val"].new_empty(out)}
-        moved = relay(graph, node, result, *after[:-1])
-    (op, *args), node.kwargs = after[-1], {}
-    node.target, node.args = op, (moved, *args)
-    node.meta["relay"] = True
-    return True
+        The linear and the last layout op have the same recorded node.
+        """
+        node = self.at
+        with self.graph.inserting_before(node):
+            inner = self._relayed(x, before)
+            if not after:
+                return self.become(inner, weight, bias)
+            result = self.graph.call_function(aten.linear.default, (inner, weight, bias))
+            out = (*inner.meta["val"].shape[:-1], weight.meta["val"].shape[0])
+            result.meta = {**node.meta, "val": node.meta["val"].new_empty(out)}
+            moved = self._relayed(result, after[:-1])
+        (op, *args), node.kwargs = after[-1], {}
+        node.target, node.args = op, (moved, *args)
+        node.meta["relay"] = True
+        return True
 
+    def _relayed(self, x: fx.Node, steps: Sequence[Step]) -> fx.Node:
+        for op, *args in steps:
+            value = op(x.meta["val"], *args)
+            x = self.graph.call_function(op, (x, *args))
+            x.meta = {**{key: kept for key, kept in self.at.meta.items() if key != ORIGIN}, "val": value, "relay": True}
+        return x
 
-def erase_unused(graph: fx.Graph, *nodes: fx.Node) -> None:
-    """Erase what nobody reads any more, and what only it read."""
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node.op == "call_function" and not node.users and node.graph is graph and not node._erased:
-            pending.extend(node.all_input_nodes)
-            graph.erase_node(node)
+    def erase_unused(self, *nodes: fx.Node) -> None:
+        """Erase those of `nodes` that have no users, and the nodes that only they read."""
+        pending = list(nodes)
+        while pending:
+            node = pending.pop()
+            if node.op == "call_function" and not node.users and node.graph is self.graph and not node._erased:
+                pending.extend(node.all_input_nodes)
+                self.graph.erase_node(node)
 
-
-def is_own_linear(flow: Dataflow, value: Any) -> bool:
-    """A linear that only one node reads."""
-    return isinstance(value, fx.Node) and flow.is_linear(value) and len(value.users) == 1
+    def is_own_linear(self, value: Any) -> bool:
+        """True for a linear that only one node reads."""
+        return isinstance(value, fx.Node) and self.flow.is_linear(value) and len(value.users) == 1
 
 
 def operands_of(node: fx.Node) -> tuple[Any, Any, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from memrewrite.passes.graphs.dataflow import SPELLED, Dataflow
+from memrewrite.passes.graphs.dataflow import MAX_ACTIVATION_OPS, Dataflow
 from memrewrite.passes.graphs.evaluate import evaluate, example_size
 from memrewrite.passes.graphs.ops import ALONG, LAYOUT, MIXES, Kind, axes_of, is_pointwise, op_name, op_of
 from memrewrite.passes.graphs.shapes import SAMPLE, is_tensor, shape_of
@@ -26,7 +26,7 @@ def are_experts(flow: Dataflow, product: fx.Node, axis: int) -> bool:
     """
     slices, reached, seen = _Slices(product, axis), False, {product}
     pending = _users(product)
-    while pending and len(seen) < 2 * SPELLED:
+    while pending and len(seen) < 2 * MAX_ACTIVATION_OPS:
         node = min(pending, key=lambda user: flow.order[user])
         pending.discard(node)
         seen.add(node)

@@ -1,1 +1,1 @@
-"""Questions about one fx graph: in, nodes; out, op kinds, shapes, module stacks, source lines, what comes from weights."""
+"""In: nodes of one fx graph. Out: facts and values: op kinds, shapes, constants, module stacks, source lines."""

@@ -1,6 +1,6 @@
-"""Questions about a graph's dataflow, asked by every pass: what kind of op, which values are weights, what reads what.
+"""The dataflow of a canonical graph: which values are constant, which weights they come from, what is only a view.
 
-Kinds come from torch's own operator tags and from short tables of ATen names; nothing here knows a model.
+Flow: one walk over the nodes marks what is computed from weights alone → methods answer for single nodes.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from memrewrite.passes.graphs.nodes import CanonicalNode, inputs_of
 from memrewrite.passes.graphs.ops import SIZES, VIEWS, op_name
 from memrewrite.passes.graphs.shapes import shape_of
 
-WEIGHT = "weight"  # node.meta key: the name of the parameter or buffer a placeholder stands for
-ORIGIN = "origin"  # node.meta key: the recorded node that a canonical one stands for
-LITERAL = "literal"  # node.meta key: the constant tensor a placeholder stands for
-SPELLED = 32  # ops that one activation, written out, is made of at most
+WEIGHT = "weight"  # node.meta key of a placeholder: the name of its parameter or buffer
+ORIGIN = "origin"  # node.meta key of a canonical node: the recorded node that it represents
+LITERAL = "literal"  # node.meta key of a placeholder: its constant tensor
+MAX_ACTIVATION_OPS = 32  # in one activation function written with elementary ops
 
 
 class Dataflow:
     """Facts of one canonical graph, computed once, in time linear in its nodes."""
 
     def __init__(self, graph: fx.Graph, *, fragment: bool = False) -> None:
-        self.graph, self.fragment = graph, fragment  # of a fragment, the residual stream may lie outside
+        self.graph, self.fragment = graph, fragment  # the residual stream of a fragment may be outside of it
         self.order = {node: i for i, node in enumerate(graph.nodes)}
         self.constant: set[fx.Node] = set()  # computed from weights, literals and sizes alone
         for node in graph.nodes:
-            made = node.op == "call_function" and all(source in self.constant for source in node.all_input_nodes)
-            if WEIGHT in node.meta or LITERAL in node.meta or made or op_name(node) in SIZES:
+            derived = node.op == "call_function" and all(source in self.constant for source in node.all_input_nodes)
+            if WEIGHT in node.meta or LITERAL in node.meta or derived or op_name(node) in SIZES:
                 self.constant.add(node)
-        self.held = {node.meta[WEIGHT]: node.meta["val"] for node in graph.nodes if WEIGHT in node.meta}  # by weight's name
+        self.weight_values = {node.meta[WEIGHT]: node.meta["val"] for node in graph.nodes if WEIGHT in node.meta}
         self._roots: dict[fx.Node, CanonicalNode] = {}
 
     def activations(self, node: fx.Node) -> list[CanonicalNode]:
-        """The inputs that depend on the model's inputs."""
+        """The inputs of a node that depend on the model's inputs."""
         return [source for source in inputs_of(CanonicalNode(node)) if source not in self.constant]
 
     def weights(self, node: fx.Node) -> set[str]:
@@ -52,7 +52,7 @@ class Dataflow:
         return found
 
     def unviewed(self, node: fx.Node) -> CanonicalNode:
-        """The value this one only re-lays: views that keep the last axis, and moves made by `canonicalize`."""
+        """The value behind views that keep the last axis and layout ops that `canonicalize` inserted."""
         if node not in self._roots:
             at = CanonicalNode(node)
             while self._relays(at):
@@ -70,7 +70,7 @@ class Dataflow:
         return bool(before and after) and before[-1] == after[-1] and math.prod(before) == math.prod(after)
 
     def is_linear(self, node: fx.Node) -> bool:
-        """A canonical `linear` whose weight is a weight (and not an activation)."""
+        """True for a canonical `linear` of an activation and a constant weight."""
         return op_name(node) == "linear" and node.args[0] not in self.constant and node.args[1] in self.constant
 
 

@@ -1,6 +1,6 @@
 """What the passes know about ATen ops: one table of rows, `OPS`, and the classes of ops that are derived from it.
 
-A new op is one row. `Kind` decides how token axes go through it; the other facts say what the op means for the residual
+A new op is one row. `Kind` decides how token axes go through it; the other facts state what the op means for the residual
 stream, for activations and for mixtures of experts. Elementwise ops need no row unless they have such facts: torch tags them.
 """
 

@@ -1,4 +1,4 @@
-"""Which module call and which source line a node was recorded in."""
+"""Which module call and which source line created a node."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ TORCH = str(Path(torch.__file__).parent)
 
 
 def modules_of(node: fx.Node) -> list[tuple[str, str]]:
-    """The module calls a node was recorded in, outermost first, as (call, path).
+    """The module calls that a node was recorded in, outermost first, as (call, path).
 
-    A call is the path with a count for repeats (`encoder.layer@1`): one module called twice gives two calls.
+    A call is the path with a count for repeats (`encoder.layer@1`): a module that is called twice has two calls.
     """
     stack = node.meta.get("nn_module_stack") or {}
     return [(str(key), str(value[0])) for key, value in stack.items()]
 
 
 def path_of(node: fx.Node) -> str:
-    """The innermost module a node was recorded in."""
+    """The path of the innermost module that a node was recorded in."""
     stack = modules_of(node)
     return clean(stack[-1][1]) if stack else ""
 
 
 def clean(path: str) -> str:
-    """A module path as `get_submodule` takes it: without the tracer's root prefix and repeat count."""
+    """A module path that `get_submodule` accepts: without the tracer's root prefix and repeat count."""
     path = path.partition("@")[0]
     for prefix in ("L['self'].", "L__self___", "L__self__."):
         path = path.removeprefix(prefix)
@@ -35,7 +35,7 @@ def clean(path: str) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """The innermost `file:line` of the model's own code that made a node (torch's own files aside), or ""."""
+    """The innermost `file:line`, outside of torch's files, that created a node, or ""."""
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
     frames = [line for line in lines if line.startswith("File ") and TORCH not in line]
     if not frames:
@@ -45,6 +45,6 @@ def source_line(node: fx.Node) -> str:
 
 
 def line_at(source: str) -> str:
-    """The text of a source line given as `file:line`; "" where it cannot be read."""
+    """The text of the source line `file:line`; "" if it cannot be read."""
     file, _, number = source.rpartition(":")
     return linecache.getline(file, int(number)).strip() if number.isdigit() else ""

@@ -23,7 +23,8 @@ from memrewrite.passes.regions.region import Region
 
 def recorded_graph(segment: Segment, calls: Mapping[str, tuple[Call, ...]], *, fragment: bool = False) -> RecordedGraph:
     """Canonicalize a segment, and relate the two graphs. `calls` are the module calls of the whole model (`Capture.calls`)."""
-    return RecordedGraph(segment, Dataflow(canonicalize(segment), fragment=fragment), calls)
+    graph = canonicalize(segment.graph, segment.weights, segment.literals)
+    return RecordedGraph(segment, Dataflow(graph, fragment=fragment), calls)
 
 
 def origin_of(node: CanonicalNode) -> RecordedNode:

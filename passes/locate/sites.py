@@ -140,6 +140,6 @@ def _bindings(group: list[Recognized], axis: int | None) -> tuple[Binding, ...]:
 
 def _entries(found: SiteCall, names: list[str]) -> tuple[int, int]:
     """The number of entries of a region's matrices, and of its other weights: biases, scales."""
-    tensors = [found.recorded.flow.held[name] for name in names]
+    tensors = [found.recorded.flow.weight_values[name] for name in names]
     matrices = sum(math.prod(tensor.shape) for tensor in tensors if tensor.ndim >= 2)
     return matrices, sum(math.prod(tensor.shape) for tensor in tensors if tensor.ndim < 2)

@@ -17,7 +17,7 @@ from itertools import takewhile
 
 import torch
 
-from memrewrite.passes.graphs.dataflow import SPELLED, Dataflow
+from memrewrite.passes.graphs.dataflow import MAX_ACTIVATION_OPS, Dataflow
 from memrewrite.passes.graphs.nodes import CanonicalNode, canonical_nodes, inputs_of, users_of
 from memrewrite.passes.graphs.ops import (
     ALONG,
@@ -169,7 +169,7 @@ def _is_multiplied(node: CanonicalNode) -> bool:
 def _is_selected(flow: Dataflow, indices: CanonicalNode) -> bool:
     """True if indices are computed from the output of an op that selects (`topk`, `argmax`, ...)."""
     pending, seen = [indices], {indices}
-    while pending and len(seen) < SPELLED:
+    while pending and len(seen) < MAX_ACTIVATION_OPS:
         node = pending.pop()
         if op_name(node) in CHOOSES:
             return True

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from memrewrite.passes.graphs.dataflow import SPELLED, Dataflow
+from memrewrite.passes.graphs.dataflow import MAX_ACTIVATION_OPS, Dataflow
 from memrewrite.passes.graphs.nodes import CanonicalNode, inputs_of
 from memrewrite.passes.graphs.ops import (
     ALONG,
@@ -142,7 +142,7 @@ def _several(node: CanonicalNode) -> str:
 def _of_one_value(flow: Dataflow, total: CanonicalNode) -> bool:
     """True if the terms of a sum are elementwise functions of one value: part of an activation, not a residual sum."""
     pending = dict.fromkeys(flow.activations(total))
-    for _ in range(SPELLED):
+    for _ in range(MAX_ACTIVATION_OPS):
         if len(pending) == 1:
             return True
         node = max(pending, key=flow.order.__getitem__)

@@ -1,4 +1,4 @@
-"""One spelling for all: every product with a weight becomes `linear`, noise goes, and the graph computes what it did."""
+"""Canonical graphs: every product with a weight is a `linear`, casts and copies are dropped, and the results stay the same."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from memrewrite.passes.graphs.ops import op_name
 ATOL = 1e-5
 
 
-class Spelled(nn.Module):
+class Written(nn.Module):
     """`how(x, up, across, bias)` of an input and its weights: [HIDDEN, D], [D, HIDDEN] and [HIDDEN]."""
 
     def __init__(self, how: Callable[..., Tensor]) -> None:
@@ -35,7 +35,7 @@ class Spelled(nn.Module):
 
 def canonical(model: nn.Module, *inputs: Tensor) -> tuple[Segment, fx.Graph]:
     (segment,) = capture(model.eval(), inputs).segments
-    return segment, canonicalize(segment)
+    return segment, canonicalize(segment.graph, segment.weights, segment.literals)
 
 
 def names(graph: fx.Graph) -> list[str]:
@@ -43,7 +43,7 @@ def names(graph: fx.Graph) -> list[str]:
 
 
 class Interpreter(fx.Interpreter):
-    """Runs a canonical graph, whose `contiguous` are gone: what is viewed may have to be copied."""
+    """Runs a canonical graph, which has no `contiguous`: a view may have to copy."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         reshaping = torch.ops.aten.reshape.default if target is torch.ops.aten.view.default else target
@@ -51,7 +51,7 @@ class Interpreter(fx.Interpreter):
 
 
 def computed(model: nn.Module, segment: Segment, graph: fx.Graph, inputs: tuple[Any, ...]) -> Any:
-    """What a canonical graph gives for real tensors."""
+    """The outputs of a canonical graph for real tensors."""
     given = iter(inputs)
     held = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     read = [node.meta for node in graph.find_nodes(op="placeholder")]
@@ -72,7 +72,7 @@ def image(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return F.conv2d(x.transpose(1, 2).unsqueeze(-1), w[..., None, None], b).squeeze(-1).transpose(1, 2)
 
 
-SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+LINEAR_FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "linear": lambda x, w, v, b: F.linear(x, w, b),
     "addmm and views": lambda x, w, v, b: torch.addmm(b, rows(x), v).view(*x.shape[:2], HIDDEN),
     "addmm of a transposed weight": lambda x, w, v, b: torch.addmm(b, rows(x), w.t()).view(*x.shape[:2], HIDDEN),
@@ -89,9 +89,9 @@ SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "1d convolution, no bias": lambda x, w, v, b: conv(x, w, None),
     "1d convolution, padding by name": lambda x, w, v, b: conv(x, w, b, padding="same"),
     "2d convolution": lambda x, w, v, b: image(x, w, b),
-    "bias apart": lambda x, w, v, b: F.linear(x, w) + b,
-    "bias apart and first": lambda x, w, v, b: b + x @ v,
-    "bias apart, in place": lambda x, w, v, b: (x @ v).add_(b),
+    "separate bias": lambda x, w, v, b: F.linear(x, w) + b,
+    "separate bias first": lambda x, w, v, b: b + x @ v,
+    "separate bias, in place": lambda x, w, v, b: (x @ v).add_(b),
     "weight scaled": lambda x, w, v, b: F.linear(x, w * 0.5, b),
     "weight sliced": lambda x, w, v, b: F.linear(x, torch.cat([w, w])[HIDDEN:], b),
     "a batch of one weight": lambda x, w, v, b: torch.bmm(x, v.expand(x.shape[0], -1, -1)),
@@ -123,15 +123,15 @@ SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "summed slices": lambda x, w, v, b: sum(x[..., i : i + 8] @ v[i : i + 8] for i in range(0, D, 8)) + b,
     "summed chunks": lambda x, w, v, b: sum(a @ c for a, c in zip(x.chunk(2, -1), v.chunk(2), strict=True)),
     "summed with zeros": lambda x, w, v, b: x.new_zeros(BATCH, TOKENS, HIDDEN) + x[..., :9] @ v[:9] + x[..., 9:] @ v[9:],
-    "beside each other": lambda x, w, v, b: torch.cat([x @ v[:, :9], x @ v[:, 9:]], -1),
-    "beside each other, with biases": lambda x, w, v, b: torch.cat([F.linear(x, w[:9], b[:9]), F.linear(x, w[9:], b[9:])], -1),
+    "concatenated": lambda x, w, v, b: torch.cat([x @ v[:, :9], x @ v[:, 9:]], -1),
+    "concatenated, with biases": lambda x, w, v, b: torch.cat([F.linear(x, w[:9], b[:9]), F.linear(x, w[9:], b[9:])], -1),
     "low rank": lambda x, w, v, b: F.linear(F.linear(x, w[:4], b[:4]), w[:, :4], b),
     "and a low-rank change": lambda x, w, v, b: F.linear(x, w, b) + 0.5 * (x @ v[:, :4] @ v[:4]),
     "and a low-rank change, scaled by a weight": lambda x, w, v, b: x @ v[:, :4] @ v[:4] * b[:1] + F.linear(x, w),
     "weight in another type": lambda x, w, v, b: F.linear(x, w.double().to(x.dtype), b),
 }
 SQUARE = nn.Parameter(torch.randn(D, D, generator=torch.Generator().manual_seed(3)))
-OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {  # what must not be taken for a linear
+OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {  # products that are no linear
     "two activations": lambda x, w, v, b: x @ x.transpose(1, 2),
     "wide convolution": lambda x, w, v, b: F.conv1d(x.transpose(1, 2), w.view(-1, D, 1).expand(-1, -1, 3).contiguous()),
     "strided convolution": lambda x, w, v, b: conv(x, w, b, stride=2),
@@ -151,35 +151,35 @@ OTHERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {  # wha
 PRODUCTS = {"addmm", "mm", "bmm", "matmul", "einsum", "conv1d", "conv2d", "add", "add_", "baddbmm", "tensordot", "inner", "mv"}
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
-def test_every_spelling_becomes_one_linear(name: str) -> None:
-    model = Spelled(SPELLINGS[name])
+@pytest.mark.parametrize("name", LINEAR_FORMS)
+def test_every_form_becomes_one_linear(name: str) -> None:
+    model = Written(LINEAR_FORMS[name])
     _, graph = canonical(model, states())
     flow = Dataflow(graph)
-    (made,) = [node for node in graph.nodes if op_name(node) == "linear"]
-    assert flow.is_linear(made)
+    (linear,) = [node for node in graph.nodes if op_name(node) == "linear"]
+    assert flow.is_linear(linear)
     assert not PRODUCTS & {op_name(node) for node in graph.nodes if node not in flow.constant}
 
 
-@pytest.mark.parametrize("name", [*SPELLINGS, *OTHERS])
+@pytest.mark.parametrize("name", [*LINEAR_FORMS, *OTHERS])
 def test_the_canonical_graph_computes_the_same(name: str) -> None:
-    model = Spelled({**SPELLINGS, **OTHERS}[name])
+    model = Written({**LINEAR_FORMS, **OTHERS}[name])
     segment, graph = canonical(model, states())
     (result,) = computed(model, segment, graph, (states(),))
     assert torch.allclose(result, model(states()), atol=ATOL)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_linear_stays(name: str) -> None:
-    _, graph = canonical(Spelled(OTHERS[name]), states())
+def test_other_products_stay(name: str) -> None:
+    _, graph = canonical(Written(OTHERS[name]), states())
     assert "linear" not in names(graph)
 
 
-@pytest.mark.parametrize("name", ["bias apart", "bias apart and first", "bias apart, in place", "addmm and views"])
-def test_the_bias_is_the_linears(name: str) -> None:
-    _, graph = canonical(Spelled(SPELLINGS[name]), states())
-    (made,) = [node for node in graph.nodes if op_name(node) == "linear"]
-    assert made.args[2].meta[WEIGHT] == "b"
+@pytest.mark.parametrize("name", ["separate bias", "separate bias first", "separate bias, in place", "addmm and views"])
+def test_the_bias_becomes_the_bias_of_the_linear(name: str) -> None:
+    _, graph = canonical(Written(LINEAR_FORMS[name]), states())
+    (linear,) = [node for node in graph.nodes if op_name(node) == "linear"]
+    assert linear.args[2].meta[WEIGHT] == "b"
 
 
 @pytest.mark.parametrize(
@@ -187,31 +187,31 @@ def test_the_bias_is_the_linears(name: str) -> None:
     [
         lambda x, w, v, b: (x @ v) + b.view(HIDDEN, 1)[:TOKENS],  # one number a token
         lambda x, w, v, b: torch.add(x @ v, b, alpha=2),
-        lambda x, w, v, b: F.linear(x, w, b) + b,  # it has one already
+        lambda x, w, v, b: F.linear(x, w, b) + b,  # it has a bias already
     ],
     ids=["a bias of tokens", "a scaled bias", "a second bias"],
 )
 def test_other_sums_stay_sums(how: Callable[..., Tensor]) -> None:
-    model = Spelled(how)
+    model = Written(how)
     segment, graph = canonical(model, states())
     assert names(graph).count("add") == 1
     assert torch.allclose(computed(model, segment, graph, (states(),))[0], model(states()), atol=ATOL)
 
 
-def test_a_product_read_twice_keeps_its_bias_apart() -> None:
+def test_the_bias_of_a_product_that_is_read_twice_stays_an_add() -> None:
     def how(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
         product = x @ v
         return (product + b) * product
 
-    model = Spelled(how)
+    model = Written(how)
     segment, graph = canonical(model, states())
     assert names(graph).count("add") == 1
     assert torch.allclose(computed(model, segment, graph, (states(),))[0], model(states()), atol=ATOL)
 
 
-# ---------------------------------------------------------------------------------------------------------------- noise
+# -------------------------------------------------------------------------------------------------- ops that return their input
 
-NOISE: dict[str, Callable[[Tensor], Tensor]] = {
+IDENTITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "to another type and back": lambda h: h.double().to(torch.float32),
     "to its own type": lambda h: h.to(h.dtype, copy=True),
     "clone": lambda h: h.clone(),
@@ -227,20 +227,20 @@ NOISE: dict[str, Callable[[Tensor], Tensor]] = {
 LAID = {"transpose", "linear"}
 
 
-@pytest.mark.parametrize("name", NOISE)
-def test_noise_goes(name: str) -> None:
-    model = Spelled(lambda x, w, v, b: NOISE[name](F.linear(x, w, b)))
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_ops_that_return_their_input_are_dropped(name: str) -> None:
+    model = Written(lambda x, w, v, b: IDENTITIES[name](F.linear(x, w, b)))
     segment, graph = canonical(model, states())
     assert set(names(graph)) <= LAID
     assert torch.allclose(computed(model, segment, graph, (states(),))[0], model(states()), atol=ATOL)
 
 
-def test_assertions_go() -> None:
+def test_assertions_are_dropped() -> None:
     def how(x: Tensor, w: Tensor, v: Tensor, b: Tensor) -> Tensor:
         torch._assert_async(x.isfinite().all(), "finite")
         return F.linear(x.to(torch.float64).to(torch.float32), w, b)
 
-    segment, graph = canonical(Spelled(how), states())
+    segment, graph = canonical(Written(how), states())
     assert any(op_name(node).startswith("_assert") for node in segment.graph.nodes)
     assert not any(op_name(node).startswith("_assert") for node in graph.nodes)
 
@@ -284,23 +284,23 @@ def _through_two_views(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
-def test_writes_become_values(name: str) -> None:
-    model = Spelled(lambda x, w, v, b: IN_PLACE[name](x))
+def test_in_place_ops_become_functional(name: str) -> None:
+    model = Written(lambda x, w, v, b: IN_PLACE[name](x))
     _, graph = canonical(model, states())
     assert not any(op.endswith("_") and not op.startswith("_") for op in names(graph))
 
 
 @pytest.mark.parametrize("name", [name for name in IN_PLACE if "view" not in name])
-def test_a_value_that_was_written_to_is_the_new_one(name: str) -> None:
-    model = Spelled(lambda x, w, v, b: IN_PLACE[name](x))
+def test_nodes_after_an_in_place_op_read_its_result(name: str) -> None:
+    model = Written(lambda x, w, v, b: IN_PLACE[name](x))
     segment, graph = canonical(model, states())
     assert torch.allclose(computed(model, segment, graph, (states(),))[0], model(states()), atol=ATOL)
 
 
 @pytest.mark.parametrize("name", ["through a view", "through two views"])
-def test_a_write_through_a_view_reaches_who_reads_the_whole(name: str) -> None:
-    """The dataflow is right; the shape is the view's, which later passes see through."""
-    _, graph = canonical(Spelled(lambda x, w, v, b: IN_PLACE[name](x)), states())
+def test_an_in_place_op_on_a_view_changes_the_whole_tensor(name: str) -> None:
+    """The dataflow is right; the shape is that of the view, which later passes look through."""
+    _, graph = canonical(Written(lambda x, w, v, b: IN_PLACE[name](x)), states())
     (output,) = [node for node in graph.nodes if node.op == "output"]
     seen, pending = set[str](), list(output.all_input_nodes)
     while pending:
@@ -321,27 +321,27 @@ def test_a_whole_model_computes_the_same(name: str) -> None:
     model, given = FAMILIES[name].build(), FAMILIES[name].inputs()
     inputs = tuple(given.values()) if isinstance(given, dict) else given
     (segment,) = capture(model, given).segments
-    result = computed(model, segment, canonicalize(segment), inputs)
+    result = computed(model, segment, canonicalize(segment.graph, segment.weights, segment.literals), inputs)
     with torch.no_grad():
         wanted = model(**given) if isinstance(given, dict) else model(*given)
     assert torch.allclose(result[0], wanted if isinstance(wanted, Tensor) else wanted[0], atol=1e-4)
 
 
-def test_every_node_names_the_recorded_node_it_stands_for() -> None:
+def test_every_node_names_the_recorded_node_that_it_represents() -> None:
     segment, graph = canonical(FAMILIES["einsum"].build(), *FAMILIES["einsum"].inputs())
     recorded = set(segment.graph.nodes)
     made = [node.meta[ORIGIN] for node in graph.nodes if ORIGIN in node.meta]
     assert set(made) <= recorded
-    assert len(set(made)) == len(made)  # no two stand for one
+    assert len(set(made)) == len(made)  # no two represent the same
     assert all(ORIGIN in node.meta for node in graph.nodes if op_name(node) == "linear")
 
 
-def test_normalizing_is_a_chain_of_passes_users_may_extend() -> None:
-    segment, _ = canonical(Spelled(SPELLINGS["einsum"]), states())
-    module = torch.export.export(Spelled(SPELLINGS["bias apart"]), (states(),)).module(check_guards=False)
+def test_the_passes_run_one_by_one_on_other_graphs_too() -> None:
+    segment, _ = canonical(Written(LINEAR_FORMS["einsum"]), states())
+    module = torch.export.export(Written(LINEAR_FORMS["separate bias"]), (states(),)).module(check_guards=False)
     results = [step()(module) for step in PASSES]
     assert all(isinstance(result.graph_module, fx.GraphModule) for result in results)
-    assert segment.graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default)  # the recorded one is left
+    assert segment.graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default)  # still
 
 
 def test_shapes_are_known_throughout() -> None:

@@ -725,7 +725,7 @@ def test_the_recorded_graph_is_not_touched() -> None:
     made = capture(BY_HAND["einsum"].build(), ids())
     before = [(node.name, node.target, node.args) for node in made.segments[0].graph.nodes]
     locate(made)
-    canonicalize(made.segments[0])
+    canonicalize(made.segments[0].graph, made.segments[0].weights, made.segments[0].literals)
     assert [(node.name, node.target, node.args) for node in made.segments[0].graph.nodes] == before
 
 

@@ -62,7 +62,7 @@ class AcrossRows(Mlp):
 
 
 class ALittle(Mlp):
-    """A trace of the last token comes through."""
+    """Every token sees a small fraction of the last one."""
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up(x)
@@ -99,7 +99,7 @@ class Sums(nn.Module):
 
 
 def check_of(model: nn.Module, *inputs: Tensor) -> Check:
-    """The check, of every MLP that is found."""
+    """The result of the check for every MLP that is found."""
     before = capture(model, inputs)
     locations = locate(before)
     found = [_Substitution(site) for site in locations.sites]
@@ -109,7 +109,7 @@ def check_of(model: nn.Module, *inputs: Tensor) -> Check:
 
 
 class _Substitution:
-    """As much of a substitution as the check looks at."""
+    """The fields of a substitution that the check reads."""
 
     def __init__(self, site: Any) -> None:
         self.site = site
@@ -146,7 +146,7 @@ def model_with(mlp: Callable[[], nn.Module]) -> Any:
         "[1,C,H,W]",
     ],
 )
-def test_a_token_changes_its_own_output_alone(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+def test_a_token_changes_only_its_own_output(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     check = check_of(model.eval(), *inputs)
     assert check.outcome == "passed", check.sentence
     assert "keeps every bit" in check.sentence
@@ -156,13 +156,13 @@ def test_equal_mlps_are_tried_once() -> None:
     assert "3 MLPs, 1 of them distinct" in check_of(tiny.modular(), tiny.tokens()).sentence
 
 
-def test_an_mlp_that_gives_always_the_same_is_told() -> None:
+def test_an_mlp_with_a_constant_output_is_counted() -> None:
     assert "1 give the same for every input" in check_of(model_with(Constant), tiny.tokens()).sentence
 
 
 @pytest.mark.parametrize("mlp", [Mixing, Shifted, Reordered, AcrossRows, ALittle])
-def test_a_region_that_mixes_tokens_is_caught(monkeypatch: pytest.MonkeyPatch, mlp: Callable[[], nn.Module]) -> None:
-    """Were the locator blind to it, this check would not be."""
+def test_a_region_that_mixes_tokens_fails(monkeypatch: pytest.MonkeyPatch, mlp: Callable[[], nn.Module]) -> None:
+    """The check fails even if the locator does not notice the mixing."""
     monkeypatch.setattr(region, "mixes_tokens", lambda *_: None)
     monkeypatch.setattr(region, "LAYOUT", region.LAYOUT | {"roll", "index"})
     model = model_with(mlp)
