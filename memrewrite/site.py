@@ -1,4 +1,4 @@
-"""What was located in a model, as plain data: `Site`, `NearMiss` and the `Binding` that says how the live model is edited."""
+"""What was located in a model, as plain data: `Site`, `NearMiss`, and the `Binding` by which the live model is edited."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from memrewrite.frozen import Frozen
 class Binding(Frozen):
     """How a site is reached in the live module tree.
 
-    module: one module takes the MLP's input and returns its output; it is both entry and exit.
+    module: one module reads the MLP's input and returns its output; it is both entry and exit.
     span:   the modules at `entries` read the input, the module at `exit` returns the output, other code runs in between.
-    graph:  the module at `exit` holds the whole MLP but gives no hold of it; its forward becomes a graph. `why` says so.
-    none:   the module tree cannot express it; `why` says so. The graph emitter still can.
+    graph:  the module at `exit` contains the whole MLP, but no submodule starts or ends there, for the reason in `why`; the
+            module's forward becomes a graph.
+    none:   no module can be edited, for the reason in `why`. The graph emitter can still rewrite the MLP.
     """
 
     kind: Literal["module", "span", "graph", "none"]
     entries: tuple[str, ...] = ()
-    widths: tuple[int, ...] = ()  # features each entry returns; none: entries stay what they are and are listened to
+    widths: tuple[int, ...] = ()  # features each entry returns; none: entries are kept, and their input is recorded
     takes: int | str = 0  # position or keyword, among an entry's arguments, of the MLP's input
     alone: bool = True  # the exit of a module is called with the input and nothing else
     gives: tuple[int, int] | None = None  # which item is the output, and of how many, where the exit returns a tuple

@@ -154,12 +154,12 @@ class _Binder:
         """From the modules that multiply by the first matrices to the one that multiplies by the last."""
         exit_ = self.exit()
         if exit_ is None:
-            return self.unreachable("no module of its own does the multiplication by its last matrix")
+            return self.unreachable("no single module multiplies by its last matrix")
         readers = [up for up in self.region.ups if self.recorded.flow.unviewed(inputs_of(up)[0]) is self.region.x]
         entries = {up: self.entry(up) for up in readers}
         calls = list(dict.fromkeys(call for call in entries.values() if call is not None))
         if not readers or None in entries.values():
-            return self.unreachable("no module of its own does the multiplication by its first matrix")
+            return self.unreachable("no single module multiplies by its first matrix")
         area = self.area(self.closure, *(call.nodes for call in (*calls, exit_)))
         if len(area.inputs) != 1:
             return self.unreachable("its first matrices read its input in different layouts")
@@ -230,8 +230,8 @@ class _Binder:
                     binding = Binding(kind="span", entries=(entry.path,), takes=takes, exit=out.path, alone=False)
                     (x,), (y,) = both.inputs, out.outputs
                     return BoundRegion(binding, both.nodes, x, y)
-            return self.unreachable("no module of its own reads its input")
-        return self.unreachable("no module of its own returns its output")
+            return self.unreachable("no module inside reads its input alone")
+        return self.unreachable("no module inside returns its output alone")
 
     def relays(self, base: frozenset[RecordedNode], area: _Area) -> set[RecordedNode]:
         """The nodes of `area`, with the casts and views between the values `base` and what the area reads of them."""
