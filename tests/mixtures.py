@@ -1,4 +1,4 @@
-"""Mixtures of experts, however they are written, that tests share. The truth is read off the modules."""
+"""Mixtures of experts in many forms, shared by several test files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ D, WIDTH, EXPERTS, CHOSEN = 32, 24, 4, 2
 
 
 class Experts(nn.Module):
-    """The weights of a mixture; spellings differ in `routed`."""
+    """The weights of a mixture; forms differ in `routed`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Sorted(Experts):
 
 
 class Modules(nn.Module):
-    """Every expert a module of its own."""
+    """Every expert is a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class Modules(nn.Module):
 
 
 class Shared(AllExperts):
-    """A shared expert is added, behind a gate of its own."""
+    """A shared expert is added, scaled by its own gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class TakesFirst(Block):
 
 
 class ByName(Block):
-    """A block that calls its MLP by keyword, with something beside."""
+    """A block that calls its MLP by keyword, with another argument."""
 
     class Mlp(Drawn):
         def forward(self, number: int, *, hidden: Tensor) -> Tensor:  # type: ignore[override]
@@ -171,7 +171,7 @@ class ByName(Block):
 
 
 class RouterOutside(Block):
-    """Router and experts are modules of the block, and a dense MLP works beside them on the same stream."""
+    """Router and experts are modules of the block, and a dense MLP runs in parallel on the same stream."""
 
     class Chosen(Drawn):
         def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:  # type: ignore[override]
