@@ -250,7 +250,7 @@ def _mixture(
     stacked = tuple(node for node in products if not flow.is_linear(node))
     before = set(takewhile(lambda node: op_name(node) not in CHOOSES, ordered))
     experts = stacked or tuple(node for node in products if node not in before)
-    return Mixture(x, y, ordered, products, experts, given=frozenset(extra))
+    return Mixture(x, y, ordered, products, experts, extra_inputs=frozenset(extra))
 
 
 def _fits(flow: Dataflow, x: CanonicalNode, y: CanonicalNode, inside: set[CanonicalNode]) -> bool:
