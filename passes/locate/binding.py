@@ -7,7 +7,6 @@ exit, or neither, with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from functools import cached_property
 from typing import NamedTuple
 
 from torch import fx
@@ -16,6 +15,7 @@ from memrewrite.passes.graphs.nodes import CanonicalNode, RecordedNode, inputs_o
 from memrewrite.passes.graphs.ops import LAYOUT, LOOKS_UP, is_pointwise, op_name
 from memrewrite.passes.graphs.provenance import modules_of
 from memrewrite.passes.graphs.shapes import shape_of
+from memrewrite.passes.locate.areas import Area, CallArea
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, origin_of
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.region import Region
@@ -37,58 +37,6 @@ def bind(recorded: RecordedGraph, region: Region) -> BoundRegion:
     return binder.whole() or binder.summed() or (binder.routed() if isinstance(region, Mixture) else binder.span())
 
 
-class _Area:
-    """A recorded part of the graph around one region: the inputs and outputs of its nodes, computed once.
-
-    `routing` are canonical values that only choose experts: they are not counted as inputs.
-    """
-
-    def __init__(self, recorded: RecordedGraph, routing: set[CanonicalNode], nodes: Iterable[RecordedNode]) -> None:
-        self.recorded, self.routing, self.nodes = recorded, routing, frozenset(nodes)
-
-    @cached_property
-    def inputs(self) -> frozenset[RecordedNode]:
-        """What the nodes read from outside, except what only chooses experts."""
-        read = self.recorded.recorded_inputs(self.nodes)
-        return frozenset(node for node in read if self.recorded.canonical_value(node) not in self.routing)
-
-    @cached_property
-    def outputs(self) -> frozenset[RecordedNode]:
-        """The nodes that are read outside."""
-        return frozenset(self.recorded.recorded_outputs(self.nodes))
-
-    def reads_only(self, value: CanonicalNode) -> bool:
-        """True if the one input is the canonical value `value`, in any layout."""
-        return len(self.inputs) == 1 and self.recorded.canonical_value(next(iter(self.inputs))) is value
-
-    def computes_only(self, value: CanonicalNode) -> bool:
-        """True if the one output is the canonical value `value`, in any layout."""
-        return len(self.outputs) == 1 and self.recorded.canonical_value(next(iter(self.outputs))) is value
-
-    def bound(self, binding: Binding) -> BoundRegion:
-        """The binding of these nodes, which have one input and one output."""
-        (x,), (y,) = self.inputs, self.outputs
-        return BoundRegion(binding, self.nodes, x, y)
-
-
-class _Call(_Area):
-    """The nodes of one module call."""
-
-    def __init__(self, recorded: RecordedGraph, routing: set[CanonicalNode], call: str) -> None:
-        super().__init__(recorded, routing, recorded.by_call[call])
-        self.call, self.path = call, recorded.paths[call]
-
-    @cached_property
-    def last(self) -> int:
-        """The position of its last node."""
-        return self.recorded.position[self.recorded.by_call[self.call][-1]]
-
-    @cached_property
-    def plain(self) -> bool:
-        """True if its module is called with its tensor first, and returns one tensor."""
-        return self.recorded.input_argument(self.call) == 0 and self.recorded.returns_one_tensor(self.call)
-
-
 class _Binder:
     """The module calls around one region."""
 
@@ -97,22 +45,22 @@ class _Binder:
         self.closure = recorded.closure(region)
         self.limit = 4 * len(self.closure) + 64  # a module that is the MLP has no more nodes; keeps binding linear
         self.routing = _routing(region)
-        self.calls: dict[str, _Call] = {}
+        self.calls: dict[str, CallArea] = {}
 
-    def area(self, *parts: Iterable[RecordedNode]) -> _Area:
+    def area(self, *parts: Iterable[RecordedNode]) -> Area:
         """Several sets of nodes as one."""
-        return _Area(self.recorded, self.routing, set().union(*parts))
+        return Area(self.recorded, self.routing, set().union(*parts))
 
-    def around(self, node: fx.Node) -> Iterator[_Call]:
+    def around(self, node: fx.Node) -> Iterator[CallArea]:
         """The module calls around a node, outermost first, except the model itself and those far too wide."""
         for call, _ in modules_of(node):
             nodes = self.recorded.by_call.get(call, ())
             if self.recorded.paths[call] and nodes and len(nodes) <= self.limit:
                 if call not in self.calls:
-                    self.calls[call] = _Call(self.recorded, self.routing, call)
+                    self.calls[call] = CallArea(self.recorded, self.routing, call)
                 yield self.calls[call]
 
-    def is_inside(self, area: _Area) -> bool:
+    def is_inside(self, area: Area) -> bool:
         """True if the nodes belong to the region or re-lay its input or output; none may compute the input."""
         ends = (self.region.x, self.region.down)
         return all(
@@ -125,6 +73,11 @@ class _Binder:
     def reads_x(self, node: RecordedNode) -> bool:
         """True if a node reads the region's input, in any layout."""
         return any(self.recorded.canonical_value(source) is self.region.x for source in inputs_of(node))
+
+    def bound(self, area: Area, binding: Binding) -> BoundRegion:
+        """The binding of an area that has one input and one output."""
+        (x,), (y,) = area.inputs, area.outputs
+        return BoundRegion(binding, area.nodes, x, y)
 
     # ------------------------------------------------------------------------------------------------------ a module
 
@@ -143,8 +96,8 @@ class _Binder:
                 if item is None:
                     continue
             alone = self.recorded.has_one_argument(call.call)
-            return call.bound(
-                Binding(kind="module", entries=(call.path,), exit=call.path, takes=takes, alone=alone, gives=item)
+            return self.bound(
+                call, Binding(kind="module", entries=(call.path,), exit=call.path, takes=takes, alone=alone, gives=item)
             )
         return None
 
@@ -154,19 +107,21 @@ class _Binder:
         """From the modules that multiply by the first matrices to the one that multiplies by the last."""
         exit_ = self.exit()
         if exit_ is None:
-            return self.unreachable("no module of its own does the multiplication by its last matrix")
+            return self.unreachable("no single module multiplies by its last matrix")
         readers = [up for up in self.region.ups if self.recorded.flow.unviewed(inputs_of(up)[0]) is self.region.x]
         entries = {up: self.entry(up) for up in readers}
         calls = list(dict.fromkeys(call for call in entries.values() if call is not None))
         if not readers or None in entries.values():
-            return self.unreachable("no module of its own does the multiplication by its first matrix")
+            return self.unreachable("no single module multiplies by its first matrix")
         area = self.area(self.closure, *(call.nodes for call in (*calls, exit_)))
         if len(area.inputs) != 1:
             return self.unreachable("its first matrices read its input in different layouts")
         widths = tuple(map(self.width, calls))
-        return area.bound(Binding(kind="span", entries=tuple(call.path for call in calls), widths=widths, exit=exit_.path))
+        return self.bound(
+            area, Binding(kind="span", entries=tuple(call.path for call in calls), widths=widths, exit=exit_.path)
+        )
 
-    def entry(self, up: CanonicalNode) -> _Call | None:
+    def entry(self, up: CanonicalNode) -> CallArea | None:
         """The widest module inside the region, around a first matrix, that reads the region's input."""
         for call in self.around(up):
             one = len(call.outputs) == 1 and self.is_inside(call)
@@ -174,14 +129,14 @@ class _Binder:
                 return call
         return None
 
-    def exit(self) -> _Call | None:
+    def exit(self) -> CallArea | None:
         """The widest module inside the region that returns its output."""
         for call in self.around(self.region.down):
             if self.is_inside(call) and call.computes_only(self.region.down) and call.plain:
                 return call
         return None
 
-    def width(self, call: _Call) -> int:
+    def width(self, call: CallArea) -> int:
         """Features of what a module returns."""
         (output,) = call.outputs
         value = self.recorded.canonical_value(output)  # its features are last, whatever the axis in the model
@@ -206,9 +161,9 @@ class _Binder:
         if len(area.inputs) != 1 or area.outputs != {total}:
             return None
         width = int(total.meta["val"].shape[-1])
-        return area.bound(Binding(kind="span", entries=(first.path,), widths=(width,), exit=second.path))
+        return self.bound(area, Binding(kind="span", entries=(first.path,), widths=(width,), exit=second.path))
 
-    def term(self, value: RecordedNode) -> _Call | None:
+    def term(self, value: RecordedNode) -> CallArea | None:
         """The widest module that computes `value` from the region's input alone."""
         wanted = {self.recorded.canonical_value(value)}
         for call in self.around(value):
@@ -230,10 +185,10 @@ class _Binder:
                     binding = Binding(kind="span", entries=(entry.path,), takes=takes, exit=out.path, alone=False)
                     (x,), (y,) = both.inputs, out.outputs
                     return BoundRegion(binding, both.nodes, x, y)
-            return self.unreachable("no module of its own reads its input")
-        return self.unreachable("no module of its own returns its output")
+            return self.unreachable("no module inside reads its input alone")
+        return self.unreachable("no module inside returns its output alone")
 
-    def relays(self, base: frozenset[RecordedNode], area: _Area) -> set[RecordedNode]:
+    def relays(self, base: frozenset[RecordedNode], area: Area) -> set[RecordedNode]:
         """The nodes of `area`, with the casts and views between the values `base` and what the area reads of them."""
         found = set(area.nodes)
         for source in area.inputs - base:
@@ -247,7 +202,7 @@ class _Binder:
             found.update(chain[:-1] if chain[-1] in base else ())
         return found
 
-    def readers(self) -> Iterator[_Call]:
+    def readers(self) -> Iterator[CallArea]:
         """The modules inside that read the region's input and nothing else."""
         for node in sorted(self.closure, key=self.recorded.position.__getitem__):
             if self.reads_x(node):
@@ -280,7 +235,7 @@ class _Binder:
 
 def _routing(region: Region) -> set[CanonicalNode]:
     """The region's extra inputs, and what these are computed from by elementwise ops, layout ops and look-ups."""
-    found, pending = set(region.given), list(region.given)
+    found, pending = set(region.extra_inputs), list(region.extra_inputs)
     while pending:
         node = pending.pop()
         if is_pointwise(node) or op_name(node) in LAYOUT | LOOKS_UP:

@@ -72,7 +72,7 @@ class RecordedGraph:
 
     def closure(self, region: Region) -> set[RecordedNode]:
         """The recorded nodes of a region: from the last matrix back to the input, with what is computed from weights alone."""
-        start, ends = origin_of(region.down), {region.x, *map(self.flow.unviewed, region.given)}
+        start, ends = origin_of(region.down), {region.x, *map(self.flow.unviewed, region.extra_inputs)}
         inside, pending = {start}, [start]
         while pending:
             for source in inputs_of(pending.pop()):

@@ -52,7 +52,7 @@ def mixes(recorded: RecordedGraph, region: Region) -> str:
 
     before = run_repeatable(call, x)
     if not before.isfinite().all():
-        return "it gives no finite numbers on random inputs, so that it cannot be tried token by token"
+        return "its outputs on random inputs are not finite, so that it cannot be tested token by token"
     rows = x.numel() // x.shape[-1]
     into, out = (Tokens.consecutive(value.numel(), rows) for value in (x, before))
     seen = trial(call, x, other, before, into, out, MOVED)

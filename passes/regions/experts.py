@@ -83,14 +83,14 @@ def mixtures(flow: Dataflow, is_local: Callable[[Mixture], bool] = lambda _: Tru
     may or may not be part of it.
     """
     done: set[CanonicalNode] = set()
-    given = _choices(flow)
+    extra_inputs = _choices(flow)
     for node in canonical_nodes(flow.graph):
         if node in done or not _is_trigger(flow, node):
             continue
-        found = tuple({region.down: region for region in _around(flow, node, given)}.values())
+        found = tuple({region.down: region for region in _around(flow, node, extra_inputs)}.values())
         if found and is_local(found[0]):
             done.update(*(region.inside for region in found))
-            given |= _router_outputs(found)
+            extra_inputs |= _router_outputs(found)
             yield found
 
 
@@ -119,14 +119,14 @@ def _choices(flow: Dataflow) -> set[CanonicalNode]:
     return found
 
 
-def _is_stream(flow: Dataflow, given: CanonicalNode) -> bool:
+def _is_stream(flow: Dataflow, value: CanonicalNode) -> bool:
     """True if an input of the graph contains features: a weight multiplies it, or a norm reads it."""
-    pending, seen = [given], {given}
+    pending, seen = [value], {value}
     while pending:
         for user in users_of(pending.pop()):
             if flow.is_linear(user) or op_name(user) in ALONG | OTHER_NORMS:
                 return True
-            if user not in seen and flow.unviewed(user) is given:
+            if user not in seen and flow.unviewed(user) is value:
                 seen.add(user)
                 pending.append(user)
     return False
@@ -179,13 +179,13 @@ def _is_selected(flow: Dataflow, indices: CanonicalNode) -> bool:
     return False
 
 
-def _around(flow: Dataflow, trigger: CanonicalNode, given: Collection[CanonicalNode]) -> Iterator[Mixture]:
+def _around(flow: Dataflow, trigger: CanonicalNode, extra_inputs: Collection[CanonicalNode]) -> Iterator[Mixture]:
     """The regions that contain a trigger, narrowest first, all with the same input."""
     x: CanonicalNode | None = None
     for y, distance in _cuts(flow, trigger):
         if x is not None and _is_residual(flow, x, y):
             return
-        region = _back(flow, y, distance + SLACK, x, given)
+        region = _back(flow, y, distance + SLACK, x, extra_inputs)
         if region is None:
             continue
         x = region.x
@@ -213,11 +213,11 @@ def _has_value(node: CanonicalNode) -> bool:
 
 
 def _back(
-    flow: Dataflow, y: CanonicalNode, budget: int, wanted: CanonicalNode | None, given: Collection[CanonicalNode] = ()
+    flow: Dataflow, y: CanonicalNode, budget: int, wanted: CanonicalNode | None, extra_inputs: Collection[CanonicalNode] = ()
 ) -> Mixture | None:
     """The region that ends in `y`, or None: back until everything is computed from one value (`wanted`, if not None).
 
-    Values in `given` may be read too: they become the region's extra inputs. `budget` bounds the number of nodes inside.
+    Values in `extra_inputs` may be read too. `budget` bounds the number of nodes inside.
     """
     y = flow.unviewed(y)
     inside, extra = set[CanonicalNode](), set[CanonicalNode]()
@@ -231,7 +231,7 @@ def _back(
         if not flow.activations(at):
             return None  # an input of the model, e.g. an attention mask
         for source in flow.activations(at):
-            if source in given:
+            if source in extra_inputs:
                 extra.add(source)
                 continue
             root = flow.unviewed(source)
@@ -250,7 +250,7 @@ def _mixture(
     stacked = tuple(node for node in products if not flow.is_linear(node))
     before = set(takewhile(lambda node: op_name(node) not in CHOOSES, ordered))
     experts = stacked or tuple(node for node in products if node not in before)
-    return Mixture(x, y, ordered, products, experts, given=frozenset(extra))
+    return Mixture(x, y, ordered, products, experts, extra_inputs=frozenset(extra))
 
 
 def _fits(flow: Dataflow, x: CanonicalNode, y: CanonicalNode, inside: set[CanonicalNode]) -> bool:

@@ -1,7 +1,7 @@
-"""The spellings of an MLP, one small class each: *yes, with these widths*, or *no, because*.
+"""The arrangements of an MLP's matrices, one small class each, which returns a match with the widths, or the reason why not.
 
-A region arrives here already proven token-wise, closed and residual; a pattern only says how its matrices are arranged.
-Read top to bottom; the first that says yes names the site. A new pattern is a class and its name in `PATTERNS`.
+A region here already obeys the rules of `region` and `experts`; a pattern only looks at its matrices. Patterns are tried in
+the order of `PATTERNS`, and the first match names the site. A new pattern is a class and an entry in `PATTERNS`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from memrewrite.passes.regions.rejection import Rejection
 
 # An MLP that is this many times narrower inside than at both ends is a bottleneck: an adapter after or in parallel with the
 # MLP of a block (test row "adapter").
-NARROW = 2
+NARROW = 2  # an MLP this many times narrower inside than at both ends is an adapter or a squeeze
 
 
 class Match(NamedTuple):
-    """Yes: the pattern's name, and the width of the value the last matrix reads."""
+    """The name of the pattern that a region matches, and the width of the value that the last matrix reads."""
 
     pattern: str
     d_hidden: int
 
 
 class Pattern(Protocol):
-    """Says whether a region is an MLP of one arrangement."""
+    """One arrangement of matrices."""
 
     name: str
 
@@ -44,7 +44,7 @@ def _width(region: Region) -> int:
 
 
 def _reads(flow: Dataflow, up: fx.Node, region: Region) -> bool:
-    """Whether a first matrix reads what another of them made."""
+    """True if a first matrix reads what another first matrix computed."""
     inside, pending, seen = set(region.inside), [up], {up}
     while pending:
         fresh = [source for source in flow.activations(pending.pop()) if source in inside and source not in seen]
@@ -72,12 +72,12 @@ class Plain:
 
 
 class Gated:
-    """`down(act(gate(x)) * up(x))`, the two matrices apart."""
+    """`down(act(gate(x)) * up(x))`, with two separate first matrices."""
 
     name = "gated"
 
     def match(self, flow: Dataflow, region: Region) -> Match | str:
-        """Two first matrices of equal width that both read the input, each through a norm of its own maybe."""
+        """Two first matrices of equal width that both read the input, perhaps through different norms."""
         if len(region.ups) != 2:
             return f"it has {len(region.ups)} first matrices, not two"
         widths = {int(shape_of(up)[-1]) for up in region.ups}
@@ -89,7 +89,7 @@ class Gated:
 
 
 class GatedPacked:
-    """`down(act(a) * b)` where `a, b` are the halves of one product, however they are cut out of it."""
+    """`down(act(a) * b)` where `a` and `b` are the halves of one product, in any layout."""
 
     name = "gated_packed"
 
@@ -102,7 +102,7 @@ class GatedPacked:
 
 
 class MixtureOfExperts:
-    """`sum over chosen e of weight_e(x) * expert_e(x)`, with whatever shared expert is added to it."""
+    """`sum over chosen e of weight_e(x) * expert_e(x)`, and a shared expert, if one is added."""
 
     name = "moe"
 
@@ -112,9 +112,9 @@ class MixtureOfExperts:
             return "no token chooses among experts"
         last = region.experts[-1]
         stack = next((s for s in last.all_input_nodes if s in flow.constant and len(shape_of(s)) > 1), last)
-        inner = [int(n) for n in shape_of(stack)[-2:]]  # of the last matrix: one width is that of the experts' output
-        given = next(int(shape_of(n)[-1]) for n in (region.down, last, stack) if int(shape_of(n)[-1]) in inner)
-        return Match(self.name, inner[0] if inner[1] == given else inner[1])
+        inner = [int(n) for n in shape_of(stack)[-2:]]  # of the last matrix; one of them is the width of the experts' output
+        outer = next(int(shape_of(n)[-1]) for n in (region.down, last, stack) if int(shape_of(n)[-1]) in inner)
+        return Match(self.name, inner[0] if inner[1] == outer else inner[1])
 
 
 PATTERNS: tuple[Pattern, ...] = (MixtureOfExperts(), Plain(), Gated(), GatedPacked())

@@ -38,7 +38,7 @@ class Region:
     down: CanonicalNode
     inside: tuple[CanonicalNode, ...]  # in graph order, without `x`, with `down`
     ups: tuple[CanonicalNode, ...]  # the linears inside, except `down`
-    given: frozenset[CanonicalNode] = field(default=frozenset(), kw_only=True)  # other inputs: they only choose experts
+    extra_inputs: frozenset[CanonicalNode] = field(default=frozenset(), kw_only=True)  # read only to choose experts
 
 
 def attempt(flow: Dataflow, down: CanonicalNode) -> Region | Rejection:

@@ -1,8 +1,8 @@
-"""Whether a value returns to the residual stream that another was taken from, however the sum is spelled.
+"""Whether a region's output is added to the residual stream that its input was computed from, whatever the form of the sum.
 
-Flow: back from the input, through what only norms, scales, moves or mixes whole feature vectors → the values it may be a form
-of; forward from the output the same way → every sum it is a term of; another term that is a form of one of those values
-closes the ring. A value is carried as long as no matrix multiplies its features.
+Flow: back from the input, through ops that only norm, scale, move or mix whole feature vectors → the values that it may be a
+form of; forward from the output through the same ops → every sum that it is a term of → the output returns to the stream if
+another term is a form of one of those values. A product with a matrix over the features ends both walks.
 """
 
 from __future__ import annotations
@@ -32,22 +32,25 @@ from memrewrite.passes.graphs.ops import (
 )
 from memrewrite.passes.graphs.shapes import UNBACKED, is_tensor, shape_of
 
-MAX_WALK = 96  # nodes looked at from one value; a block's norms, gates and scales are far fewer, so locating stays linear
-SUMS = 2  # how many sums deep a term may lie: `(h + attention) + mlp` returns to `h` as well
+MAX_WALK = 96  # nodes visited from one value; a block has far fewer norms, gates and scales, so locating stays linear
+SUMS = 2  # nested sums that a term may be inside: `(h + attention) + mlp` returns to `h` as well
 
 
 def carries_features(node: fx.Node) -> bool:
-    """Elementwise ops, views and norms: what lies between a stream and a matrix."""
+    """True for elementwise ops, views and norms: the ops between a stream and a matrix."""
     return is_pointwise(node) or op_name(node) in LAYOUT | ALONG | OTHER_NORMS
 
 
 def returns_to_stream(flow: Dataflow, x: CanonicalNode, down: CanonicalNode) -> bool:
-    """Whether `down`, through norms, gates and sums, is added to the value that `x` was normed or scaled from."""
-    return flow.fragment or _Ring(flow, x, down).closes()
+    """True if `down`, through norms, gates and sums, is added to the value that `x` was normed or scaled from.
+
+    Always true in a fragment, whose residual sum may be outside of the graph.
+    """
+    return flow.fragment or _Return(flow, x, down).exists()
 
 
-class _Ring:
-    """One input, one output, and the sums around them."""
+class _Return:
+    """The ways from the output of one region to sums with the stream of its input."""
 
     def __init__(self, flow: Dataflow, x: CanonicalNode, down: CanonicalNode) -> None:
         self.flow, self.x, self.down = flow, x, down
@@ -56,9 +59,9 @@ class _Ring:
         # True: next to the stream on an axis of streams, which a later op sums (test row "returns: weighted stack").
         self.seen: dict[CanonicalNode, bool] = {down: False}
 
-    def closes(self) -> bool:
+    def exists(self) -> bool:
         """Forward from the output, to a sum with the stream."""
-        pending, apart = [self.down], list[CanonicalNode]()
+        pending, added = [self.down], list[CanonicalNode]()
         while pending and len(self.seen) < MAX_WALK:
             node = pending.pop()
             for user in users_of(node):
@@ -66,13 +69,13 @@ class _Ring:
                     continue
                 others = self.others(node, user)
                 back = any(self.stream & self.forms(other) for other in others)
-                beside = op_name(user) in JOINS
-                if (back and not beside) or (self.seen[node] and _sums_an_axis(node, user)):
+                joins = op_name(user) in JOINS
+                if (back and not joins) or (self.seen[node] and _sums_an_axis(node, user)):
                     return True
-                self.seen[user] = (back and beside) or self.seen[node]
+                self.seen[user] = (back and joins) or self.seen[node]
                 pending.append(user)
-                apart += others
-        return self.crosses(apart)
+                added += others
+        return self.crosses(added)
 
     def others(self, node: CanonicalNode, user: CanonicalNode) -> list[CanonicalNode]:
         """What `user` adds to `node`, or joins to it."""
@@ -80,10 +83,10 @@ class _Ring:
         if name in JOINS:
             return [source for source in self.flow.activations(user) if source not in self.seen]
         terms = [_at(user, places) for places in TERMS.get(name, ())]
-        if name == "index_put" and user.args[3:4] != (True,):  # puts in place of what was there
+        if name == "index_put" and user.args[3:4] != (True,):  # overwrites instead of adding
             return []
         if name in ELEMENTWISE_SUMS and _spreads(node, user):
-            return []  # one value given to many tokens: a context, not a token's own update
+            return []  # one value for many tokens: a context, not an update of each token
         mine = [term for term in terms if node in term]
         return [
             other
@@ -94,12 +97,12 @@ class _Ring:
         ]
 
     def forms(self, value: CanonicalNode) -> set[CanonicalNode]:
-        """The values `value` may be a form of, as large as the output: back through `SUMS` sums, their terms included."""
+        """The values, as large as the output, that `value` may be a form of: back through `SUMS` sums, with their terms."""
         root = self.flow.unviewed(value)
         found, pending = {value, root}, deque([(value, 0), (root, 0)])
         while pending and len(found) < MAX_WALK:
             node, sums = pending.popleft()
-            sources = [source for source in self.flow.activations(node) if not _counts(source)]
+            sources = [source for source in self.flow.activations(node) if not _is_integer(source)]
             sums += op_name(node) in TERMS and len(sources) > 1
             if not self.carries(node) or sums > SUMS:
                 continue
@@ -110,21 +113,21 @@ class _Ring:
         return {node for node in found if not self.smaller(node)}
 
     def carries(self, node: CanonicalNode) -> bool:
-        """Whether a node hands feature vectors on, without a matrix over the features."""
-        name, given = op_name(node), [shape_of(source)[-1:] for source in self.flow.activations(node)]
-        if self.flow.is_linear(node):  # over an axis of streams: its widths are others
-            return not self.widths & {shape_of(node)[-1:], *given}
+        """True if a node passes feature vectors on, without a product with a matrix over the features."""
+        name, widths = op_name(node), [shape_of(source)[-1:] for source in self.flow.activations(node)]
+        if self.flow.is_linear(node):  # over an axis of streams, of another width
+            return not self.widths & {shape_of(node)[-1:], *widths}
         if name in MIXES:
             return shape_of(node)[-1:] in self.widths
         return carries_features(node) or name in MOVES | GATED_SUMS or _one_channel_each(self.flow, node)
 
     def smaller(self, node: CanonicalNode) -> bool:
-        """Whether a value has fewer numbers than the output: a mask, a gate, a mean. Not told where sizes depend on data."""
+        """True if a value has fewer elements than the output: a mask, a gate, a mean. False where sizes depend on data."""
         unknown = UNBACKED in shape_of(node) or UNBACKED in shape_of(self.down)
         return is_tensor(node) and not unknown and _size(node) < self.size
 
     def shrinks(self, node: CanonicalNode, user: CanonicalNode) -> bool:
-        """Whether `user` is one number for many of `node`'s, and neither some of them nor a mix of several streams."""
+        """True if `user` reduces `node`, and neither selects some of its elements nor mixes several streams."""
         known = is_tensor(user) and UNBACKED not in (*shape_of(node), *shape_of(user))
         if not known or _size(user) >= _size(node) or op_name(user) in LAYOUT | MOVES | MIXES | {"linear"}:
             return False
@@ -157,8 +160,8 @@ class _Ring:
         return {node for node in found if not self.smaller(node)}
 
 
-def _counts(node: fx.Node) -> bool:
-    """Whether a value is numbers of tokens, or a mask, and no features."""
+def _is_integer(node: fx.Node) -> bool:
+    """True for integer and boolean tensors (ids, indices, masks)."""
     value = node.meta.get("val")
     return is_tensor(node) and not (value.is_floating_point() or value.is_complex())  # type: ignore[union-attr]
 
@@ -177,13 +180,13 @@ def _spreads(node: fx.Node, total: fx.Node) -> bool:
 
 
 def _sums_an_axis(node: fx.Node, user: fx.Node) -> bool:
-    """Whether `user` adds up what stands side by side in `node`."""
+    """True if `user` sums over an axis of `node`."""
     name = op_name(user)
     return name in MIXES or name == "linear" or (name in ADDS_UP and _size(user) < _size(node))
 
 
 def _one_channel_each(flow: Dataflow, node: fx.Node) -> bool:
-    """A convolution that mixes no channels: a weighted mean of neighbours."""
+    """True for a convolution that mixes no channels: a weighted mean of neighbors."""
     if op_name(node) not in CONVOLUTIONS:
         return False
     weight = node.args[1]

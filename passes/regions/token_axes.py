@@ -19,7 +19,7 @@ from memrewrite.passes.graphs.ops import REORDERS, Kind, axes_of, fixed_batch_no
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.regions.rejection import Rejection
 
-Axes = tuple[bool, ...]  # one entry an axis: True where it counts tokens
+Axes = tuple[bool, ...]  # one entry for each axis: True for a token axis
 
 
 class _Mixed(Exception):  # noqa: N818 - control flow inside this file
@@ -44,27 +44,27 @@ def mixes_tokens(flow: Dataflow, nodes: Iterable[CanonicalNode]) -> Rejection | 
     return None
 
 
-def _through(node: fx.Node, given: list[Axes], inputs: Sequence[fx.Node]) -> Axes:
+def _through(node: fx.Node, before: list[Axes], inputs: Sequence[fx.Node]) -> Axes:
     name = op_name(node)
     if is_pointwise(node):
-        return _broadcast(node, given, inputs)
-    if name in REORDERS and len(set(given)) > 1:
+        return _broadcast(node, before, inputs)
+    if name in REORDERS and len(set(before)) > 1:
         raise _Mixed("combines token axes with feature axes")
     op = op_of(node)
-    if op is not None and op.kind in RULES and (len(given) == 1 or not op.shared_index):
-        return RULES[op.kind](node, given[0], shape_of(inputs[0]))
-    if fixed_batch_norm(node) and not given[0][1]:  # its channels are the second axis
-        return given[0]
+    if op is not None and op.kind in RULES and (len(before) == 1 or not op.shared_index):
+        return RULES[op.kind](node, before[0], shape_of(inputs[0]))
+    if fixed_batch_norm(node) and not before[0][1]:  # its channels are the second axis
+        return before[0]
     raise _Mixed("is not known to work token by token")
 
 
-def _broadcast(node: fx.Node, given: list[Axes], inputs: Sequence[fx.Node]) -> Axes:
+def _broadcast(node: fx.Node, before: list[Axes], inputs: Sequence[fx.Node]) -> Axes:
     out = [False] * len(shape_of(node))
-    for axes, source in zip(given, inputs, strict=True):
+    for axes, source in zip(before, inputs, strict=True):
         shape = shape_of(source)
         for back in range(1, len(axes) + 1):
             out[-back] = out[-back] or (axes[-back] and shape[-back] != 1)
-    for axes, source in zip(given, inputs, strict=True):
+    for axes, source in zip(before, inputs, strict=True):
         shape = shape_of(source)
         if any(out[-back] and not axes[-back] and shape[-back] != 1 for back in range(1, len(axes) + 1)):
             raise _Mixed("combines a token axis with a feature axis")

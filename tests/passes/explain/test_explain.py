@@ -1,4 +1,4 @@
-"""Why a place is an MLP or is not: one verdict for whatever is asked about, and the rule, node and source line behind it."""
+"""Why a place is an MLP or is not: one verdict for each path, with the rule, the node and the source line."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def seen(name: str) -> Any:
     return (model, *pipeline._look(model, inputs, lambda _: None))
 
 
-def ask(path: str, name: str = "strange") -> Explanation:
+def explanation(path: str, name: str = "strange") -> Explanation:
     return explained(*seen(name), path)
 
 
@@ -89,7 +89,7 @@ def ask(path: str, name: str = "strange") -> Explanation:
 
 @pytest.mark.parametrize("path", ["blocks.1.mlp", "blocks.2.mlp"])
 def test_an_mlp(path: str) -> None:
-    answer = ask(path, "modular")
+    answer = explanation(path, "modular")
     assert answer.verdict == "mlp"
     assert [site.path for site in answer.sites] == [path]
     assert answer.sites[0].pattern == "plain"
@@ -101,36 +101,36 @@ def test_an_mlp(path: str) -> None:
 )
 def test_part_of_an_mlp(path: str) -> None:
     """A matrix, what runs between them, a parameter, a graph node."""
-    answer = ask(path, "modular")
+    answer = explanation(path, "modular")
     assert answer.verdict == "part"
     assert [site.path for site in answer.sites] == ["blocks.1.mlp"]
     assert "`blocks.1.mlp`" in answer.summary
 
 
 @pytest.mark.parametrize(("path", "count"), [("", 3), ("(root)", 3), ("blocks", 3), ("blocks.2", 1)])
-def test_what_holds_mlps(path: str, count: int) -> None:
-    answer = ask(path, "modular")
+def test_what_contains_mlps(path: str, count: int) -> None:
+    answer = explanation(path, "modular")
     assert answer.verdict == "holds"
     assert len(answer.sites) == count
 
 
 def test_an_mlp_spread_over_modules() -> None:
-    assert ask("blocks.0", "loose").verdict == "mlp"
-    assert ask("blocks.0", "loose").sites[0].bindings[0].kind == "span"
+    assert explanation("blocks.0", "loose").verdict == "mlp"
+    assert explanation("blocks.0", "loose").sites[0].bindings[0].kind == "span"
     for path in ("blocks.0.up", "blocks.0.down"):
-        assert ask(path, "loose").verdict == "part"
-    assert ask("blocks.0.attention", "loose").verdict == "no candidate"
+        assert explanation(path, "loose").verdict == "part"
+    assert explanation("blocks.0.attention", "loose").verdict == "no candidate"
 
 
 def test_every_name_of_a_shared_module() -> None:
     for i in range(tiny.BLOCKS):
-        answer = ask(f"blocks.{i}.mlp", "shared")
+        answer = explanation(f"blocks.{i}.mlp", "shared")
         assert answer.verdict == "mlp"
         assert answer.sites[0].calls == tiny.BLOCKS
 
 
 @pytest.mark.parametrize(
-    ("path", "rule", "says"),
+    ("path", "rule", "words"),
     [
         ("blocks.1.mlp", "closed", "also read outside"),
         ("blocks.2.mlp", "token by token", "`conv1d` is not known"),
@@ -138,11 +138,11 @@ def test_every_name_of_a_shared_module() -> None:
         ("head", "residual", "does not return to the residual stream"),
     ],
 )
-def test_refused(path: str, rule: str, says: str) -> None:
+def test_refused(path: str, rule: str, words: str) -> None:
     """The rule, in words, the node it stopped at, the line of the model that made it, and what one could do."""
-    answer = ask(path)
+    answer = explanation(path)
     assert answer.verdict == "refused"
-    assert says in answer.summary
+    assert words in answer.summary
     refused = next(f for f in answer.findings if f.outcome == "refused")
     assert refused.rule == rule
     assert refused.advice
@@ -153,14 +153,14 @@ def test_refused(path: str, rule: str, says: str) -> None:
         assert refused.line
 
 
-def test_a_first_matrix_tells_what_became_of_the_last() -> None:
-    answer = ask("blocks.2.mlp.up")
+def test_a_first_matrix_reports_the_outcome_of_the_last() -> None:
+    answer = explanation("blocks.2.mlp.up")
     assert answer.verdict == "refused"
     assert [f.path for f in answer.findings if f.outcome == "refused"] == ["blocks.2.mlp.down"]
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "words"),
     [
         ("blocks.4.mlp", "with nothing nonlinear between"),
         ("blocks.0.attention.qkv", "computed from the input `ids`"),
@@ -172,25 +172,25 @@ def test_a_first_matrix_tells_what_became_of_the_last() -> None:
         ("add", "it is a `add`"),
     ],
 )
-def test_no_candidate(path: str, says: str) -> None:
-    answer = ask(path)
+def test_no_candidate(path: str, words: str) -> None:
+    answer = explanation(path)
     assert answer.verdict == ("part" if path == "gelu" else "no candidate")
-    assert says in answer.summary or any(says in f.reason for f in answer.findings)
+    assert words in answer.summary or any(words in f.reason for f in answer.findings)
     assert all(f.rule and f.advice and f.node for f in answer.findings if f.outcome == "never")
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "words"),
     [
         ("blocks.4.mlp.unused", "did not run on these inputs"),
         ("blocks.4.mlp.unused.weight", "is not used in this forward"),
         ("blocks.4.mlp.drop", ""),
     ],
 )
-def test_not_run(path: str, says: str) -> None:
-    answer = ask(path)
+def test_not_run(path: str, words: str) -> None:
+    answer = explanation(path)
     assert answer.verdict == ("no candidate" if path.endswith("drop") else "not run")
-    assert says in answer.summary
+    assert words in answer.summary
 
 
 # -------------------------------------------------------------------------------------------------------- edges
@@ -201,7 +201,7 @@ def test_not_run(path: str, says: str) -> None:
 )
 def test_an_unknown_path(path: str, near: str) -> None:
     with pytest.raises(UserError, match="there is no module, parameter or graph node") as raised:
-        ask(path, "modular")
+        explanation(path, "modular")
     assert near in str(raised.value.hint)
 
 
@@ -233,7 +233,7 @@ class Untraceable(tiny.Tiny):
 
 
 def test_block_by_block() -> None:
-    """What lies in a block, and what lies around them, is told from the graph that holds it."""
+    """Paths inside and outside of the blocks are explained by the graph that contains them."""
     torch.manual_seed(0)
     model = Untraceable([tiny.Block(tiny.WIDTH, lambda d: tiny.MLP(d, 2 * d), 0.0) for _ in range(2)]).eval()
     before, locations = pipeline._look(model, {"ids": tiny.tokens()}, lambda _: None)
@@ -254,5 +254,5 @@ def test_every_near_miss_and_site_is_explained_as_located() -> None:
     _, _, locations = seen("strange")
     assert locations.located.near_misses
     for miss in locations.located.near_misses:
-        assert any(miss.reason in f.reason for f in ask(miss.path).findings)
-    assert all(ask(site.path).verdict == "mlp" for site in locations.sites)
+        assert any(miss.reason in f.reason for f in explanation(miss.path).findings)
+    assert all(explanation(site.path).verdict == "mlp" for site in locations.sites)

@@ -1,4 +1,4 @@
-"""Where the MLPs are: what the table of families says is found, no more and no less; what is refused has its reason."""
+"""Where the MLPs are: exactly those in the table of families are found, and every rejection has its reason."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def family(name: str) -> tuple[nn.Module, Inspection]:
     return model, look(model, FAMILIES[name].inputs())
 
 
-def told(site: Site) -> tuple[Any, ...]:
-    """What a site says that the table says too; MLPs of one module are told apart by `#`, which is no part of the path."""
+def facts(site: Site) -> tuple[Any, ...]:
+    """What both a site and the table state; `#` distinguishes MLPs of one module, and is not part of the path."""
     path = site.path.partition("#")[0]
     return path, site.pattern, site.d_model, site.d_hidden, site.activation, site.calls, frozenset(site.parameters)
 
@@ -75,7 +75,7 @@ def planted(model: nn.Module, mlps: tuple[Mlp, ...]) -> Counter[Any]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_mlp_and_nothing_else_is_found(name: str) -> None:
     model, located = family(name)
-    assert Counter(map(told, located.sites)) == planted(model, FAMILIES[name].mlps)
+    assert Counter(map(facts, located.sites)) == planted(model, FAMILIES[name].mlps)
 
 
 LONE = ("tied", "two in one parameter")  # one matrix of two axes
@@ -83,7 +83,7 @@ LONE = ("tied", "two in one parameter")  # one matrix of two axes
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_table_fits_the_parameters(name: str) -> None:
-    """The truth is checked as well: every matrix of an MLP is one of its widths by another."""
+    """The table is checked as well: every matrix of an MLP is one of its widths by another."""
     model, _ = family(name)
     weights = dict(model.named_parameters(remove_duplicate=False))
     for mlp in FAMILIES[name].mlps:
@@ -97,7 +97,7 @@ def test_the_table_fits_the_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.misses])
-def test_near_misses_say_why_and_where(name: str) -> None:
+def test_near_misses_have_reason_and_place(name: str) -> None:
     _, located = family(name)
     missed = {miss.path: miss for miss in located.near_misses}
     for path, word in FAMILIES[name].misses.items():
@@ -291,7 +291,7 @@ NONE: dict[str, tuple[Callable[[], nn.Module], str]] = {  # block, a word of the
 
 
 @pytest.mark.parametrize("name", NONE)
-def test_a_look_alike_is_refused_with_the_reason(name: str) -> None:
+def test_what_is_no_mlp_is_rejected_with_the_reason(name: str) -> None:
     make, why = NONE[name]
     located = look(Stack(make, depth=1).eval(), ids())
     assert located.sites == ()
@@ -358,7 +358,7 @@ def test_an_mlp_on_a_reweighted_weight_is_one() -> None:
 
 
 class TwoTowers(nn.Module):
-    """Text and image; `join` says how the image's projection meets the text."""
+    """Text and image; `join` combines the image's projection with the text."""
 
     def __init__(self, join: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
@@ -379,14 +379,14 @@ class TwoTowers(nn.Module):
         lambda s, text, image: torch.stack([text, s.project(image)]).sum(0),
         lambda s, text, image: torch.lerp(text, s.project(image), 0.5),
     ],
-    ids=["beside", "added", "put in", "added by number", "stacked", "interpolated"],
+    ids=["next to it", "added", "put in", "added by number", "stacked", "interpolated"],
 )
 def test_a_projection_of_one_stream_into_another_is_none(join: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
     located = look(TwoTowers(join).eval(), (*ids(), states()))
     assert [site.path for site in located.sites] == ["block.mlp"]
 
 
-def test_boxes_refined_by_what_the_stream_says_are_no_stream() -> None:
+def test_boxes_refined_from_the_stream_are_no_stream() -> None:
     class Boxes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -476,15 +476,15 @@ def test_names_play_no_part(name: str) -> None:
 def test_steps_grow_with_the_depth_and_no_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Counter[int]()
     depth = 0
-    for asked in ("activations", "unviewed", "is_linear", "weights"):
-        ask = getattr(Dataflow, asked)
+    for method in ("activations", "unviewed", "is_linear", "weights"):
+        original = getattr(Dataflow, method)
 
-        def counting(self: Dataflow, node: Any, ask: Any = ask) -> Any:
+        def counting(self: Dataflow, node: Any, original: Any = original) -> Any:
             steps[depth] += 1
-            return ask(self, node)
+            return original(self, node)
 
-        monkeypatch.setattr(Dataflow, asked, counting)
-    for depth in (8, 16, 24):  # the first blocks cost less: nothing lies before them to look back at
+        monkeypatch.setattr(Dataflow, method, counting)
+    for depth in (8, 16, 24):  # the first blocks cost less: there is nothing before them
         look(Stack(lambda: Block(Gated()), depth).eval(), ids())
     assert steps[24] - steps[16] == steps[16] - steps[8] > 0
 
@@ -550,17 +550,17 @@ def _activations(makes: list[nn.Module]) -> list[str]:
 
 @cache
 def _plain_activations() -> dict[str, str]:
-    """All spellings in one model, captured once."""
+    """All forms in one model, captured once."""
     named = list(ACTIVATIONS.items())
     return dict(zip(ACTIVATIONS, _activations([Up(act) for _, (_, act) in named]), strict=True))
 
 
-@pytest.mark.parametrize("spelling", ACTIVATIONS)
-def test_an_activation_is_told_by_its_values(spelling: str) -> None:
-    assert _plain_activations()[spelling] == ACTIVATIONS[spelling][0]
+@pytest.mark.parametrize("form", ACTIVATIONS)
+def test_an_activation_is_recognized_by_its_values(form: str) -> None:
+    assert _plain_activations()[form] == ACTIVATIONS[form][0]
 
 
-def test_a_gates_activation_is_told_whichever_half_it_is() -> None:
+def test_a_gates_activation_is_recognized_in_either_half() -> None:
     wanted = [name for name, _ in GATES.values()]
     assert _activations([Gated(act) for _, act in GATES.values()]) == wanted
 
@@ -584,7 +584,7 @@ def test_half_precision_does_not_blur_the_activation() -> None:
 
 
 class Inline(nn.Module):
-    """A block that does its MLP with parameters of its own."""
+    """A block that computes its MLP from its own parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -610,7 +610,7 @@ class FirstInline(Inline):
 
 
 class GivenTheSum(Block):
-    """The MLP module is handed the stream, to add it itself."""
+    """The MLP module receives the stream too, and adds it itself."""
 
     class Inner(Up):
         def forward(self, x: Tensor, stream: Tensor) -> Tensor:  # type: ignore[override]
@@ -733,14 +733,14 @@ def test_an_exported_program_gives_the_same_sites() -> None:
     family = BY_HAND["packed interleaved"]
     model = family.build()
     live, traced = look(model, family.inputs()), look(torch.export.export(model, family.inputs()), None)
-    assert [told(site) for site in traced.sites] == [told(site) for site in live.sites]
+    assert [facts(site) for site in traced.sites] == [facts(site) for site in live.sites]
 
 
 def test_decomposed_programs_give_the_same_mlps() -> None:
     """After `run_decompositions` a linear is a transposed weight, views and `addmm`."""
     model = BY_HAND["pre-norm"].build()
     program = torch.export.export(model, ids()).run_decompositions()
-    assert [told(site)[1:] for site in look(program, None).sites] == [told(site)[1:] for site in look(model, ids()).sites]
+    assert [facts(site)[1:] for site in look(program, None).sites] == [facts(site)[1:] for site in look(model, ids()).sites]
 
 
 @pytest.mark.parametrize("name", ["batched", "in parts", "by rows", "packed, beside each other", "two in one parameter"])
@@ -749,7 +749,7 @@ def test_dynamic_shapes_give_the_same_sites(name: str) -> None:
     model, located = family(name)
     other = locate(capture(model, FAMILIES[name].inputs(), dynamic=True)).located
     assert "dynamic" in other.captured
-    assert list(map(told, other.sites)) == list(map(told, located.sites))
+    assert list(map(facts, other.sites)) == list(map(facts, located.sites))
 
 
 def test_the_table_is_not_trivial() -> None:

@@ -1,6 +1,6 @@
-"""Mixtures of experts, however they are written: found whole, replaceable whole; and what only looks like one, refused.
+"""Mixtures of experts in many forms: found whole, replaceable whole; and what only looks like one is rejected.
 
-The truth is read off the modules below; every spelling is held against one reference, so that all are the same mixture.
+The expected sites follow from the modules below. Every form is compared with one reference, so that all are the same mixture.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def stack(make: Callable[[], nn.Module]) -> nn.Module:
     return Stack(make).eval()
 
 
-def wishes(placement: str) -> dict[str, Any]:
+def recipe(placement: str) -> dict[str, Any]:
     rule = {"where": {"pattern": "moe"}, "with": "memory_plus", "pool": "w", "placement": placement}
     return {"memrewrite": 1, "pools": {"w": {"keys": 8}}, "replace": [rule | {"options": {"heads": 2, "topk": 4}}]}
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_all_spellings_are_one_mixture(name: str) -> None:
+def test_all_forms_compute_one_mixture(name: str) -> None:
     torch.manual_seed(0)
     reference = Experts()
     made = SAME[name]()
@@ -67,10 +67,10 @@ def test_a_mixture_costs_what_its_chosen_experts_cost() -> None:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_layer_beside_a_mixture_changes_no_bit(name: str) -> None:
+def test_a_layer_parallel_to_a_mixture_changes_no_bit(name: str) -> None:
     model = stack(MIXTURES[name])
     before = model(*ids())
-    report = memrewrite.apply(model, wishes("parallel"), ids())
+    report = memrewrite.apply(model, recipe("parallel"), ids())
     assert report.ok
     assert torch.equal(model(*ids()), before)
 
@@ -79,7 +79,7 @@ def test_a_layer_beside_a_mixture_changes_no_bit(name: str) -> None:
 def test_a_mixture_is_replaced_whole(name: str) -> None:
     model = stack(MIXTURES[name])
     inner = {f"blocks.{i}.mlp.{p}" for i in range(2) for p, _ in model.blocks[0].mlp.named_parameters()}
-    report = memrewrite.apply(model, wishes("replace"), ids())
+    report = memrewrite.apply(model, recipe("replace"), ids())
     assert report.ok
     assert not inner & set(model.state_dict())
     model.train()
@@ -87,18 +87,18 @@ def test_a_mixture_is_replaced_whole(name: str) -> None:
     assert all(p.grad is not None for name, p in model.named_parameters() if "memory" in name)
 
 
-def test_a_mixture_beside_a_dense_mlp_leaves_it_alone() -> None:
+def test_a_dense_mlp_parallel_to_a_mixture_is_not_changed() -> None:
     model = stack(RouterOutside)
     before = model(*ids())
     sites = memrewrite.inspect(model, ids()).sites
     assert sorted({(site.pattern, site.bindings[0].kind) for site in sites}) == [("moe", "span"), ("plain", "module")]
-    assert memrewrite.apply(model, wishes("parallel"), ids()).ok
+    assert memrewrite.apply(model, recipe("parallel"), ids()).ok
     assert torch.equal(model(*ids()), before)
 
 
-def test_a_replaced_mixture_whose_router_stands_outside() -> None:
+def test_a_replaced_mixture_whose_router_is_outside() -> None:
     model = stack(RouterOutside)
-    assert memrewrite.apply(model, wishes("replace"), ids()).ok
+    assert memrewrite.apply(model, recipe("replace"), ids()).ok
     assert not any(".experts.up" in name for name in model.state_dict())
 
 
@@ -153,7 +153,7 @@ def test_a_mixture_is_found_in_graphs_that_torch_compile_and_fx_give() -> None:
     assert [site.pattern for site in backend.located.sites] == ["moe", "moe"]
 
 
-class SharedBeside(Block):
+class SharedParallel(Block):
     """Routed experts and a shared one are two modules; the block adds up what they give."""
 
     def __init__(self) -> None:
@@ -168,23 +168,23 @@ class SharedBeside(Block):
 
 @pytest.mark.parametrize("placement", ["parallel", "replace"])
 def test_a_shared_expert_that_the_block_adds_belongs_to_the_mixture(placement: str) -> None:
-    model = stack(SharedBeside)
+    model = stack(SharedParallel)
     before, names = model(*ids()), {name for name, _ in model.named_parameters() if "shared" in name or "mlp" in name}
     (first, _) = memrewrite.inspect(model, ids()).sites
     assert (first.path, first.pattern, first.bindings[0].kind) == ("blocks.0", "moe", "span")
     assert set(first.modules) == {"blocks.0.mlp", "blocks.0.shared"}
-    assert memrewrite.apply(model, wishes(placement), ids()).ok
+    assert memrewrite.apply(model, recipe(placement), ids()).ok
     if placement == "parallel":
         assert torch.equal(model(*ids()), before)
     else:
         assert not names & set(model.state_dict())
 
 
-# --------------------------------------------------------------------------- what helps to choose, beside the input itself
+# --------------------------------------------------------------------------- what a router reads in addition to the input
 
 
 class ByNumber(Block):
-    """Which experts a token goes to is looked up by its number; the router only weighs them."""
+    """The experts of a token are looked up by its id; the router only computes their weights."""
 
     class Mlp(Drawn):
         def __init__(self) -> None:
@@ -203,8 +203,8 @@ class ByNumber(Block):
         return x + self.mlp(self.norm2(x), numbers), None
 
 
-class HandsOn(Block):
-    """A router adds what the router before it made."""
+class PassesOn(Block):
+    """A router adds what the router before it computed."""
 
     class Mlp(Drawn):
         def __init__(self) -> None:
@@ -226,8 +226,8 @@ class HandsOn(Block):
         return x + out, memory
 
 
-class Told(nn.Module):
-    """A model that tells its blocks the tokens' numbers, and each what the one before it made."""
+class PassesIds(nn.Module):
+    """A model that passes to each block the token ids, and what the block before computed."""
 
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -241,18 +241,18 @@ class Told(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("block", [ByNumber, HandsOn])
-def test_what_else_a_router_is_told_is_no_input_of_the_mixture(block: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("block", [ByNumber, PassesOn])
+def test_extra_inputs_of_a_router_are_no_input_of_the_mixture(block: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    sites = memrewrite.inspect(Told(block).eval(), ids()).sites
+    sites = memrewrite.inspect(PassesIds(block).eval(), ids()).sites
     assert [(site.path, site.pattern) for site in sites] == [("blocks.0.mlp", "moe"), ("blocks.1.mlp", "moe")]
 
 
-def test_a_layer_beside_a_mixture_that_is_told_the_tokens_numbers() -> None:
+def test_a_layer_parallel_to_a_mixture_that_reads_token_ids() -> None:
     torch.manual_seed(0)
-    model = Told(ByNumber).eval()
+    model = PassesIds(ByNumber).eval()
     before = model(*ids())
-    assert memrewrite.apply(model, wishes("parallel"), ids()).ok
+    assert memrewrite.apply(model, recipe("parallel"), ids()).ok
     assert torch.equal(model(*ids()), before)
 
 
@@ -278,5 +278,5 @@ def test_experts_of_one_row_each() -> None:
     sites = memrewrite.inspect(model, ids()).sites
     assert [(site.path, site.pattern) for site in sites] == [("blocks.0.mlp", "moe"), ("blocks.1.mlp", "moe")]
     before = model(*ids())
-    assert memrewrite.apply(model, wishes("parallel"), ids()).ok
+    assert memrewrite.apply(model, recipe("parallel"), ids()).ok
     assert torch.equal(model(*ids()), before)
