@@ -152,7 +152,7 @@ def test_inspect_why(run: Callable[..., Any]) -> None:
         text in told for text in ("plain, gelu", "24 → 96 → 24", "blocks.1.mlp.up.weight", "as a module", "1 of 3 in blocks")
     )
     held = run("inspect", "model.py", "--why", "blocks").stdout
-    assert "holds 3 MLPs" in held
+    assert "contains 3 MLPs" in held
     assert "blocks.0.out and 2 alike" in held
     assert "model.py:19" in held  # the attention that its input is mixed by
     document = json.loads(run("inspect", "model.py", "--why", "head", "--json").stdout)
