@@ -22,18 +22,19 @@ from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, of_sizes_alone, origin_of
 from memrewrite.passes.locate.token_trial import Tokens, repeatable, run_repeatable, trial
 from memrewrite.passes.regions.region import Region
+from memrewrite.passes.regions.rejection import Rejection
 
 # How far other tokens' outputs may move, relative to the largest output: rows that are multiplied in other groups are rounded
 # differently, and by less than this.
 MOVED = 1e-4
 
 
-def mixes(recorded: RecordedGraph, region: Region) -> str:
-    """Why one token's output depends on another token, or "". On meta tensors nothing is tested and "" is returned."""
+def mixes(recorded: RecordedGraph, region: Region) -> Rejection | None:
+    """Reject a region in which one token's output depends on another token. On meta tensors nothing is tested: None."""
     nodes = _needed(recorded, region)
     leaves: dict[fx.Node, Tensor] = {node: value for node in nodes if (value := value_of(recorded.segment, node)) is not None}
     if any(value.is_meta for value in leaves.values()):
-        return ""
+        return None
     origin, generator = origin_of(region.x), torch.Generator().manual_seed(0)
     like = origin.meta["val"]
     x, other = (
@@ -50,15 +51,18 @@ def mixes(recorded: RecordedGraph, region: Region) -> str:
     def call(given: Tensor) -> Tensor:
         return _output(recorded, region, nodes, leaves, given, chosen)
 
+    def rejected(reason: str) -> Rejection:
+        return Rejection("token by token", reason, region.down)
+
     before = run_repeatable(call, x)
     if not before.isfinite().all():
-        return "its outputs on random inputs are not finite, so that it cannot be tested token by token"
+        return rejected("its outputs on random inputs are not finite, so that it cannot be tested token by token")
     rows = x.numel() // x.shape[-1]
     into, out = (Tokens.consecutive(value.numel(), rows) for value in (x, before))
     seen = trial(call, x, other, before, into, out, MOVED)
     if seen.leak:
-        return "the output of one token depends on other tokens"
-    return "its output depends on nothing but what is chosen" if seen.own <= MOVED and before.any() else ""
+        return rejected("the output of one token depends on other tokens")
+    return rejected("its output depends only on what is chosen") if seen.own <= MOVED and before.any() else None
 
 
 def _example_values(recorded: RecordedGraph, wanted: Collection[RecordedNode]) -> dict[fx.Node, Any]:

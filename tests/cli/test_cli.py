@@ -184,7 +184,7 @@ def test_inspect_why(run: Callable[..., Any]) -> None:
         text in shown for text in ("plain, gelu", "24 → 96 → 24", "blocks.1.mlp.up.weight", "as a module", "1 of 3 in blocks")
     )
     container = run("inspect", "model.py", "--why", "blocks").stdout
-    assert "3 MLPs" in container
+    assert "contains 3 MLPs" in container
     assert "blocks.0.out and 2 similar" in container
     assert "model.py:19" in container  # the attention, which mixes the tokens of its input
     document = json.loads(run("inspect", "model.py", "--why", "head", "--json").stdout)

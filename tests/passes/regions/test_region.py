@@ -65,6 +65,15 @@ def two_inputs(g: SmallGraph, h: Node) -> tuple[Node, Node]:
     return down, g.op(aten.add.Tensor, h, down)
 
 
+def too_far(g: SmallGraph, h: Node) -> tuple[Node, Node]:
+    """One first matrix is near, the other is a hundred operations away."""
+    far = g.linear(h, HIDDEN)
+    for _ in range(100):
+        far = g.op(aten.relu, far)
+    down = g.linear(g.op(aten.mul.Tensor, far, g.op(aten.silu, g.linear(h, HIDDEN))), D)
+    return down, g.op(aten.add.Tensor, h, down)
+
+
 def first(g: SmallGraph, h: Node) -> tuple[Node, Node]:
     up = g.linear(h, HIDDEN)
     return up, g.op(aten.gelu, up)
@@ -75,7 +84,8 @@ REJECTED: dict[str, tuple[Build, str, bool]] = {  # the rule, and whether it is 
     "an unknown op": (around(lambda g, u: g.op(aten.gelu, g.op(aten.tril, u))), "token by token", True),
     "an inner value read outside": (leaking, "closed", True),
     "no residual sum": (head, "residual", True),
-    "two inputs": (two_inputs, "one input", False),
+    "an input of the model inside": (two_inputs, "token by token", True),
+    "too many operations": (too_far, "one input", False),
     "nothing between": (around(lambda g, u: u), "matrix, nonlinearity, matrix", False),
     "only a scale between": (around(lambda g, u: g.op(aten.mul.Tensor, u, 2.0)), "matrix, nonlinearity, matrix", False),
     "a sum of two streams": (two_streams, "matrix, nonlinearity, matrix", False),
