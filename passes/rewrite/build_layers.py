@@ -83,7 +83,7 @@ def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, d
 
 
 def _device(model: nn.Module, site: Site) -> torch.device:
-    """The device of the MLP's weights now: a plan may be applied on another machine than the one it was made on."""
+    """The device of the MLP's weights now: a plan may be applied on another machine."""
     path, _, name = site.parameters[0].rpartition(".")
     weight = getattr(module_at(model, path), name, None)
     if not isinstance(weight, Tensor):
