@@ -1,7 +1,7 @@
 """Compares results of any floating dtype with a float64 reference, relative to the norm of the reference.
 
-An elementwise `atol` does not fit half types: its meaning depends on the scale of the inputs, and a value that suits the largest
-entries hides errors of the small ones. Here the allowed error follows from the dtype and the number of summed terms.
+An elementwise `atol` does not fit half types: its meaning depends on the scale of the inputs, and a value that suits the
+largest entries hides errors of the small ones. Here the allowed error follows from the dtype and the number of summed terms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def norm_bound(dtype: torch.dtype, terms: int, roundings: int = 1) -> float:
 
 
 def relative_error(got: Tensor, right: Tensor) -> float:
-    """`||got - right|| / ||right||` in float64: 0 if the two are equal or empty, NaN if `got` has a NaN, inf if `right` is 0."""
+    """`||got - right|| / ||right||` in float64: 0 if both are equal or empty, NaN if `got` has a NaN, inf if `right` is 0."""
     right = right.detach().double()
     error, size = (got.detach().double() - right).norm().item(), right.norm().item()
     if error == 0.0:

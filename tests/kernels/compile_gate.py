@@ -116,7 +116,7 @@ def findings(specimen: Specimen, code: Code, known: int | None) -> Iterator[str]
         yield "no register count on record; run `python tests/kernels/compile_gate.py --write` and review the diff"
     elif code.registers > known * GROWTH and code.registers > known + SLACK:
         yield (
-            f"{code.registers} registers, {known} on record: fewer warps fit on a multiprocessor; find the change that caused it, "
+            f"{code.registers} registers, {known} on record: fewer warps fit on a multiprocessor; find the cause, "
             "or record the new count with `python tests/kernels/compile_gate.py --write`"
         )
 
