@@ -12,13 +12,17 @@ JOBS ?= 2
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-# Triton's interpreter is enabled per process, so its tests run in a separate process.
+# Lint, types and every test that runs on two CPU cores within minutes. Triton's interpreter can only be enabled for a whole
+# process, so its tests are a second run. build/triton-cache keeps compiled kernels: unchanged ones are not compiled again.
+# `worksteal` gives each worker a contiguous half of the tests, so captures that a module caches are rarely computed twice.
 test: $(INSTALLED) lint types
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not zoo and not interpreter and not gpu"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m interpreter
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not zoo and not interpreter and not gpu"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m interpreter
 
+# What `make test` omits because it takes long: kernels of all architectures with the oldest and the installed Triton,
+# long fuzzing, other onnxruntime versions, large files. Run it after a change of kernels or of a dependency.
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -rs
 
 # Needs a CUDA device, and torch with CUDA and onnxruntime-gpu in .venv; on other machines the tests are skipped with a reason.
 test-gpu: $(INSTALLED)

@@ -21,7 +21,7 @@ import memrewrite
 from memrewrite.errors import UserError
 from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
 from memrewrite.kernels import lookup_update, ops, reference, rounding
-from memrewrite.kernels.pending import refuse_capture
+from memrewrite.kernels.pending import Pending, refuse_capture
 from memrewrite.layers.memory_plus import MemoryPlus, MemoryPlusOptions
 from memrewrite.layers.pool import Pool, PoolSpec
 
@@ -193,6 +193,34 @@ def test_rules_refuse_before_anything_changes():
         ops.rowwise_adam_(values, None, torch.zeros(60), total, *reads, **NUMBERS, betas=(0.9, 0.9), step=1, seed=0)
     assert torch.equal(values, before)
     assert not total.any()
+
+
+def test_too_many_reads_for_one_update_are_refused(monkeypatch):
+    """The limit counts the reads of all lookups together; one read less is accepted."""
+    values, total, reads = torch.randn(60, 20), torch.zeros(60), some_reads(60, 20, 5, 3, lookups=2)
+    before = values.clone()
+    monkeypatch.setattr(lookup_update, "MOST_READS", 30)
+    with pytest.raises(ValueError, match="30 reads or more"):
+        ops.rowwise_adagrad_(values, None, total, *reads, **NUMBERS, seed=0)
+    assert torch.equal(values, before)
+    monkeypatch.setattr(lookup_update, "MOST_READS", 31)
+    ops.rowwise_adagrad_(values, None, total, *reads, **NUMBERS, seed=0)
+    assert not torch.equal(values, before)
+
+
+def test_a_queue_keeps_copies():
+    """The tensors of a compiled graph are overwritten after the call; the factors in the queue must not change."""
+    queue = Pending()
+    tensors = torch.randn(4, 3).T, torch.randint(0, 9, (3, 2)), torch.rand(3, 2)
+    with queue.tried():
+        queue.keep(*tensors)
+        kept = queue.waiting[0]
+        before = [tensor.clone() for tensor in tensors]
+        for tensor in tensors:
+            tensor.zero_()
+        assert all(map(torch.equal, kept, before))
+        assert kept.grad.is_contiguous()
+    assert not queue.waiting
 
 
 def test_rules_without_reads_do_nothing():
@@ -367,6 +395,33 @@ def test_rate_and_decay_are_read_from_the_parameter_group(monkeypatch):
     assert [numbers["lr"] for numbers in seen] == pytest.approx([0.5, 0.05])
     assert [numbers["weight_decay"] for numbers in seen] == [0.25, 0.25]
     assert seen[0]["seed"] != seen[1]["seed"]
+
+
+def test_each_table_and_step_has_its_own_seed_and_a_second_run_the_same_ones(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(RowwiseAdagrad, "step", lambda self, pool, state, reads, step, numbers: seeds.append(numbers["seed"]))
+    for _ in range(2):
+        pools = nn.ModuleList(Pool(PoolSpec(keys=3, value_dim=4, seed=seed, gradient="fused")) for seed in (0, 1))
+        optimizer = torch.optim.SGD(pools.parameters(), lr=0.1)
+        fuse(optimizer, pools)
+        for _ in range(2):
+            for pool in pools:
+                pool.reset_parameters()
+                pool(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)).sum().backward()
+            optimizer.step()
+    assert len(set(seeds[:4])) == 4
+    assert seeds[:4] == seeds[4:]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"), [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (FP8, torch.bfloat16)]
+)
+def test_adam_keeps_the_first_moment_in_bf16_except_for_tables_of_fp32(dtype, wanted):
+    state = RowwiseAdam().fresh(torch.zeros(3, 2).to(dtype))
+    assert {name: (t.dtype, t.shape) for name, t in state.items()} == {
+        "exp_avg": (wanted, (3, 2)),
+        "exp_avg_sq": (torch.float32, (3,)),
+    }
 
 
 def test_gradients_add_up_until_the_step():

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memrewrite.cost import Cost, dense_cost
 from memrewrite.errors import UserError
 from memrewrite.kernels import ops
 from memrewrite.layers.contract import MemoryLayer
@@ -361,6 +362,18 @@ def test_cost_counts_the_real_parameters(kind, options, zero_output, d_out, d_v)
     assert cost.parameter_bytes == 4 * cost.parameters
     assert cost.bytes_read == cost.parameter_bytes + 4 * 4 * d_v * 4  # heads · topk rows of d_v floats
     assert spec.cost().parameters == model.memory.shared.values.numel()
+
+
+def test_a_token_reads_only_the_active_weights():
+    """A mixture stores all its experts and uses some of them: arithmetic and reading count these, and all biases."""
+    assert dense_cost(100, 10, 2, active=30) == Cost(parameters=110, parameter_bytes=220, flops=70, bytes_read=80)
+    assert dense_cost(100, 10, 2) == Cost(parameters=110, parameter_bytes=220, flops=210, bytes_read=220)
+
+
+@pytest.mark.parametrize(("d_model", "width"), [(1, 2), (3, 2), (7, 2), (8, 4), (10, 4), (97, 48), (576, 288)])
+def test_a_query_is_half_as_wide_as_the_model_and_even(d_model, width):
+    assert Pkm.Options().query_width(d_model) == width
+    assert Pkm.Options(key_dim=6).query_width(d_model) == 6
 
 
 def test_cost_is_the_papers_arithmetic():
