@@ -129,6 +129,19 @@ def test_every_arrow_is_in_use_and_they_form_no_circle() -> None:
         below.update(free)
 
 
+def test_the_folder_picture_in_architecture_is_true() -> None:
+    """Every folder is on a floor above all that it imports, and every file of passes/ is named in its folder's row."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^ (\d)  (.+)$", text, flags=re.MULTILINE)
+    floors = {name.strip("/").removesuffix(".py"): int(floor) for floor, names in rows for name in names.split()}
+    assert set(floors) == set(ARROWS)
+    assert not [(mine, to) for mine, others in ARROWS.items() for to in others if floors[to] >= floors[mine]]
+    named_in = dict(re.findall(r"^\| `([a-z_/]+)/` \|(.+)$", text, flags=re.MULTILINE))
+    files = [path for path in SOURCES if path.is_relative_to(ROOT / "passes") and path.name != "__init__.py"]
+    inside = [(folder_of(module_of(path)), path.stem) for path in files if path.parent.name != "passes"]
+    assert not [(folder, name) for folder, name in inside if f"`{name}`" not in named_in[folder]]
+
+
 def test_files_and_folders_of_passes_stay_small() -> None:
     folders = {path.parent for path in SOURCES if path.is_relative_to(ROOT / "passes")}
     crowded = [folder for folder in folders if len([f for f in folder.glob("*.py") if f.name != "__init__.py"]) > 14]
