@@ -460,7 +460,7 @@ def test_bugs_and_interrupts(
 
 
 def test_verbose_logs_every_replacement(run: Callable[..., Any]) -> None:
-    assert "info: memory_plus takes the place of the MLP blocks.0.mlp" in run("-v", "apply", "model.py", "r.yaml").stderr
+    assert "info: memory_plus replaces the MLP blocks.0.mlp" in run("-v", "apply", "model.py", "r.yaml").stderr
 
 
 def test_sizes_have_units() -> None:

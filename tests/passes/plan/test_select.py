@@ -239,7 +239,7 @@ def test_a_hint_lists_at_most_six_values(count: int, more: str) -> None:
         ({"regex": "^mlp$"}, "`regex: ^mlp$`", "there are: layers.0.mlp, layers.1.mlp"),
         ({"pattern": "gate"}, "`pattern: gate`", "did you mean 'gated'"),
         ({"d_model": 63}, "`d_model: 63`", "there are: 64"),
-        ({"tower": "layer"}, "no MLP stands in a tower 'layer'", "there are: layers"),
+        ({"tower": "layer"}, "no MLP is in a tower 'layer'", "there are: layers"),
         ({"layers": [3, 24]}, "there is no block 24", "'layers' has blocks 0 to 23"),
         ({"every": 25}, "match no MLP", "drop one"),
         ({"layers": [1], "every": 4}, "block 1 of 'layers' has no MLP that fits", "blocks with one: 0-23"),
@@ -263,7 +263,7 @@ def test_the_rule_is_named_by_its_number() -> None:
 
 def test_two_rules_for_one_site() -> None:
     error = refused(DEEP, recipe({"layers": [3]}, {"every": 4}))
-    assert error.what == "rules 0 and 1 both claim 'layers.3.mlp'"
+    assert error.what == "rules 0 and 1 both select 'layers.3.mlp'"
     assert error.where == "replace[1].where"
     assert "narrow" in str(error.hint)
 
