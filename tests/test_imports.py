@@ -219,7 +219,7 @@ def test_no_room_is_installed_at_the_top_level(name: str, tmp_path: Path) -> Non
 
 
 def test_every_package_is_listed_for_installing() -> None:
-    """setuptools is told the packages by name: one left out would be missing from the wheel."""
+    """setuptools lists the packages by name: a missing one would be missing from the wheel."""
     listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     packages = {module_of(path) for path in SOURCES if path.name == "__init__.py"}
     assert not [package for package in packages if f'"{package}"' not in listed]

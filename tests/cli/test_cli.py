@@ -197,12 +197,12 @@ def test_inspect_why(run: Callable[..., Any]) -> None:
 
 def test_inspect_why_of_a_refusal(run: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text(MODEL.replace("return x + self.mlp(self.norm2(x))", "return self.mlp(self.norm2(x))"))
-    told = run("inspect", "model.py", "--why", "blocks.1.mlp").stdout
+    shown = run("inspect", "model.py", "--why", "blocks.1.mlp").stdout
     start = "refused: `blocks.1.mlp` contains what looked like an MLP with `blocks.1.mlp.down` as its last matrix"
-    assert told.startswith(start)
-    assert "rule        residual" in told
-    assert "return self.down(F.gelu(self.up(x)))" in told
-    assert "try         if it is meant as an MLP, add its output" in told
+    assert shown.startswith(start)
+    assert "rule        residual" in shown
+    assert "return self.down(F.gelu(self.up(x)))" in shown
+    assert "try         if it is meant as an MLP, add its output" in shown
 
 
 def test_inspect_draws_a_page(run: Callable[..., Any], tmp_path: Path) -> None:

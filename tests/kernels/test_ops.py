@@ -342,8 +342,8 @@ def test_the_backend_and_the_reason_are_logged_once(caplog, monkeypatch):
         for _ in range(3):
             ops.sparse_lookup(*inputs)
         ops.sparse_lookup(*inputs, backend="torch")
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [
+    logged = [record.getMessage() for record in caplog.records]
+    assert logged == [
         "sparse_lookup runs on the backend 'torch' (triton cannot: the tensors are not on a CUDA device)",
         "sparse_lookup runs on the backend 'torch' (requested)",
     ]

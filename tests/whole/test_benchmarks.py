@@ -451,9 +451,9 @@ def test_without_cuda_the_onnx_gpu_benchmark_reports_it(
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     assert bench("onnx_cuda").main(["--json", str(tmp_path / "cuda.json")]) == 2
-    told = capsys.readouterr().err
-    assert said in told
-    assert "try: " in told
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert "try: " in printed
     assert not (tmp_path / "cuda.json").exists()
 
 

@@ -708,9 +708,9 @@ def test_blocks_without_an_mlp_count_too() -> None:
 
 def test_stages_of_unlike_blocks_are_blocks_themselves() -> None:
     paths = ["stages.0.parts.0", "stages.0.parts.1", "stages.1.parts.0", "stages.1.parts.1"]
-    alike = block_positions(paths, dict.fromkeys(paths, "Layer"))
+    same = block_positions(paths, dict.fromkeys(paths, "Layer"))
     unlike = block_positions(paths, {path: path[-1] for path in paths})
-    assert [alike[path] for path in paths] == [BlockPosition("stages.*.parts", i, 4) for i in range(4)]
+    assert [same[path] for path in paths] == [BlockPosition("stages.*.parts", i, 4) for i in range(4)]
     assert [unlike[path] for path in paths] == [BlockPosition("stages", i, 2) for i in (0, 0, 1, 1)]
 
 

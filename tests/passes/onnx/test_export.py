@@ -115,11 +115,11 @@ def test_memory_operators_are_written_as_requested(op: str, domains: set[str], e
 def test_a_file_has_its_origin_in_metadata_and_no_paths_of_this_machine(exported: MakeFile) -> None:
     file = exported("modular", op="standard")
     model = onnx.load(file.path)
-    told = {p.key.removeprefix(onnx_file.PREFIX): p.value for p in model.metadata_props}
-    assert told["recipe"] == file.model.memory.record.recipe
-    assert told["plan"] == tiny.plan_of("modular").digest()
-    assert {"memrewrite", "torch", "onnx"} <= json.loads(told["versions"]).keys()
-    assert (told["op"], told["dtype"], told["with_past"], told["selections"]) == ("standard", "float32", "false", "3")
+    notes = {p.key.removeprefix(onnx_file.PREFIX): p.value for p in model.metadata_props}
+    assert notes["recipe"] == file.model.memory.record.recipe
+    assert notes["plan"] == tiny.plan_of("modular").digest()
+    assert {"memrewrite", "torch", "onnx"} <= json.loads(notes["versions"]).keys()
+    assert (notes["op"], notes["dtype"], notes["with_past"], notes["selections"]) == ("standard", "float32", "false", "3")
     assert b"site-packages" not in file.path.read_bytes()
     assert str(Path(__file__).parents[3]).encode() not in file.path.read_bytes()
 

@@ -402,7 +402,7 @@ def test_real_inputs_that_do_not_fit_are_refused(folder: Path, real: Any, error:
 
 def test_an_example_of_another_model_is_refused(folder: Path) -> None:
     model, inputs = tiny.rewritten("llama")
-    pools_of(model).record = None  # the plan, by which the file would be told apart first
+    pools_of(model).record = None  # without the plan, which would be compared first
 
     with pytest.raises(ExportError, match="inputs of the file are ids, those of the example are input_ids"):
         check_onnx(exported(folder, "modular"), model, inputs)
