@@ -1,4 +1,4 @@
-"""The order of the house: imports run downward, faces are for users, importing costs nothing and names no architecture."""
+"""Imports run downward, `__init__` files are for users, importing is cheap, and no architecture is named in the code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "pipeline": ("verify", "storage", "rewrite", "explain", "locate", "plan", "capture", "models"),
     "verify_saved": ("storage", "verify", "rewrite", "models"),
 }
-FACE = ROOT / "memrewrite" / "__init__.py"  # lazy: what it names it imports only when asked
+INTERFACE = ROOT / "memrewrite" / "__init__.py"  # lazy: each name is imported on first use
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 TEXTS = sorted([*SOURCES, *(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "kernels").rglob("*.c*")])
 
@@ -52,13 +52,13 @@ MODULES = {module_of(path) for path in SOURCES}
 
 
 def floor_of(module: str) -> str:
-    """The room a module stands in."""
+    """The root folder that a module is in."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "memrewrite"
 
 
 def imports(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Every import of a file, wherever it stands: line, module, and the name taken from it or ""."""
+    """Every import of a file, also inside functions: line, module, and the name taken from it or ""."""
     package = module_of(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
@@ -72,7 +72,7 @@ def imports(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def ours(path: Path) -> Iterator[tuple[int, str]]:
-    """Every module of ours that a file imports."""
+    """Every module of memrewrite that a file imports."""
     for line, source, name in imports(path):
         if source.split(".")[0] == "memrewrite":
             yield line, f"{source}.{name}" if f"{source}.{name}" in MODULES else source
@@ -91,7 +91,7 @@ def run(code: str, cwd: Path | None = None) -> str:
 # -------------------------------------------------------------------------------------------------------------- downward
 
 
-@pytest.mark.parametrize("path", named([path for path in SOURCES if path != FACE]))
+@pytest.mark.parametrize("path", named([path for path in SOURCES if path != INTERFACE]))
 def test_imports_run_downward(path: Path) -> None:
     """Imports inside functions and under TYPE_CHECKING count: they are dependencies too."""
     mine = FLOORS.index(floor_of(module_of(path)))
@@ -151,15 +151,15 @@ def test_files_and_folders_of_passes_stay_small() -> None:
 
 
 @pytest.mark.parametrize("path", named(SOURCES))
-def test_nobody_imports_from_a_face(path: Path) -> None:
-    """What is imported from a package is a module of it; a face is for users."""
-    if path == ROOT / "cli" / "__main__.py":  # `python -m memrewrite.cli` is the console script, which is that face
+def test_no_module_imports_from_a_public_interface(path: Path) -> None:
+    """Our code imports modules from packages; the names in an `__init__` are for users."""
+    if path == ROOT / "cli" / "__main__.py":  # `python -m memrewrite.cli` is the console script, which is that interface
         return
-    faces = {module_of(source) for source in SOURCES if source.name == "__init__.py"}
+    interfaces = {module_of(source) for source in SOURCES if source.name == "__init__.py"}
     taken = [
         f"{path}:{line}: from {source} import {name}"
         for line, source, name in imports(path)
-        if source in faces and name and f"{source}.{name}" not in MODULES
+        if source in interfaces and name and f"{source}.{name}" not in MODULES
     ]
     version_alone = [place for place in taken if not place.endswith("import __version__")]
     assert not version_alone
@@ -170,7 +170,7 @@ def test_nobody_imports_from_a_face(path: Path) -> None:
 HEAVY = ("torch", "transformers", "triton", "onnx", "onnxruntime", "numpy", "pydantic")
 
 
-def test_importing_the_face_loads_nothing_heavy() -> None:
+def test_importing_memrewrite_loads_nothing_heavy() -> None:
     assert run(f"import sys, memrewrite; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 
 
@@ -199,12 +199,12 @@ def test_importing_the_folder_under_its_own_name_is_harmless() -> None:
     assert run(code) == "False"
 
 
-@pytest.mark.parametrize("path", named([path for path in SOURCES if path.name == "__init__.py" and path != FACE]))
-def test_other_faces_hold_no_code(path: Path) -> None:
+@pytest.mark.parametrize("path", named([path for path in SOURCES if path.name == "__init__.py" and path != INTERFACE]))
+def test_other_init_files_contain_no_code(path: Path) -> None:
     body = ast.parse(path.read_text(encoding="utf-8")).body
     allowed = (ast.Expr, ast.FunctionDef, ast.ImportFrom, ast.Import, ast.If)
     assert all(isinstance(node, allowed) for node in body)
-    if path.parent.name != "cli":  # whose face is the console script
+    if path.parent.name != "cli":  # whose interface is the console script
         assert len(body) <= 1
 
 
@@ -212,7 +212,7 @@ def test_other_faces_hold_no_code(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["kernels", "passes", "recipes", "cli", "layers"])
-def test_no_room_is_installed_at_the_top_level(name: str, tmp_path: Path) -> None:
+def test_no_folder_is_installed_at_the_top_level(name: str, tmp_path: Path) -> None:
     assert "memrewrite" not in packages_distributions().get(name, ())
     code = f"import importlib.util; print(getattr(importlib.util.find_spec({name!r}), 'origin', None))"
     assert not run(code, cwd=tmp_path).startswith(str(ROOT))
@@ -260,7 +260,7 @@ def test_the_search_for_names_finds_them() -> None:
 
 
 def test_every_file_says_what_it_is_for() -> None:
-    """A docstring opens each module, and the file has no stray print: only the door prints."""
+    """A docstring opens each module, and the file does not print: only the command line prints."""
     for path in SOURCES:
         text = path.read_text(encoding="utf-8")
         assert ast.get_docstring(ast.parse(text)), path
