@@ -15,10 +15,10 @@ from memrewrite.passes.graphs.nodes import CanonicalNode, canonical_nodes
 from memrewrite.passes.graphs.provenance import path_of, source_line
 from memrewrite.passes.locate.binding import BoundRegion, bind
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
-from memrewrite.passes.locate.one_block import in_two_blocks
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, recorded_graph
 from memrewrite.passes.locate.sites import Recognized, assemble, identity_of, module_types
 from memrewrite.passes.locate.token_probe import mixes
+from memrewrite.passes.locate.within_one_block import in_two_blocks
 from memrewrite.passes.regions.activation import UNKNOWN, activation_of
 from memrewrite.passes.regions.experts import Mixture, mixtures
 from memrewrite.passes.regions.patterns import matched

@@ -1,7 +1,7 @@
 """Whether a region works token by token, tried on values: one token of its input changes, no other token's output may move.
 
 For regions that reorder rows by their values, where `token_axes` cannot decide. Flow: the region's recorded nodes and their
-weights → the region runs on random tokens, or on the example's → `token_trial`, with the choice of experts kept fixed.
+weights → the region runs on random tokens, or on the example's → `token_perturbation`, with the choice of experts kept fixed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
 from memrewrite.passes.graphs.ops import op_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, of_sizes_alone, origin_of
-from memrewrite.passes.locate.token_trial import Tokens, repeatable, run_repeatable, trial
+from memrewrite.passes.locate.token_perturbation import Tokens, repeatable, run_repeatable, trial
 from memrewrite.passes.regions.region import Region
 from memrewrite.passes.regions.rejection import Rejection
 

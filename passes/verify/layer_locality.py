@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from memrewrite.passes.locate.token_trial import Tokens
+from memrewrite.passes.locate.token_perturbation import Tokens
 from memrewrite.passes.models.forward import SEED
 from memrewrite.passes.rewrite.hooks import UseStoredInput
 from memrewrite.passes.verify.evidence import RewrittenModel, checked, skipped

@@ -2,7 +2,7 @@
 
 Flow: which elements of input and output make up one token, from the graph: the layout ops between the recorded layout and the
 one that the matrices read, applied to numbered elements → the extracted MLP runs on random tokens of the recorded shape →
-`token_trial`, with outputs compared bit by bit. MLPs of equal graphs and shapes are tried once.
+`token_perturbation`, with outputs compared bit by bit. MLPs of equal graphs and shapes are tried once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from memrewrite.passes.graphs.nodes import CanonicalNode, RecordedNode, inputs_o
 from memrewrite.passes.graphs.shapes import SAMPLE, shape_of, sizes_of
 from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
+from memrewrite.passes.locate.token_perturbation import Call, Tokens, run_repeatable, trial
 from memrewrite.passes.locate.token_probe import mixes
-from memrewrite.passes.locate.token_trial import Call, Tokens, run_repeatable, trial
 from memrewrite.passes.models.forward import SEED
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.rewrite.original_mlp import extract

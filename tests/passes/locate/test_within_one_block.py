@@ -19,9 +19,9 @@ from memrewrite.passes.graphs.nodes import CanonicalNode, canonical_nodes
 from memrewrite.passes.locate import locate as locate_file
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites
-from memrewrite.passes.locate.one_block import in_two_blocks
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
 from memrewrite.passes.locate.sites import module_types
+from memrewrite.passes.locate.within_one_block import in_two_blocks
 from memrewrite.passes.regions import experts, region
 from memrewrite.passes.regions.region import Region
 from memrewrite.passes.regions.rejection import Rejection
