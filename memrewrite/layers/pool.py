@@ -193,7 +193,12 @@ class Pools(nn.Module):
         return pool
 
 
+def find_pools(model: nn.Module) -> Pools | None:
+    """The pools of a rewritten model; None for a model that was not rewritten."""
+    return next((module for module in model.modules() if isinstance(module, Pools)), None)
+
+
 def record_of(model: nn.Module) -> RewriteRecord | None:
     """What a model records about its rewrite; None for a model that was not rewritten by `memrewrite.apply` or loaded."""
-    pools = next((module for module in model.modules() if isinstance(module, Pools)), None)
+    pools = find_pools(model)
     return None if pools is None else pools.record

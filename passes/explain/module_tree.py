@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from memrewrite.module_node import ModuleNode
 from memrewrite.passes.capture.capture import is_traced
 from memrewrite.passes.capture.segment import Capture
-from memrewrite.passes.graphs.provenance import clean, modules_of
+from memrewrite.passes.graphs.provenance import clean, modules_of, path_prefixes
 
 
 def outline(model: nn.Module | ExportedProgram, before: Capture) -> ModuleNode:
@@ -18,7 +18,7 @@ def outline(model: nn.Module | ExportedProgram, before: Capture) -> ModuleNode:
     if isinstance(model, nn.Module) and not is_traced(model):
         first: dict[str, int] = {}  # when a module, or the first inside it, returned: siblings return in order
         for i, path in enumerate(before.calls):
-            for prefix in _prefixes(path):
+            for prefix in path_prefixes(path):
                 first.setdefault(prefix, i)
         return _live("", model, first)
     return _traced(model, before)
@@ -41,7 +41,7 @@ def _traced(model: nn.Module | ExportedProgram, before: Capture) -> ModuleNode:
     for node in before.segments[0].graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         for (_, call), (_, kind) in zip(modules_of(node), stack.values(), strict=True):
-            for prefix in _prefixes(clean(call))[1:]:
+            for prefix in path_prefixes(clean(call))[1:]:
                 kinds.setdefault(prefix, "")
             if clean(call):
                 kinds[clean(call)] = str(getattr(kind, "__name__", kind)).rpartition(".")[2]
@@ -58,8 +58,3 @@ def _traced(model: nn.Module | ExportedProgram, before: Capture) -> ModuleNode:
         )
 
     return part("")
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = path.split(".") if path else []
-    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]

@@ -5,7 +5,7 @@ Flow: each captured graph with the sites found in it → the requested name, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.dataflow import ORIGIN
 from memrewrite.passes.graphs.nodes import CanonicalNode, RecordedNode, canonical_nodes, inputs_of, users_of
 from memrewrite.passes.graphs.ops import is_assertion
-from memrewrite.passes.graphs.provenance import modules_of, path_of
+from memrewrite.passes.graphs.provenance import modules_of, path_of, path_prefixes
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.locate.recorded_graph import origin_of
 from memrewrite.passes.models.tensors import tensors_of
@@ -92,7 +92,7 @@ def subject_of(model: object, views: list[View], path: str) -> Subject:
     """What `path` names. Raises `UserError`, with close matches, when the model has nothing of that name."""
     live = dict(model.named_modules(remove_duplicate=False)) if isinstance(model, nn.Module) else {}
     tensors = _tensors(model)
-    modules = {"", *live} | {prefix for view in views for at in view.recorded.paths.values() for prefix in _prefixes(at)}
+    modules = {"", *live} | {prefix for view in views for at in view.recorded.paths.values() for prefix in path_prefixes(at)}
     weights = {*tensors} | {name for view in views for name in view.segment.weights.values()}
     wanted = "" if path in ROOT_NAMES else path
     site = [(view, {n for n, at in view.site_of.items() if at == path}) for view in views]
@@ -139,11 +139,6 @@ def _tensors(model: object) -> dict[str, Any]:
 def _aliases(known: Mapping[str, object], wanted: str) -> frozenset[str]:
     """All names of one module or tensor: shared ones have several, and the graph knows one."""
     return frozenset([wanted, *(name for name, it in known.items() if it is known.get(wanted))])
-
-
-def _prefixes(path: str) -> Iterable[str]:
-    parts = path.split(".")
-    return (".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
 def _reading(view: View, names: frozenset[str]) -> set[RecordedNode]:

@@ -20,6 +20,12 @@ def modules_of(node: fx.Node) -> list[tuple[str, str]]:
     return [(str(key), str(value[0])) for key, value in stack.items()]
 
 
+def path_prefixes(path: str) -> list[str]:
+    """A module path and the paths of all modules around it, outermost first: "a.b" -> "", "a", "a.b"."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:length]) for length in range(len(parts) + 1)]
+
+
 def path_of(node: fx.Node) -> str:
     """The path of the innermost module that a node was recorded in."""
     stack = modules_of(node)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memrewrite.errors import ModelError, SelectError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.kinds import kind_named
-from memrewrite.layers.pool import Pool, Pools
+from memrewrite.layers.pool import Pool, Pools, find_pools
 from memrewrite.passes.rewrite.hooks import FeaturesBack, FeaturesLast
 from memrewrite.passes.rewrite.undo_log import UndoLog, module_at
 from memrewrite.plans import Plan, Substitution
@@ -24,7 +24,7 @@ def build_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 def refuse_rewritten(model: nn.Module) -> None:
     """Raise `ModelError` for a model that was rewritten before."""
-    if any(isinstance(module, Pools) for module in model.modules()):
+    if find_pools(model) is not None:
         raise ModelError(
             "this model was already rewritten: it contains a memory pool",
             hint="start from the original model; one recipe can have many rules and pools",
@@ -33,7 +33,7 @@ def refuse_rewritten(model: nn.Module) -> None:
 
 def pools_of(model: nn.Module) -> Pools:
     """The pools of a rewritten model. Raises `ModelError` for a model that was not rewritten."""
-    found = next((module for module in model.modules() if isinstance(module, Pools)), None)
+    found = find_pools(model)
     if found is None:
         raise ModelError("this model has no memory pool", hint="rewrite it first: memrewrite.apply(...)")
     return found
