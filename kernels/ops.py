@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
-from torch.utils.flop_counter import register_flop_formula
 
+from memrewrite.kernels import flops
 from memrewrite.kernels import lookup_update as _update
 from memrewrite.kernels import product_key_topk as _topk
 from memrewrite.kernels import product_keys as _keys
@@ -290,5 +290,4 @@ for _op in _OPS:
         register_autograd(f"memrewrite::{_name}", _op.grad, setup_context=_op.context, lib=_LIBRARY)
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("product_keys", _keys.autocast(_device), f"Autocast{_device}")  # type: ignore[no-untyped-call]
-register_flop_formula(torch.ops.memrewrite.product_keys, get_raw=True)(_keys.forward_flops)
-register_flop_formula(torch.ops.memrewrite.product_keys_backward, get_raw=True)(_keys.backward_flops)
+flops.register_when_imported()

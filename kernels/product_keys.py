@@ -56,11 +56,6 @@ def forward_fake(queries: Tensor, keys: Tensor, k: int, softmax: bool = True, ba
     return weights, queries.new_empty(shape, dtype=torch.int64)
 
 
-def forward_flops(queries: Tensor, keys: Tensor, *_: Any, **__: Any) -> int:
-    """Floating-point operations of the scores, for torch's counter."""
-    return 2 * queries.numel() * keys.shape[1]
-
-
 def autocast(device: str) -> Callable[..., Any]:
     """The operator under autocast of "CPU" or "CUDA": queries and keys are converted, as for the product that it contains."""
     key = getattr(torch._C.DispatchKey, f"Autocast{device}")
@@ -182,14 +177,6 @@ def backward_fake(
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `backward`."""
     return queries.new_empty(queries.shape if need_queries else (0,)), keys.new_empty(keys.shape if need_keys else (0,))
-
-
-def backward_flops(
-    grad: Tensor, slots: Tensor, queries: Tensor, keys: Tensor, need_queries: bool, need_keys: bool, *_: Any, **__: Any
-) -> int:
-    """Floating-point operations of the matrix products in `backward`, for torch's counter, which counts no lookups."""
-    by_reading = reads_keys(keys.device.type, keys.shape[1], slots.shape[-1], keys.shape[2])
-    return 0 if by_reading else (need_queries + need_keys) * forward_flops(queries, keys)
 
 
 def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

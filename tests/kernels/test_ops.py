@@ -312,7 +312,9 @@ def test_second_derivatives_in_several_dtypes(dtypes):
 
     got = second(ops.sparse_lookup(leaves[0], indices, leaves[1], dtype=out), leaves)
     want = second(reference.sparse_lookup(exact[0], indices, exact[1]), exact)
-    for one, right, leaf in zip(got, want, [*leaves, ops.sparse_lookup(*leaves[:1], indices, leaves[1], dtype=out)], strict=True):
+    for one, right, leaf in zip(
+        got, want, [*leaves, ops.sparse_lookup(*leaves[:1], indices, leaves[1], dtype=out)], strict=True
+    ):
         assert one.dtype == leaf.dtype
         assert (one.double() - right).norm() <= 0.02 * right.norm()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -44,7 +46,9 @@ def test_the_two_sizes_differ_in_the_way_of_the_backward():
 
 
 @pytest.mark.parametrize("softmax", [True, False])
-@pytest.mark.parametrize(("t", "h", "n", "d", "k"), [(1, 1, 1, 1, 1), (63, 2, 60, 20, 7), (9, 4, 129, 33, 32), (5, 3, 300, 64, 8)])
+@pytest.mark.parametrize(
+    ("t", "h", "n", "d", "k"), [(1, 1, 1, 1, 1), (63, 2, 60, 20, 7), (9, 4, 129, 33, 32), (5, 3, 300, 64, 8)]
+)
 def test_forward_and_gradients(t, h, n, d, k, softmax):
     leaves = inputs(t, h, n, d)
     weights, slots = ops.product_keys(*leaves, k, softmax=softmax)
@@ -200,6 +204,19 @@ def test_torch_counts_the_operations_of_the_products(n):
     assert counter.get_total_flops() == (0 if n == READING else 2 * 2 * 9 * 4 * n * 5)
 
 
+@pytest.mark.parametrize("order", [("ops", "counter"), ("counter", "ops")], ids="-".join)
+def test_formulas_are_registered_in_either_order_of_imports(order):
+    lines = {
+        "ops": "from memrewrite.kernels import ops",
+        "counter": "from torch.utils.flop_counter import FlopCounterMode, flop_registry",
+    }
+    checks = (
+        "import torch; memory = torch.ops.memrewrite; "
+        "assert {memory.product_keys, memory.product_keys_backward} <= set(flop_registry)"
+    )
+    subprocess.run([sys.executable, "-c", "; ".join([*(lines[name] for name in order), checks])], check=True)
+
+
 def test_the_rule_of_cuda_prefers_reading_for_many_keys():
     for width in (32, 64, 128, 256, 512):
         chosen = [product_keys.reads_keys("cuda", n, 32, width) for n in (64, 128, 4096, 16384)]
@@ -217,7 +234,10 @@ def test_no_tokens():
 
 def test_strided_inputs_and_the_gradient_of_a_sum():
     queries, keys = (x.detach() for x in inputs(18, 4, READING, 10))
-    leaves = queries[::2, ::2, 1::2].requires_grad_(), keys.transpose(0, 1).contiguous().transpose(0, 1)[::2, :, ::2].requires_grad_()
+    leaves = (
+        queries[::2, ::2, 1::2].requires_grad_(),
+        keys.transpose(0, 1).contiguous().transpose(0, 1)[::2, :, ::2].requires_grad_(),
+    )
     got, want = ops.product_keys(*leaves, 3, softmax=False)[0], formula(*leaves, 3, softmax=False)[0]
     torch.testing.assert_close(*(torch.autograd.grad(out.sum(), leaves) for out in (got, want)))
 

@@ -27,6 +27,7 @@ from memrewrite.passes.onnx import file as onnx_file
 from memrewrite.passes.onnx.check.check import Checked, check_onnx
 from memrewrite.passes.onnx.check.input_sets import evaluated, input_sets, lengths_of, text_inputs
 from memrewrite.passes.onnx.check.routes import RouteChecked, compared
+from memrewrite.kernels.product_keys import half_scores
 from memrewrite.passes.onnx.check.slot_choices import Choices
 from memrewrite.passes.onnx.export import export_onnx
 from memrewrite.passes.onnx.file import Port
@@ -350,6 +351,21 @@ def test_a_forced_choice_is_compared_with_all_sums(n1: int, n2: int, k: int, see
     assert [set(row) for row in slots.tolist()] == [set(row) for row in chosen.tolist()]
     expected = np.exp(read) / np.exp(read).sum(-1, keepdims=True) if softmax else read
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-6)
+
+
+def test_a_choice_is_forced_on_the_operator_with_the_scores_inside() -> None:
+    queries, keys = torch.randn(3, 2, 4), torch.randn(2, 6, 4)
+    chosen = torch.tensor([[[0, 7], [35, 1], [12, 8]]])
+    found = []
+    for select in (
+        lambda: ops.product_keys(queries, keys, 2),
+        lambda: ops.product_key_topk(*half_scores(queries, keys), 2, softmax=True),
+    ):
+        with Choices([chosen], tolerance=1e-4) as choices:
+            found.append((*select(), choices.ties, choices.slots[0]))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert {tuple(sorted(row)) for row in found[0][1][0].tolist()} == {tuple(sorted(row)) for row in chosen[0].tolist()}
 
 
 def test_a_row_with_nan_has_no_best_slots() -> None:
