@@ -398,7 +398,7 @@ def test_the_backend_and_the_reason_are_logged_once(caplog, monkeypatch):
     logged = [record.getMessage() for record in caplog.records]
     assert logged == [
         "sparse_lookup runs on the backend 'torch' (triton cannot: the tensors are not on a CUDA device; "
-        "native cannot: it is not built: run `memrewrite build-op`)",
+        "native cannot: there are no kernels for torch.float64 with weights of torch.float64)",
         "sparse_lookup runs on the backend 'torch' (requested)",
     ]
 
