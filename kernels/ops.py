@@ -18,6 +18,7 @@ from memrewrite.kernels import lookup_update as _update
 from memrewrite.kernels import product_key_topk as _topk
 from memrewrite.kernels import product_keys as _keys
 from memrewrite.kernels import sparse_lookup as _lookup
+from memrewrite.kernels.direct import nothing_listens
 from memrewrite.kernels.pending import Pending
 
 
@@ -58,6 +59,8 @@ def sparse_lookup(
         TypeError: Dtypes are wrong.
         IndexError: On the CPU, an index is outside the table.
     """
+    if nothing_listens(values, indices, weights, scale):
+        return _lookup.forward(values, indices, weights, scale, gradient, backend, dtype=dtype)
     waiting = (None, 0) if pending is None else (pending.count, pending.handle)
     lookup = torch.ops.memrewrite.sparse_lookup.default
     out: Tensor = lookup(values, indices, weights, scale, gradient, backend, *waiting, dtype)
@@ -87,6 +90,8 @@ def product_key_topk(
         ValueError: k < 1, k > n1, k > n2, unequal leading shapes, or several devices.
         TypeError: The scores are not of one floating-point dtype.
     """
+    if nothing_listens(scores1, scores2):
+        return _topk.forward(scores1, scores2, k, softmax, backend)
     scores, indices = torch.ops.memrewrite.product_key_topk.default(scores1, scores2, k, softmax, backend)
     return scores, indices
 

@@ -44,34 +44,49 @@ struct Kernel {
 
 // --------------------------------------------------------------------------------------------------------------- SparseLookup
 
+template <class T>
+constexpr int element = ORT_FLOAT;
+template <>
+constexpr int element<Half> = ORT_FLOAT16;
+template <>
+constexpr int element<BFloat16> = ORT_BFLOAT16;
+template <>
+constexpr int element<int32_t> = ORT_INT32;
+template <>
+constexpr int element<int64_t> = ORT_INT64;
+
 // Only on the CPU: reading a GPU's indices would need a synchronization, so the CUDA kernel returns NaN instead.
-template <class I>
-void check_indices(const I* indices, int64_t tokens, int64_t reads, int64_t slots) {
-  for (int64_t i = 0; i < tokens * reads; ++i) {
-    if (uint64_t(int64_t(indices[i])) < uint64_t(slots)) continue;
-    throw Failure{nullptr, ORT_INVALID_ARGUMENT,
-                  "index " + std::to_string(indices[i]) + " at " + text({i / reads, i % reads}) +
-                      " of indices is out of range for a table of " + std::to_string(slots) + " rows"};
-  }
+void check_indices(const Indices& indices, int64_t tokens, int64_t reads, int64_t slots) {
+  const int64_t i = first_outside(indices, tokens * reads, slots);
+  require(i < 0, [&] {
+    return "index " + std::to_string(indices.read(i)) + " at " + text({i / reads, i % reads}) +
+           " of indices is out of range for a table of " + std::to_string(slots) + " rows";
+  });
 }
 
-template <class T, class I, Provider P>
+template <class T, class I, class W, Provider P>
 void lookup(const Kernel& kernel, OrtKernelContext* context) {
   const auto values = input<T>(kernel.api, context, 0, "values");
   const auto indices = input<I>(kernel.api, context, 1, "indices");
-  const auto weights = input<T>(kernel.api, context, 2, "weights");
+  const auto weights = input<W>(kernel.api, context, 2, "weights");
   require(values.dims.size() == 2, [&] { return "values must be [N, D], not " + text(values.dims); });
   require(indices.dims.size() == 2, [&] { return "indices must be [T, K], not " + text(indices.dims); });
   require(weights.dims == indices.dims,
           [&] { return "weights must be [T, K] as indices " + text(indices.dims) + ", not " + text(weights.dims); });
   const int64_t slots = values.dims[0], width = values.dims[1], tokens = indices.dims[0], reads = indices.dims[1];
-  if (P == CPU) check_indices(indices.data, tokens, reads, slots);
+  const Indices numbers{indices.data, sizeof(I) == 8};
+  if (P == CPU) check_indices(numbers, tokens, reads, slots);
   T* y = output<T>(kernel.api, context, 0, {tokens, width});
-  const Lookup<T, I> job{values.data, indices.data, weights.data, y, slots, width, tokens, reads};
   const Lent lent{kernel.api, context};
-  if constexpr (P == CPU) lookup_cpu(job, threads(lent));
+  const Floats w = floats(weights.data);
+  if constexpr (P == CPU) {
+    lookup_cpu({floats(values.data), numbers, w, nullptr, floats(y), slots, width, tokens, reads}, threads(lent));
+  }
 #ifdef MEMREWRITE_CUDA
-  if constexpr (P == CUDA) launched(lookup_cuda(job, stream(lent)));
+  if constexpr (P == CUDA) {
+    const CudaLookup<T, I> job{values.data, indices.data, w, y, slots, width, tokens, reads};
+    launched(lookup_cuda(job, stream(lent)));
+  }
 #endif
 }
 
@@ -193,19 +208,21 @@ Op operation(const OrtApi* api, OpNumber number, Provider provider, std::vector<
   return op;
 }
 
-template <class T>
-constexpr int element = ORT_FLOAT;
-template <>
-constexpr int element<Half> = ORT_FLOAT16;
-template <>
-constexpr int element<BFloat16> = ORT_BFLOAT16;
+template <class T, class I, class W, Provider P>
+Op lookup_operation(const OrtApi* api) {
+  return operation(api, LOOKUP, P, {element<T>, element<I>, element<W>}, {element<T>}, lookup<T, I, W, P>, infer_lookup);
+}
 
+// Weights have the type of the values, or are fp32.
 template <class T, Provider P>
 void append(std::vector<Op>& ops, const OrtApi* api) {
-  const int t = element<T>;
-  ops.push_back(operation(api, LOOKUP, P, {t, ORT_INT64, t}, {t}, lookup<T, int64_t, P>, infer_lookup));
-  ops.push_back(operation(api, LOOKUP, P, {t, ORT_INT32, t}, {t}, lookup<T, int32_t, P>, infer_lookup));
-  ops.push_back(operation(api, TOPK, P, {t, t}, {ORT_FLOAT, ORT_INT64}, topk<T, P>, infer_topk));
+  ops.push_back(lookup_operation<T, int64_t, T, P>(api));
+  ops.push_back(lookup_operation<T, int32_t, T, P>(api));
+  if constexpr (element<T> != ORT_FLOAT) {
+    ops.push_back(lookup_operation<T, int64_t, float, P>(api));
+    ops.push_back(lookup_operation<T, int32_t, float, P>(api));
+  }
+  ops.push_back(operation(api, TOPK, P, {element<T>, element<T>}, {ORT_FLOAT, ORT_INT64}, topk<T, P>, infer_topk));
 }
 
 // The domain for one runtime; a process may load several. It is never freed: sessions keep a raw pointer to it.

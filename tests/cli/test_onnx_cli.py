@@ -101,7 +101,7 @@ def test_a_library_is_built_at_the_given_path(run: Callable[..., Any], tmp_path:
     """From one small source, since the `library` fixture compiles the real ones."""
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources" / "one.cpp").write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }')
-    monkeypatch.setattr(native_library, "SOURCES", tmp_path / "sources")
+    monkeypatch.setattr(native_library.library, "FOLDERS", (tmp_path / "sources",))
     done = run("build-op", "--no-cuda", "-o", "ops.so", "--json")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout) == {"library": "ops.so"}

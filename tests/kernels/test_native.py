@@ -26,7 +26,9 @@ from hypothesis import strategies as st
 from native_models import array, check_lookup, check_topk, lookup_model, model, near, run, session, topk_model
 
 from memrewrite.errors import MemrewriteError, UserError
+from memrewrite.kernels import native_library as kernels_library
 from memrewrite.kernels import onnx_functions
+from memrewrite.kernels.native_library import built_library
 from memrewrite.passes.onnx import native_library
 
 GXX = shutil.which("g++")
@@ -303,16 +305,16 @@ def test_the_default_path_depends_on_the_sources(tmp_path: Path, monkeypatch: py
     sources = tmp_path / "sources"
     sources.mkdir()
     (sources / "one.cpp").write_text("int one;")
-    monkeypatch.setattr(native_library, "SOURCES", sources)
+    monkeypatch.setattr(kernels_library, "FOLDERS", (sources,))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native_library.built_library() is None
+    assert built_library() is None
     steps: list[str] = []
     plain = native_library.build_op(cuda=False, step=steps.append)
-    assert plain == native_library.built_library() == native_library.default_library(cuda=False)
+    assert plain == built_library() == native_library.default_library(cuda=False)
     assert plain.parent == tmp_path / "memrewrite"
     assert steps == ["compiling 1 file for the CPU"]
     (sources / "one.cpp").write_text("int wrong")
-    assert native_library.built_library() is None
+    assert built_library() is None
     with pytest.raises(MemrewriteError, match=r"could not compile the operators:\n.*one\.cpp"):
         native_library.build_op(cuda=False)
     assert [path.name for path in plain.parent.iterdir()] == [plain.name]
@@ -322,7 +324,7 @@ def test_tests_build_again_only_what_changed(tmp_path: Path, monkeypatch: pytest
     sources = tmp_path / "sources"
     sources.mkdir()
     (sources / "one.cpp").write_text("int one;")
-    monkeypatch.setattr(native_library, "SOURCES", sources)
+    monkeypatch.setattr(kernels_library, "FOLDERS", (sources,))
     monkeypatch.setattr(native_builds, "CACHE", tmp_path / "cache")
     built, compile_op = list[Path](), native_library.build_op
     monkeypatch.setattr(native_library, "build_op", lambda path, **options: built.append(compile_op(path, **options)))

@@ -399,14 +399,15 @@ def test_the_backend_and_the_reason_are_logged_once(caplog, monkeypatch):
         ops.sparse_lookup(*inputs, backend="torch")
     logged = [record.getMessage() for record in caplog.records]
     assert logged == [
-        "sparse_lookup runs on the backend 'torch' (triton cannot: the tensors are not on a CUDA device)",
+        "sparse_lookup runs on the backend 'torch' (triton cannot: the tensors are not on a CUDA device; "
+        "native cannot: there are no kernels for torch.float64 with weights of torch.float64)",
         "sparse_lookup runs on the backend 'torch' (requested)",
     ]
 
 
 def test_backends_are_refused_by_name():
     inputs = lookup_inputs(6, 3, 4, 5)
-    with pytest.raises(ValueError, match="no backend 'cuda'; try one of auto, triton, torch"):
+    with pytest.raises(ValueError, match="no backend 'cuda'; try one of auto, triton, native, torch"):
         ops.sparse_lookup(*inputs, backend="cuda")
     with pytest.raises(ValueError, match='triton cannot: the tensors are not on a CUDA device; try backend="auto"'):
         ops.sparse_lookup(*inputs, backend="triton")
