@@ -158,7 +158,8 @@ def main(argv: list[str]) -> int:
     if why := missing():
         print(f"onnx_cpu: {why}", file=sys.stderr)
         return 2
-    from memrewrite.passes.onnx.native_library import build_op, built_library
+    from memrewrite.kernels.native_library import built_library
+    from memrewrite.passes.onnx.native_library import build_op
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -126,7 +126,8 @@ def measure(bench: Bench, operators: Operators, cases: Iterable[Case], log: Call
 
 def usable_library(given: Path | None, rehearse: bool) -> Path:
     """The library to test: `given`, else the built one, else built now. Raises UserError if there is none for CUDA."""
-    from memrewrite.passes.onnx.native_library import build_op, built_library, default_library
+    from memrewrite.kernels.native_library import built_library
+    from memrewrite.passes.onnx.native_library import build_op, default_library
 
     if given is not None and not given.is_file():
         raise UserError(

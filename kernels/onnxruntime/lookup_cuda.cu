@@ -51,7 +51,7 @@ __device__ __forceinline__ P read(const P* from, bool present) {
 
 template <int V, class T, class I>
 struct Launch {
-  Lookup<T, I> job;
+  CudaLookup<T, I> job;
   int across;      // threads, a power of two
   int64_t ranges;  // of columns: blocks for each token
 };
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) lookup(Launch<V, T, I> launch) {
   __shared__ int64_t rows[kThreads + kFlying * kMostGroups];  // offset of a row, or -1
   __shared__ float weights[kThreads + kFlying * kMostGroups];
   __shared__ float sums[kThreads][V];
-  const Lookup<T, I>& job = launch.job;
+  const CudaLookup<T, I>& job = launch.job;
   const int thread = threadIdx.x, groups = kThreads / launch.across;
   const int group = thread / launch.across, lane = thread % launch.across;
 
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) lookup(Launch<V, T, I> launch) {
         const int64_t index = j < count ? int64_t(job.indices[at]) : -1;
         const bool valid = uint64_t(index) < uint64_t(job.slots);
         rows[j] = valid ? index * job.width : -1;
-        weights[j] = valid ? widen(job.weights[at]) : j < count ? NAN : 0.0f;  // an index outside the table: NaN
+        weights[j] = valid ? job.weights.read(at) : j < count ? NAN : 0.0f;  // an index outside the table: NaN
       }
       __syncthreads();
       for (int j = group; j < count; j += kFlying * groups) {
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads) lookup(Launch<V, T, I> launch) {
 }
 
 template <int V, class T, class I>
-const char* start(const Lookup<T, I>& job, void* stream) {
+const char* start(const CudaLookup<T, I>& job, void* stream) {
   const int64_t vectors = (job.width + V - 1) / V;
   const auto blocks = [&](int across) { return job.tokens * ((vectors + across - 1) / across); };
   int across = kThreads / kMostGroups;
@@ -140,7 +140,7 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 }  // namespace
 
 template <class T, class I>
-const char* lookup_cuda(const Lookup<T, I>& job, void* stream) {
+const char* lookup_cuda(const CudaLookup<T, I>& job, void* stream) {
   constexpr int kVector = 16 / sizeof(T);
   if (job.tokens == 0 || job.width == 0) return nullptr;
   const bool whole = job.width % kVector == 0 && aligned(job.values) && aligned(job.y);
@@ -148,6 +148,6 @@ const char* lookup_cuda(const Lookup<T, I>& job, void* stream) {
 }
 
 #define INSTANTIATE(T)                                               \
-  template const char* lookup_cuda(const Lookup<T, int64_t>&, void*); \
-  template const char* lookup_cuda(const Lookup<T, int32_t>&, void*);
+  template const char* lookup_cuda(const CudaLookup<T, int64_t>&, void*); \
+  template const char* lookup_cuda(const CudaLookup<T, int32_t>&, void*);
 MEMREWRITE_FOR_TYPES(INSTANTIATE)

@@ -101,12 +101,15 @@ struct Lent {
   const OrtKernelContext* context;
 };
 
+constexpr int64_t kPieceBytes = 1 << 15;  // the runtime's threads spin and wake fast
+
 // The runtime's thread pool; `lent` must outlive the result.
 inline Threads threads(const Lent& lent) {
   return {&lent, [](const void* context, void (*work)(void*, size_t), size_t total, void* user) {
             const Lent* of = static_cast<const Lent*>(context);
             check(of->api->KernelContext_ParallelFor(of->context, work, total, total, user));
-          }};
+          },
+          kPieceBytes};
 }
 
 #ifdef MEMREWRITE_CUDA

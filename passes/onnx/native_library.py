@@ -1,14 +1,12 @@
-"""Compiles the operators for ONNX Runtime: C++ for the CPU, and CUDA if its compiler is installed.
+"""Compiles the native library: C++ kernels for torch and ONNX Runtime, and CUDA for the latter if its compiler is installed.
 
-The sources are in `kernels/onnxruntime/`. They are compiled in parallel and linked in a temporary directory, and the library is
+The sources are in `kernels/cpu/` and `kernels/onnxruntime/`. They are compiled in parallel and linked in a temporary directory, and the library is
 moved to its path. The default file name contains a hash of the sources, so that a library of older sources is never used.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -19,14 +17,11 @@ from pathlib import Path
 
 from memrewrite.atomic_write import replacing
 from memrewrite.errors import MemrewriteError, UserError
-from memrewrite.kernels import onnx_functions
+from memrewrite.kernels import native_library as library
+from memrewrite.kernels.native_library import ARCHITECTURES, CUDA_FLAGS, FLAGS
 
-SOURCES = Path(onnx_functions.__file__).with_name("onnxruntime")
 NVCC_PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
-ARCHITECTURES = (80, 90, 100)  # the last one also as PTX, for newer GPUs
 
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
-_CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 _SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1", "-O0")
 _SHOWN_LINES = 12  # of a compiler's messages
 
@@ -38,7 +33,7 @@ def build_op(
     sanitize: bool = False,
     step: Callable[[str], None] | None = None,
 ) -> Path:
-    """Compile the native library of the memory operators, a shared library for ONNX Runtime 1.17 and newer.
+    """Compile the native library of the memory operators, a shared library for torch, and for ONNX Runtime 1.17 and newer.
 
     Args:
         output: The file to write, which is replaced if it exists; if None, `default_library()`.
@@ -75,8 +70,8 @@ def build_op(
 
 def _compile_commands(compiler: str, nvcc: str | None, folder: Path, *, sanitize: bool) -> dict[str, list[str]]:
     """Object file in `folder` → the command that compiles it."""
-    head = [compiler, *_FLAGS, *(_SANITIZE if sanitize else ()), *(["-DMEMREWRITE_CUDA"] if nvcc else [])]
-    cuda_head = [str(nvcc), "-ccbin", compiler, *_CUDA_FLAGS, *architecture_flags()]
+    head = [compiler, *FLAGS, *(_SANITIZE if sanitize else ()), *(["-DMEMREWRITE_CUDA"] if nvcc else [])]
+    cuda_head = [str(nvcc), "-ccbin", compiler, *CUDA_FLAGS, *architecture_flags()]
     commands = {}
     for source in sources(cuda=nvcc is not None):
         target = str(folder / f"{source.name}.o")
@@ -85,26 +80,16 @@ def _compile_commands(compiler: str, nvcc: str | None, folder: Path, *, sanitize
 
 
 def default_library(*, cuda: bool | None = None) -> Path:
-    """The default path of the library: in the user's cache, with a hash of its sources and flags in its name.
+    """The default path of the library, where torch and `onnx_session` search it.
 
     `cuda`: the library with CUDA kernels; None means True if nvcc is found.
     """
-    with_cuda = find_nvcc() is not None if cuda is None else cuda
-    digest = hashlib.sha256(repr((platform.machine(), _FLAGS, _CUDA_FLAGS, ARCHITECTURES)).encode())
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "memrewrite" / f"libmemrewrite-{digest.hexdigest()[:16]}-{'cuda' if with_cuda else 'cpu'}.so"
-
-
-def built_library() -> Path | None:
-    """The library of the current sources, or None if it is not built; the one with CUDA kernels is preferred."""
-    return next((path for path in (default_library(cuda=True), default_library(cuda=False)) if path.is_file()), None)
+    return library.library_path(cuda=find_nvcc() is not None if cuda is None else cuda)
 
 
 def sources(*, cuda: bool) -> list[Path]:
     """The source files to compile."""
-    return sorted([*SOURCES.glob("*.cpp"), *(SOURCES.glob("*.cu") if cuda else ())])
+    return [path for path in library.source_files() if path.suffix == ".cpp" or (cuda and path.suffix == ".cu")]
 
 
 def find_compiler() -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from memrewrite.errors import ExportError, in_one_line
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.onnx.file import read_graph
-from memrewrite.passes.onnx.native_library import built_library
+from memrewrite.kernels.native_library import built_library
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions

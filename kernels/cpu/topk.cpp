@@ -1,8 +1,7 @@
 // ProductKeyTopk on the CPU: one routine, the k best of a list of scores, is used for each half and for the sums of their best.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <new>
+#include <functional>
 #include <vector>
 
 #include "kernels.h"
@@ -11,7 +10,7 @@ namespace {
 
 constexpr int64_t kBlock = 16;         // scores compared at once
 constexpr int64_t kFew = 160;          // up to here, counting the larger keys of each key is faster than sorting
-constexpr int64_t kPieceScores = 4096;  // of one task at least: waking a thread takes longer than computing fewer
+constexpr int64_t kPieceShare = 8;     // a byte of scores takes this many times longer than a byte of a table
 constexpr int64_t kMostPieces = 256;
 
 // Working memory of one thread, reused by later calls.
@@ -145,20 +144,31 @@ void topk_cpu(const Topk<T>& job, const Threads& threads) {
   if (job.rows == 0) return;
   std::vector<int64_t> first(size_t(job.k) + 1);
   for (int64_t i = 0; i < job.k; ++i) first[i + 1] = first[i] + job.k / (i + 1);
-  const int64_t least = std::max(kPieceScores / (job.n1 + job.n2), (job.rows + kMostPieces - 1) / kMostPieces);
-  const int64_t each = std::max<int64_t>(least, 1);
-  std::atomic<bool> failed{false};
-  threads.run(size_t((job.rows + each - 1) / each), [&](size_t piece) {
+  const int64_t each = std::max({threads.piece_bytes / kPieceShare / (job.n1 + job.n2), ceil_div(job.rows, kMostPieces), int64_t(1)});
+  threads.run(ceil_div(job.rows, each), [&](int64_t piece) {
     thread_local Scratch scratch;
-    const int64_t begin = int64_t(piece) * each, end = std::min(begin + each, job.rows);
-    try {  // an exception must not leave a thread of the runtime
-      for (int64_t row = begin; row < end; ++row) one_row(job, first, row, scratch);
-    } catch (const std::exception&) {
-      failed = true;
+    const int64_t begin = piece * each, end = std::min(begin + each, job.rows);
+    for (int64_t row = begin; row < end; ++row) one_row(job, first, row, scratch);
+  });
+}
+
+void topk_gradient_cpu(const TopkGradient& job, const Threads& threads) {
+  const int64_t bytes = (job.n1 + job.n2) * int64_t(sizeof(float));
+  const int64_t each = std::max({threads.piece_bytes / bytes, ceil_div(job.rows, kMostPieces), int64_t(1)});
+  threads.run(ceil_div(job.rows, each), [&](int64_t piece) {
+    const int64_t begin = piece * each, end = std::min(begin + each, job.rows);
+    std::fill(job.grad1 + begin * job.n1, job.grad1 + end * job.n1, 0.0f);
+    std::fill(job.grad2 + begin * job.n2, job.grad2 + end * job.n2, 0.0f);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t i = row * job.k; i < (row + 1) * job.k; ++i) {
+        job.grad1[row * job.n1 + job.indices[i] / job.n2] += job.grad[i];
+        job.grad2[row * job.n2 + job.indices[i] % job.n2] += job.grad[i];
+      }
     }
   });
-  if (failed) throw std::bad_alloc();
 }
 
 #define INSTANTIATE(T) template void topk_cpu(const Topk<T>&, const Threads&);
-MEMREWRITE_FOR_TYPES(INSTANTIATE)
+INSTANTIATE(float)
+INSTANTIATE(Half)
+INSTANTIATE(BFloat16)

@@ -18,6 +18,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+struct Float8 {  // e4m3fn
+  uint8_t bits;
+};
+
 template <class To, class From>
 MEMREWRITE_BOTH To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast");
@@ -48,6 +52,14 @@ MEMREWRITE_BOTH float widen(Half x) {
   const uint32_t magnitude = found == exponent ? special : found == 0 ? subnormal : bits;
   return bit_cast<float>(magnitude | (uint32_t(x.bits) & 0x8000u) << 16);
 #endif
+}
+
+MEMREWRITE_BOTH float widen(Float8 x) {
+  const uint32_t moved = (uint32_t(x.bits) & 0x7fu) << 20;
+  const uint32_t bits = moved + ((127u - 7u) << 23);
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits + (1u << 23)) - bit_cast<float>(121u << 23));  // as above
+  const uint32_t magnitude = moved == 0x7fu << 20 ? 0x7fc00000u : moved < 1u << 23 ? subnormal : bits;
+  return bit_cast<float>(magnitude | (uint32_t(x.bits) & 0x80u) << 24);
 }
 
 // Rounds to the nearest number of the type, ties to even. NaN stays NaN.

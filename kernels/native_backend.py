@@ -1,0 +1,314 @@
+"""The backend "native": C++ kernels for the CPU, compiled by `memrewrite build-op`; without that library it supports nothing.
+
+The kernels (`kernels/cpu/`) have a plain C interface: the library needs no headers of torch and fits every version. They run on
+torch's threads, release the GIL, and return the same bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+from struct import Struct
+
+import torch
+from torch import Tensor
+
+from memrewrite.kernels import native_library
+
+__all__ = ["adagrad_", "adam_", "backward", "forward", "rows", "supports", "supports_topk", "topk", "topk_backward"]
+
+NAME = "native"
+
+# The types and structs of `cpu/kernels.h`.
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
+MOST_SLOTS, MOST_READS = 2**40, 2**31
+MOST_SCORES, MOST_K = 2**31 - 1, 2**26
+_LOOKUP = Struct("13q")
+_READS = Struct("5q")
+_PART = Struct("7q")
+_FLOATS = Struct("2q")
+_UPDATE = Struct("11q9fQ")
+_TOPK_GRADIENT = Struct("8q")
+_OUTSIDE, _NO_MEMORY = 1, 2
+
+
+def supports(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None) -> str | None:
+    """Why this backend does not support the call, or None."""
+    if values.device.type != "cpu":
+        return "the tensors are not on the CPU"
+    if values.dtype not in TYPES or weights.dtype not in TYPES:
+        return f"there are no kernels for {values.dtype} with weights of {weights.dtype}"
+    if values.shape[0] >= MOST_SLOTS or indices.numel() >= MOST_READS:
+        return f"there are {MOST_SLOTS} or more slots, or {MOST_READS} or more reads in one call"
+    return _loaded()[1]
+
+
+def supports_topk(scores1: Tensor, scores2: Tensor, k: int) -> str | None:
+    """Why this backend does not support the call, or None."""
+    if scores1.device.type != "cpu":
+        return "the tensors are not on the CPU"
+    if scores1.dtype not in TYPES or scores1.itemsize == 1:
+        return f"there are no kernels for {scores1.dtype}"
+    if k > MOST_K or max(scores1.shape[-1], scores2.shape[-1]) > MOST_SCORES:
+        return f"k is above {MOST_K}, or a half has more than {MOST_SCORES} scores"
+    return _loaded()[1]
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+    """The library, or why there is none."""
+    path = native_library.built_library()
+    if path is None:
+        return None, "it is not built: run `memrewrite build-op`"
+    try:
+        library = ctypes.CDLL(str(path))
+        for name, arguments in _FUNCTIONS.items():
+            function = library[name]
+            function.argtypes, function.restype = arguments, ctypes.c_int64
+            setattr(library, name, function)
+        library.memrewrite_use_threads(_torch_threads())
+    except (OSError, AttributeError) as error:
+        return None, f"{path} cannot be loaded ({error}): run `memrewrite build-op` again"
+    return library, None
+
+
+def _torch_threads() -> ctypes.c_void_p:
+    """Address of the function of torch's stable C interface that runs a loop on torch's threads (torch 2.10 and later)."""
+    torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return ctypes.cast(torch_library.torch_parallel_for, ctypes.c_void_p)
+
+
+_BYTES, _POINTER, _NUMBER = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64
+_FUNCTIONS = {
+    "memrewrite_use_threads": [_POINTER],
+    "memrewrite_lookup": [_BYTES, _POINTER],
+    "memrewrite_lookup_dots": [_BYTES, _POINTER],
+    "memrewrite_lookup_scatter": [_BYTES, _BYTES, _POINTER],
+    "memrewrite_lookup_rows": [_BYTES, _POINTER, _BYTES, _NUMBER, _POINTER],
+    "memrewrite_update": [_BYTES, _POINTER],
+    "memrewrite_topk": [_NUMBER, *[_POINTER] * 4, *[_NUMBER] * 5],
+    "memrewrite_topk_gradient": [_BYTES, _POINTER],
+}
+
+
+def _library() -> ctypes.CDLL:
+    library, reason = _loaded()
+    if library is None:
+        raise RuntimeError(f"native: {reason}")
+    return library
+
+
+def _check(result: int, found: ctypes.c_int64 | None, size: int, what: str = "a table of {} slots") -> None:
+    """Raise what a kernel reports: IndexError, nothing or only a part of the outputs is written then; MemoryError."""
+    if result == _OUTSIDE and found is not None:
+        raise IndexError(f"sparse_lookup: index {found.value} is out of range for {what.format(size)}")
+    if result == _NO_MEMORY:
+        raise MemoryError("native: there is no memory for the reads of a lookup")
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------- the lookup
+
+
+def forward(
+    values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`sparse_lookup` of checked, non-empty inputs. Raises IndexError for an index outside the table."""
+    tokens, width = indices.shape[0], values.shape[1]
+    out = torch.empty((tokens, width), dtype=dtype or (values.dtype if scale is None else weights.dtype), device="cpu")
+    _lookup("memrewrite_lookup", values, indices, weights, scale, out)
+    return out
+
+
+def _lookup(name: str, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, y: Tensor) -> None:
+    """Call a kernel with the struct `Lookup`. `weights` and `y` may be outputs, which are contiguous."""
+    values, indices, weights = _dense(values), _dense(indices), _dense(weights)
+    scale = None if scale is None else _dense(scale)
+    (slots, width), (tokens, reads) = values.shape, indices.shape
+    job = _LOOKUP.pack(
+        values.data_ptr(),
+        TYPES[values.dtype],
+        indices.data_ptr(),
+        indices.dtype == torch.int64,
+        weights.data_ptr(),
+        TYPES[weights.dtype],
+        0 if scale is None else scale.data_ptr(),
+        y.data_ptr(),
+        TYPES[y.dtype],
+        slots,
+        width,
+        tokens,
+        reads,
+    )
+    found = ctypes.c_int64()
+    result = getattr(_library(), name)(job, ctypes.addressof(found))
+    if result:
+        _check(result, found, slots)
+
+
+def backward(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    scale: Tensor | None,
+    need_values: bool,
+    need_weights: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only if needed."""
+    grad = _dense(grad)
+    grad_values = grad_weights = None
+    if need_weights:
+        grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device="cpu")
+        _lookup("memrewrite_lookup_dots", values, indices, grad_weights, scale, grad)
+    if need_values:
+        grad_values = torch.empty(values.shape, dtype=values.dtype, device="cpu")
+        found, reads = ctypes.c_int64(), _Reads([grad], [indices], [weights], values.shape[0])
+        _check(_library().memrewrite_lookup_scatter(reads.packed, _floats(grad_values), ctypes.addressof(found)), found, reads.slots)
+    return grad_values, grad_weights
+
+
+def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The rows that are read, int64 [R], and their gradients [R, D], with R = min(T·K, slots)."""
+    count = min(indices.numel(), slots)
+    read = torch.empty(count, dtype=torch.int64, device="cpu")
+    sums = torch.empty((count, grad.shape[1]), dtype=grad.dtype, device="cpu")
+    found, reads = ctypes.c_int64(), _Reads([grad], [indices], [weights], slots)
+    run = _library().memrewrite_lookup_rows
+    _check(run(reads.packed, read.data_ptr(), _floats(sums), count, ctypes.addressof(found)), found, slots)
+    return read, sums
+
+
+def _floats(tensor: Tensor | None) -> bytes:
+    return _FLOATS.pack(0, 0) if tensor is None else _FLOATS.pack(tensor.data_ptr(), TYPES[tensor.dtype])
+
+
+class _Reads:
+    """The struct `Reads`, and the memory that it points to. Gradients of several dtypes are widened to float32."""
+
+    def __init__(self, grads: list[Tensor], indices: list[Tensor], weights: list[Tensor], slots: int) -> None:
+        dtype = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else torch.float32
+        self.slots = slots
+        self.tensors = [
+            (_dense(grad.to(dtype)), _dense(index), _dense(weight))
+            for grad, index, weight in zip(grads, indices, weights, strict=True)
+        ]
+        self.parts = ctypes.create_string_buffer(
+            b"".join(
+                _PART.pack(
+                    grad.data_ptr(),
+                    index.data_ptr(),
+                    index.dtype == torch.int64,
+                    weight.data_ptr(),
+                    TYPES[weight.dtype],
+                    *index.shape,
+                )
+                for grad, index, weight in self.tensors
+            )
+        )
+        address = ctypes.addressof(self.parts)
+        self.packed = _READS.pack(address, len(self.tensors), TYPES[dtype], slots, grads[0].shape[1])
+
+
+# --------------------------------------------------------------------------------------------------------------- the updates
+
+
+def adagrad_(
+    values: Tensor,
+    scale: Tensor | None,
+    total: Tensor,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    *,
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    seed: int,
+) -> None:
+    """`ops.rowwise_adagrad_` of checked inputs with at least one read."""
+    numbers = (lr, eps, 1 - lr * weight_decay, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    _update(values, scale, total, None, _Reads(grads, indices, weights, values.shape[0]), numbers, seed)
+
+
+def adam_(
+    values: Tensor,
+    scale: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+) -> None:
+    """`ops.rowwise_adam_` of checked inputs with at least one read."""
+    betas = (beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**step, 1 - beta2**step)
+    numbers = (lr, eps, 1 - lr * weight_decay, *betas)
+    _update(values, scale, exp_avg_sq, exp_avg, _Reads(grads, indices, weights, values.shape[0]), numbers, seed)
+
+
+def _update(
+    values: Tensor,
+    scale: Tensor | None,
+    square: Tensor,
+    exp_avg: Tensor | None,
+    reads: _Reads,
+    numbers: tuple[float, ...],
+    seed: int,
+) -> None:
+    """Update copies of the tensors that are not contiguous, then copy them back: the kernels read and write whole rows."""
+    given = [t for t in (values, scale, square, exp_avg) if t is not None]
+    own = {id(tensor): _dense(tensor) for tensor in given}
+    table, moment = own[id(values)], None if exp_avg is None else own[id(exp_avg)]
+    job = _UPDATE.pack(
+        *_READS.unpack(reads.packed),
+        *_FLOATS.unpack(_floats(table)),
+        0 if scale is None else own[id(scale)].data_ptr(),
+        own[id(square)].data_ptr(),
+        *_FLOATS.unpack(_floats(moment)),
+        *numbers,
+        seed % 2**64,
+    )
+    found = ctypes.c_int64()
+    _check(_library().memrewrite_update(job, ctypes.addressof(found)), found, reads.slots)
+    for tensor in given:
+        if own[id(tensor)] is not tensor:
+            tensor.copy_(own[id(tensor)])
+
+
+# ----------------------------------------------------------------------------------------------------------------- the top-k
+
+
+def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tensor, Tensor]:
+    """`product_key_topk` of checked, non-empty inputs; of equal scores the one with the smaller index is first."""
+    scores1, scores2 = _dense(scores1), _dense(scores2)
+    shape, n1, n2 = (*scores1.shape[:-1], k), scores1.shape[-1], scores2.shape[-1]
+    scores = torch.empty(shape, dtype=torch.float32, device="cpu")
+    indices = torch.empty(shape, dtype=torch.int64, device="cpu")
+    inputs = TYPES[scores1.dtype], scores1.data_ptr(), scores2.data_ptr()
+    sizes = scores1.numel() // n1, n1, n2, k, softmax
+    _check(_library().memrewrite_topk(*inputs, scores.data_ptr(), indices.data_ptr(), *sizes), None, 0)
+    return scores, indices
+
+
+def topk_backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tensor, Tensor]:
+    """Adds each score's gradient to both halves: [..., k] -> [..., n1], [..., n2] in the dtype of `grad`."""
+    wide, indices = _dense(grad.float()), _dense(indices)
+    leading, k = indices.shape[:-1], indices.shape[-1]
+    grad1, grad2 = (torch.empty((*leading, n), dtype=torch.float32, device="cpu") for n in (n1, n2))
+    pointers = (tensor.data_ptr() for tensor in (wide, indices, grad1, grad2))
+    job = _TOPK_GRADIENT.pack(*pointers, indices.numel() // k, n1, n2, k)
+    found = ctypes.c_int64()
+    _check(_library().memrewrite_topk_gradient(job, ctypes.addressof(found)), found, n1 * n2, "{} pairs of keys")
+    return grad1.to(grad.dtype), grad2.to(grad.dtype)
