@@ -9,12 +9,12 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from memrewrite.kernels import torch_backend, triton_backend
+from memrewrite.kernels import native_backend, torch_backend, triton_backend
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-BACKENDS: tuple[ModuleType, ...] = (triton_backend, torch_backend)  # tried in order; the last supports every call
+BACKENDS: tuple[ModuleType, ...] = (triton_backend, native_backend, torch_backend)  # tried in order; the last supports every call
 NAMES = ("auto", *(backend.NAME for backend in BACKENDS))
 
 log = logging.getLogger("memrewrite.kernels")
@@ -32,18 +32,18 @@ def choose(op: str, requested: str, reason_of: Callable[[ModuleType], str | None
     Raises:
         ValueError: `requested` is not the name of a backend, or that backend does not support the call.
     """
-    against = ""
+    against: list[str] = []
     for backend in BACKENDS:
         if requested not in ("auto", backend.NAME):
             continue
         reason = reason_of(backend)
         if reason is None:
-            _log_choice(op, requested, backend.NAME, against)
+            _log_choice(op, requested, backend.NAME, "; ".join(against))
             return backend
-        against = f"{backend.NAME} cannot: {reason}"
+        against.append(f"{backend.NAME} cannot: {reason}")
     if requested not in NAMES:
         raise ValueError(f"{op}: there is no backend {requested!r}; try one of {', '.join(NAMES)}")
-    raise ValueError(f'{op}: {against}; try backend="auto"')
+    raise ValueError(f'{op}: {"; ".join(against)}; try backend="auto"')
 
 
 def _log_choice(op: str, requested: str, name: str, against: str) -> None:

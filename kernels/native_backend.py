@@ -115,13 +115,13 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def forward(
-    values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype | None = None
+    values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """`sparse_lookup` of checked, non-empty inputs. Raises IndexError for an index outside the table."""
-    tokens, width = indices.shape[0], values.shape[1]
-    out = torch.empty((tokens, width), dtype=dtype or (values.dtype if scale is None else weights.dtype), device="cpu")
+    stored = dtype if dtype in TYPES else torch.float32
+    out = torch.empty((indices.shape[0], values.shape[1]), dtype=stored, device="cpu")
     _lookup("memrewrite_lookup", values, indices, weights, scale, out)
-    return out
+    return out if dtype == stored else out.to(dtype)
 
 
 def _lookup(name: str, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, y: Tensor) -> None:
@@ -160,7 +160,7 @@ def backward(
     need_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only if needed."""
-    grad = _dense(grad)
+    grad = _dense(grad if grad.dtype in TYPES else grad.float())
     grad_values = grad_weights = None
     if need_weights:
         grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device="cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,3 +37,22 @@ def library() -> Path:
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("there is no C++ compiler")
     return native_builds.native()
+
+
+@pytest.fixture
+def native_kernels(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backend "native" uses the library that is built for tests."""
+    from memrewrite.kernels import native_backend
+
+    monkeypatch.setattr("memrewrite.kernels.native_library.built_library", lambda: library)
+    native_backend._loaded.cache_clear()
+    yield
+    native_backend._loaded.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_native_kernels_by_default() -> Iterator[None]:
+    """Whether this machine has a native library must not change a test: only `native_kernels` provides one to torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("memrewrite.kernels.native_library.built_library", lambda: None)
+        yield

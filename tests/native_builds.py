@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from memrewrite.kernels import native_library as kernels_library
 from memrewrite.passes.onnx import native_library
 
 CACHE = Path(__file__).parents[1] / "build" / "tests"
@@ -54,7 +55,8 @@ def native(*, cuda: bool = False, sanitize: bool = False) -> Path:
     """The native library, as `build_op` compiles it."""
     name = "cuda.so" if cuda else "sanitized.so" if sanitize else "cpu.so"
     compilers = [native_library.find_compiler(), *([native_library.find_nvcc() or "nvcc"] if cuda else [])]
-    files = [Path(native_library.__file__), *native_library.SOURCES.iterdir()]  # the first has the flags and commands
+    commands = [Path(native_library.__file__), Path(kernels_library.__file__)]
+    files = [*commands, *kernels_library.source_files()]
     return cached(
         name,
         lambda path: native_library.build_op(path, cuda=cuda, sanitize=sanitize),

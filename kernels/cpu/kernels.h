@@ -29,6 +29,18 @@ struct Floats {
   }
 };
 
+template <class T>
+constexpr Type type_of = FLOAT32;
+template <>
+constexpr Type type_of<Half> = FLOAT16;
+template <>
+constexpr Type type_of<BFloat16> = BFLOAT16;
+
+template <class T>
+Floats floats(const T* data) {
+  return {const_cast<T*>(data), type_of<T>};
+}
+
 // int64 or int32.
 struct Indices {
   const void* data;

@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kLanes* kWarps) topk_of_rows(Topk<T> job) {
       return sort_key(order(scratch.scores[0][i] + scratch.scores[1][j]), uint32_t(i * room + j));
     });
 
-    float found[E], total = 0;
+    float found[E], scale = 1;
     for (int e = 0; e < E; ++e) {
       if (kLanes * e + lane >= k) continue;
       const int pair = int(place_in(selection.best[e])), i = pair / room, j = pair % room;
@@ -223,13 +223,15 @@ __global__ void __launch_bounds__(kLanes* kWarps) topk_of_rows(Topk<T> job) {
     }
     if (job.softmax) {
       const float largest = __shfl_sync(kAll, found[0], 0);
+      float total = 0;
       for (int e = 0; e < E; ++e) {
         if (kLanes * e + lane < k) total += found[e] = expf(found[e] - largest);
       }
       for (int distance = kLanes / 2; distance > 0; distance /= 2) total += __shfl_xor_sync(kAll, total, distance);
+      scale = 1 / total;  // one division for all: it takes a call
     }
     for (int e = 0; e < E; ++e) {
-      if (kLanes * e + lane < k) job.scores[row * k + kLanes * e + lane] = job.softmax ? found[e] / total : found[e];
+      if (kLanes * e + lane < k) job.scores[row * k + kLanes * e + lane] = found[e] * scale;
     }
     __syncwarp();  // before the next row overwrites the scratch
   }

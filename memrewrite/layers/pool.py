@@ -32,7 +32,7 @@ Gradient = Annotated[
     ),
 ]
 Backend = Annotated[
-    Literal["auto", "triton", "torch"],
+    Literal["auto", "triton", "native", "torch"],
     Field(description="Which kernels read the table: 'auto' selects the fastest that supports the call, and logs the choice."),
 ]
 
@@ -52,7 +52,7 @@ class PoolSpec(Frozen):
         seed: Seed of the initial values.
         dtype: Dtype of the stored values. None: the dtype that the pool is built with.
         gradient: How the table is trained: "dense", "sparse" or "fused".
-        backend: Kernels that read it: "auto", "triton" or "torch".
+        backend: Kernels that read it: "auto", "triton", "native" or "torch".
 
     Raises:
         pydantic.ValidationError: For sizes below 1, and for an 8-bit table whose gradient is not "fused".

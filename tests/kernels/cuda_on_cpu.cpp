@@ -46,7 +46,8 @@ void lookup_case(FILE* file, const int64_t* n, Bytes& results) {
   for (int order = 0; order < 2; ++order) {
     cuda_on_cpu::upward = order == 0;
     Array<T> y(tokens * width, n[3]);
-    require(lookup_cuda(Lookup<T, I>{values.data, indices.data, weights.data, y.data, slots, width, tokens, reads}, nullptr));
+    const Floats w = floats(weights.data);
+    require(lookup_cuda(CudaLookup<T, I>{values.data, indices.data, w, y.data, slots, width, tokens, reads}, nullptr));
     y.append_to(found[order]);
   }
   if (found[0] != found[1]) require("the order of threads changes the result");

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from memrewrite.kernels import (
     lookup_update,
+    native_backend,
     product_key_topk,
     reference,
     rounding,
@@ -30,6 +31,7 @@ RUNS_TRITON = importlib.util.find_spec("triton") is not None and (INTERPRETED or
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 BACKENDS = [
     pytest.param(torch_backend, id="torch"),
+    pytest.param(native_backend, id="native"),
     pytest.param(triton_backend, id="triton", marks=() if DEVICE == "cuda" else pytest.mark.interpreter),
 ]
 FP8 = torch.float8_e4m3fn
@@ -58,6 +60,8 @@ def everything_new_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module: ModuleType = request.param
+    if module is native_backend:
+        request.getfixturevalue("native_kernels")
     if module is triton_backend:
         if not RUNS_TRITON:
             pytest.skip("no GPU, and no TRITON_INTERPRET=1 as `make test` sets it for these")

@@ -20,12 +20,14 @@ pytest.importorskip("ml_dtypes", reason="onnx, which brings bfloat16 for numpy, 
 from native_builds import cached
 from native_models import array, check_lookup, check_topk
 
+from memrewrite.kernels.native_library import FOLDERS, source_files
 from memrewrite.passes.onnx import native_library
 
 GXX = shutil.which("g++")
 NVCC = native_library.find_nvcc()
 HERE = Path(__file__).parent
 KINDS = ("float", "float16", "bfloat16")
+ONNXRUNTIME = FOLDERS[1]
 CUDA_SOURCES = ("lookup_cuda", "topk_cuda", "topk_large")
 LIMITS = {"indices": 256, "k": 256, "scores": 65536}  # that fit into shared memory; k of a warp, and scores of 16 bits
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
@@ -36,14 +38,14 @@ SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1",
 def emulator() -> Path:
     if GXX is None:
         pytest.skip("g++ is not installed, which builds the kernels for the CPU")
-    files = [HERE / "cuda_on_cpu.cpp", HERE / "cuda_on_cpu.h", *native_library.SOURCES.iterdir()]
+    files = [HERE / "cuda_on_cpu.cpp", HERE / "cuda_on_cpu.h", *source_files()]
     return cached("cuda_on_cpu", emulate, files=files, compilers=[GXX], flags=[*WARNINGS, *SANITIZED])
 
 
 def emulate(program: Path) -> None:
     """Compile the kernels and the code that runs them into one program."""
-    options = ["-include", str(HERE / "cuda_on_cpu.h"), f"-I{native_library.SOURCES}", "-x", "c++", "-c"]
-    files = [HERE / "cuda_on_cpu.cpp", *sorted(native_library.SOURCES.glob("*.cu"))]
+    options = ["-include", str(HERE / "cuda_on_cpu.h"), f"-I{ONNXRUNTIME}", "-x", "c++", "-c"]
+    files = [HERE / "cuda_on_cpu.cpp", *sorted(ONNXRUNTIME.glob("*.cu"))]
     objects = [f"{program}.{path.name}.o" for path in files]
     commands = [
         [str(GXX), *WARNINGS, *SANITIZED, *options, str(path), "-o", target]
@@ -185,7 +187,7 @@ def test_machine_code(architecture: int) -> None:
     assert set(native_library.ARCHITECTURES) == {80, 90, 100}
     flags = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
     compilers = [str(NVCC), native_library.find_compiler()]
-    files = [*native_library.SOURCES.iterdir()]
+    files = [*source_files()]
     compiled = cached("machine_code", lambda path: compile_cubins(path, flags), files=files, compilers=compilers, flags=flags)
     for name in CUDA_SOURCES:
         log = (compiled / f"{name}.log").read_text()
@@ -208,7 +210,7 @@ def compile_cubins(folder: Path, flags: Sequence[str]) -> None:
     """Compile every CUDA source to a `.cubin` in `folder`, with a `.log` of the registers and spills that ptxas reports."""
     folder.mkdir()
     for name in CUDA_SOURCES:
-        command = [str(NVCC), *flags, str(native_library.SOURCES / f"{name}.cu"), "-o", str(folder / f"{name}.cubin")]
+        command = [str(NVCC), *flags, str(ONNXRUNTIME / f"{name}.cu"), "-o", str(folder / f"{name}.cubin")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         (folder / f"{name}.log").write_text(done.stderr)
