@@ -145,8 +145,9 @@ template <class T>
 __device__ __forceinline__ int32_t largest_rank(const T* scores, int64_t count, bool aligned) {
   T x[kGroup];
   if (aligned && count >= kGroup) {
-    uint4 pieces[sizeof x / sizeof(uint4)];
-    for (int i = 0; i < int(sizeof x / sizeof(uint4)); ++i) pieces[i] = reinterpret_cast<const uint4*>(scores)[i];
+    constexpr int wide = int(kGroup * sizeof(T) / sizeof(uint4));
+    uint4 pieces[wide];
+    for (int i = 0; i < wide; ++i) pieces[i] = reinterpret_cast<const uint4*>(scores)[i];
     memcpy(x, pieces, sizeof x);
   } else {
     for (int i = 0; i < kGroup; ++i) x[i] = scores[i < count ? i : 0];
@@ -187,8 +188,9 @@ __device__ __forceinline__ void best_of_half(const T* scores, int64_t n, int k, 
   __syncwarp();
 }
 
+// At least 4 blocks of 4 warps on a multiprocessor: without this number, ptxas spills registers to fit more.
 template <class T, int E>
-__global__ void __launch_bounds__(kLanes* kWarps) topk_of_rows(Topk<T> job) {
+__global__ void __launch_bounds__(kLanes* kWarps, 4) topk_of_rows(Topk<T> job) {
   __shared__ Scratch<E> shared[kWarps];
   constexpr int room = kLanes * E;
   const int lane = int(threadIdx.x) % kLanes, warp = int(threadIdx.x) / kLanes, k = int(job.k);
