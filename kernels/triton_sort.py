@@ -100,7 +100,7 @@ def unordered(order):
 def keys_of(x, place, WIDE: tl.constexpr):
     """Integer keys ordered by score, then by smaller place: int64 if WIDE, else int32 for half types and places < 65536."""
     if WIDE:
-        keys = (ordered(x.to(tl.float32)).to(tl.int64) << 32) | (0xFFFFFFFF - place.to(tl.int64))
+        keys = (ordered(x.to(tl.float32)).to(tl.int64) << 32) | ((~place).to(tl.int64) & 0xFFFFFFFF)
     else:
         infinity: tl.constexpr = 0x7F80 if x.dtype == tl.bfloat16 else 0x7C00
         bits = x.to(tl.int16, bitcast=True).to(tl.int32)
@@ -115,7 +115,7 @@ def keys_of(x, place, WIDE: tl.constexpr):
 def places(keys):
     """The places in the keys of `keys_of`, as int32."""
     if keys.dtype == tl.int64:
-        place = (0xFFFFFFFF - (keys & 0xFFFFFFFF)).to(tl.int32)
+        place = ~keys.to(tl.int32)
     else:
         place = 0xFFFF - (keys & 0xFFFF)
     return place

@@ -43,7 +43,7 @@ def plan_halves(n: int, k: int, dtype: torch.dtype, vec: int, few: bool) -> Plan
         # All loads of a chunk are in flight at once, each in a register or more.
         if vec <= group <= chunk <= top * group and chunk * group <= 64 * vec and triton.cdiv(n, group) > top:
             costs[group] = n + triton.cdiv(n, group) * (sort + 6) + top * group * (sort + 8)
-    return Plan(_rows(chunk + top, top, wide_keys(n, dtype)), chunk, min(costs, key=costs.__getitem__), 1)
+    return Plan(_rows(chunk + top, 32 if wide_keys(n, dtype) else 64), chunk, min(costs, key=costs.__getitem__), 1)
 
 
 def plan_pairs(k: int, few: bool) -> Plan:
@@ -52,7 +52,7 @@ def plan_pairs(k: int, few: bool) -> Plan:
     if k > LANE_K:
         return Plan(1, top, 1, min(8, top // 128))
     chunk = top if few else min(top, max(16, top // 2))
-    return Plan(1 if few else _rows(chunk + top, top, True), chunk, 1, 1)
+    return Plan(1 if few else _rows(chunk + top, 48 if top <= 32 else 24), chunk, 1, 1)
 
 
 def wide_keys(n: int, dtype: torch.dtype) -> bool:
@@ -60,9 +60,8 @@ def wide_keys(n: int, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or n > NARROW_KEYS
 
 
-def _rows(keys: int, top: int, wide: bool) -> int:
-    """Rows per program, at most one per lane. Comparing keys in several lanes takes more registers, so fewer keys then."""
-    held = 64 if not wide else 48 if top <= 32 else 24  # keys per lane
+def _rows(keys: int, held: int) -> int:
+    """Rows per program, at most one per lane, so that each lane has at most `held` keys in registers."""
     return max(1, min(32, 1 << (32 * held // keys).bit_length() - 1))
 
 

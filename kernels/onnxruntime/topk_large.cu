@@ -98,8 +98,9 @@ __device__ void softmax(float* scores, int64_t k, float* terms) {
   __syncthreads();
 }
 
+// At least 4 blocks on a multiprocessor: without this number, ptxas spills registers to fit more.
 template <class T>
-__global__ void __launch_bounds__(kThreads) topk_of_row(Launch<T> launch) {
+__global__ void __launch_bounds__(kThreads, 4) topk_of_row(Launch<T> launch) {
   const Topk<T>& job = launch.job;
   const uint32_t* first = launch.first;
   const int64_t k = job.k;
