@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memrewrite.kernels import reference
+from memrewrite.kernels import reference, torch_topk
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -295,6 +295,13 @@ def test_backward_of_wide_slots(kernels):
     grad1, grad2 = kernels.backward(torch.tensor([[1.0, 2.0, 4.0]]), indices, n, n)
     assert {i: grad1[0, i].item() for i in grad1[0].nonzero().flatten().tolist()} == {3: 2.0, n - 1: 5.0}
     assert {i: grad2[0, i].item() for i in grad2[0].nonzero().flatten().tolist()} == {5: 2.0, n - 1: 5.0}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 32, 300])
+def test_candidates_computed_on_the_device(k):
+    """Those of torch's way, which takes what the kernels do not."""
+    ranks = torch_topk._device_ranks(k, torch.device("cpu"))
+    assert tuple(tuple(side.tolist()) for side in ranks) == torch_topk.candidate_ranks(k)
 
 
 def test_plans_fit_their_kernels(kernels):
