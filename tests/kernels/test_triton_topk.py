@@ -358,7 +358,7 @@ def test_what_is_refused(kernels):
 
 def test_compile_variants_use_the_plans_of_the_launchers(kernels):
     compile_variants = list(kernels.compile_variants())
-    assert len({variant.name for variant in compile_variants}) == len(compile_variants) == 23
+    assert len({variant.name for variant in compile_variants}) == len(compile_variants) == 22
     for variant in compile_variants:
         names = [name for name, kind in variant.signature.items() if kind == "constexpr"]
         assert set(names) == set(variant.constants), variant.name
