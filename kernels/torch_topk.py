@@ -22,11 +22,20 @@ def _rank_tensors(k: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(ranks1, device="cpu"), torch.tensor(ranks2, device="cpu")
 
 
+def _device_ranks(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The candidates, computed on the device: CUDA graphs cannot capture a copy from the host."""
+    counts = k // torch.arange(1, k + 1, device=device)  # [k]: candidates with each rank in half 1
+    first = counts.cumsum(0) - counts
+    number = torch.arange(sum(k // i for i in range(1, k + 1)), device=device)  # [C]
+    ranks1 = torch.searchsorted(first, number, right=True) - 1
+    return ranks1, number - first[ranks1]
+
+
 def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tensor, Tensor]:
     """Top-k of each half, then the sums of the candidate pairs of ranks, then top-k of those."""
     best1, slots1 = scores1.topk(k, dim=-1)  # [..., k]
     best2, slots2 = scores2.topk(k, dim=-1)
-    ranks1, ranks2 = (ranks.to(scores1.device, non_blocking=True) for ranks in _rank_tensors(k))  # [C]
+    ranks1, ranks2 = _rank_tensors(k) if scores1.is_cpu else _device_ranks(k, scores1.device)  # [C]
     dtype = torch.promote_types(scores1.dtype, torch.float32)
     sums = best1.to(dtype)[..., ranks1] + best2.to(dtype)[..., ranks2]  # [..., C]
     scores, chosen = sums.topk(k, dim=-1)

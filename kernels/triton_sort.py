@@ -97,10 +97,10 @@ def unordered(order):
 
 
 @triton.jit
-def keys_of(x, place):
-    """Integer keys ordered by score, then by smaller place (< 65536): int64 for fp32, int32 for the half types."""
-    if x.dtype == tl.float32:
-        keys = (ordered(x).to(tl.int64) << 32) | (0xFFFF - place).to(tl.int64)
+def keys_of(x, place, WIDE: tl.constexpr):
+    """Integer keys ordered by score, then by smaller place: int64 if WIDE, else int32 for half types and places < 65536."""
+    if WIDE:
+        keys = (ordered(x.to(tl.float32)).to(tl.int64) << 32) | ((~place).to(tl.int64) & 0xFFFFFFFF)
     else:
         infinity: tl.constexpr = 0x7F80 if x.dtype == tl.bfloat16 else 0x7C00
         bits = x.to(tl.int16, bitcast=True).to(tl.int32)
@@ -114,7 +114,11 @@ def keys_of(x, place):
 @triton.jit
 def places(keys):
     """The places in the keys of `keys_of`, as int32."""
-    return 0xFFFF - (keys & 0xFFFF).to(tl.int32)
+    if keys.dtype == tl.int64:
+        place = ~keys.to(tl.int32)
+    else:
+        place = 0xFFFF - (keys & 0xFFFF)
+    return place
 
 
 @triton.jit

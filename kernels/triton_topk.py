@@ -8,7 +8,6 @@ Comparisons dominate the time, not memory: with many rows, each lane sorts its o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
@@ -19,49 +18,12 @@ from torch import Tensor
 
 from memrewrite.kernels.compile_variants import CompileVariant
 from memrewrite.kernels.triton_topk_kernels import half_kernel, pair_kernel, scatter_kernel
+from memrewrite.kernels.triton_topk_plans import NARROW_KEYS, Plan, measured, plan_halves, plan_pairs, wide_keys
 
-MOST_KEYS, MOST_K = 65536, 256
+MOST_KEYS, MOST_K = 2**31 - 1, 2048
 SCATTERED = 16  # chosen scores of a row whose gradients one program of the backward adds
 FEW_ROWS = 1024  # up to here a row is sorted by several warps: with one lane per row, most of the device would be idle
 ELEMENT = {torch.float32: ("fp32", tl.float32), torch.float16: ("fp16", tl.float16), torch.bfloat16: ("bf16", tl.bfloat16)}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a kernel divides its work. The results do not depend on it: all keys are distinct, so the order is unique."""
-
-    rows: int  # per program
-    chunk: int  # scores sorted at once, per row
-    group: int  # neighboring scores of which only the largest is sorted at first; 1: all are sorted at once
-    warps: int
-
-
-def plan_halves(n: int, k: int, dtype: torch.dtype, vec: int, few: bool) -> Plan:
-    """Few rows: a row in several warps, all keys in one chunk. Many rows: a row per lane, as many keys as fit in registers."""
-    top = triton.next_power_of_2(k)
-    if few:
-        chunk = max(top, min(8192, triton.next_power_of_2(n)), vec)
-        return Plan(1, chunk, 1, min(8, max(1, chunk // 256)))
-    held = 64 if dtype.itemsize == 4 else 96  # keys that fit in the registers of a lane
-    chunk = max(16, top // 2)
-    sort = (top.bit_length() - 1) * (top.bit_length() + 4) / 2 + 3  # approximate number of comparisons per key
-    costs = {1: n * (sort + 6)}
-    for group in (8, 16, 32):
-        if vec <= group <= chunk <= top * group and triton.cdiv(n, group) > top:
-            costs[group] = n + triton.cdiv(n, group) * (sort + 6) + top * group * (sort + 8)
-    return Plan(_rows(chunk + top, held), chunk, min(costs, key=costs.__getitem__), 1)
-
-
-def plan_pairs(k: int, few: bool) -> Plan:
-    """As `plan_halves`, for keys of 64 bits."""
-    top = triton.next_power_of_2(k)
-    chunk = top if few else min(top, max(16, top // 2))
-    return Plan(1 if few else _rows(chunk + top, 64), chunk, 1, 1)
-
-
-def _rows(keys: int, held: int) -> int:
-    """Rows per program, at most one per lane, so that each lane has at most `held` keys in registers."""
-    return max(1, min(32, 1 << (32 * held // keys).bit_length() - 1))
 
 
 def supports(scores1: Tensor, k: int) -> str | None:
@@ -77,8 +39,9 @@ def forward(scores1: Tensor, scores2: Tensor, k: int, softmax: bool = False) -> 
     """[..., n1], [..., n2] -> the k largest sums (or their softmax) in fp32, descending, and their slots i * n2 + j, int64.
 
     Among equal scores in a half, the smaller key is ranked first; among equal sums of candidate pairs, the smaller slot. So of
-    all equal sums the smallest slots are chosen, unless the sums are equal only by rounding, an infinity or a NaN. NaN is
-    largest, -0 becomes +0. No bit depends on the number of rows: a batch may be split.
+    all equal sums the smallest slots are chosen, unless the sums are equal only by rounding, an infinity or a NaN. With more
+    than 2^32 slots, equal sums are ordered by their ranks in both halves instead. NaN is largest, -0 becomes +0. No bit depends
+    on the number of rows: a batch may be split. Neither copies from the host nor synchronizes: CUDA graphs can capture it.
     """
     leading = scores1.shape[:-1]
     flat1, flat2, inner = _flatten(scores1, scores2)
@@ -88,18 +51,19 @@ def forward(scores1: Tensor, scores2: Tensor, k: int, softmax: bool = False) -> 
     if rows == 0:
         return out, indices
     few = rows <= FEW_ROWS
-    pairs = plan_pairs(k, few)
-    wide = torch.int64 if scores1.dtype == torch.float32 else torch.int32
-    found = torch.empty((2, triton.next_power_of_2(k), rows), dtype=wide, device=scores1.device)
+    pairs = measured("topk_pair", scores1, few, k) or plan_pairs(k, few)
+    n1, n2 = flat1.shape[-1], flat2.shape[-1]
+    key = torch.int64 if wide_keys(max(n1, n2), scores1.dtype) else torch.int32
+    found = torch.empty((2, triton.next_power_of_2(k), rows), dtype=key, device=scores1.device)
     with torch.cuda.device_of(scores1):
-        if flat1.shape[-1] == flat2.shape[-1]:
+        if n1 == n2:
             _launch_halves((flat1, flat2), found, k, rows, inner, few)
         else:
             _launch_halves((flat1,), found[:1], k, rows, inner, few)
             _launch_halves((flat2,), found[1:], k, rows, inner, few)
         grid = (triton.cdiv(rows, pairs.rows),)
-        constants = _pair_constants(k, scores1.dtype, pairs, softmax)
-        pair_kernel[grid](found, out, indices, rows, flat2.shape[-1], **constants, num_warps=pairs.warps)
+        constants = _pair_constants(n1 * n2, k, scores1.dtype, pairs, softmax)
+        pair_kernel[grid](found, out, indices, rows, n2, **constants, **pairs.options())
     return out, indices
 
 
@@ -145,21 +109,23 @@ def _launch_halves(halves: tuple[Tensor, ...], found: Tensor, k: int, rows: int,
     strides = [*first.stride()[:2], *last.stride()[:2]]
     vec = gcd(16, *(half.data_ptr() for half in halves), *(stride * size for stride in strides), n * size) // size
     plan = plan_halves(n, k, first.dtype, vec, few)
+    if vec * size == 16:
+        plan = measured("topk_half", first, few, n, k) or plan
     apart = (last.data_ptr() - first.data_ptr()) // (size * vec)
     grid = (triton.cdiv(rows, plan.rows), len(halves))
     numbers = (rows, inner, apart, *(stride // vec for stride in strides))
-    half_kernel[grid](first, found, *numbers, **_half_constants(n, k, plan, vec), num_warps=plan.warps)
+    half_kernel[grid](first, found, *numbers, **_half_constants(n, k, plan, vec), **plan.options())
 
 
 def _half_constants(n: int, k: int, plan: Plan, vec: int) -> dict[str, Any]:
     return {"N": n, "K": triton.next_power_of_2(k), "C": plan.chunk, "R": plan.rows, "VEC": vec, "GROUP": plan.group}
 
 
-def _pair_constants(k: int, dtype: torch.dtype, plan: Plan, softmax: bool) -> dict[str, Any]:
+def _pair_constants(slots: int, k: int, dtype: torch.dtype, plan: Plan, softmax: bool) -> dict[str, Any]:
     top = triton.next_power_of_2(k)
     blocks = top.bit_length() - 1 if top >= 4 else top
     numbers = {"k": k, "K": top, "C": plan.chunk, "R": plan.rows, "BLOCKS": blocks}
-    return {**numbers, "DTYPE": ELEMENT[dtype][1], "SOFTMAX": softmax}
+    return {**numbers, "DTYPE": ELEMENT[dtype][1], "SOFTMAX": softmax, "RANKED": slots > 2**32}
 
 
 def _scatter_constants(n1: int, n2: int, k: int) -> dict[str, Any]:
@@ -167,44 +133,71 @@ def _scatter_constants(n1: int, n2: int, k: int) -> dict[str, Any]:
 
 
 def compile_variants() -> Iterator[CompileVariant]:
-    """The variants for the compile gate: every kind of plan, with the sizes that the layers use."""
+    """The variants for the compile gate: every kind of plan, with the sizes that the layers use, and the largest ones."""
     half, single = torch.bfloat16, torch.float32
-    for n, k, dtype, few in (
-        (128, 4, half, False),
-        (1024, 32, half, False),
-        (1024, 32, single, False),
-        (4096, 64, half, False),
-        (8192, 32, half, False),
-        (1024, 32, half, True),
-        (4096, 32, single, True),
+    for n, k, dtype, few, vec in (
+        (128, 4, half, False, 8),
+        (1024, 32, half, False, 8),
+        (1024, 32, single, False, 4),
+        (4096, 64, half, False, 8),
+        (4096, 64, single, False, 4),
+        (8192, 32, half, False, 8),
+        (4096, 256, half, False, 8),
+        (1024, 32, half, True, 8),
+        (4096, 32, single, True, 4),
+        (1001, 4, single, False, 1),
+        (1001, 64, half, False, 1),
+        (8193, 32, half, True, 1),
+        (2**20, 32, half, False, 8),
+        (4096, 1024, half, False, 8),
     ):
-        yield _half_variant(n, k, dtype, few)
-    for k, dtype, few in ((32, half, False), (64, single, False), (32, half, True)):
-        plan, (element, _) = plan_pairs(k, few), ELEMENT[dtype]
-        signature = {"found": _key(element), "scores": "*fp32", "indices": "*i64", "rows": "i32", "n2": "i32"}
-        constants = _pair_constants(k, dtype, plan, True)
+        yield _half_variant(n, k, dtype, few, vec)
+    for slots, k, dtype, few in (
+        (2**20, 32, half, False),
+        (2**20, 64, single, False),
+        (2**20, 256, half, False),
+        (2**20, 32, half, True),
+        (2**24, 1024, single, False),
+        (2**40, 32, half, False),
+    ):
+        yield _pair_variant(slots, k, dtype, few)
+    for slots, k in ((2**20, 32), (2**40, 32)):
+        constants = _scatter_constants(1024, slots // 1024, k)
+        signature = {"grad": "*fp32", "indices": "*i64", "grad1": "*fp32", "grad2": "*fp32", "rows": "i32"}
         signature.update(dict.fromkeys(constants, "constexpr"))
-        name = f"pair_topk {element} k={k}{' few' if few else ''}"
-        yield CompileVariant(name, pair_kernel, signature, constants, ("found", "scores", "indices"), plan.warps, row_bytes=4)
-    constants = _scatter_constants(1024, 1024, 32)
-    signature = {"grad": "*fp32", "indices": "*i64", "grad1": "*fp32", "grad2": "*fp32", "rows": "i32"}
+        name, aligned = f"scatter_topk{_beyond(slots)} k={k}", ("grad", "indices", "grad1", "grad2")
+        yield CompileVariant(name, scatter_kernel, signature, constants, aligned, 1, row_bytes=4)
+
+
+def _half_variant(n: int, k: int, dtype: torch.dtype, few: bool, vec: int) -> CompileVariant:
+    """`vec`: the scores that an aligned load reads, as many as n allows."""
+    element = ELEMENT[dtype][0]
+    plan = plan_halves(n, k, dtype, vec, few)
+    constants = _half_constants(n, k, plan, vec)
+    signature = {"scores": f"*{element}", "found": _key(n, dtype), "rows": "i32", "inner": "i32"}
+    signature.update(dict.fromkeys(("apart", "outer1", "inner1", "outer2", "inner2"), "i64"))
     signature.update(dict.fromkeys(constants, "constexpr"))
-    yield CompileVariant(
-        "scatter_topk k=32", scatter_kernel, signature, constants, ("grad", "indices", "grad1", "grad2"), 1, row_bytes=4
+    groups = plan.chunk // plan.group if plan.group > 1 else 0  # group indices, loaded one by one
+    wide, name = vec * dtype.itemsize, f"half_topk {element} n={n} k={k}{' few' if few else ''}"
+    aligned = ("scores",) if wide == 16 else ()
+    return CompileVariant(
+        name, half_kernel, signature, constants, aligned, plan.warps, row_bytes=wide, scalar_loads=groups if wide == 16 else 0
     )
 
 
-def _half_variant(n: int, k: int, dtype: torch.dtype, few: bool) -> CompileVariant:
-    element, vec = ELEMENT[dtype][0], 16 // dtype.itemsize
-    plan = plan_halves(n, k, dtype, vec, few)
-    constants = _half_constants(n, k, plan, vec)
-    signature = {"scores": f"*{element}", "found": _key(element), "rows": "i32", "inner": "i32"}
-    signature.update(dict.fromkeys(("apart", "outer1", "inner1", "outer2", "inner2"), "i64"))
+def _pair_variant(slots: int, k: int, dtype: torch.dtype, few: bool) -> CompileVariant:
+    plan, element = plan_pairs(k, few), ELEMENT[dtype][0]
+    key = _key(slots // NARROW_KEYS, dtype)
+    signature = {"found": key, "scores": "*fp32", "indices": "*i64", "rows": "i32", "n2": "i32"}
+    constants = _pair_constants(slots, k, dtype, plan, True)
     signature.update(dict.fromkeys(constants, "constexpr"))
-    name = f"half_topk {element} n={n} k={k}{' few' if few else ''}"
-    groups = plan.chunk // plan.group if plan.group > 1 else 0  # group indices, loaded one by one
-    return CompileVariant(name, half_kernel, signature, constants, ("scores",), plan.warps, scalar_loads=groups)
+    name, aligned = f"pair_topk {element}{_beyond(slots)} k={k}{' few' if few else ''}", ("found", "scores", "indices")
+    return CompileVariant(name, pair_kernel, signature, constants, aligned, plan.warps, row_bytes=4)
 
 
-def _key(element: str) -> str:
-    return "*i64" if element == "fp32" else "*i32"
+def _key(n: int, dtype: torch.dtype) -> str:
+    return "*i64" if wide_keys(n, dtype) else "*i32"
+
+
+def _beyond(slots: int) -> str:
+    return " >2^32 slots" if slots > 2**32 else ""

@@ -18,9 +18,9 @@ def _scan(best, scores, base, columns, N: tl.constexpr, C: tl.constexpr, K: tl.c
     """Load the scores in the columns [C/VEC, R*VEC] and merge them into `best`."""
     if MASKED:
         x = tl.load(scores + base[None, :] + columns, mask=columns < N, other=0.0)
-        keys = tl.where(columns < N, keys_of(x, columns), least(best.dtype))
+        keys = tl.where(columns < N, keys_of(x, columns, best.dtype == tl.int64), least(best.dtype))
     else:
-        keys = keys_of(tl.load(scores + base[None, :] + columns), columns)
+        keys = keys_of(tl.load(scores + base[None, :] + columns), columns, best.dtype == tl.int64)
     keys = tl.permute(tl.reshape(keys, [C // VEC, R, VEC]), (0, 2, 1))
     return merge(best, tl.reshape(keys, [C, R]), C, K, R)
 
@@ -39,7 +39,7 @@ def _best_groups(best, scores, base, N: tl.constexpr, C: tl.constexpr, K: tl.con
             x = tl.load(scores + base[None, :] + columns)
         x = tl.permute(tl.reshape(x, [C, PARTS, R, VEC]), (0, 2, 1, 3))
         groups = (c * C + tl.arange(0, C))[:, None]
-        keys = keys_of(maxima(tl.reshape(x, [C, R, GROUP]), C, R, GROUP), groups)
+        keys = keys_of(maxima(tl.reshape(x, [C, R, GROUP]), C, R, GROUP), groups, best.dtype == tl.int64)
         if MASKED:
             keys = tl.where(groups * GROUP < N, keys, least(best.dtype))
         best = merge(best, keys, C, K, R)
@@ -82,7 +82,7 @@ def half_kernel(
         for c in range(K * GROUP // C):
             some = half * K + c * (C // GROUP) + tl.arange(0, C // GROUP)
             # Masked, not clamped, here and below: Triton then knows that rows are consecutive, and keeps them in lanes.
-            group = places(tl.load(found + some[:, None] * rows + row[None, :], mask=(row < rows)[None, :], other=0xFFFF))
+            group = places(tl.load(found + some[:, None] * rows + row[None, :], mask=(row < rows)[None, :], other=-1))
             columns = tl.reshape(group[:, None, :, None] * GROUP + within, [C // VEC, R * VEC])
             columns = tl.max_contiguous(tl.multiple_of(columns, [1, VEC]), [1, VEC])
             best = _scan(best, scores, base, columns, N, C, K, R, VEC, MASKED)
@@ -93,13 +93,13 @@ def half_kernel(
 @triton.jit(do_not_specialize=["rows", "n2"])
 def pair_kernel(
     found, scores, indices, rows, n2, k: tl.constexpr, DTYPE: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, BLOCKS: tl.constexpr, SOFTMAX: tl.constexpr,
+    R: tl.constexpr, BLOCKS: tl.constexpr, SOFTMAX: tl.constexpr, RANKED: tl.constexpr,
 ):  # fmt: skip
     """The k largest sums of the halves' keys `found` [2, K, rows] -> scores and slots [rows, k].
 
     With ranks from 1, a pair (i, j) can be among the k largest only if i * j <= k. Block b has the pairs with i in
     [2^b, 2^(b+1)) and j <= K / 2^b: K pairs for each b. A last block would have only (K, 1), which is put in an unused entry of
-    the block before it.
+    the block before it. Equal sums are ordered by slot, or, if RANKED because slots exceed 32 bits, by (i, j).
     """
     row = tl.program_id(0) * R + tl.arange(0, R)
     valid = (row < rows)[None, :]
@@ -116,8 +116,11 @@ def pair_kernel(
         one = tl.load(found + (i - 1).to(tl.int64) * rows + row[None, :], mask=valid, other=0)
         other = tl.load(found + (K + j - 1).to(tl.int64) * rows + row[None, :], mask=valid, other=0)
         total = ordered(scores_of(one, DTYPE) + scores_of(other, DTYPE))
-        slot = places(one).to(tl.int64) * n2 + places(other)
-        keys = (total.to(tl.int64) << 32) | (0xFFFFFFFF - slot)
+        if RANKED:
+            low = ((i - 1) * K + (j - 1)).to(tl.int64)
+        else:
+            low = places(one).to(tl.int64) * n2 + places(other)
+        keys = (total.to(tl.int64) << 32) | (0xFFFFFFFF - low)
         best = merge(best, tl.where(i * j <= k, keys, least(tl.int64)), C, K, R)
     place = tl.arange(0, K)[:, None]
     sums = unordered((best >> 32).to(tl.int32))
@@ -126,7 +129,20 @@ def pair_kernel(
         sums = softmax(sums, place < k, K, R)
     to = row[None, :].to(tl.int64) * k + place
     tl.store(scores + to, sums, mask=live)
-    tl.store(indices + to, 0xFFFFFFFF - (best & 0xFFFFFFFF), mask=live)
+    slots = 0xFFFFFFFF - (best & 0xFFFFFFFF)
+    if RANKED:
+        one = tl.load(found + (slots // K) * rows + row[None, :], mask=live, other=0)
+        other = tl.load(found + (K + slots % K) * rows + row[None, :], mask=live, other=0)
+        slots = places(one).to(tl.int64) * n2 + places(other)
+    tl.store(indices + to, slots, mask=live)
+
+
+@triton.jit
+def _halves_of(slot, N1: tl.constexpr, N2: tl.constexpr):
+    """The keys of both halves in a slot. Division of 32-bit numbers is faster, so slots that fit are divided as such."""
+    if N1 * N2 <= 4294967296:
+        slot = slot.to(tl.uint32)
+    return (slot // N2).to(tl.int32), (slot % N2).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -137,16 +153,14 @@ def scatter_kernel(
     row = tl.program_id(0) * R + tl.arange(0, R)[None, :]
     place = tl.program_id(1) * C + tl.arange(0, C)[:, None]
     start = tl.minimum(row, rows - 1).to(tl.int64) * k
-    slot = tl.load(indices + start + tl.minimum(place, k - 1)).to(tl.uint32)
-    key1 = (slot // N2).to(tl.int32)
-    key2 = (slot % N2).to(tl.int32)
+    key1, key2 = _halves_of(tl.load(indices + start + tl.minimum(place, k - 1)), N1, N2)
     total1 = tl.zeros([C, R], tl.float32)
     total2 = tl.zeros([C, R], tl.float32)
     for m in range(k):
-        other = tl.load(indices + start + m).to(tl.uint32)
+        other1, other2 = _halves_of(tl.load(indices + start + m), N1, N2)
         more = tl.load(grad + start + m).to(tl.float32)
-        total1 = tl.where(key1 == (other // N2).to(tl.int32), total1 + more, total1)
-        total2 = tl.where(key2 == (other % N2).to(tl.int32), total2 + more, total2)
+        total1 = tl.where(key1 == other1, total1 + more, total1)
+        total2 = tl.where(key2 == other2, total2 + more, total2)
     live = (place < k) & (row < rows)
     tl.store(grad1 + row.to(tl.int64) * N1 + key1, total1, mask=live)
     tl.store(grad2 + row.to(tl.int64) * N2 + key2, total2, mask=live)

@@ -4,8 +4,6 @@
 
 #include "../cpu/kernels.h"
 
-constexpr int64_t kMostKCuda = 1024;  // the most that one block can sort
-
 // The same as `Lookup` without a scale, for a kernel of these types.
 template <class T, class I>
 struct CudaLookup {
@@ -22,6 +20,10 @@ const char* lookup_cuda(const CudaLookup<T, I>& job, void* stream);
 
 template <class T>
 const char* topk_cuda(const Topk<T>& job, void* stream);
+
+// The same for all sizes, in temporary memory that it allocates on the stream.
+template <class T>
+const char* topk_large_cuda(const Topk<T>& job, void* stream);
 
 // The element types of both operators, for explicit instantiation.
 #define MEMREWRITE_FOR_TYPES(DO) DO(float) DO(Half) DO(BFloat16)

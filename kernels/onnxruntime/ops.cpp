@@ -98,15 +98,15 @@ void topk(const Kernel& kernel, OrtKernelContext* context) {
   const auto scores2 = input<T>(kernel.api, context, 1, "scores2");
   Dims rest1 = scores1.dims, rest2 = scores2.dims;
   require(!rest1.empty() && !rest2.empty(), [] { return "scores must be [..., n], not single numbers"; });
-  const int64_t n1 = rest1.back(), n2 = rest2.back(), k = kernel.k, most = P == CPU ? kMostK : kMostKCuda;
+  const int64_t n1 = rest1.back(), n2 = rest2.back(), k = kernel.k;
   rest1.pop_back();
   rest2.pop_back();
   const auto shapes = [&] { return "scores1 is " + text(scores1.dims) + ", scores2 is " + text(scores2.dims); };
   require(rest1 == rest2, [&] { return shapes() + ": all axes but the last must agree"; });
   require(k <= n1 && k <= n2, [&] { return shapes() + ": k is " + std::to_string(k) + ", more than a half has"; });
   require(n1 <= kMostScores && n2 <= kMostScores, [&] { return shapes() + ": a half may have 2^31 - 1"; }, ORT_NOT_IMPLEMENTED);
-  const auto limit = [&] { return "k is " + std::to_string(k) + ": at most " + std::to_string(most) + " on " + kProviders[P]; };
-  require(k <= most, limit, ORT_NOT_IMPLEMENTED);
+  const auto limit = [&] { return "k is " + std::to_string(k) + ": at most " + std::to_string(kMostK); };
+  require(k <= kMostK, limit, ORT_NOT_IMPLEMENTED);
   uint64_t rows = 1;  // unsigned: if one length is 0, the product of the others may overflow
   for (int64_t dim : rest1) rows *= uint64_t(dim);
   rest1.push_back(k);

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memrewrite.kernels import reference
+from memrewrite.kernels import reference, torch_topk
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -240,30 +240,125 @@ def test_the_largest_slot(kernels):
     assert kernels.forward(scores, scores, 1)[1].item() == 65536 * 65536 - 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_keys_than_a_narrow_key_holds(kernels, monkeypatch, dtype):
+    """More than 65,536 keys per half, in one half and in both: wide keys, and with 2^32 slots or more, slots of 64 bits."""
+    monkeypatch.setattr(kernels, "FEW_ROWS", 10**9)
+    n = 65536 + 3000
+    scores1, scores2 = (scores_of(1, n, dtype, seed).clamp(max=2.0) for seed in range(2))
+    scores1[0, -1] = scores2[0, -2] = 4.0
+    for one, two in ((scores1, scores2), (scores1, scores2[:, -70:])):
+        got = kernels.forward(one, two, 5)
+        best1, best2 = (half.float().topk(5).values for half in (one, two))
+        want = (best1[:, :, None] + best2[:, None]).flatten(1).topk(5).values
+        assert torch.equal(got[0], want)
+        assert got[1][0, 0] == (one.shape[1] - 1) * two.shape[1] + two.shape[1] - 2
+        sums = one.float().gather(-1, got[1] // two.shape[1]) + two.float().gather(-1, got[1] % two.shape[1])
+        assert torch.equal(got[0], sums)
+        assert len(set(got[1][0].tolist())) == 5
+
+
+def test_many_rows_of_wide_keys(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "FEW_ROWS", 0)
+    monkeypatch.setattr(kernels, "plan_halves", lambda *_: kernels.Plan(2, 128, 32, 1))
+    scores1 = scores_of(3, 65544, torch.bfloat16).clamp(max=2.0)
+    scores1[:, [65543, 65540, 7]] = torch.tensor([5.0, 6.0, 5.0], dtype=torch.bfloat16)
+    slots = kernels.forward(scores1, torch.zeros(3, 65544, dtype=torch.bfloat16), 3)[1]
+    assert slots.tolist() == [[65540 * 65544, 65540 * 65544 + 1, 65540 * 65544 + 2]] * 3
+    slots = kernels.forward(scores1, scores1.roll(1, 1), 3)[1]
+    assert slots.tolist() == [[65540 * 65544 + 65541, 65540 * 65544, 65540 * 65544 + 8]] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n1", "n2", "k"), [(300, 290, 257)])
+def test_large_k(kernels, few, n1, n2, k, dtype):
+    scores1, scores2 = scores_of(1, n1, dtype), scores_of(1, n2, dtype, seed=1)
+    assert_best(scores1, scores2, kernels.forward(scores1, scores2, k), k)
+
+
+@pytest.mark.parametrize("n", [65, 127, 1001])
+@pytest.mark.parametrize("k", [1, 4, 20])
+def test_odd_rows(kernels, monkeypatch, n, k):
+    """Loads of single scores: other groups than those of wide loads. Few values, so that groups tie."""
+    monkeypatch.setattr(kernels, "FEW_ROWS", 0)
+    g = torch.Generator().manual_seed(n)
+    scores1, scores2 = (torch.randint(-9, 9, (2, n), generator=g).bfloat16() for _ in range(2))
+    want, slots = defined(scores1, scores2, k)
+    scores, indices = kernels.forward(scores1, scores2, k)
+    assert torch.equal(scores, want)
+    assert torch.equal(indices, slots)
+
+
+def test_backward_of_wide_slots(kernels):
+    n = 70_000
+    indices = torch.tensor([[n * n - 1, 3 * n + 5, n * n - 1]])
+    grad1, grad2 = kernels.backward(torch.tensor([[1.0, 2.0, 4.0]]), indices, n, n)
+    assert {i: grad1[0, i].item() for i in grad1[0].nonzero().flatten().tolist()} == {3: 2.0, n - 1: 5.0}
+    assert {i: grad2[0, i].item() for i in grad2[0].nonzero().flatten().tolist()} == {5: 2.0, n - 1: 5.0}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 32, 300])
+def test_candidates_computed_on_the_device(k):
+    """Those of torch's way, which takes what the kernels do not."""
+    ranks = torch_topk._device_ranks(k, torch.device("cpu"))
+    assert tuple(tuple(side.tolist()) for side in ranks) == torch_topk.candidate_ranks(k)
+
+
 def test_plans_fit_their_kernels(kernels):
-    for n in (1, 60, 100, 128, 1000, 1024, 4096, 8192, 65536):
-        for k in (1, 4, 7, 32, 64, 200, 256):
-            for dtype, vec in ((torch.float32, 4), (torch.bfloat16, 8), (torch.float16, 1)):
+    from memrewrite.kernels.triton_topk_plans import check_halves
+
+    for n in (1, 60, 63, 100, 128, 1000, 1001, 1024, 4096, 8192, 65536, 2**20):
+        for k in (1, 4, 7, 32, 64, 200, 256, 300, 2048):
+            for dtype, vec in ((torch.float32, 4), (torch.bfloat16, 8), (torch.float16, 1), (torch.float32, 1)):
                 for few in (False, True):
                     plan = kernels.plan_halves(n, k, dtype, vec, few)
-                    assert plan.chunk % plan.group == plan.chunk % vec == 0
-                    assert plan.group == 1 or (n + plan.group - 1) // plan.group > k
-                    assert plan.group == 1 or plan.group % vec == 0
-                    assert plan.group == 1 or (1 << (k - 1).bit_length()) * plan.group % plan.chunk == 0
+                    check_halves(plan, 1 << (k - 1).bit_length(), n, vec)
                     assert plan.rows & (plan.rows - 1) == plan.chunk & (plan.chunk - 1) == 0
+
+
+def test_a_measured_plan_is_used(kernels, monkeypatch):
+    from memrewrite.kernels import triton_plans
+
+    used = []
+    for name in ("_half_constants", "_pair_constants"):
+        monkeypatch.setattr(kernels, name, lambda *args, f=getattr(kernels, name): used.append(args) or f(*args))
+    scores1, scores2 = (scores_of(5, 64, torch.float32, seed) for seed in range(2))
+    half = {"rows": 4, "chunk": 16, "group": 4, "warps": 1}
+    pair = {"rows": 2, "chunk": 4, "group": 1, "warps": 1}
+    few = kernels.forward(scores1, scores2, 4)
+    monkeypatch.setattr(kernels, "FEW_ROWS", 0)
+    used.clear()
+    with triton_plans.use("topk_half", half), triton_plans.use("topk_pair", pair):
+        got = kernels.forward(scores1, scores2, 4)
+    plans = [plan for args in used for plan in args if isinstance(plan, kernels.Plan)]
+    assert plans == [kernels.Plan(4, 16, 4, 1), kernels.Plan(2, 4, 1, 1)]
+    assert all(map(torch.equal, got, few))
+    odd = scores_of(2, 33, torch.float32)
+    with triton_plans.use("topk_half", half):
+        kernels.forward(odd, odd, 4)  # not for single loads, where it need not fit
+    for kernel, plan in (
+        ("topk_half", half | {"group": 2}),
+        ("topk_half", half | {"group": 16}),
+        ("topk_half", half | {"chunk": 2, "group": 1}),
+        ("topk_half", half | {"warps": 2}),
+        ("topk_pair", pair | {"chunk": 8}),
+    ):
+        with triton_plans.use(kernel, plan), pytest.raises(triton_plans.PlanError, match="Plan"):
+            kernels.forward(scores1, scores2, 4)
 
 
 def test_what_is_refused(kernels):
     half = torch.zeros(2, 300, dtype=torch.bfloat16)
     assert kernels.supports(half, 256) is None
     assert "float64" in kernels.supports(half.double(), 4)
-    assert "k <= 256" in kernels.supports(half, 257)
-    assert "65536 keys" in kernels.supports(torch.zeros(1, 65537), 4)
+    assert kernels.supports(half, 2048) is None
+    assert "k <= 2048" in kernels.supports(half, 2049)
+    assert kernels.supports(torch.zeros(1, 65537), 4) is None
 
 
 def test_compile_variants_use_the_plans_of_the_launchers(kernels):
     compile_variants = list(kernels.compile_variants())
-    assert len({variant.name for variant in compile_variants}) == len(compile_variants) == 11
+    assert len({variant.name for variant in compile_variants}) == len(compile_variants) == 22
     for variant in compile_variants:
         names = [name for name, kind in variant.signature.items() if kind == "constexpr"]
         assert set(names) == set(variant.constants), variant.name
