@@ -128,8 +128,7 @@ class Measuring:
         chosen = [s for s in sections.SECTIONS if s in self.args.chosen or (s.name == sections.RATES and "copy" not in known.values)]
         left = [section for section in chosen if not known.complete(section.name)]
         for i, section in enumerate(left):
-            share = section.seconds / sum(s.seconds for s in left[i:])
-            seconds = (self.end - time.monotonic()) * share
+            seconds = (self.end - time.monotonic()) * section.share / sum(later.share for later in left[i:])
             ended = self.section(section, seconds) if seconds > 1 else ["no time left"]
             self.account(section, "; ".join(dict.fromkeys(filter(None, ended))))
 
