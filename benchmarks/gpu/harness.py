@@ -134,10 +134,12 @@ class Bench:
 
         return replay
 
-    def race(self, runs: dict[str, Run], *, seconds: float = 0.5, per: int = 1) -> dict[str, Timing | str]:
-        """Times of all implementations in interleaved rounds, caches flushed before each; `per` calls count as one run.
+    def race(
+        self, runs: dict[str, Run], *, seconds: float = 0.5, per: int = 1, flush: bool = True
+    ) -> dict[str, Timing | str]:
+        """Times of all implementations in interleaved rounds; `per` calls count as one run.
 
-        `seconds` is the time limit of each. A baseline that cannot run gets the reason; "ours" must run.
+        Caches are flushed before each run; without `flush`, a run before it that is not timed fills them. `seconds` is the time limit of each. A baseline that cannot run gets the reason; "ours" must run.
         """
         plan: dict[str, int] = {}
         times: dict[str, list[float]] = {}
@@ -145,7 +147,7 @@ class Bench:
         for name, run in runs.items():
             try:
                 run()
-                estimate = 0.0 if self.rehearse else self._once(run)
+                estimate = 0.0 if self.rehearse else self._once(run, flush)
             except Exception as error:  # a baseline may fail in any way; the line reports how
                 if name == "ours":
                     raise
@@ -158,13 +160,16 @@ class Bench:
         for turn in range(max(plan.values(), default=0)):
             for name, rounds in plan.items():
                 if turn < rounds:
-                    times[name].append(self._once(runs[name]) / per)
+                    times[name].append(self._once(runs[name], flush) / per)
         out |= {name: Timing(median(taken), min(taken), len(taken)) for name, taken in times.items()}
         return {name: out[name] for name in runs}
 
-    def _once(self, run: Run) -> float:
-        """Milliseconds of one run with cold caches. The flush keeps the device busy while the host prepares the launch."""
-        self._flush.zero_()
+    def _once(self, run: Run, flush: bool = True) -> float:
+        """Milliseconds of one run. What precedes it keeps the device busy while the host prepares the launch."""
+        if flush:
+            self._flush.zero_()
+        else:
+            run()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         run()
