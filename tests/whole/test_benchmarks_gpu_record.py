@@ -1,4 +1,4 @@
-"""The record of the GPU benchmark, its processes and its summary: whatever breaks, finished results are found and the rest is named."""
+"""Record, processes and summary of the GPU benchmark: whatever breaks, finished results are found and the rest is named."""
 
 from __future__ import annotations
 
