@@ -134,9 +134,7 @@ class Bench:
 
         return replay
 
-    def race(
-        self, runs: dict[str, Run], *, seconds: float = 0.5, per: int = 1, flush: bool = True
-    ) -> dict[str, Timing | str]:
+    def race(self, runs: dict[str, Run], *, seconds: float = 0.5, per: int = 1, flush: bool = True) -> dict[str, Timing | str]:
         """Times of all implementations in interleaved rounds; `per` calls count as one run.
 
         Caches are flushed before each run; without `flush`, a run before it that is not timed fills them. `seconds` is the time limit of each. A baseline that cannot run gets the reason; "ours" must run.
@@ -199,7 +197,14 @@ class Bench:
             why = {name: t if isinstance(t, str) else "rehearsed" for name, t in times.items() if name != "ours"}
             undecided: list[tuple[str, bool | None]] = [(str(t), None) for t in targets]
             return Result(
-                section, case, "rehearsed", rivals=dict(why), targets=undecided, note=note, moved=moved or None, extra=extra or {}
+                section,
+                case,
+                "rehearsed",
+                rivals=dict(why),
+                targets=undecided,
+                note=note,
+                moved=moved or None,
+                extra=extra or {},
             )
         rivals = {name: t.ms if isinstance(t, Timing) else t for name, t in times.items() if name != "ours"}
         ratios = {name: ms / ours.ms for name, ms in rivals.items() if isinstance(ms, float)}

@@ -37,8 +37,12 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu", description=__doc__)
     parser.add_argument("--sections", default="", help=f"only these, with commas: {', '.join(sections.NAMES)}")
     parser.add_argument("--out", type=Path, help="folder of results.jsonl, gpu.json, table.md and log.txt (build/gpu)")
-    parser.add_argument("--resume", action="store_true", help="keep the finished cases of the run in this folder, run the others")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary here; sets the folder unless --out does")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the finished cases of the run in this folder, run the others"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the summary here; sets the folder unless --out does"
+    )
     parser.add_argument("--table", type=Path, metavar="DIR", help="only make the summary of the results in this folder")
     parser.add_argument("--seconds", type=float, help=f"time limit of the whole run ({sections.TOTAL:.0f})")
     parser.add_argument("--library", type=Path, metavar="FILE", help="native library for the section onnx (built with nvcc)")
@@ -125,7 +129,9 @@ class Measuring:
     def run(self) -> None:
         """All chosen sections that are not complete; and the peak rates, if they are not known, since all others need them."""
         known = self.record.read()
-        chosen = [s for s in sections.SECTIONS if s in self.args.chosen or (s.name == sections.RATES and "copy" not in known.values)]
+        chosen = [
+            s for s in sections.SECTIONS if s in self.args.chosen or (s.name == sections.RATES and "copy" not in known.values)
+        ]
         left = [section for section in chosen if not known.complete(section.name)]
         for i, section in enumerate(left):
             share = section.seconds / sum(s.seconds for s in left[i:])

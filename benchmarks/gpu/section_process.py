@@ -112,4 +112,3 @@ def main(section: Section, record: Record, rehearse: bool, share: tuple[int, int
         return 1
     measure(section, record, bench, share)
     return 0
-
