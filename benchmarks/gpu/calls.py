@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memrewrite.kernels import torch_backend
-
-# TODO(content): until the operators accept fp32 weights, backends have no `dtype`
-FP32_WEIGHTS = "dtype" in inspect.signature(torch_backend.forward).parameters
 Launch = tuple[str, tuple[tuple[str, str], ...]]  # name of a kernel, and everything that selects its machine code
 
 
 def forward(
-    kernels: Any, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None, dtype: torch.dtype | None = None
+    kernels: Any,
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    scale: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """[T, D] in `dtype`; default: the dtype of the values, with `scale` (8-bit values) that of the weights."""
     dtype = dtype or (values.dtype if scale is None else weights.dtype)
-    out: Tensor = kernels.forward(values, indices, weights, scale, *([dtype] if FP32_WEIGHTS else []))
+    out: Tensor = kernels.forward(values, indices, weights, scale, dtype)
     return out
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,20 +16,31 @@ from typing import Any
 import correctness_topk
 import data as data
 import torch
-from calls import FP32_WEIGHTS, Launch, forward, recorded, text
+from calls import Launch, forward, recorded, text
 from correctness_large import large_table
-from correctness_update import close, moving, same, updates
+from correctness_update import Check, close, moving, same, updates
 from harness import Bench, Case, Result, Stop
 from lookup import timed_widths
+from sections import COVERAGE
+from torch import Tensor
 
 from memrewrite.kernels import reference
 
 SECTION = "correctness"
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-4, torch.bfloat16: 4e-3}  # half types: at most half a unit in the last place
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float16: 6e-4,
+    torch.bfloat16: 4e-3,
+}  # half types: at most half a unit in the last place
 FP8 = torch.float8_e4m3fn
+UPDATES = (  # dtype of the table, of the weights
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32),
+    (FP8, torch.float32),
+)
 WIDEST = 8192  # of the updates: two slices
 TOKENS = 300  # more than the reads of a segment; its thirds run as few tokens
-Check = Callable[[Bench], float | str]  # the largest relative error, or a note; raises Stop
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,9 @@ class Lookup:
 def lookups(bench: Bench) -> Iterator[Lookup]:
     """Odd sizes first, then every timed width, with few tokens too, in every timed dtype, and with fp32 weights."""
     yield Lookup(1, 1, 1, 1, torch.float32)
-    yield Lookup(63, 20, 9 if bench.rehearse else 60, 7, torch.bfloat16 if bench.rehearse else torch.float32, "hot", torch.int32)
+    yield Lookup(
+        63, 20, 9 if bench.rehearse else 60, 7, torch.bfloat16 if bench.rehearse else torch.float32, "hot", torch.int32
+    )
     if not bench.rehearse:
         yield Lookup(60, 1000, 65, 7, torch.float16, "hot", torch.int32)
     tokens, reads = (7, 4) if bench.rehearse else (TOKENS, bench.sizes.reads)
@@ -62,52 +75,71 @@ def lookups(bench: Bench) -> Iterator[Lookup]:
     for dim in timed_widths(bench):
         yield Lookup(slots, dim, tokens, reads, torch.bfloat16, "hot")
         yield Lookup(slots, dim, tokens, reads, torch.float32, "zipf", torch.int32)
-        if FP32_WEIGHTS:
-            yield Lookup(slots, dim, tokens, reads, torch.bfloat16, weights=torch.float32)
+        yield Lookup(slots, dim, tokens, reads, torch.bfloat16, weights=torch.float32)
+
+
+def checks(bench: Bench) -> Iterator[tuple[str, Callable[[Bench], Check]]]:
+    """The checks of every kernel at every size, by name."""
+    for size in lookups(bench):
+        yield f"lookup {size}", partial(lookup, size=size)
+    for dim in timed_widths(bench):
+        for weights in (torch.float32, torch.bfloat16):
+            yield f"lookup fp8 D={dim}, weights {_short(weights)}", partial(fp8_lookup, dim=dim, dtype=weights)
+    for topk_size in correctness_topk.sizes(bench):
+        rows, n1, n2, k, dtype = topk_size
+        yield f"topk {rows}×({n1}+{n2}) k={k} {_short(dtype)}", partial(correctness_topk.topk, size=topk_size)
+    for rule in ("adagrad", "adam"):
+        for dim in dict.fromkeys((20, *timed_widths(bench), *(() if bench.rehearse else (WIDEST,)))):
+            for dtype, weights in UPDATES:
+                name = f"{rule} D={dim} {_short(dtype)}, weights {_short(weights)}"
+                yield name, partial(updates, rule=rule, dim=dim, dtype=dtype, weights=weights)
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """One case per kernel and size; the first wrong result ends the run. The last one compares with what is timed."""
-    small, seen = bench.rehearse, set[Launch]()
-    case = partial(_case, seen=seen)
-    for size in lookups(bench):
-        yield case(f"lookup {size}", partial(lookup, size=size))
-    for dim in timed_widths(bench):
-        yield case(f"lookup fp8 D={dim}", partial(fp8_lookup, dim=dim))
-    for topk_size in correctness_topk.sizes(bench):
-        rows, n1, n2, k, dtype = topk_size
-        name = f"topk {rows}×({n1}+{n2}) k={k} {_short(dtype)}"
-        yield case(name, partial(correctness_topk.topk, size=topk_size))
-    for rule in ("adagrad", "adam"):
-        for dim in dict.fromkeys((20, *timed_widths(bench), *(() if small else (WIDEST,)))):
-            yield case(f"{rule} D={dim}", partial(all_updates, rule=rule, dim=dim))
-    yield case("stochastic rounding bfloat16", moving)
+    """One case per check, then tables of more than 2^31 elements; the last one compares with what is timed."""
+    for name, check in checks(bench):
+        yield _case(name, check)
+    yield _case("stochastic rounding bfloat16", moving)
     for dtype in (torch.bfloat16, FP8):
-        yield case(f"a table of more than 2^31 elements, {_short(dtype)}", partial(large_table, dtype=dtype))
-    if _launches(bench):
-        yield Case("every timed kernel is checked", partial(timed_is_checked, seen=seen))
+        yield _case(f"lookup and updates of more than 2^31 elements, {_short(dtype)}", partial(large_table, dtype=dtype))
+    if bench.kernels.NAME == "triton":
+        yield Case(COVERAGE, timed_is_checked)
 
 
-def _case(name: str, check: Check, seen: set[Launch]) -> Case:
+def _case(name: str, check: Callable[[Bench], Check]) -> Case:
     def run(bench: Bench) -> Iterator[Result]:
-        with poisoned(), recorded() if _launches(bench) else nullcontext(set[Launch]()) as launches:
-            found = check(bench)
-        seen.update(launches)
+        with poisoned():
+            found = finished(check(bench))
         yield Result(SECTION, name, "ok", note=found if isinstance(found, str) else f"relative error {found:.1e}")
 
     return Case(name, run)
 
 
-def _launches(bench: Bench) -> bool:
-    return bool(bench.kernels.NAME == "triton")
+def finished(check: Check) -> float | str:
+    """The result of a check. Raises Stop if a kernel is wrong."""
+    while True:
+        try:
+            next(check)
+        except StopIteration as end:
+            result: float | str = end.value
+            return result
 
 
-def timed_is_checked(bench: Bench, seen: set[Launch]) -> Iterator[Result]:
-    """Stop unless the cases of this section launched each kernel with each plan that the timed sections launch."""
-    missing = timed_launches(bench) - seen
+def timed_is_checked(bench: Bench) -> Iterator[Result]:
+    """Stop unless the checks launch each kernel with each plan that the timed sections launch."""
+    checked = checked_launches(bench)
+    missing = timed_launches(bench) - checked
     if missing:
         raise Stop(f"{len(missing)} timed kernels are not checked, e.g. {text(min(missing))}")
-    yield Result(SECTION, "every timed kernel is checked", "ok", note=f"{len(seen)} plans")
+    yield Result(SECTION, COVERAGE, "ok", note=f"the checks have {len(checked)} kernels and plans")
+
+
+def checked_launches(bench: Bench) -> set[Launch]:
+    """The kernels and plans that the checks launch; nothing is launched."""
+    with recorded(launch=False) as launches:
+        for _, check in checks(bench):
+            next(check(bench))
+    return launches
 
 
 class Dry:
@@ -165,96 +197,99 @@ def poisoned() -> Iterator[None]:
             deterministic.fill_uninitialized_memory = before[1]
 
 
-def lookup(bench: Bench, size: Lookup) -> float:
-    """Forward, both gradients, row gradients; the same bits in two runs, and for the batch in two parts.
+def lookup(bench: Bench, size: Lookup) -> Check:
+    """Forward, both gradients, row gradients; the same bits in two runs, and for the batch in three parts.
 
-    With fp32 weights, output and output gradient are fp32 too: a weight that is rounded to the table's dtype is an error.
+    With fp32 weights, output and output gradient are fp32 too: a weight that is rounded to the table's dtype is an error. Then
+    once more as training calls it, with both in the table's dtype.
     """
-    kernels, device, slots = bench.kernels, bench.device, size.slots
-    kind = size.weights or size.dtype
+    slots, kind, device = size.slots, size.weights or size.dtype, bench.device
     values = data.table(slots, size.dim, size.dtype, device)
     indices = data.slots_read(size.pattern, size.tokens, size.reads, slots, device, size.index)
     weights = data.normal(size.tokens, size.reads, dtype=kind, device=device)
     grad = data.normal(size.tokens, size.dim, dtype=kind, device=device, seed=4)
-    exact = values.double().requires_grad_(), weights.double().requires_grad_()
-    want = reference.sparse_lookup(exact[0], indices, exact[1])
-    want_gv, want_gw = torch.autograd.grad(want, exact, grad.double())
-
-    def out_of(part: slice = slice(None)) -> torch.Tensor:
-        return forward(kernels, values, indices[part], weights[part], dtype=kind)
-
-    out = out_of()
-    gv, gw = kernels.backward(grad, values, indices, weights, None, True, True)
-    rows, row_grads = kernels.rows(grad, indices, weights, slots)
-    alone = kernels.backward(grad, values, indices, weights, None, True, False)[0]
-    dense = torch.zeros_like(want_gv).index_add_(0, rows, row_grads.double())
-    errors = [
-        close("forward", out, want, TOLERANCE[kind]),
-        close("gradient of values", gv, want_gv, TOLERANCE[size.dtype]),
-        close("gradient of weights", gw, want_gw, TOLERANCE[kind]),
-        close("row gradients", dense, want_gv, TOLERANCE[kind]),
-        close("gradient of values alone", alone, want_gv, TOLERANCE[size.dtype]),
-    ]
-    same("forward, again", out, out_of())
-    again = kernels.backward(grad, values, indices, weights, None, True, True)
-    same("gradient of values, again", gv, again[0])
-    same("gradient of weights, again", gw, again[1])
-
-    def dots_of(part: slice = slice(None)) -> torch.Tensor:
-        found: torch.Tensor = kernels.backward(grad[part], values, indices[part], weights[part], None, False, True)[1]
-        return found
-
-    dots = dots_of()
-    errors.append(close("gradient of weights alone", dots, want_gw, TOLERANCE[kind]))
-    if size.weights is not None:  # as training calls it: the output in the table's dtype
-        narrow = forward(kernels, values, indices, weights)
-        errors.append(close("forward in the table's dtype", narrow, want, TOLERANCE[size.dtype]))
-        few = forward(kernels, values, indices[:2], weights[:2])
-        same("forward in the table's dtype, few tokens", few, narrow[:2])
-        mixed = grad.to(size.dtype)
-        found = kernels.backward(mixed, values, indices, weights, None, True, True)
-        wanted = torch.autograd.grad(reference.sparse_lookup(exact[0], indices, exact[1]), exact, mixed.double())
-        errors.append(close("gradient of values, narrow output", found[0], wanted[0], TOLERANCE[size.dtype]))
-        errors.append(close("gradient of weights, narrow output", found[1], wanted[1], TOLERANCE[kind]))
-        found = kernels.backward(mixed, values, indices, weights, None, False, True)
-        errors.append(close("gradient of weights alone, narrow output", found[1], wanted[1], TOLERANCE[kind]))
-        rows, row_grads = kernels.rows(mixed, indices, weights, slots)
-        dense = torch.zeros_like(want_gv).index_add_(0, rows, row_grads.double())
-        errors.append(close("row gradients, narrow output", dense, wanted[0], TOLERANCE[size.dtype]))
     third = size.tokens // 3
-    if third:
-        parts = [slice(0, third), slice(third, third + 2), slice(third + 2, None)]
-        same("forward in parts", out, torch.cat([out_of(part) for part in parts]))
-        same("gradient of weights in parts", dots, torch.cat([dots_of(part) for part in parts]))
+    parts = [slice(0, third), slice(third, third + 2), slice(third + 2, None)] if third else []
+    runs = [lookup_results(bench, values, indices, weights, grad, parts)]
+    if size.weights is not None:
+        runs.append(lookup_results(bench, values, indices, weights, grad.to(size.dtype), parts))
+    yield
+    errors = []
+    for found in runs:
+        exact = values.double().requires_grad_(), weights.double().requires_grad_()
+        want = reference.sparse_lookup(exact[0], indices, exact[1])
+        want_gv, want_gw = torch.autograd.grad(want, exact, found.grad.double())
+        rows, row_grads = found.rows
+        if int(rows.min()) < 0 or int(rows.max()) >= slots:
+            raise Stop(f"row gradients: a row is outside the table of {slots}")
+        dense = torch.zeros_like(want_gv).index_add_(0, rows, row_grads.double())
+        narrow = TOLERANCE[found.grad.dtype]
+        errors += [
+            close("forward", found.out[0], want, narrow),
+            close("gradient of values", found.both[0][0], want_gv, TOLERANCE[size.dtype]),
+            close("gradient of weights", found.both[0][1], want_gw, TOLERANCE[kind]),
+            close("row gradients", dense, want_gv, narrow),
+            close("gradient of values alone", found.values_alone, want_gv, TOLERANCE[size.dtype]),
+            close("gradient of weights alone", found.dots[0], want_gw, TOLERANCE[kind]),
+        ]
+        same("forward, again", found.out[0], found.out[1])
+        for name, one, two in zip(("values", "weights"), *found.both, strict=True):
+            same(f"gradient of {name}, again", one, two)
+        if parts:
+            same("forward in parts", found.out[0], torch.cat(found.out[2:]))
+            same("gradient of weights in parts", found.dots[0], torch.cat(found.dots[1:]))
     return max(errors)
 
 
-def all_updates(bench: Bench, rule: str, dim: int) -> float:
-    """The update of a table of every dtype; in bf16 with weights of both kinds."""
-    kinds = [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (FP8, torch.float32)]
-    kinds += [(torch.bfloat16, torch.float32)] if FP32_WEIGHTS else []
-    return max(updates(bench, rule, dim, dtype, weights) for dtype, weights in kinds)
+@dataclass(frozen=True)
+class Found:
+    """What the kernels of a lookup return, for one gradient of the output."""
+
+    grad: Tensor
+    out: list[Tensor]  # of two runs, then of the parts
+    both: list[tuple[Tensor, Tensor]]  # gradients of values and weights of two runs
+    rows: tuple[Tensor, Tensor]
+    values_alone: Tensor
+    dots: list[Tensor]  # the gradient of the weights alone, then of the parts
 
 
-def fp8_lookup(bench: Bench, dim: int) -> float:
-    """As training calls it, with fp32 weights, and with bf16 weights."""
-    return max(_fp8_lookup(bench, dim, dtype) for dtype in (torch.float32, torch.bfloat16))
+def lookup_results(bench: Bench, values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor, parts: list[slice]) -> Found:
+    """Every kernel of the lookup, with the output in the dtype of `grad`."""
+    kernels, everything = bench.kernels, slice(None)
+
+    def out(part: slice) -> Tensor:
+        return forward(kernels, values, indices[part], weights[part], dtype=grad.dtype)
+
+    def dots(part: slice) -> Tensor:
+        found: Tensor = kernels.backward(grad[part], values, indices[part], weights[part], None, False, True)[1]
+        return found
+
+    return Found(
+        grad=grad,
+        out=[out(part) for part in (everything, everything, *parts)],
+        both=[kernels.backward(grad, values, indices, weights, None, True, True) for _ in range(2)],
+        rows=kernels.rows(grad, indices, weights, values.shape[0]),
+        values_alone=kernels.backward(grad, values, indices, weights, None, True, False)[0],
+        dots=[dots(part) for part in (everything, *parts)],
+    )
 
 
-def _fp8_lookup(bench: Bench, dim: int, dtype: torch.dtype) -> float:
-    """Forward and the gradient of the weights of an fp8 table; the output has the dtype of the weights."""
-    device = bench.device
+def fp8_lookup(bench: Bench, dim: int, dtype: torch.dtype) -> Check:
+    """Forward, of few tokens too, and the gradient of the weights of an fp8 table; the output has the dtype of the weights."""
+    device, kernels = bench.device, bench.kernels
     values, scale = data.fp8_table(500, dim, device)
     tokens, reads = (6, 4) if bench.rehearse else (TOKENS, bench.sizes.reads)
     indices = data.slots_read("uniform", tokens, reads, 500, device)
     weights = data.normal(tokens, reads, dtype=dtype, device=device)
     grad = data.normal(tokens, dim, dtype=dtype, device=device, seed=4)
+    out = forward(kernels, values, indices, weights, scale)
+    few = forward(kernels, values, indices[:2], weights[:2], scale)
+    gw = kernels.backward(grad, values, indices, weights, scale, False, True)[1]
+    yield
     wide = values.float().double() * scale.double().unsqueeze(-1)
     want = reference.sparse_lookup(wide, indices, weights.double())
     want_gw = torch.einsum("td,tkd->tk", grad.double(), wide[indices])
-    out = forward(bench.kernels, values, indices, weights, scale)
-    same("forward of few tokens", out[:2], forward(bench.kernels, values, indices[:2], weights[:2], scale))
-    gw = bench.kernels.backward(grad, values, indices, weights, scale, False, True)[1]
+    same("forward of few tokens", out[:2], few)
     return max(close("forward", out, want, TOLERANCE[dtype]), close("gradient of weights", gw, want_gw, TOLERANCE[dtype]))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import data as data
 import torch
-from correctness_update import close, same
+from correctness_update import Check, close, same
 from harness import Bench, Stop
 from torch import Tensor
 
@@ -32,26 +32,29 @@ def sizes(bench: Bench) -> Iterator[Size]:
             yield 3 if small else most, n, n, 2 * bench.sizes.topk, dtype
 
 
-def topk(bench: Bench, size: Size) -> float:
+def topk(bench: Bench, size: Size) -> Check:
     """The scores are bit for bit the largest sums, each slot gives its sum, no slot occurs twice; softmax; backward."""
     rows, n1, n2, k, dtype = size
     kernels, device = bench.kernels, bench.device
     one = data.normal(rows, n1, dtype=dtype, device=device)
     two = data.normal(rows, n2, dtype=dtype, device=device, seed=4)
+    grad = data.normal(rows, k, dtype=torch.float32, device=device, seed=5)
     scores, slots = kernels.topk(one, two, k, False)
     weights, again = kernels.topk(one, two, k, True)
+    found, repeated = (kernels.topk_backward(grad, slots, n1, n2) for _ in range(2))
+    yield
+    check_chosen(one, two, scores, slots)
     same("slots, with softmax", slots, again)
-    grad = data.normal(rows, k, dtype=torch.float32, device=device, seed=5)
-    found = kernels.topk_backward(grad, slots, n1, n2)
-    same("gradients, again", torch.cat(found, 1), torch.cat(kernels.topk_backward(grad, slots, n1, n2), 1))
-    errors = [check_chosen(one, two, scores, slots), close("softmax", weights, scores.double().softmax(-1), 1e-5)]
-    for name, got, at, n in (("first", found[0], slots // n2, n1), ("second", found[1], slots % n2, n2)):
+    errors = [close("softmax", weights, scores.double().softmax(-1), 1e-5)]
+    halves = (("first", slots // n2, n1), ("second", slots % n2, n2))
+    for (name, at, n), got, other in zip(halves, found, repeated, strict=True):
+        same(f"gradient of the {name} half, again", got, other)
         errors.append(check_scattered(f"gradient of the {name} half", got, at, grad, n))
     return max(errors)
 
 
-def check_chosen(one: Tensor, two: Tensor, scores: Tensor, slots: Tensor) -> float:
-    """Stop unless the scores are the k largest sums, and each slot, of which none occurs twice, gives its score. Returns 0."""
+def check_chosen(one: Tensor, two: Tensor, scores: Tensor, slots: Tensor) -> None:
+    """Stop unless the scores are the k largest sums, and each slot, of which none occurs twice, gives its score."""
     if scores.shape != slots.shape or scores.shape[0] != one.shape[0]:
         raise Stop(f"scores: the shapes are {tuple(scores.shape)} and {tuple(slots.shape)}")
     n1, n2, k = one.shape[1], two.shape[1], scores.shape[1]
@@ -65,7 +68,6 @@ def check_chosen(one: Tensor, two: Tensor, scores: Tensor, slots: Tensor) -> flo
         same("slots, where only one has the score", slots[part][unique], wanted[unique])
     if (slots.sort(-1).values.diff(dim=-1) == 0).any():
         raise Stop("a slot was chosen twice")
-    return 0.0
 
 
 def largest(one: Tensor, two: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

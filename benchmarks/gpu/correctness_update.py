@@ -5,6 +5,8 @@ The rules are implemented here again, in float64 and with a dense gradient, so t
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import data as data
 import torch
 from harness import Bench, Stop
@@ -13,6 +15,14 @@ from torch import Tensor
 RATES = {"lr": 0.05, "eps": 1e-8, "weight_decay": 0.1}
 BETAS = {"beta1": 0.9, "beta2": 0.99}
 STEP = 3
+STEPS = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.float8_e4m3fn: 0.08,
+}  # allowed error of what is rounded stochastically
+Check = Generator[
+    None, None, "float | str"
+]  # runs the kernels, yields, compares; returns the largest relative error, or a note
 
 
 def close(name: str, got: Tensor | None, want: Tensor, tolerance: float) -> float:
@@ -31,49 +41,44 @@ def same(name: str, one: Tensor | None, two: Tensor | None) -> None:
         raise Stop(f"{name}: not the same bits")
 
 
-def updates(
-    bench: Bench, rule: str, dim: int, dtype: torch.dtype, weights: torch.dtype, index: torch.dtype = torch.int64
-) -> float:
+def updates(bench: Bench, rule: str, dim: int, dtype: torch.dtype, weights: torch.dtype) -> Check:
     """A step with one lookup, and one with two lookups of one table: read rows follow the rule, others do not change.
 
-    The same seed gives the same bits.
+    The same seed gives the same bits. Rows in fp8 are within half a rounding step on average, each scaled so that its largest
+    entry is 448.
     """
-    slots = 100 if bench.rehearse else 2000
+    slots, device = 100 if bench.rehearse else 2000, bench.device
+    scale: Tensor | None = None
+    if dtype.itemsize == 1:
+        values, scale = data.fp8_table(slots, dim, device)
+    else:
+        values = data.table(slots, dim, dtype, device)
+    ran = []
+    for lookups in _lookups(bench, slots, dim, torch.float32 if scale is not None else dtype, weights):
+        tables = [(values.clone(), None if scale is None else scale.clone()) for _ in range(2)]
+        states = [step(bench, rule, *table, *lookups) for table in tables]
+        ran.append((lookups, tables, states[0]))
+    yield
     error = 0.0
-    for lookups in _lookups(bench, slots, dim, dtype if dtype.itemsize > 1 else torch.float32, weights, index):
-        if dtype.itemsize == 1:
-            error = max(error, _fp8_step(bench, rule, slots, dim, lookups))
-            continue
-        values = data.table(slots, dim, dtype, bench.device)
-        got, again = values.clone(), values.clone()
-        state = step(bench, rule, got, None, *lookups)
-        want, want_state, rows = expected(rule, values.double(), *lookups)
-        if not torch.equal(got[~rows], values[~rows]):
-            raise Stop("a row that was not read was changed")
-        error = max(error, close("rows", got, want, 1e-5 if dtype == torch.float32 else 1e-2))
+    for lookups, ((got, scales), (again, _)), state in ran:
+        want, want_state, rows = expected(rule, wide_of(values, scale), *lookups)
+        same("rows that were not read", got[~rows].view(torch.uint8), values[~rows].view(torch.uint8))
+        same("the table, with the same seed", got.view(torch.uint8), again.view(torch.uint8))
+        if scale is not None and scales is not None:
+            same("scales of rows that were not read", scales[~rows], scale[~rows])
+            close("scales", scales[rows], want[rows].abs().amax(-1) / 448, 1e-5)
+        error = max(error, close("rows", wide_of(got, scales), want, STEPS[dtype]))
         for name in want_state:
-            loose = state[name].dtype == torch.bfloat16
-            error = max(error, close(name, state[name], want_state[name], 1e-2 if loose else 1e-5))
-        step(bench, rule, again, None, *lookups)
-        same("the table, with the same seed", got, again)
+            error = max(error, close(name, state[name], want_state[name], STEPS[state[name].dtype]))
     return error
 
 
-def _fp8_step(bench: Bench, rule: str, slots: int, dim: int, lookups: Lookups) -> float:
-    """A table in fp8: rows within half a rounding step on average, each scaled so that its largest entry is 448."""
-    values, scale = data.fp8_table(slots, dim, bench.device)
-    wide = values.float().double() * scale.double().unsqueeze(-1)
-    got, scales = values.clone(), scale.clone()
-    step(bench, rule, got, scales, *lookups)
-    want, _, rows = expected(rule, wide, *lookups)
-    close("scales", scales[rows], want[rows].abs().amax(-1) / 448, 1e-5)
-    same("scales of rows that were not read", scales[~rows], scale[~rows])
-    if not torch.equal(got[~rows].view(torch.uint8), values[~rows].view(torch.uint8)):
-        raise Stop("a row that was not read was changed")
-    return close("rows", got.float() * scales.unsqueeze(-1), want, 0.08)
+def wide_of(values: Tensor, scale: Tensor | None) -> Tensor:
+    """A table in float64."""
+    return values.double() if scale is None else values.float().double() * scale.double().unsqueeze(-1)
 
 
-def moving(bench: Bench) -> str:
+def moving(bench: Bench) -> Check:
     """A step far below the spacing of bf16 must still move a table of ones by its own size on average."""
     slots, dim = (16, 64) if bench.rehearse else (1024, 1024)
     values = torch.ones(slots, dim, dtype=torch.bfloat16, device=bench.device)
@@ -83,6 +88,7 @@ def moving(bench: Bench) -> str:
     lr, spacing = 2.0**-12, 2.0**-8
     rates = {"lr": lr, "eps": 0.0, "weight_decay": 0.0}
     bench.kernels.adagrad_(values, None, total, [torch.ones_like(values)], [indices], [one], **rates, seed=7)
+    yield
     moved = float((1 - values.double()).mean())
     deviation = (lr * (spacing - lr) / values.numel()) ** 0.5
     if not abs(moved - lr) <= 5 * deviation:
@@ -93,13 +99,11 @@ def moving(bench: Bench) -> str:
 Lookups = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
-def _lookups(
-    bench: Bench, slots: int, dim: int, dtype: torch.dtype, weight: torch.dtype, index: torch.dtype
-) -> tuple[Lookups, Lookups]:
+def _lookups(bench: Bench, slots: int, dim: int, dtype: torch.dtype, weight: torch.dtype) -> tuple[Lookups, Lookups]:
     """One lookup, with a row that every token reads; and two of one table, with different numbers of tokens."""
     device, many = bench.device, bench.sizes.reads
     sizes = [("hot", 4, 2), ("uniform", 5, 3)] if bench.rehearse else [("hot", 333, many), ("uniform", 60, 7)]
-    indices = [data.slots_read(p, t, k, slots, device, index, seed=s) for s, (p, t, k) in enumerate(sizes)]
+    indices = [data.slots_read(p, t, k, slots, device, seed=s) for s, (p, t, k) in enumerate(sizes)]
     weights = [data.normal(t, k, dtype=weight, device=device, seed=s + 10) for s, (_, t, k) in enumerate(sizes)]
     grads = [data.normal(t, dim, dtype=dtype, device=device, seed=s + 20) for s, (_, t, _) in enumerate(sizes)]
     return (grads[:1], indices[:1], weights[:1]), (grads, indices, weights)

@@ -12,7 +12,6 @@ from typing import Any
 
 import data as data
 import torch
-from calls import FP32_WEIGHTS
 from calls import forward as call
 from harness import Bench, Case, Result, Run, Target, Timing
 from torch import Tensor
@@ -69,8 +68,7 @@ def forward_cases(bench: Bench) -> Iterator[Case]:
         yield Case(f"D={dim} bfloat16 {pattern}", partial(forward, dim=dim, pattern=pattern))
     for pattern in ("uniform", "zipf"):
         yield Case(f"D={dim} bfloat16 {pattern}, table in L2", partial(forward, dim=dim, pattern=pattern, cold=False))
-    if FP32_WEIGHTS:
-        yield Case(f"D={dim} bfloat16, weights float32", partial(forward, dim=dim, pattern="uniform", kind=torch.float32))
+    yield Case(f"D={dim} bfloat16, weights float32", partial(forward, dim=dim, pattern="uniform", kind=torch.float32))
     yield Case(f"D={dim} float32 uniform", partial(forward, dim=dim, pattern="uniform", dtype=torch.float32))
     for width in dict.fromkeys((dim, bench.sizes.dims[-1])):
         yield Case(f"D={width} fp8 uniform", partial(forward_fp8, dim=width))
@@ -215,9 +213,8 @@ def backward_cases(bench: Bench) -> Iterator[Case]:
         yield Case(f"D={dim}", partial(backward, dim=dim, patterns=("uniform",)))
     dim = bench.sizes.dims[0]
     yield Case(f"D={dim} table in L2", partial(backward, dim=dim, patterns=("uniform",), cold=False))
-    if FP32_WEIGHTS:
-        part = partial(backward, dim=dim, patterns=("uniform",), kind=torch.float32)
-        yield Case(f"D={dim}, weights float32", part)
+    part = partial(backward, dim=dim, patterns=("uniform",), kind=torch.float32)
+    yield Case(f"D={dim}, weights float32", part)
     yield Case(f"D={dim} rows", partial(sparse_rows, dim=dim))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import baseline_updates
 import data as data
 import torch
-from calls import FP32_WEIGHTS, forward
+from calls import forward
 from harness import Bench, Case, Result, Run, Target
 from lookup import DTYPE, baselines, hot_keys, unless_missing
 from models import memory_layer, optimizer_step
@@ -86,9 +86,8 @@ def update_cases(bench: Bench) -> Iterator[Case]:
     for pattern in ("zipf", "hot"):
         yield Case(f"adagrad D={first} {pattern}", partial(update, rule="adagrad", dim=first, pattern=pattern))
     yield Case(f"adagrad D={first} table in L2", partial(update, rule="adagrad", dim=first, pattern="uniform", cold=False))
-    if FP32_WEIGHTS:
-        part = partial(update, rule="adagrad", dim=first, pattern="uniform", kind=torch.float32)
-        yield Case(f"adagrad D={first}, weights float32", part)
+    part = partial(update, rule="adagrad", dim=first, pattern="uniform", kind=torch.float32)
+    yield Case(f"adagrad D={first}, weights float32", part)
     yield Case(f"adagrad D={last} fp8", partial(update, rule="adagrad", dim=last, pattern="uniform", fp8=True))
 
 
