@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -238,7 +239,10 @@ def test_a_failure_in_any_section_loses_that_section_alone(tmp_path: Path, secti
     found = statuses(tmp_path)
     assert any(status.startswith(("FAILED", "WRONG:")) for status in found[section])
     again = kind in ("wrong", "error")  # the other cases of the section still run
-    assert any(status.startswith("not run") for status in found[section]) != again or len(lines(tmp_path, "cases")[-2]["names"]) == 1
+    assert (
+        any(status.startswith("not run") for status in found[section]) != again
+        or len(lines(tmp_path, "cases")[-2]["names"]) == 1
+    )
     assert len(found[other]) == len({row["case"] for row in summary(tmp_path)["rows"] if row["section"] == other})
     good = "rehearsed" if section == "correctness" and kind in ("sticky", "exit", "crash") else "kernel not checked"
     assert set(found[other]) <= {good, "kernel not checked", "rehearsed"} or "WRONG kernel" in found[other][0]
@@ -306,14 +310,22 @@ def test_the_whole_run_ends_in_time_although_every_section_hangs(tmp_path: Path)
 @linux
 @pytest.mark.slow
 def test_a_terminal_that_blocks_does_not_stop_the_clock(tmp_path: Path) -> None:
-    line = [sys.executable, str(FOLDER), "--rehearse", "--out", str(tmp_path), "--sections", "forward,decode", "--seconds", "40"]
+    line = [
+        sys.executable,
+        str(FOLDER),
+        "--rehearse",
+        "--out",
+        str(tmp_path),
+        "--sections",
+        "forward,decode",
+        "--seconds",
+        "40",
+    ]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    while True:  # fill the pipe
-        try:
+    with contextlib.suppress(BlockingIOError):
+        while True:  # until the pipe is full
             os.write(writer, b"x" * 4096)
-        except BlockingIOError:
-            break
     os.set_blocking(writer, True)
     start = time.monotonic()
     process = subprocess.Popen(line, stdout=writer, env=environment())
