@@ -60,13 +60,13 @@ def mark(contents: Contents, section: sections.Section) -> str:
     """Why the times of a section are not comparable: a kernel that it measures is wrong, or was not checked; else ""."""
     own = contents.cases.get(section.name, {})  # a section may have checks of its own
     checks = {name: case for name, case in contents.cases.get(CORRECTNESS, {}).items() if concerns(section, name)}
-    wrong = [name for name, case in own.items() if case.why.startswith("WRONG")]
-    wrong += [name for name, case in checks.items() if _failure(case).startswith(("WRONG", "FAILED"))]
-    if wrong:
-        return f"WRONG kernel: times are not comparable ({wrong[0]})"
-    if section.checks and (not checks or any(case.state != "done" for case in checks.values())):
-        return "kernel not checked"
-    return ""
+    for name, case in {**own, **checks}.items():
+        if case.why.startswith("WRONG"):
+            return f"WRONG kernel: times are not comparable ({name})"
+    missing = [name for name, case in checks.items() if case.state != "done"]
+    if missing:
+        return f"kernel not checked ({missing[0]})"
+    return "kernel not checked" if section.checks and not checks else ""
 
 
 def concerns(section: sections.Section, check: str) -> bool:
