@@ -11,17 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from machine_code import Code, read
 
 from memrewrite.kernels.compile_variants import CompileVariant
 
@@ -29,20 +27,6 @@ MODULES = ("triton_lookup", "triton_segments", "triton_backward", "triton_update
 ARCHITECTURES = (80, 90, 100)
 BASELINE = Path(__file__).with_suffix(".json")
 GROWTH, SLACK = 1.15, 8  # a register count passes if it grew by at most this factor, or by at most this many
-
-
-@dataclass(frozen=True)
-class Code:
-    """What the gate reads from the machine code of one kernel."""
-
-    registers: int
-    stack: int  # bytes per thread: registers that did not fit
-    spills: int  # instructions that load and store them
-    loads: dict[int, int]  # bytes -> global loads of that width
-
-    @property
-    def widths(self) -> str:
-        return " ".join(f"{count}x{width}B" for width, count in sorted(self.loads.items(), reverse=True))
 
 
 def compile_variants() -> Iterator[CompileVariant]:
@@ -67,31 +51,8 @@ def compiled(variant: CompileVariant, arch: int) -> Code:
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **variant.options}
     kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return read(kernel.asm["cubin"], Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
-
-
-def read(cubin: bytes, cuobjdump: Path) -> Code:
-    """Registers, spills and load widths of a cubin with one kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run([cuobjdump, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", sass)
-    if found is None or not instructions:
-        raise RuntimeError(f"{cuobjdump} printed no register count or no instructions; did its output format change?\n{usage}")
-    loads = Counter(width(name) for name in instructions if name.split(".")[0] in ("LDG", "LDGSTS"))
-    spills = sum(name.split(".")[0] in ("STL", "LDL") for name in instructions)
-    return Code(int(found[1]), int(found[2]), spills, dict(loads))
-
-
-def width(load: str) -> int:
-    """Bytes that one load instruction reads per thread: LDG.E.128 -> 16."""
-    sizes = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-    return next((sizes[part] for part in load.split(".") if part in sizes), 4)
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return read(kernel.asm["cubin"], cuobjdump, variant.row_bytes, variant.constants.get("CACHE", ""))
 
 
 def findings(variant: CompileVariant, code: Code, known: int | None) -> Iterator[str]:
