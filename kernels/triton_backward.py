@@ -8,6 +8,7 @@ segments of hot rows (rows with many reads). The gradient of the weights alone n
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -262,6 +263,19 @@ def dots_variants(how: Plan, width: int, dtype: torch.dtype, index: str = "i64",
             scalar_loads=how.rows * ((1 if eight else 0) + (1 if how.rows > 8 else 0)),
             architectures=architectures,
         )
+
+
+def _measured_segments(plan: dict[str, Any], dtype: torch.dtype, width: int) -> Iterator[CompileVariant]:
+    how = Plan(slices=triton.cdiv(width, plan["block"]), **plan)
+    for dots, by_rank in ((True, False), (False, False), (False, True)):
+        yield segment_variant(how, width, dtype, dots, by_rank)
+
+
+def _measured_dots(plan: dict[str, Any], dtype: torch.dtype, width: int) -> Iterator[CompileVariant]:
+    yield from dots_variants(Plan(slices=triton.cdiv(width, plan["block"]), **plan), width, dtype)
+
+
+MEASURED = {"segment_gradients": _measured_segments, "token_dots": _measured_dots}  # as in `triton_lookup`
 
 
 def compile_variants() -> Iterator[CompileVariant]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -209,6 +210,16 @@ def variant(
             scalar_loads=how.rows * (2 if unit < how.rows or how.rows > 8 else 0) + (how.rows if eight else 0),
             architectures=architectures,
         )  # fmt: skip
+
+
+def measured_variants(plan: dict[str, Any], dtype: torch.dtype, width: int) -> Iterator[CompileVariant]:
+    """The variants of a measured plan."""
+    how = Plan(slices=triton.cdiv(width, plan["block"]), **plan)
+    yield from variant(how, width, dtype, torch.float32)
+    yield from variant(how, width, dtype, torch.float32, note="split")
+
+
+MEASURED = {"forward": measured_variants}  # kernel of the table of plans -> its variants, for the compile gate
 
 
 def compile_variants() -> Iterator[CompileVariant]:
