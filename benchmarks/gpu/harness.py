@@ -136,8 +136,8 @@ class Bench:
     def race(self, runs: dict[str, Run], *, seconds: float = 0.5, per: int = 1, flush: bool = True) -> dict[str, Timing | str]:
         """Times of all implementations in interleaved rounds; `per` calls count as one run.
 
-        Caches are flushed before each run; without `flush`, a run before it that is not timed fills them. `seconds` is the time
-        limit of each. A baseline that cannot run gets the reason; "ours" must run.
+        Caches are flushed before each run; without `flush`, a run before it that is not timed fills them. `seconds` is the
+        time limit of each. A baseline that cannot run gets the reason; "ours" must run.
         """
         plan: dict[str, int] = {}
         times: dict[str, list[float]] = {}
@@ -194,23 +194,16 @@ class Bench:
         ours = times["ours"]
         assert isinstance(ours, Timing)
         if self.rehearse:  # times of a rehearsal are meaningless and not stored
-            why = {name: t if isinstance(t, str) else "rehearsed" for name, t in times.items() if name != "ours"}
-            undecided: list[tuple[str, bool | None]] = [(str(t), None) for t in targets]
-            return Result(
-                section,
-                case,
-                "rehearsed",
-                rivals=dict(why),
-                targets=undecided,
-                note=note,
-                moved=moved or None,
-                extra=extra or {},
-            )
-        rivals = {name: t.ms if isinstance(t, Timing) else t for name, t in times.items() if name != "ours"}
-        ratios = {name: ms / ours.ms for name, ms in rivals.items() if isinstance(ms, float)}
-        line = Result(section, case, "ok", ours.ms, ours.min_ms, rivals=rivals, ratios=ratios, note=note, extra=extra or {})
+            line = Result(section, case, "rehearsed", note=note, moved=moved or None, extra=extra or {})
+            line.rivals = {name: t if isinstance(t, str) else "rehearsed" for name, t in times.items() if name != "ours"}
+            line.targets = [(str(t), None) for t in targets]
+            return line
+        line = Result(section, case, "ok", ours.ms, ours.min_ms, note=note, moved=moved or None, extra=extra or {})
+        line.rivals = {name: t.ms if isinstance(t, Timing) else t for name, t in times.items() if name != "ours"}
+        ratios = {name: ms / ours.ms for name, ms in line.rivals.items() if isinstance(ms, float)}
+        line.ratios = ratios
         if moved:
-            line.moved, line.gbps = moved, moved / ours.ms / 1e6
+            line.gbps = moved / ours.ms / 1e6
             line.of_floor = None if math.isnan(self.copy) else moved / self.copy * 1e3 / ours.ms
         reached = ratios if line.of_floor is None else {**ratios, "floor": line.of_floor}
         line.targets = [(str(t), reached[t.of] >= t.least if t.of in reached else None) for t in targets]

@@ -1,7 +1,7 @@
 """The record of a run, DIR/results.jsonl: one JSON object a line, on the disk as soon as it exists; written by all processes.
 
-Kinds of lines: `run` (device, versions), `cases` (names of a section's cases), `begin`, `result`, `done` and `failed` of a case,
-`value` (a rate that other sections read), `end` (seconds of the run). A line that was cut off is skipped when reading.
+Kinds of lines: `run` (device, versions), `cases` (names of a section's cases), `begin`, `result`, `done` and `failed` of a
+case, `value` (a rate that other sections read), `end` (seconds of the run). A line that was cut off is skipped when reading.
 """
 
 from __future__ import annotations

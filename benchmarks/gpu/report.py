@@ -1,7 +1,7 @@
 """The summary of a record: progress lines, a table for the terminal, a page for docs/measurements.md, and JSON.
 
-Flow: record → results, each marked if its kernels are wrong or unchecked → cells → columns of the necessary width; a result with
-several targets has several rows. Without torch, so that a summary can be made on every machine.
+Flow: record → results, each marked if its kernels are wrong or unchecked → cells → columns of the necessary width; a result
+with several targets has several rows. Without torch, so that a summary can be made on every machine.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def mark(contents: Contents, section: sections.Section) -> str:
 def concerns(section: sections.Section, check: str) -> bool:
     """True if the section times the kernel of this correctness case; a case that names no known kernel concerns all."""
     known = tuple({prefix for each in sections.SECTIONS for prefix in each.checks})
-    return check.startswith(section.checks) or bool(section.checks) and not check.startswith(known)
+    return check.startswith(section.checks) or (bool(section.checks) and not check.startswith(known))
 
 
 def _marked(result: Result, why: str) -> Result:

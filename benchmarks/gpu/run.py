@@ -22,40 +22,36 @@ from typing import Any, NoReturn
 import import_checkout
 import processes
 import report
-import sections
 from record import WHOLE, Contents, Record
-from sections import Section
+from sections import NAMES, RATES, SECTIONS, TOTAL, Section, chosen
 
 START = time.monotonic()
 PROBE = 90.0  # seconds, of which a cold import of torch takes most
-RESERVE = 15.0  # seconds kept for killed processes and the summary
+RESERVE = 10.0  # seconds kept for killed processes and the summary
 REHEARSAL = 3600.0  # seconds: Triton's interpreter is slow
 
 
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu", description=__doc__)
-    parser.add_argument("--sections", default="", help=f"only these, with commas: {', '.join(sections.NAMES)}")
-    parser.add_argument("--out", type=Path, help="folder of results.jsonl, gpu.json, table.md and log.txt (build/gpu)")
-    parser.add_argument(
-        "--resume", action="store_true", help="keep the finished cases of the run in this folder, run the others"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the summary here; sets the folder unless --out does"
-    )
-    parser.add_argument("--table", type=Path, metavar="DIR", help="only make the summary of the results in this folder")
-    parser.add_argument("--seconds", type=float, help=f"time limit of the whole run ({sections.TOTAL:.0f})")
-    parser.add_argument("--library", type=Path, metavar="FILE", help="native library for the section onnx (built with nvcc)")
-    parser.add_argument("--rehearse", action="store_true", help="run everything on the CPU with tiny sizes, without times")
+    add = parser.add_argument
+    add("--sections", default="", metavar="A,B", help=f"only these: {', '.join(NAMES)}")
+    add("--out", type=Path, metavar="DIR", help="folder of results.jsonl, gpu.json, table.md and log.txt (build/gpu)")
+    add("--resume", action="store_true", help="keep the finished cases of the run in this folder, and run the others")
+    add("--json", type=Path, metavar="FILE", help="also write the summary here; its folder is the default of --out")
+    add("--table", type=Path, metavar="DIR", help="only make the summary of the results in this folder")
+    add("--seconds", type=float, help=f"time limit of the whole run ({TOTAL:.0f})")
+    add("--library", type=Path, metavar="FILE", help="native library for the section onnx (default: built here with nvcc)")
+    add("--rehearse", action="store_true", help="run everything on the CPU with tiny sizes, without times")
     args = parser.parse_args(argv)
     try:
-        args.chosen = sections.chosen(args.sections)
+        args.chosen = chosen(args.sections)
     except ValueError as error:
         parser.error(str(error))
     if args.out is None:
         args.out = args.json.parent if args.json else Path("build/gpu")
     if args.seconds is None:
-        args.seconds = REHEARSAL if args.rehearse else sections.TOTAL
+        args.seconds = REHEARSAL if args.rehearse else TOTAL
     return args
 
 
@@ -77,6 +73,7 @@ def main(argv: Sequence[str]) -> int:
         measuring.run()
     finally:
         code = measuring.conclude()
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return code
 
 
@@ -95,21 +92,19 @@ class Measuring:
     def __post_init__(self) -> None:
         self.record = Record(self.args.out)
         self.log = self.args.out / "log.txt"
-        self.started = time.monotonic()
         self.end = START + self.args.seconds - RESERVE
-        self.children: list[processes.Child] = []
 
     # ------------------------------------------------------------------------------------------------------ the machine
 
     def prepare(self) -> str:
         """Describe the machine, and begin or continue the record. Returns why that is impossible, or ""."""
-        found = import_checkout.ensure()
-        if found:
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (found, os.environ.get("PYTHONPATH"))))
+        if folder := import_checkout.ensure():
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
         why, printed = processes.output(self._line("probe"), min(PROBE, max(1.0, self.end - time.monotonic())))
         if why:
             return printed.strip() or f"the machine could not be described: {why}"
-        run = {**json.loads(printed.splitlines()[-1]), "rehearsal": self.args.rehearse}
+        (described,) = [line for line in printed.splitlines() if line.startswith("{")]
+        run = {**json.loads(described), "rehearsal": self.args.rehearse}
         self.args.out.mkdir(parents=True, exist_ok=True)
         if self.args.resume and self.record.path.exists():
             if different := differences(self.record.read(), run):
@@ -127,15 +122,12 @@ class Measuring:
     # ----------------------------------------------------------------------------------------------------- the sections
 
     def run(self) -> None:
-        """All chosen sections that are not complete; and the peak rates, if they are not known, since all others need them."""
+        """All chosen sections that are not complete; and the peak rates, which all others need, if they are not known."""
         known = self.record.read()
-        chosen = [
-            s for s in sections.SECTIONS if s in self.args.chosen or (s.name == sections.RATES and "copy" not in known.values)
-        ]
-        left = [section for section in chosen if not known.complete(section.name)]
+        wanted = {section.name for section in self.args.chosen} | (set() if "copy" in known.values else {RATES})
+        left = [section for section in SECTIONS if section.name in wanted and not known.complete(section.name)]
         for i, section in enumerate(left):
-            share = section.seconds / sum(s.seconds for s in left[i:])
-            seconds = (self.end - time.monotonic()) * share
+            seconds = (self.end - time.monotonic()) * section.share / sum(later.share for later in left[i:])
             ended = self.section(section, seconds) if seconds > 1 else ["no time left"]
             self.account(section, "; ".join(dict.fromkeys(filter(None, ended))))
 
@@ -228,7 +220,7 @@ def inner(argv: Sequence[str]) -> int:
         return probe.main(settings["rehearse"])
     import section_process
 
-    (section,) = sections.chosen(argv[2])
+    (section,) = chosen(argv[2])
     library = Path(settings["library"]) if settings["library"] else None
     share = int(argv[3]), int(argv[4])
     return section_process.main(section, Record(Path(settings["out"])), settings["rehearse"], share, library)

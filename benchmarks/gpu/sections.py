@@ -16,7 +16,7 @@ class Section:
 
     Attributes:
         name: Its name in the table and in `--sections`.
-        seconds: Its share of the time. A section may use what is left in proportion to the shares of those after it.
+        share: Its share of the time. What a section leaves is shared by those after it.
         module: The module that has its cases, imported in the process of the section.
         function: The function of this module that returns the cases.
         checks: How the names of those correctness cases begin whose kernels the section times.
@@ -24,7 +24,7 @@ class Section:
     """
 
     name: str
-    seconds: float
+    share: float
     module: str
     function: str = "cases"
     checks: tuple[str, ...] = ()
