@@ -33,13 +33,15 @@ TOLERANCE = {
     torch.bfloat16: 4e-3,
 }  # half types: at most half a unit in the last place
 FP8 = torch.float8_e4m3fn
-UPDATES = (  # dtype of the table, of the weights
-    (torch.bfloat16, torch.bfloat16),
-    (torch.bfloat16, torch.float32),
-    (torch.float32, torch.float32),
-    (FP8, torch.float32),
+UPDATES = (  # dtype of the table, of the output's gradient, of the weights
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32, torch.float32),
+    (FP8, torch.bfloat16, torch.float32),
+    (FP8, torch.float32, torch.float32),
 )
 WIDEST = 8192  # of the updates: two slices
+SLOTS = 4096
 TOKENS = 300  # more than the reads of a segment; its thirds run as few tokens
 
 
@@ -71,10 +73,11 @@ def lookups(bench: Bench) -> Iterator[Lookup]:
     if not bench.rehearse:
         yield Lookup(60, 1000, 65, 7, torch.float16, "hot", torch.int32)
     tokens, reads = (7, 4) if bench.rehearse else (TOKENS, bench.sizes.reads)
-    slots = 40 if bench.rehearse else 4096
+    slots = 40 if bench.rehearse else SLOTS
     for dim in timed_widths(bench):
         yield Lookup(slots, dim, tokens, reads, torch.bfloat16, "hot")
-        yield Lookup(slots, dim, tokens, reads, torch.float32, "zipf", torch.int32)
+        yield Lookup(slots, dim, tokens, reads, torch.bfloat16, "zipf", torch.int32)
+        yield Lookup(slots, dim, tokens, reads, torch.float32, "zipf")
         yield Lookup(slots, dim, tokens, reads, torch.bfloat16, weights=torch.float32)
 
 
@@ -90,9 +93,11 @@ def checks(bench: Bench) -> Iterator[tuple[str, Callable[[Bench], Check]]]:
         yield f"topk {rows}×({n1}+{n2}) k={k} {_short(dtype)}", partial(correctness_topk.topk, size=topk_size)
     for rule in ("adagrad", "adam"):
         for dim in dict.fromkeys((20, *timed_widths(bench), *(() if bench.rehearse else (WIDEST,)))):
-            for dtype, weights in UPDATES:
-                name = f"{rule} D={dim} {_short(dtype)}, weights {_short(weights)}"
-                yield name, partial(updates, rule=rule, dim=dim, dtype=dtype, weights=weights)
+            for dtypes in UPDATES:
+                table, grad, weights = map(_short, dtypes)
+                yield f"{rule} D={dim} {table}, gradients {grad}, weights {weights}", partial(
+                    updates, rule=rule, dim=dim, dtypes=dtypes
+                )
 
 
 def cases(bench: Bench) -> Iterator[Case]:
@@ -168,16 +173,20 @@ class Dry:
 
 
 def timed_launches(bench: Bench) -> set[Launch]:
-    """The kernels and plans that the timed sections launch for this package: their cases run on small tables, and launch nothing."""
+    """The kernels and plans of this package that the timed sections launch: their cases run on small tables, and launch nothing.
+
+    Without the sections of whole layers: they launch these kernels, with fp32 weights, as some cases here do at each width.
+    """
     import lookup as lookups
     import steps
 
     dry: Any = Dry(bench)
     makers = (lookups.forward_cases, lookups.decode_cases, lookups.backward_cases)
     with recorded(launch=False) as launches:
-        for cases in (*makers, steps.topk_cases, steps.update_cases, steps.step_cases):
+        for cases in (*makers, steps.topk_cases, steps.update_cases):
             for case in cases(dry):
                 list(case.run(dry))
+        list(steps.lookup_step(dry, dry.sizes.dims[0]))
     return launches
 
 
@@ -276,10 +285,10 @@ def lookup_results(bench: Bench, values: Tensor, indices: Tensor, weights: Tenso
 
 def fp8_lookup(bench: Bench, dim: int, dtype: torch.dtype) -> Check:
     """Forward, of few tokens too, and the gradient of the weights of an fp8 table; the output has the dtype of the weights."""
-    device, kernels = bench.device, bench.kernels
-    values, scale = data.fp8_table(500, dim, device)
+    device, kernels, slots = bench.device, bench.kernels, 40 if bench.rehearse else SLOTS
+    values, scale = data.fp8_table(slots, dim, device)
     tokens, reads = (6, 4) if bench.rehearse else (TOKENS, bench.sizes.reads)
-    indices = data.slots_read("uniform", tokens, reads, 500, device)
+    indices = data.slots_read("uniform", tokens, reads, slots, device)
     weights = data.normal(tokens, reads, dtype=dtype, device=device)
     grad = data.normal(tokens, dim, dtype=dtype, device=device, seed=4)
     out = forward(kernels, values, indices, weights, scale)

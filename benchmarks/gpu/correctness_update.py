@@ -15,6 +15,7 @@ from torch import Tensor
 RATES = {"lr": 0.05, "eps": 1e-8, "weight_decay": 0.1}
 BETAS = {"beta1": 0.9, "beta2": 0.99}
 STEP = 3
+SLOTS = 2000
 STEPS = {
     torch.float32: 1e-5,
     torch.bfloat16: 1e-2,
@@ -41,20 +42,21 @@ def same(name: str, one: Tensor | None, two: Tensor | None) -> None:
         raise Stop(f"{name}: not the same bits")
 
 
-def updates(bench: Bench, rule: str, dim: int, dtype: torch.dtype, weights: torch.dtype) -> Check:
-    """A step with one lookup, and one with two lookups of one table: read rows follow the rule, others do not change.
+def updates(bench: Bench, rule: str, dim: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> Check:
+    """`dtypes` of the table, of the gradient of its lookups, of their weights. A step with one lookup, and one with two lookups of one table: read rows follow the rule, others do not change.
 
     The same seed gives the same bits. Rows in fp8 are within half a rounding step on average, each scaled so that its largest
     entry is 448.
     """
-    slots, device = 100 if bench.rehearse else 2000, bench.device
+    dtype, *kinds = dtypes
+    slots, device = 100 if bench.rehearse else SLOTS, bench.device
     scale: Tensor | None = None
     if dtype.itemsize == 1:
         values, scale = data.fp8_table(slots, dim, device)
     else:
         values = data.table(slots, dim, dtype, device)
     ran = []
-    for lookups in _lookups(bench, slots, dim, torch.float32 if scale is not None else dtype, weights):
+    for lookups in _lookups(bench, slots, dim, *kinds):
         tables = [(values.clone(), None if scale is None else scale.clone()) for _ in range(2)]
         states = [step(bench, rule, *table, *lookups) for table in tables]
         ran.append((lookups, tables, states[0]))

@@ -40,7 +40,6 @@ class Sizes:
     topk_rows: int = 65536
     topk_keys: tuple[int, ...] = (1024, 4096)
     hidden: int = 7  # hidden width of the dense MLP in units of d_model / 2: 3.5 × d_model, as in Llama 3 8B
-    huge: tuple[tuple[int, int, str], ...] = ((4096, 4096, "float8_e4m3fn"), (3872, 4096, "bfloat16"))  # keys, dim, dtype
     copy_bytes: int = 8 << 30
     matmul: int = 8192
 
@@ -49,7 +48,7 @@ class Sizes:
         """Small enough for Triton's interpreter."""
         return cls(
             tokens=3, heads=2, topk=2, dims=(32,), keys=8, train_keys=8, decode=(1, 3), sets=2, topk_rows=3, topk_keys=(32,),
-            huge=((8, 32, "float8_e4m3fn"), (8, 32, "bfloat16")), copy_bytes=1 << 16, matmul=32,
+            copy_bytes=1 << 16, matmul=32,
         )  # fmt: skip
 
     @property

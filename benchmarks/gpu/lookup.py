@@ -190,13 +190,13 @@ def eager_us(bench: Bench, calls: dict[str, Callable[..., Any]], inputs: tuple[T
     if bench.rehearse:
         return ""
     texts = []
-    for name, call in calls.items():
+    for name, function in calls.items():
         for _ in range(20):
-            call(*inputs)
+            function(*inputs)
         bench.sync()
         start = time.perf_counter()
         for _ in range(200):
-            call(*inputs)
+            function(*inputs)
         bench.sync()
         texts.append(f"{name} {(time.perf_counter() - start) * 5e3:.0f} µs")
     return "eager call: " + ", ".join(texts)

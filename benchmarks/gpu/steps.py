@@ -88,7 +88,7 @@ def update_cases(bench: Bench) -> Iterator[Case]:
     yield Case(f"adagrad D={first} table in L2", partial(update, rule="adagrad", dim=first, pattern="uniform", cold=False))
     part = partial(update, rule="adagrad", dim=first, pattern="uniform", kind=torch.float32)
     yield Case(f"adagrad D={first}, weights float32", part)
-    yield Case(f"adagrad D={last} fp8", partial(update, rule="adagrad", dim=last, pattern="uniform", fp8=True))
+    yield Case(f"adagrad D={last} fp8", partial(update, rule="adagrad", dim=last, pattern="uniform", fp8=True, kind=torch.float32))
 
 
 def update(
@@ -179,20 +179,20 @@ def lookup_step(bench: Bench, dim: int) -> Iterator[Result]:
 
     runs: dict[str, Run] = {"ours": ours}
     forwards = {"dense": ops.sparse_lookup, "embedding_bag": baselines().bag_forward, "torch": baselines().torch_forward}
-    for name, forward in forwards.items():
-        runs[f"{name} + AdamW"] = unless_missing(partial(_dense_step, forward, values, indices, weights, grad))
+    for name, rival in forwards.items():
+        runs[f"{name} + AdamW"] = unless_missing(partial(_dense_step, rival, values, indices, weights, grad))
     runs["fbgemm"] = unless_missing(lambda: partial(baselines().Fbgemm(values, 1e-3).step, grad, indices, weights))
     case = f"memory alone, row-wise Adagrad T={sizes.tokens} K={sizes.reads} D={dim} N={keys}²"
     yield bench.result("training step", case, bench.race(runs), targets=[Target("dense + AdamW", 3)])
 
 
-def _dense_step(forward: Any, values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor) -> Run:
+def _dense_step(call: Any, values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor) -> Run:
     """Forward, both gradients, and AdamW over the whole table."""
     table, leaf = values.clone().requires_grad_(), weights.clone().requires_grad_()
     optimizer = torch.optim.AdamW([table], lr=1e-3, weight_decay=0.0, fused=True)
 
     def run() -> None:
-        forward(table, indices, leaf).backward(grad)
+        call(table, indices, leaf).backward(grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         leaf.grad = None

@@ -114,7 +114,7 @@ def rounded_update(values: Tensor, scale: Any, total: Tensor, grads: Any, indice
 
 def test_a_rounded_weight_of_an_update_is_found(modules):
     correctness, updates = modules("correctness"), modules("correctness_update").updates
-    case = {"rule": "adagrad", "dim": 20, "dtype": torch.bfloat16, "weights": torch.float32}
+    case = {"rule": "adagrad", "dim": 20, "dtypes": (torch.bfloat16, torch.bfloat16, torch.float32)}
     assert correctness.finished(updates(bench_with(modules), **case)) < 1e-2
     with pytest.raises(modules("harness").Stop, match="total"):
         correctness.finished(updates(bench_with(modules, adagrad_=rounded_update), **case))
@@ -155,41 +155,36 @@ def test_a_table_that_does_not_fit_is_reported(modules, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ what is covered
 
 
-@pytest.fixture
-def real(modules, monkeypatch) -> Any:
-    """A `Bench` with the widths of the device, on the CPU, whose Triton kernels are recorded and not launched."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
+@pytest.fixture(params=[(1024, 576), pytest.param((1024, 2048, 4096, 576, 768, 1536), marks=pytest.mark.slow)], ids=str)
+def real(request: Any, modules: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A `Bench` with widths of the device, on the CPU, whose Triton kernels are recorded and not launched."""
+    dims, odd = ([d for d in request.param if (d % 1024 == 0) == power] for power in (True, False))
+    correctness, lookup = modules("correctness"), modules("lookup")
     bench = modules("harness").Bench(rehearse=True, triton=True)
-    bench.sizes = dataclasses.replace(modules("harness").Sizes(), tokens=70, topk_rows=1030, decode=(1, 64))
-    for name in ("timed_widths", "odd_widths"):
-        plain = getattr(modules("lookup"), name)
-        monkeypatch.setattr(modules("lookup"), name, lambda _, plain=plain: plain(SimpleNamespace(rehearse=False, sizes=bench.sizes)))
-    monkeypatch.setattr(modules("correctness"), "timed_widths", modules("lookup").timed_widths)
-    monkeypatch.setattr(modules("correctness"), "TOKENS", 70)
-    for name in ("supports", "supports_topk"):
-        monkeypatch.setattr(triton_backend, name, lambda *_: None)
+    bench.sizes = dataclasses.replace(modules("harness").Sizes(), dims=(*dims,), tokens=70, topk_rows=1030)
+    bench.rehearse, bench.sync = False, lambda: None
+    monkeypatch.setattr(type(bench), "free", lambda _: 1 << 40)
+    monkeypatch.setattr(lookup, "odd_widths", lambda _: (*odd,))
+    monkeypatch.setattr(lookup, "hot_keys", lambda *_: 16)
+    monkeypatch.setattr(modules("steps"), "hot_keys", lambda *_: 16)
+    monkeypatch.setattr(correctness, "TOKENS", 70)
+    for module in (correctness, modules("correctness_update")):
+        monkeypatch.setattr(module, "SLOTS", 64)
     return bench
 
 
-def test_the_checks_launch_every_plan_that_is_timed(modules, real, monkeypatch):
+def test_the_checks_launch_every_plan_that_is_timed(modules, real):
     correctness = modules("correctness")
-    timed, checked = correctness.timed_launches(real), correctness.checked_launches(real)
-    names = {name for name, _ in timed}
+    names = {name for name, _ in correctness.timed_launches(real)}
     assert {"lookup_forward", "add_chunks", "segment_gradients", "update_rows", "half_kernel", "pair_kernel"} <= names
-    assert not timed - checked
     assert len(list(correctness.timed_is_checked(real))) == 1
 
 
-def test_a_plan_that_only_the_timed_sections_launch_is_found(modules, real, monkeypatch):
+@pytest.mark.parametrize("only", ["lookup N=1 ", "adam "])
+def test_a_plan_that_is_timed_but_not_checked_is_found(modules, real, monkeypatch, only):
     correctness = modules("correctness")
-    monkeypatch.setattr(correctness, "checks", lambda bench: list(correctness_checks(bench))[:3])
-    correctness_checks = modules("correctness").lookups
-    monkeypatch.setattr(
-        correctness,
-        "checks",
-        lambda bench: [("first", lambda bench: correctness.lookup(bench, next(iter(correctness_checks(bench)))))],
-    )
+    every = list(correctness.checks(real))
+    monkeypatch.setattr(correctness, "checks", lambda _: [one for one in every if one[0].startswith(only)][:1])
     with pytest.raises(modules("harness").Stop, match="timed kernels are not checked"):
         list(correctness.timed_is_checked(real))
 
