@@ -119,7 +119,17 @@ def _rate(rate: float | None, unit: float) -> float | None:
 
 
 def progress(line: dict[str, Any]) -> str:
-    """A line of the record as text, with the numbers of a result; "" for lines that say nothing new."""
+    """A line of the record as text, with the numbers of a result; "" for lines that say nothing new.
+
+    A line that cannot be formatted is returned as it is: it must not end the run.
+    """
+    try:
+        return _progress(line)
+    except (KeyError, TypeError, ValueError):
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _progress(line: dict[str, Any]) -> str:
     at = f"{line.get('section')}: "
     if line["kind"] == "failed":
         return f"{at}{line['of'] or 'all cases'}: {line['why']}"
@@ -158,7 +168,8 @@ def table(results: list[Result]) -> str:
 
 def page(contents: Contents, results: list[Result]) -> str:
     """The table as Markdown, with device, date and versions."""
-    run = contents.runs[0] if contents.runs else {"date": "unknown", "rehearsal": False, "device": {}, "versions": {}}
+    unknown: dict[str, Any] = {"date": "unknown", "rehearsal": False, "device": {}, "versions": {}}
+    run = contents.runs[0] if contents.runs else unknown
     summary = record(contents, results)
     device, versions = (", ".join(f"{k} {v}" for k, v in run[name].items()) for name in ("device", "versions"))
     rates, targets = summary["ceilings"], summary["targets"]

@@ -167,7 +167,9 @@ def test_the_onnx_section_counts_the_native_calls(
     _, rows = onnx_section(library)
     wrong = [row.status for row in rows if row.status.startswith("WRONG: ")]
     assert len(wrong) == len(rows) // 2  # each case gives its line, and then this one
-    assert all(status.startswith("WRONG: the native kernels ran {'SparseLookup': 0, 'ProductKeyTopk': 0} times") for status in wrong)
+    assert all(
+        status.startswith("WRONG: the native kernels ran {'SparseLookup': 0, 'ProductKeyTopk': 0} times") for status in wrong
+    )
 
 
 def test_without_the_cuda_provider_the_onnx_section_is_not_run(monkeypatch: pytest.MonkeyPatch, onnx_section: Any) -> None:
