@@ -58,12 +58,12 @@ def _at(tensor: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
 
 
-def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None) -> Tensor:
-    """`sparse_lookup` of checked, non-empty inputs."""
+def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`sparse_lookup` of checked, non-empty inputs, in `dtype`."""
     from memrewrite.kernels import triton_lookup
 
     with _at(values):
-        return triton_lookup.forward(values, indices, weights, scale)
+        return triton_lookup.forward(values, indices, weights, scale, dtype)
 
 
 def backward(

@@ -15,21 +15,30 @@ ROUNDS: tl.constexpr = tl.constexpr(7)  # of philox: the fewest that pass BigCru
 
 
 @triton.jit
-def load_rows(values, row, first, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_rows(
+    values, row, first, live, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr = False,
+    CACHE: tl.constexpr = "evict_last",
+):  # fmt: skip
     """Columns `first + 0..BLOCK_D-1` of table rows, as fp32 [ROWS, BLOCK_D]; values decoded here are 256 times too small.
 
-    8-bit tables are passed unchanged if the device can convert them (half the instructions, right magnitude); else as int32
-    words of four values, or as bytes if the row width is not a multiple of four.
+    With FULL, all of `live` is true. 8-bit tables are passed unchanged if the device can convert them (half the instructions,
+    right magnitude); else as int32 words of four values, or as bytes if the row width is not a multiple of four.
     """
     if values.dtype.element_ty == tl.int32:
         word = first // 4 + tl.arange(0, BLOCK_D // 4)
-        mask = live[:, None] & (word < D // 4)[None, :]
         at = row[:, None] * (D // 4) + word[None, :]
-        out = decode_words(tl.load(values + at, mask, 0, eviction_policy="evict_last"))
+        if FULL and D % BLOCK_D == 0:
+            words = tl.load(values + at, eviction_policy=CACHE)
+        else:
+            words = tl.load(values + at, live[:, None] & (word < D // 4)[None, :], 0, eviction_policy=CACHE)
+        out = decode_words(words)
     else:
         cols = first + tl.arange(0, BLOCK_D)
-        mask = live[:, None] & (cols < D)[None, :]
-        tile = tl.load(values + row[:, None] * D + cols[None, :], mask, 0.0, eviction_policy="evict_last")
+        at = row[:, None] * D + cols[None, :]
+        if FULL and D % BLOCK_D == 0:  # a mask costs an instruction that writes zeros before each load
+            tile = tl.load(values + at, eviction_policy=CACHE)
+        else:
+            tile = tl.load(values + at, live[:, None] & (cols < D)[None, :], 0.0, eviction_policy=CACHE)
         out = decode_e4m3(tile) if tile.dtype == tl.uint8 else tile.to(tl.float32)
     return out
 

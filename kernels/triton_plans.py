@@ -39,7 +39,7 @@ KERNELS = {
     "topk_half": Kernel(("n", "k"), ("rows", "chunk", "group", "warps", "registers")),
     "topk_pair": Kernel(("k",), ("rows", "chunk", "group", "warps", "registers")),
 }
-OPTIONAL = {"registers": None, "cache": "evict_last"}  # fields that an entry may omit, and their values then
+OPTIONAL = {"registers": None}  # fields that an entry may omit, and their values then
 ENTRY = {"device": str, "date": str, "triton": str, "kernel": str, "dtype": str, "size": list, "plan": dict}
 MEASURED = {"ms": (int, float), "default_ms": (int, float)}  # optional: the time of the plan, and without the entry
 _used: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar("memrewrite_used_plans", default=None)

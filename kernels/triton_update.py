@@ -76,7 +76,7 @@ def _update(
     width = values.shape[1]
     how = plan(width)
     grad = grads[0].contiguous() if len(grads) == 1 else torch.cat(list(grads))
-    segments = segment(indices, weights, values.shape[0])
+    segments = segment(indices, weights, *values.shape)
     sums = sum_hot(grad, segments, enable_fp_fusion=values.dtype != torch.float32)
     rows = segments.starts.shape[0] - 1
     programs = triton.cdiv(rows, PER_PROGRAM)
@@ -179,8 +179,8 @@ def update_rows(
             until = tl.load(counts + mine + turn * programs + 1, long, 0) & 0xFFFFFFFF
             move_row(
                 values, scale, average, square, grads, tokens, weights, sums, token, weight, slot.to(tl.int64), first,
-                tl.where(long, first, end), begin, until, lr, decay, eps, beta1, rest1, beta2, rest2, correct1, correct2, seed,
-                EXACT, D, BLOCK_D, SLICES, ROWS,
+                tl.where(begin < until, first, end), begin, until, lr, decay, eps, beta1, rest1, beta2, rest2,
+                correct1, correct2, seed, EXACT, D, BLOCK_D, SLICES, ROWS,
             )  # fmt: skip
         first, end, token, weight, slot = next_first, next_end, next_token, next_weight, next_slot
         next_first, next_end = third_first, third_end

@@ -74,6 +74,11 @@ def torch_forward(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(weights.unsqueeze(1), values[indices]).squeeze(1)
 
 
+def gathered(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """Gather, multiply, sum: what `torch.compile` fuses into one kernel."""
+    return (values[indices] * weights.unsqueeze(-1)).sum(1)
+
+
 def bag_forward(values: Tensor, indices: Tensor, weights: Tensor, sparse: bool = False) -> Tensor:
     """`F.embedding_bag` with weights."""
     return F.embedding_bag(indices, values, per_sample_weights=weights, mode="sum", sparse=sparse)

@@ -5,73 +5,189 @@ Each case samples inputs, fills new memory with NaN, and compares with the formu
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import correctness_topk
 import data as data
 import torch
-from correctness_update import close, fp8_update, moving, same, updates
+from calls import Launch, forward, recorded, text
+from correctness_large import large_table
+from correctness_update import Check, close, moving, same, updates
 from harness import Bench, Case, Result, Stop
+from lookup import timed_widths
+from sections import COVERAGE
+from torch import Tensor
 
 from memrewrite.kernels import reference
 
 SECTION = "correctness"
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-Check = Callable[[Bench], float | str]  # the largest relative error, or a note; raises Stop
+TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.float16: 6e-4,
+    torch.bfloat16: 4e-3,
+}  # half types: at most half a unit in the last place
+FP8 = torch.float8_e4m3fn
+UPDATES = (  # dtype of the table, of the output's gradient, of the weights
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+    (torch.float32, torch.float32, torch.float32),
+    (FP8, torch.bfloat16, torch.float32),
+    (FP8, torch.float32, torch.float32),
+)
+WIDEST = 8192  # of the updates: two slices
+SLOTS = 4096
+TOKENS = 300  # more than the reads of a segment; its thirds run as few tokens
 
-# N, D, T, K, dtype of the table, dtype of the indices, pattern. Odd sizes first, then the measured widths.
-LOOKUPS = [
-    (1, 1, 1, 1, torch.float32, torch.int64, "uniform"),
-    (63, 20, 60, 7, torch.float32, torch.int32, "uniform"),
-    (1000, 576, 63, 128, torch.bfloat16, torch.int32, "uniform"),
-    (60, 1000, 65, 7, torch.float16, torch.int32, "hot"),
-    (4096, 1024, 1000, 128, torch.bfloat16, torch.int64, "uniform"),
-    (4096, 1024, 2000, 128, torch.float32, torch.int64, "zipf"),
-    (4096, 2048, 700, 32, torch.bfloat16, torch.int64, "hot"),
-    (2048, 4096, 300, 128, torch.bfloat16, torch.int64, "hot"),
-]
-SMALL_LOOKUPS = [(1, 1, 1, 1, torch.float32, torch.int64, "uniform"), (63, 20, 9, 7, torch.bfloat16, torch.int32, "hot")]
-# rows, n1, n2, k, dtype
-TOPKS = [
-    (7, 63, 60, 7, torch.float32),
-    (65, 200, 128, 32, torch.float16),
-    (33, 1024, 1024, 32, torch.bfloat16),
-    (33, 1024, 1024, 32, torch.float32),
-    (17, 4096, 4096, 32, torch.bfloat16),
-    (9, 4096, 4096, 32, torch.float32),
-]
-UPDATES = [(20, torch.float32), (1024, torch.bfloat16), (2048, torch.float32), (4096, torch.bfloat16)]
-SMALL_TOPKS = [(5, 9, 6, 3, torch.float32), (3, 16, 16, 4, torch.bfloat16)]
+
+@dataclass(frozen=True)
+class Lookup:
+    """A lookup to check; weights have the dtype of the table unless another is given, and that of the output gradient too."""
+
+    slots: int
+    dim: int
+    tokens: int
+    reads: int
+    dtype: torch.dtype
+    pattern: str = "uniform"
+    index: torch.dtype = torch.int64
+    weights: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        kinds = f"{_short(self.dtype)} {_short(self.index)}"
+        more = "" if self.weights is None else f", weights {_short(self.weights)}"
+        return f"N={self.slots} D={self.dim} T={self.tokens} K={self.reads} {kinds} {self.pattern}{more}"
+
+
+def lookups(bench: Bench) -> Iterator[Lookup]:
+    """Odd sizes first, then every timed width, with few tokens too, in every timed dtype, and with fp32 weights."""
+    yield Lookup(1, 1, 1, 1, torch.float32)
+    yield Lookup(
+        63, 20, 9 if bench.rehearse else 60, 7, torch.bfloat16 if bench.rehearse else torch.float32, "hot", torch.int32
+    )
+    if not bench.rehearse:
+        yield Lookup(60, 1000, 65, 7, torch.float16, "hot", torch.int32)
+    tokens, reads = (7, 4) if bench.rehearse else (TOKENS, bench.sizes.reads)
+    slots = 40 if bench.rehearse else SLOTS
+    for dim in timed_widths(bench):
+        yield Lookup(slots, dim, tokens, reads, torch.bfloat16, "hot")
+        yield Lookup(slots, dim, tokens, reads, torch.bfloat16, "zipf", torch.int32)
+        yield Lookup(slots, dim, tokens, reads, torch.float32, "zipf")
+        yield Lookup(slots, dim, tokens, reads, torch.bfloat16, weights=torch.float32)
+
+
+def checks(bench: Bench) -> Iterator[tuple[str, Callable[[Bench], Check]]]:
+    """The checks of every kernel at every size, by name."""
+    for size in lookups(bench):
+        yield f"lookup {size}", partial(lookup, size=size)
+    for dim in timed_widths(bench):
+        for weights in (torch.float32, torch.bfloat16):
+            yield f"lookup fp8 D={dim}, weights {_short(weights)}", partial(fp8_lookup, dim=dim, dtype=weights)
+    for topk_size in correctness_topk.sizes(bench):
+        rows, n1, n2, k, dtype = topk_size
+        yield f"topk {rows}×({n1}+{n2}) k={k} {_short(dtype)}", partial(correctness_topk.topk, size=topk_size)
+    for rule in ("adagrad", "adam"):
+        for dim in dict.fromkeys((20, *timed_widths(bench), *(() if bench.rehearse else (WIDEST,)))):
+            for dtypes in UPDATES:
+                table, grad, weights = map(_short, dtypes)
+                yield f"{rule} D={dim} {table}, gradients {grad}, weights {weights}", partial(
+                    updates, rule=rule, dim=dim, dtypes=dtypes
+                )
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """One case per kernel and size; the first wrong result ends the run."""
-    small = bench.rehearse
-    for size in SMALL_LOOKUPS if small else LOOKUPS:
-        name = f"lookup N={size[0]} D={size[1]} T={size[2]} K={size[3]} {_short(size[4])} {_short(size[5])} {size[6]}"
-        yield _case(name, partial(lookup, size=size))
-    for dim in (32,) if small else (576, 1024, 4096):
-        yield _case(f"lookup fp8 D={dim}", partial(fp8_lookup, dim=dim))
-    for topk_size in SMALL_TOPKS if small else TOPKS:
-        rows, n1, n2, k, dtype = topk_size
-        yield _case(f"topk {rows}×({n1}+{n2}) k={k} {_short(dtype)}", partial(topk, size=topk_size))
-    for rule in ("adagrad", "adam"):
-        for dim, dtype in UPDATES[:1] if small else UPDATES:
-            yield _case(f"{rule} D={dim} {_short(dtype)}", partial(updates, rule=rule, dim=dim, dtype=dtype))
-        yield _case(f"{rule} fp8", partial(fp8_update, rule=rule, dim=32 if small else 4096))
+    """One case per check, then tables of more than 2^31 elements; the last one compares with what is timed."""
+    for name, check in checks(bench):
+        yield _case(name, check)
     yield _case("stochastic rounding bfloat16", moving)
+    for dtype in (torch.bfloat16, FP8):
+        yield _case(f"lookup and updates of more than 2^31 elements, {_short(dtype)}", partial(large_table, dtype=dtype))
+    if bench.kernels.NAME == "triton":
+        yield Case(COVERAGE, timed_is_checked)
 
 
-def _case(name: str, check: Check) -> Case:
-    def run(bench: Bench) -> list[Result]:
+def _case(name: str, check: Callable[[Bench], Check]) -> Case:
+    def run(bench: Bench) -> Iterator[Result]:
         with poisoned():
-            found = check(bench)
-        return [Result(SECTION, name, "ok", note=found if isinstance(found, str) else f"relative error {found:.1e}")]
+            found = finished(check(bench))
+        yield Result(SECTION, name, "ok", note=found if isinstance(found, str) else f"relative error {found:.1e}")
 
     return Case(name, run)
+
+
+def finished(check: Check) -> float | str:
+    """The result of a check. Raises Stop if a kernel is wrong."""
+    while True:
+        try:
+            next(check)
+        except StopIteration as end:
+            result: float | str = end.value
+            return result
+
+
+def timed_is_checked(bench: Bench) -> Iterator[Result]:
+    """Stop unless the checks launch each kernel with each plan that the timed sections launch."""
+    checked = checked_launches(bench)
+    missing = timed_launches(bench) - checked
+    if missing:
+        raise Stop(f"{len(missing)} timed kernels are not checked, e.g. {text(min(missing))}")
+    yield Result(SECTION, COVERAGE, "ok", note=f"the checks have {len(checked)} kernels and plans")
+
+
+def checked_launches(bench: Bench) -> set[Launch]:
+    """The kernels and plans that the checks launch; nothing is launched."""
+    with recorded(launch=False) as launches:
+        for _, check in checks(bench):
+            next(check(bench))
+    return launches
+
+
+class Dry:
+    """A `Bench` that calls ours once in each race and measures nothing, on small tables."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self.sizes = dataclasses.replace(bench.sizes, keys=16, train_keys=16)
+        self.rehearse = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bench, name)
+
+    def graphed(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """Not captured."""
+        return run
+
+    def race(self, runs: dict[str, Callable[[], Any]], **_: Any) -> dict[str, Any]:
+        """Only ours."""
+        runs["ours"]()
+        return {}
+
+    def result(self, section: str, case: str, *_: Any, **__: Any) -> Result:
+        """A line without numbers."""
+        return Result(section, case)
+
+
+def timed_launches(bench: Bench) -> set[Launch]:
+    """The kernels and plans of this package that the timed sections launch: their cases run on small tables, and launch nothing.
+
+    Without the sections of whole layers: they launch these kernels, with fp32 weights, as some cases here do at each width.
+    """
+    import lookup as lookups
+    import steps
+
+    dry: Any = Dry(bench)
+    makers = (lookups.forward_cases, lookups.decode_cases, lookups.backward_cases)
+    with recorded(launch=False) as launches:
+        for cases in (*makers, steps.topk_cases, steps.update_cases):
+            for case in cases(dry):
+                list(case.run(dry))
+        list(steps.lookup_step(dry, dry.sizes.dims[0]))
+    return launches
 
 
 @contextmanager
@@ -90,90 +206,100 @@ def poisoned() -> Iterator[None]:
             deterministic.fill_uninitialized_memory = before[1]
 
 
-def lookup(bench: Bench, size: tuple[int, int, int, int, torch.dtype, torch.dtype, str]) -> float:
-    """Forward, both gradients, row gradients; the same bits in two runs, and for the batch in two parts."""
-    slots, dim, tokens, reads, dtype, index, pattern = size
-    kernels, device = bench.kernels, bench.device
-    values = data.table(slots, dim, dtype, device)
-    indices = data.slots_read(pattern, tokens, reads, slots, device, index)
-    weights = data.normal(tokens, reads, dtype=dtype, device=device)
-    grad = data.normal(tokens, dim, dtype=dtype, device=device, seed=4)
-    exact = values.double().requires_grad_(), weights.double().requires_grad_()
-    want = reference.sparse_lookup(exact[0], indices, exact[1])
-    want_gv, want_gw = torch.autograd.grad(want, exact, grad.double())
+def lookup(bench: Bench, size: Lookup) -> Check:
+    """Forward, both gradients, row gradients; the same bits in two runs, and for the batch in three parts.
 
-    out = kernels.forward(values, indices, weights, None)
-    gv, gw = kernels.backward(grad, values, indices, weights, None, True, True)
-    rows, row_grads = kernels.rows(grad, indices, weights, slots)
-    dense = torch.zeros_like(want_gv).index_add_(0, rows, row_grads.double())
-    tolerance = TOLERANCE[dtype]
-    errors = [
-        close("forward", out, want, tolerance),
-        close("gradient of values", gv, want_gv, tolerance),
-        close("gradient of weights", gw, want_gw, tolerance),
-        close("row gradients", dense, want_gv, tolerance),
-    ]
-    same("forward, again", out, kernels.forward(values, indices, weights, None))
-    again = kernels.backward(grad, values, indices, weights, None, True, True)
-    same("gradient of values, again", gv, again[0])
-    same("gradient of weights, again", gw, again[1])
-    close(
-        "gradient of values alone", kernels.backward(grad, values, indices, weights, None, True, False)[0], want_gv, tolerance
-    )
-    close(
-        "gradient of weights alone", kernels.backward(grad, values, indices, weights, None, False, True)[1], want_gw, tolerance
-    )
-    if tokens > 1:
-        parts = [slice(0, tokens // 3 or 1), slice(tokens // 3 or 1, tokens)]
-        split = [kernels.forward(values, indices[p], weights[p], None) for p in parts]
-        same("forward in two parts", out, torch.cat(split))
-        grads = [kernels.backward(grad[p], values, indices[p], weights[p], None, False, True)[1] for p in parts]
-        same("gradient of weights in two parts", gw, torch.cat(grads))
+    With fp32 weights, output and output gradient are fp32 too: a weight that is rounded to the table's dtype is an error. Then
+    once more as training calls it, with both in the table's dtype.
+    """
+    slots, kind, device = size.slots, size.weights or size.dtype, bench.device
+    values = data.table(slots, size.dim, size.dtype, device)
+    indices = data.slots_read(size.pattern, size.tokens, size.reads, slots, device, size.index)
+    weights = data.normal(size.tokens, size.reads, dtype=kind, device=device)
+    grad = data.normal(size.tokens, size.dim, dtype=kind, device=device, seed=4)
+    third = size.tokens // 3
+    parts = [slice(0, third), slice(third, third + 2), slice(third + 2, None)] if third else []
+    runs = [lookup_results(bench, values, indices, weights, grad, parts)]
+    if size.weights is not None:
+        runs.append(lookup_results(bench, values, indices, weights, grad.to(size.dtype), parts))
+    yield
+    errors = []
+    for found in runs:
+        exact = values.double().requires_grad_(), weights.double().requires_grad_()
+        want = reference.sparse_lookup(exact[0], indices, exact[1])
+        want_gv, want_gw = torch.autograd.grad(want, exact, found.grad.double())
+        rows, row_grads = found.rows
+        if int(rows.min()) < 0 or int(rows.max()) >= slots:
+            raise Stop(f"row gradients: a row is outside the table of {slots}")
+        dense = torch.zeros_like(want_gv).index_add_(0, rows, row_grads.double())
+        narrow = TOLERANCE[found.grad.dtype]
+        errors += [
+            close("forward", found.out[0], want, narrow),
+            close("gradient of values", found.both[0][0], want_gv, TOLERANCE[size.dtype]),
+            close("gradient of weights", found.both[0][1], want_gw, TOLERANCE[kind]),
+            close("row gradients", dense, want_gv, narrow),
+            close("gradient of values alone", found.values_alone, want_gv, TOLERANCE[size.dtype]),
+            close("gradient of weights alone", found.dots[0], want_gw, TOLERANCE[kind]),
+        ]
+        same("forward, again", found.out[0], found.out[1])
+        for name, one, two in zip(("values", "weights"), *found.both, strict=True):
+            same(f"gradient of {name}, again", one, two)
+        if parts:
+            same("forward in parts", found.out[0], torch.cat(found.out[2:]))
+            same("gradient of weights in parts", found.dots[0], torch.cat(found.dots[1:]))
     return max(errors)
 
 
-def fp8_lookup(bench: Bench, dim: int) -> float:
-    """Forward and the gradient of the weights of an fp8 table."""
-    device = bench.device
-    values, scale = data.fp8_table(500, dim, device)
-    tokens, reads = (6, 4) if bench.rehearse else (200, 32)
-    indices = data.slots_read("uniform", tokens, reads, 500, device)
-    dtype = torch.bfloat16 if dim % 1024 == 0 else torch.float32
+@dataclass(frozen=True)
+class Found:
+    """What the kernels of a lookup return, for one gradient of the output."""
+
+    grad: Tensor
+    out: list[Tensor]  # of two runs, then of the parts
+    both: list[tuple[Tensor, Tensor]]  # gradients of values and weights of two runs
+    rows: tuple[Tensor, Tensor]
+    values_alone: Tensor
+    dots: list[Tensor]  # the gradient of the weights alone, then of the parts
+
+
+def lookup_results(bench: Bench, values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor, parts: list[slice]) -> Found:
+    """Every kernel of the lookup, with the output in the dtype of `grad`."""
+    kernels, everything = bench.kernels, slice(None)
+
+    def out(part: slice) -> Tensor:
+        return forward(kernels, values, indices[part], weights[part], dtype=grad.dtype)
+
+    def dots(part: slice) -> Tensor:
+        found: Tensor = kernels.backward(grad[part], values, indices[part], weights[part], None, False, True)[1]
+        return found
+
+    return Found(
+        grad=grad,
+        out=[out(part) for part in (everything, everything, *parts)],
+        both=[kernels.backward(grad, values, indices, weights, None, True, True) for _ in range(2)],
+        rows=kernels.rows(grad, indices, weights, values.shape[0]),
+        values_alone=kernels.backward(grad, values, indices, weights, None, True, False)[0],
+        dots=[dots(part) for part in (everything, *parts)],
+    )
+
+
+def fp8_lookup(bench: Bench, dim: int, dtype: torch.dtype) -> Check:
+    """Forward, of few tokens too, and the gradient of the weights of an fp8 table; the output has the dtype of the weights."""
+    device, kernels, slots = bench.device, bench.kernels, 40 if bench.rehearse else SLOTS
+    values, scale = data.fp8_table(slots, dim, device)
+    tokens, reads = (6, 4) if bench.rehearse else (TOKENS, bench.sizes.reads)
+    indices = data.slots_read("uniform", tokens, reads, slots, device)
     weights = data.normal(tokens, reads, dtype=dtype, device=device)
     grad = data.normal(tokens, dim, dtype=dtype, device=device, seed=4)
+    out = forward(kernels, values, indices, weights, scale)
+    few = forward(kernels, values, indices[:2], weights[:2], scale)
+    gw = kernels.backward(grad, values, indices, weights, scale, False, True)[1]
+    yield
     wide = values.float().double() * scale.double().unsqueeze(-1)
     want = reference.sparse_lookup(wide, indices, weights.double())
     want_gw = torch.einsum("td,tkd->tk", grad.double(), wide[indices])
-    out = bench.kernels.forward(values, indices, weights, scale)
-    gw = bench.kernels.backward(grad, values, indices, weights, scale, False, True)[1]
+    same("forward of few tokens", out[:2], few)
     return max(close("forward", out, want, TOLERANCE[dtype]), close("gradient of weights", gw, want_gw, TOLERANCE[dtype]))
-
-
-def topk(bench: Bench, size: tuple[int, int, int, int, torch.dtype]) -> float:
-    """The scores are bit for bit the largest sums, each slot gives its sum, no slot occurs twice; softmax; backward."""
-    rows, n1, n2, k, dtype = size
-    kernels, device = bench.kernels, bench.device
-    one = data.normal(rows, n1, dtype=dtype, device=device)
-    two = data.normal(rows, n2, dtype=dtype, device=device, seed=4)
-    want = torch.cat(
-        [reference.product_key_topk(a, b, k)[0] for a, b in zip(one.float().split(8), two.float().split(8), strict=True)]
-    )
-    scores, slots = kernels.topk(one, two, k, False)
-    same("scores", scores, want)
-    same("sums of the slots", scores, one.float().gather(1, slots // n2) + two.float().gather(1, slots % n2))
-    if (slots.sort(-1).values.diff(dim=-1) == 0).any():
-        raise Stop("a slot was chosen twice")
-    weights, again = kernels.topk(one, two, k, True)
-    same("slots, with softmax", slots, again)
-    grad = data.normal(rows, k, dtype=torch.float32, device=device, seed=5)
-    found = kernels.topk_backward(grad, slots, n1, n2)
-    errors = [close("softmax", weights, scores.double().softmax(-1), 1e-5)]
-    for name, got, at, n in (("first", found[0], slots // n2, n1), ("second", found[1], slots % n2, n2)):
-        right = torch.zeros(rows, n, dtype=torch.float64, device=device).scatter_add_(1, at, grad.double())
-        errors.append(close(f"gradient of the {name} half", got, right, 1e-5))
-    again_grads = kernels.topk_backward(grad, slots, n1, n2)
-    same("gradients, again", torch.cat(found, 1), torch.cat(again_grads, 1))
-    return max(errors)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -5,6 +5,8 @@ The rules are implemented here again, in float64 and with a dense gradient, so t
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import data as data
 import torch
 from harness import Bench, Stop
@@ -13,6 +15,15 @@ from torch import Tensor
 RATES = {"lr": 0.05, "eps": 1e-8, "weight_decay": 0.1}
 BETAS = {"beta1": 0.9, "beta2": 0.99}
 STEP = 3
+SLOTS = 2000
+STEPS = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-2,
+    torch.float8_e4m3fn: 0.08,
+}  # allowed error of what is rounded stochastically
+Check = Generator[
+    None, None, "float | str"
+]  # runs the kernels, yields, compares; returns the largest relative error, or a note
 
 
 def close(name: str, got: Tensor | None, want: Tensor, tolerance: float) -> float:
@@ -31,42 +42,45 @@ def same(name: str, one: Tensor | None, two: Tensor | None) -> None:
         raise Stop(f"{name}: not the same bits")
 
 
-def updates(bench: Bench, rule: str, dim: int, dtype: torch.dtype) -> float:
-    """One step with two lookups on one table: touched rows follow the rule, others do not change; same bits in two runs."""
-    slots = 100 if bench.rehearse else 2000
-    values = data.table(slots, dim, dtype, bench.device)
-    lookups = _lookups(bench, slots, dim, dtype)
-    got, state, _ = step(bench, rule, values, None, *lookups)
-    want, want_state, rows = expected(rule, values.double(), *lookups)
-    if not torch.equal(got[~rows], values[~rows]):
-        raise Stop("a row that was not read was changed")
-    exact = dtype == torch.float32
-    error = close("rows", got, want, 1e-5 if exact else 1e-2)
-    for name in want_state:
-        loose = state[name].dtype == torch.bfloat16
-        error = max(error, close(name, state[name], want_state[name], 1e-2 if loose else 1e-5))
-    again, _, _ = step(bench, rule, values, None, *lookups)
-    if not torch.equal(got, again):
-        raise Stop("the same seed gave different bits")
+def updates(bench: Bench, rule: str, dim: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> Check:
+    """`dtypes` of the table, of the gradient of its lookups, of their weights. A step with one lookup, and one with two lookups of one table: read rows follow the rule, others do not change.
+
+    The same seed gives the same bits. Rows in fp8 are within half a rounding step on average, each scaled so that its largest
+    entry is 448.
+    """
+    dtype, *kinds = dtypes
+    slots, device = 100 if bench.rehearse else SLOTS, bench.device
+    scale: Tensor | None = None
+    if dtype.itemsize == 1:
+        values, scale = data.fp8_table(slots, dim, device)
+    else:
+        values = data.table(slots, dim, dtype, device)
+    ran = []
+    for lookups in _lookups(bench, slots, dim, *kinds):
+        tables = [(values.clone(), None if scale is None else scale.clone()) for _ in range(2)]
+        states = [step(bench, rule, *table, *lookups) for table in tables]
+        ran.append((lookups, tables, states[0]))
+    yield
+    error = 0.0
+    for lookups, ((got, scales), (again, _)), state in ran:
+        want, want_state, rows = expected(rule, wide_of(values, scale), *lookups)
+        same("rows that were not read", got[~rows].view(torch.uint8), values[~rows].view(torch.uint8))
+        same("the table, with the same seed", got.view(torch.uint8), again.view(torch.uint8))
+        if scale is not None and scales is not None:
+            same("scales of rows that were not read", scales[~rows], scale[~rows])
+            close("scales", scales[rows], want[rows].abs().amax(-1) / 448, 1e-5)
+        error = max(error, close("rows", wide_of(got, scales), want, STEPS[dtype]))
+        for name in want_state:
+            error = max(error, close(name, state[name], want_state[name], STEPS[state[name].dtype]))
     return error
 
 
-def fp8_update(bench: Bench, rule: str, dim: int) -> float:
-    """A table in fp8: rows within half a rounding step on average, each scaled so that its largest entry is 448."""
-    slots = 100 if bench.rehearse else 2000
-    values, scale = data.fp8_table(slots, dim, bench.device)
-    wide = values.float().double() * scale.double().unsqueeze(-1)
-    lookups = _lookups(bench, slots, dim, torch.float32)
-    got, _, scales = step(bench, rule, values, scale, *lookups)
-    want, _, rows = expected(rule, wide, *lookups)
-    assert scales is not None
-    close("scales", scales[rows], want[rows].abs().amax(-1) / 448, 1e-5)
-    if not torch.equal(got[~rows].view(torch.uint8), values[~rows].view(torch.uint8)):
-        raise Stop("a row that was not read was changed")
-    return close("rows", got.float() * scales.unsqueeze(-1), want, 0.08)
+def wide_of(values: Tensor, scale: Tensor | None) -> Tensor:
+    """A table in float64."""
+    return values.double() if scale is None else values.float().double() * scale.double().unsqueeze(-1)
 
 
-def moving(bench: Bench) -> str:
+def moving(bench: Bench) -> Check:
     """A step far below the spacing of bf16 must still move a table of ones by its own size on average."""
     slots, dim = (16, 64) if bench.rehearse else (1024, 1024)
     values = torch.ones(slots, dim, dtype=torch.bfloat16, device=bench.device)
@@ -76,6 +90,7 @@ def moving(bench: Bench) -> str:
     lr, spacing = 2.0**-12, 2.0**-8
     rates = {"lr": lr, "eps": 0.0, "weight_decay": 0.0}
     bench.kernels.adagrad_(values, None, total, [torch.ones_like(values)], [indices], [one], **rates, seed=7)
+    yield
     moved = float((1 - values.double()).mean())
     deviation = (lr * (spacing - lr) / values.numel()) ** 0.5
     if not abs(moved - lr) <= 5 * deviation:
@@ -86,14 +101,14 @@ def moving(bench: Bench) -> str:
 Lookups = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
-def _lookups(bench: Bench, slots: int, dim: int, dtype: torch.dtype) -> Lookups:
-    """Two lookups of one table, with different numbers of tokens; the second has a row that every token reads."""
-    device = bench.device
-    sizes = [("uniform", 5, 3), ("hot", 4, 2)] if bench.rehearse else [("uniform", 60, 7), ("hot", 333, 4)]
+def _lookups(bench: Bench, slots: int, dim: int, dtype: torch.dtype, weight: torch.dtype) -> tuple[Lookups, Lookups]:
+    """One lookup, with a row that every token reads; and two of one table, with different numbers of tokens."""
+    device, many = bench.device, bench.sizes.reads
+    sizes = [("hot", 4, 2), ("uniform", 5, 3)] if bench.rehearse else [("hot", 333, many), ("uniform", 60, 7)]
     indices = [data.slots_read(p, t, k, slots, device, seed=s) for s, (p, t, k) in enumerate(sizes)]
-    weights = [data.normal(t, k, dtype=dtype, device=device, seed=s + 10) for s, (_, t, k) in enumerate(sizes)]
+    weights = [data.normal(t, k, dtype=weight, device=device, seed=s + 10) for s, (_, t, k) in enumerate(sizes)]
     grads = [data.normal(t, dim, dtype=dtype, device=device, seed=s + 20) for s, (_, t, _) in enumerate(sizes)]
-    return grads, indices, weights
+    return (grads[:1], indices[:1], weights[:1]), (grads, indices, weights)
 
 
 def step(
@@ -104,18 +119,19 @@ def step(
     grads: list[Tensor],
     indices: list[Tensor],
     weights: list[Tensor],
-) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-    """The kernel's step on copies: new table, new state, new scales."""
-    slots, device = values.shape[0], values.device
-    new, new_scale = values.clone(), None if scale is None else scale.clone()
-    rowwise = torch.full((slots,), 0.5, device=device)
+    fill: Tensor | slice = slice(None),
+) -> dict[str, Tensor]:
+    """The kernel's step, in place; returns the new state. The first moment starts at 0.25 in the rows `fill`, elsewhere NaN."""
+    rowwise = torch.full((values.shape[0],), 0.5, device=values.device)
     if rule == "adagrad":
-        bench.kernels.adagrad_(new, new_scale, rowwise, grads, indices, weights, **RATES, seed=7)
-        return new, {"total": rowwise}, new_scale
-    kept = values.dtype if values.itemsize > 1 else torch.bfloat16
-    mean = torch.full(values.shape, 0.25, dtype=kept, device=device)
-    bench.kernels.adam_(new, new_scale, mean, rowwise, grads, indices, weights, **RATES, **BETAS, step=STEP, seed=7)
-    return new, {"exp_avg": mean, "exp_avg_sq": rowwise}, new_scale
+        bench.kernels.adagrad_(values, scale, rowwise, grads, indices, weights, **RATES, seed=7)
+        return {"total": rowwise}
+    mean = torch.full(
+        values.shape, torch.nan, dtype=values.dtype if values.itemsize > 1 else torch.bfloat16, device=values.device
+    )
+    mean[fill] = 0.25
+    bench.kernels.adam_(values, scale, mean, rowwise, grads, indices, weights, **RATES, **BETAS, step=STEP, seed=7)
+    return {"exp_avg": mean, "exp_avg_sq": rowwise}
 
 
 def expected(
@@ -124,8 +140,8 @@ def expected(
     """The same step by the rule in float64: new table, new state, and which rows were read."""
     g, rows = torch.zeros_like(p), torch.zeros(p.shape[0], dtype=torch.bool, device=p.device)
     for grad, index, weight in zip(grads, indices, weights, strict=True):
-        shares = weight.double().unsqueeze(-1) * grad.double().unsqueeze(1)  # [T, K, D]
-        g.index_add_(0, index.flatten().long(), shares.flatten(0, 1))
+        for j in range(index.shape[1]):
+            g.index_add_(0, index[:, j].long(), weight[:, j, None].double() * grad.double())
         rows[index.flatten().long()] = True
     square, lr = g.square().mean(-1), RATES["lr"]
     decayed = p * (1 - lr * RATES["weight_decay"])

@@ -1,4 +1,4 @@
-"""Shared by the sections of `benchmarks/gpu`: the sizes, the kernels under test, the timer, and the form of a result.
+"""Shared by the sections of `benchmarks/gpu`: the sizes, the kernels under test, and the timer.
 
 Flow: a case creates implementations → `Bench.race` times them in interleaved rounds → `Bench.result` compares the times with
 floor and targets.
@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from results import Case as Case  # the sections import everything from here
+from results import Result, Target
+from results import Skip as Skip
+from results import Stop as Stop
 
 from memrewrite.kernels import torch_backend, triton_backend
 
@@ -35,7 +40,6 @@ class Sizes:
     topk_rows: int = 65536
     topk_keys: tuple[int, ...] = (1024, 4096)
     hidden: int = 7  # hidden width of the dense MLP in units of d_model / 2: 3.5 × d_model, as in Llama 3 8B
-    huge: tuple[tuple[int, int, str], ...] = ((4096, 4096, "float8_e4m3fn"), (3872, 4096, "bfloat16"))  # keys, dim, dtype
     copy_bytes: int = 8 << 30
     matmul: int = 8192
 
@@ -44,7 +48,7 @@ class Sizes:
         """Small enough for Triton's interpreter."""
         return cls(
             tokens=3, heads=2, topk=2, dims=(32,), keys=8, train_keys=8, decode=(1, 3), sets=2, topk_rows=3, topk_keys=(32,),
-            huge=((8, 32, "float8_e4m3fn"), (8, 32, "bfloat16")), copy_bytes=1 << 16, matmul=32,
+            copy_bytes=1 << 16, matmul=32,
         )  # fmt: skip
 
     @property
@@ -62,58 +66,25 @@ class Timing:
     rounds: int
 
 
-@dataclass(frozen=True)
-class Target:
-    """At least `least` times as fast as the baseline `of`; for "floor", at least this share of the floor."""
-
-    of: str
-    least: float
-
-    def __str__(self) -> str:
-        return f"≥ {self.least:.0%} of floor" if self.of == "floor" else f"≥ {self.least:g}× {self.of}"
-
-
-@dataclass
-class Result:
-    """One line of the table. `ms` is our time; `rivals` are the baselines: their time, or the reason why one could not run."""
-
-    section: str
-    case: str
-    status: str = "ok"
-    ms: float | None = None
-    min_ms: float | None = None
-    gbps: float | None = None
-    of_floor: float | None = None
-    rivals: dict[str, float | str] = field(default_factory=dict)  # baseline → milliseconds, or why it could not run
-    ratios: dict[str, float] = field(default_factory=dict)  # baseline → its time divided by ours
-    targets: list[tuple[str, bool | None]] = field(default_factory=list)
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One measurement; it may give several lines."""
-
-    name: str
-    run: Callable[[Bench], Iterable[Result]]
-
-
-class Stop(Exception):  # noqa: N818 - ends a run; not an error of this program
-    """A kernel is wrong: later results would be meaningless."""
-
-
 class Bench:
     """A device (the CPU in a rehearsal), its measured peak rates, and the timer."""
 
-    def __init__(self, *, rehearse: bool, triton: bool) -> None:
+    def __init__(self, *, rehearse: bool, triton: bool, library: Path | None = None) -> None:
         self.rehearse = rehearse
+        self.library = library  # the native library under test; None: the section that needs one builds it
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.sizes = Sizes.rehearsal() if rehearse else Sizes()
         self.kernels: Any = triton_backend if triton else torch_backend  # both modules have the same functions
         self.copy = math.nan  # bytes per second, read and written
         self.matmul = math.nan  # bf16 operations per second
+        self.kept: dict[str, float] = {}  # rates that the record does not have yet
         l2 = 0 if rehearse else torch.cuda.get_device_properties(0).L2_cache_size
         self._flush = torch.empty(0 if rehearse else max(4 * l2, 256 << 20), dtype=torch.uint8, device=self.device)
+
+    def keep(self, rate: str, value: float) -> None:
+        """Set the attribute `rate` here and, by way of the record, in the processes of later sections."""
+        setattr(self, rate, value)
+        self.kept[rate] = value
 
     def free(self) -> int:
         """Bytes that can still be allocated; a fixed number in a rehearsal."""
@@ -162,10 +133,11 @@ class Bench:
 
         return replay
 
-    def race(self, runs: dict[str, Run], *, seconds: float = 0.5, per: int = 1) -> dict[str, Timing | str]:
-        """Times of all implementations in interleaved rounds, caches flushed before each; `per` calls count as one run.
+    def race(self, runs: dict[str, Run], *, seconds: float = 0.5, per: int = 1, flush: bool = True) -> dict[str, Timing | str]:
+        """Times of all implementations in interleaved rounds; `per` calls count as one run.
 
-        `seconds` is the time limit of each. A baseline that cannot run gets the reason; "ours" must run.
+        Caches are flushed before each run; without `flush`, a run before it that is not timed fills them. `seconds` is the
+        time limit of each. A baseline that cannot run gets the reason; "ours" must run.
         """
         plan: dict[str, int] = {}
         times: dict[str, list[float]] = {}
@@ -173,7 +145,7 @@ class Bench:
         for name, run in runs.items():
             try:
                 run()
-                estimate = 0.0 if self.rehearse else self._once(run)
+                estimate = 0.0 if self.rehearse else self._once(run, flush)
             except Exception as error:  # a baseline may fail in any way; the line reports how
                 if name == "ours":
                     raise
@@ -186,13 +158,16 @@ class Bench:
         for turn in range(max(plan.values(), default=0)):
             for name, rounds in plan.items():
                 if turn < rounds:
-                    times[name].append(self._once(runs[name]) / per)
+                    times[name].append(self._once(runs[name], flush) / per)
         out |= {name: Timing(median(taken), min(taken), len(taken)) for name, taken in times.items()}
         return {name: out[name] for name in runs}
 
-    def _once(self, run: Run) -> float:
-        """Milliseconds of one run with cold caches. The flush keeps the device busy while the host prepares the launch."""
-        self._flush.zero_()
+    def _once(self, run: Run, flush: bool = True) -> float:
+        """Milliseconds of one run. What precedes it keeps the device busy while the host prepares the launch."""
+        if flush:
+            self._flush.zero_()
+        else:
+            run()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         run()
@@ -210,19 +185,26 @@ class Bench:
         moved: int = 0,
         targets: Iterable[Target] = (),
         note: str = "",
+        extra: dict[str, Any] | None = None,
     ) -> Result:
-        """The line of a race: `moved` is the number of bytes that must move; the floor is their time at the copy rate."""
+        """The line of a race: `moved` is the number of bytes that must move; the floor is their time at the copy rate.
+
+        Without a copy rate there is no share of the floor, and its target is not decided.
+        """
         ours = times["ours"]
         assert isinstance(ours, Timing)
         if self.rehearse:  # times of a rehearsal are meaningless and not stored
-            why = {name: t if isinstance(t, str) else "rehearsed" for name, t in times.items() if name != "ours"}
-            return Result(section, case, "rehearsed", rivals=dict(why), targets=[(str(t), None) for t in targets], note=note)
-        rivals = {name: t.ms if isinstance(t, Timing) else t for name, t in times.items() if name != "ours"}
-        ratios = {name: ms / ours.ms for name, ms in rivals.items() if isinstance(ms, float)}
-        line = Result(section, case, "ok", ours.ms, ours.min_ms, rivals=rivals, ratios=ratios, note=note)
+            line = Result(section, case, "rehearsed", note=note, moved=moved or None, extra=extra or {})
+            line.rivals = {name: t if isinstance(t, str) else "rehearsed" for name, t in times.items() if name != "ours"}
+            line.targets = [(str(t), None) for t in targets]
+            return line
+        line = Result(section, case, "ok", ours.ms, ours.min_ms, note=note, moved=moved or None, extra=extra or {})
+        line.rivals = {name: t.ms if isinstance(t, Timing) else t for name, t in times.items() if name != "ours"}
+        ratios = {name: ms / ours.ms for name, ms in line.rivals.items() if isinstance(ms, float)}
+        line.ratios = ratios
         if moved:
             line.gbps = moved / ours.ms / 1e6
-            line.of_floor = moved / self.copy * 1e3 / ours.ms
+            line.of_floor = None if math.isnan(self.copy) else moved / self.copy * 1e3 / ours.ms
         reached = ratios if line.of_floor is None else {**ratios, "floor": line.of_floor}
         line.targets = [(str(t), reached[t.of] >= t.least if t.of in reached else None) for t in targets]
         return line

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("passes", "kernels", "recipes", "cli")
 
 
-def ensure() -> None:
-    """Make memrewrite importable; no effect if it already is."""
+def ensure() -> str | None:
+    """Make memrewrite importable here. Returns the folder that other processes need on their path; None: it was importable."""
     if importlib.util.find_spec("memrewrite") is not None:
-        return
+        return None
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     package = Path(folder.name) / "memrewrite"
@@ -32,3 +32,4 @@ def ensure() -> None:
     data.mkdir()
     (data / "METADATA").write_text(f"Metadata-Version: 2.1\nName: memrewrite\nVersion: {number}\n", encoding="utf-8")
     sys.path.insert(0, folder.name)
+    return folder.name

@@ -1,11 +1,9 @@
 """The modules that the layer sections compare, and a training step for each.
 
-A Memory+ layer with its pool, and the SwiGLU MLP that it replaces, in bf16 on the device.
+A Memory+ layer with its table, and the SwiGLU MLP that it replaces, in bf16 on the device.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
 
 import data as data
 import torch
@@ -13,9 +11,8 @@ from harness import Bench, Run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-if TYPE_CHECKING:
-    from memrewrite.layers.memory_plus import MemoryPlus
-    from memrewrite.layers.pool import Pool
+from memrewrite.layers.product_keys import ProductKeys
+from memrewrite.layers.value_table import ValueTable
 
 DTYPE = torch.bfloat16
 
@@ -35,29 +32,41 @@ class SwiGLU(nn.Module):
 
 
 class Memory(nn.Module):
-    """A Memory+ layer and its pool, as children of one model."""
+    """A Memory+ layer and its table, with the arithmetic and the names of `memrewrite.layers.memory_plus` but no recipe schema.
 
-    def __init__(self, layer: MemoryPlus, pool: Pool) -> None:
+    The schema needs pydantic, which a GPU machine may not have; a test compares both layers bit for bit.
+    """
+
+    def __init__(self, dim: int, table: ValueTable, keys: ProductKeys) -> None:
         super().__init__()
-        self.layer, self.pool = layer, pool
+        self.pool, self.product_keys = table, keys
+        width, device, dtype = table.values.shape[1], table.values.device, keys.keys.dtype
+        self.gate = nn.Linear(dim, width, device=device, dtype=dtype)
+        self.value_proj = nn.Linear(width, dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """As in the layer of the package."""
+        self.pool.reset_parameters()
+        self.product_keys.reset_parameters()
+        for linear in (self.gate, self.value_proj):
+            nn.init.normal_(linear.weight, 0.0, linear.weight.shape[0] ** -0.5)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, d_model] -> [T, d_model]."""
-        out: Tensor = self.layer(x)
+        slots, weights = self.product_keys(x, self.pool.backend)
+        y = self.pool(slots, weights).to(x.dtype)
+        out: Tensor = self.value_proj(y * F.silu(self.gate(x)))
         return out
 
 
-def memory_layer(bench: Bench, dim: int, keys: int, **spec: Any) -> Memory:
-    """A layer of width `dim` with a pool of keys² × dim; `spec` has further fields of the PoolSpec (gradient, dtype)."""
-    from memrewrite.layers.memory_plus import MemoryPlus, MemoryPlusOptions
-    from memrewrite.layers.pool import Pool, PoolSpec
-
-    pool = Pool(PoolSpec(keys=keys, value_dim=dim, **spec), device=bench.device, dtype=DTYPE)
-    pool.reset_parameters()
-    options = MemoryPlusOptions(heads=bench.sizes.heads, topk=bench.sizes.topk)
-    layer = MemoryPlus(dim, dim, options, pool, device=bench.device, dtype=DTYPE)
+def memory_layer(bench: Bench, dim: int, keys: int, *, gradient: str = "dense", dtype: str = "bfloat16") -> Memory:
+    """A layer of width `dim` with a table of keys² × dim in `dtype`; the queries have half the width, as in the paper."""
+    table = ValueTable(keys * keys, dim, dtype=getattr(torch, dtype), gradient=gradient, device=bench.device)
+    sizes = {"heads": bench.sizes.heads, "topk": bench.sizes.topk, "key_dim": dim // 2}
+    layer = Memory(dim, table, ProductKeys(dim, keys, **sizes, device=bench.device, dtype=DTYPE))
     layer.reset_parameters()
-    return Memory(layer, pool)
+    return layer
 
 
 def optimizer_step(bench: Bench, model: nn.Module, x: Tensor, rule: str | None = None, compiled: bool = False) -> Run:

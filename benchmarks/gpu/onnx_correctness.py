@@ -49,7 +49,7 @@ def checks(bench: Bench, operators: Operators) -> Iterator[Case]:
 
 
 def _check(name: str, check: Callable[[Bench], float]) -> Case:
-    return Case(name, lambda bench: [Result("correctness", name, note=f"relative error {check(bench):.1e}")])
+    return Case(name, lambda bench: [Result("onnx", name, note=f"relative error {check(bench):.1e}")])
 
 
 def lookup_inputs(

@@ -25,7 +25,7 @@ def copy(bench: Bench) -> list[Result]:
     source = data.normal(count, dtype=torch.bfloat16, device=bench.device)
     target = torch.empty_like(source)
     rate, line = _rate(bench, lambda: target.copy_(source), 2 * data.size_of(source), "copy")
-    bench.copy = rate
+    bench.keep("copy", rate)
     line.gbps = None if bench.rehearse else rate / 1e9
     line.note = f"{data.size_of(source) / 2**30:.1f} GiB, read and written"
     return [line]
@@ -37,7 +37,7 @@ def matmul(bench: Bench) -> list[Result]:
     one, two = (data.normal(n, n, dtype=torch.bfloat16, device=bench.device, seed=s) for s in (0, 1))
     out = torch.empty_like(one)
     rate, line = _rate(bench, lambda: torch.matmul(one, two, out=out), 2 * n**3, "bf16 matmul")
-    bench.matmul = rate
+    bench.keep("matmul", rate)
     line.note = f"{n}³" if bench.rehearse else f"{n}³, {rate / 1e12:.0f} TFLOP/s"
     return [line]
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memrewrite.kernels import reference
+from memrewrite.kernels.triton_plans import use
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -45,6 +46,13 @@ def exact(values: Tensor, scale: Tensor | None) -> Tensor:
     return wide if scale is None else wide * scale.double()[:, None]
 
 
+def forward(values, indices, weights, scale=None, dtype=None):
+    """The default dtype of the operator."""
+    return kernels("lookup").forward(
+        values, indices, weights, scale, dtype or (values.dtype if scale is None else weights.dtype)
+    )
+
+
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """Entries that no kernel writes are NaN, or an integer that is no slot."""
@@ -69,7 +77,7 @@ SHAPES = [(1, 1, 1, 1), (63, 20, 6, 7), (60, 576, 3, 7), (1000, 20, 1, 128), (10
 def test_forward(n, d, t, k, dtype):
     for index in (torch.int64, torch.int32) if d == 20 else (torch.int64,):
         values, indices, weights, scale = inputs(n, d, t, k, dtype, index)
-        out = kernels("lookup").forward(values, indices, weights, scale)
+        out = forward(values, indices, weights, scale)
         assert out.dtype == weights.dtype
         assert_norm_close(out, reference.sparse_lookup(exact(values, scale), indices, weights.double()), k)
 
@@ -79,16 +87,16 @@ def test_forward_has_the_same_bits_however_it_is_split(dtype, monkeypatch):
     lookup = kernels("lookup")
     monkeypatch.setattr(lookup, "FEW_TOKENS", 4)
     values, indices, weights, scale = inputs(60, 40, 10, 65, dtype)
-    out = lookup.forward(values, indices, weights, scale)  # one program a token
+    out = forward(values, indices, weights, scale)  # one program a token
     for cut in (1, 4):  # a program a chunk
-        parts = [lookup.forward(values, i, w, scale) for i, w in zip(indices.split(cut), weights.split(cut), strict=True)]
+        parts = [forward(values, i, w, scale) for i, w in zip(indices.split(cut), weights.split(cut), strict=True)]
         assert torch.equal(out, torch.cat(parts))
 
 
 def test_forward_of_strided_inputs_and_poisoned_weights():
     values, indices, weights, _ = inputs(60, 20, 6, 7)
     weights[2, 3] = float("nan")
-    out = kernels("lookup").forward(values.T.contiguous().T, indices.T.contiguous().T, weights.T.contiguous().T)
+    out = forward(values.T.contiguous().T, indices.T.contiguous().T, weights.T.contiguous().T)
     assert out.isnan().any(1).tolist() == [t == 2 for t in range(6)]
     assert_norm_close(out[:2], reference.sparse_lookup(values.double(), indices[:2], weights[:2].double()), 7)
 
@@ -97,7 +105,7 @@ def test_forward_does_not_read_the_scale_of_rows_it_does_not_read():
     values, indices, weights, scale = inputs(60, 20, 3, 7, FP8)
     scale[0] = float("nan")
     indices.clamp_(min=1)
-    assert kernels("lookup").forward(values, indices, weights, scale).isfinite().all()
+    assert forward(values, indices, weights, scale).isfinite().all()
 
 
 @pytest.fixture(params=[False, True], ids=["decoded", "converted"])
@@ -112,7 +120,7 @@ def test_every_e4m3_code_is_read(d, converts):
     codes = torch.arange(256, dtype=torch.uint8)[:d].view(1, d)
     if converts:  # the interpreter's cast knows no NaN; the instruction does
         codes = codes.masked_fill((codes & 0x7F) == 0x7F, 0)
-    out = kernels("lookup").forward(codes.view(FP8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), torch.ones(1))
+    out = forward(codes.view(FP8), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), torch.ones(1))
     torch.testing.assert_close(out, codes.view(FP8).float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -124,7 +132,7 @@ def test_8_bits_decoded_and_converted_give_the_same_bits(d, monkeypatch):
     for way, few in ((False, 64), (False, 0), (True, 64), (True, 0)):  # split and whole
         monkeypatch.setattr(lookup, "converts_e4m3", lambda device, way=way: way)
         monkeypatch.setattr(lookup, "FEW_TOKENS", few)
-        out = lookup.forward(values, indices, weights, scale)
+        out = forward(values, indices, weights, scale)
         results.append((out, kernels("backward").backward(grad, values, indices, weights, scale, False, True)[1]))
     for out, grad_weights in results[1:]:
         assert torch.equal(out, results[0][0])
@@ -217,11 +225,129 @@ def test_rows(n, t, k, dtype, length, monkeypatch):
     assert_norm_close(table, gradients(values, None, indices, weights, grad)[0], most_reads(indices))
 
 
+@pytest.mark.parametrize("hot_rows", [1, 5])
+@pytest.mark.parametrize("width", [1, 20, 577])
+def test_hot_rows_within_a_small_scratch(width, hot_rows, monkeypatch):
+    """The sums of the hot rows' segments fit in SCRATCH, and every read is added: backward, rows and fused update."""
+    segments, places = kernels("segments"), 6
+    monkeypatch.setattr(segments, "LENGTH", 3)
+    monkeypatch.setattr(segments, "SCRATCH", 4 * width * places)
+    values, indices, weights, _ = inputs(9, width, 31, 3)
+    indices[:, 1:] = torch.arange(62).view(31, 2) % hot_rows
+    grad = torch.randn(31, width)
+    found = segments.segment([indices], [weights], *values.shape)
+    assert kernels("segments").sum_hot(grad, found).nbytes <= 4 * width * places
+    assert len(found.long_rows) <= places // 2
+    gv, gw = gradients(values, None, indices, weights, grad)
+    got_gv, got_gw = kernels("backward").backward(grad, values, indices, weights, None, True, True)
+    assert_norm_close(got_gv, gv, most_reads(indices))
+    assert_norm_close(got_gw, gw, width)
+    read, grads = kernels("backward").rows(grad, indices, weights, 9)
+    assert_norm_close(grads[: len(read.unique())], gv[read.unique()], most_reads(indices))
+    total = torch.zeros(9)
+    kernels("update").adagrad_(
+        values.clone(), None, total, [grad], [indices], [weights], lr=0.1, eps=1e-9, weight_decay=0.0, seed=0
+    )
+    assert_norm_close(total, gv.square().mean(1), most_reads(indices) + width)
+
+
+WIDTHS = [576, 577, 768, 1000, 1001, 1536]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_fp32_weights_of_half_values(width, dtype):
+    """Weights are not rounded to the dtype of the values: the results are as exact as their own dtypes."""
+    values, indices, _, _ = inputs(60, width, 3, 9, dtype)
+    weights = torch.randn(3, 9)
+    right = reference.sparse_lookup(values.double(), indices, weights.double())
+    for out in (torch.float32, dtype):
+        got = forward(values, indices, weights, dtype=out)
+        assert got.dtype == out
+        assert_norm_close(got, right, 9)
+    backward = kernels("backward").backward
+    for kind in (torch.float32, dtype):
+        grad = torch.randn(3, width).to(kind)
+        gv, gw = gradients(values, None, indices, weights, grad)
+        got_gv, got_gw = backward(grad, values, indices, weights, None, True, True)
+        assert got_gv.dtype == dtype
+        assert got_gw.dtype == torch.float32
+        assert_norm_close(got_gv, gv, most_reads(indices))
+        assert_norm_close(got_gw, gw, width)
+        assert_norm_close(backward(grad, values, indices, weights, None, False, True)[1], gw, width)
+        read, rows = kernels("backward").rows(grad, indices, weights, 60)
+        assert rows.dtype == kind
+        assert_norm_close(rows[: len(read.unique())], gv[read.unique()], most_reads(indices))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_few_lanes_have_no_column(width):
+    """A slice is two warps of 16 bytes a lane, or one where that covers fewer columns: less than a warp has no column."""
+    lookup = kernels("lookup")
+    for dtype in DTYPES:
+        warp = 512 // dtype.itemsize
+        for how in (lookup.plan(width, dtype), kernels("backward").plan("segment_gradients", width, dtype)):
+            assert how.block in (warp, 2 * warp)
+            assert width <= how.block * how.slices < width + warp
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("few", [0, 64])
+def test_a_measured_plan_replaces_the_default(dtype, few, monkeypatch):
+    """Its slices, warps, registers and hints change no bit; its rows per step change the order of the additions."""
+    monkeypatch.setattr(kernels("lookup"), "FEW_TOKENS", few)
+    values, indices, weights, scale = inputs(60, 40, 5, 19, dtype)
+    out = forward(values, indices, weights, scale)
+    seen = []
+    launch = kernels("lookup").lookup_forward
+    monkeypatch.setattr(kernels("lookup"), "lookup_forward", recorded(launch, seen))
+    for change in ({"block": 16}, {"warps": 4, "registers": 128}, {"cache": ""}, {"cache": "evict_first", "block": 128}):
+        plan = {"rows": 8, "block": 64, "warps": 1, "registers": None, "cache": "evict_last"} | change
+        with use("forward", plan):
+            assert torch.equal(forward(values, indices, weights, scale), out)
+        options = {"ROWS": 8, "BLOCK_D": plan["block"], "CACHE": plan["cache"], "num_warps": plan["warps"]}
+        assert options.items() <= seen[-1].items()
+        assert seen[-1].get("maxnreg") == plan["registers"]
+    right = reference.sparse_lookup(exact(values, scale), indices, weights.double())
+    for rows in (1, 2, 16, 32):
+        with use("forward", {"rows": rows, "block": 32, "warps": 1, "cache": ""}):
+            assert_norm_close(forward(values, indices, weights, scale), right, 19)
+
+
+def recorded(kernel, seen: list[dict]):
+    """The kernel; each launch adds its keyword arguments to `seen`."""
+
+    class Recorded:
+        def __getitem__(self, grid):
+            return lambda *args, **options: (seen.append(options), kernel[grid](*args, **options))
+
+    return Recorded()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_measured_plan_of_the_gradients_replaces_the_default(dtype, monkeypatch):
+    monkeypatch.setattr(kernels("segments"), "LENGTH", 4)
+    values, indices, weights, grad = hot(60, 40, 12, 3, dtype)
+    backward = kernels("backward").backward
+    default = backward(grad, values, indices, weights, None, True, True)
+    right = gradients(values, None, indices, weights, grad)
+    for change in ({"registers": 96}, {"cache": "evict_first"}, {"warps": 2}, {"rows": 8}, {"block": 16}, {"block": 256}):
+        plan = {"rows": 2, "block": 64, "warps": 1, "registers": None, "cache": ""} | change
+        with use("segment_gradients", plan), use("token_dots", plan):
+            got = backward(grad, values, indices, weights, None, True, True)
+            alone = backward(grad, values, indices, weights, None, False, True)[1]
+        if "rows" not in change:
+            assert torch.equal(got[0], default[0])
+        assert_norm_close(got[0], right[0], most_reads(indices))
+        assert_norm_close(got[1], right[1], 40)
+        assert_norm_close(alone, right[1], 40)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_segments_cover_every_read_once(data):
     segments = kernels("segments")
-    n, length = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5))
+    n, length, most = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 5)), data.draw(st.integers(2, 40))
     sizes = data.draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=3))
     indices = [
         torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=t * k, max_size=t * k))).view(t, k) for t, k in sizes
@@ -229,7 +355,8 @@ def test_segments_cover_every_read_once(data):
     weights = [torch.rand(size) for size in sizes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segments, "LENGTH", length)
-        found = segments.segment(indices, weights, n)
+        patch.setattr(segments, "SCRATCH", 4 * most)
+        found = segments.segment(indices, weights, n, width=1)
     flat = torch.cat([i.flatten() for i in indices])
     order = flat.argsort(stable=True)
     assert torch.equal(found.order, order)
@@ -239,8 +366,10 @@ def test_segments_cover_every_read_once(data):
     assert torch.equal(found.weights, torch.cat([w.flatten() for w in weights])[order])
     reads = len(flat)
     entries, places, pieces, longs = [], 0, [], []
+    counts = flat.unique(return_counts=True)[1].tolist()
+    length = max(length, -(-2 * sum(count for count in counts if count > length) // most))
     first = 0
-    for rank, count in enumerate(flat.unique(return_counts=True)[1].tolist()):
+    for rank, count in enumerate(counts):
         assert found.starts[rank] == first
         cuts = [(first + at, min(first + at + length, first + count)) for at in range(0, count, length)]
         many = len(cuts) > 1
@@ -252,6 +381,7 @@ def test_segments_cover_every_read_once(data):
         first += count
     assert (found.starts[rank + 1 :] == reads).all()
     assert found.last.item() == rank
+    assert len(found.long_segments) <= most
     for got, want, width in ((found.table, entries, 4), (found.long_segments, pieces, 2), (found.long_rows, longs, 4)):
         assert len(want) <= len(got)
         assert got.tolist() == [list(entry) for entry in want] + [[0] * width] * (len(got) - len(want))

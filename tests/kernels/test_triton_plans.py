@@ -40,10 +40,10 @@ def test_the_table_of_the_package_is_valid():
 
 
 def test_an_entry_is_found_by_kernel_dtype_and_size(write):
-    write(ENTRY, {**ENTRY, "size": [2048], "plan": {"rows": 4, "block": 256, "warps": 1}})
+    write(ENTRY, {**ENTRY, "size": [2048], "plan": {"rows": 4, "block": 256, "warps": 1, "cache": ""}})
     assert tuned("forward", CPU, BF16, 1024) == PLAN
     assert tuned("forward", CPU, BF16, 2048) == {
-        "rows": 4, "block": 256, "warps": 1, "registers": None, "cache": "evict_last",
+        "rows": 4, "block": 256, "warps": 1, "registers": None, "cache": "",
     }  # fmt: skip
     assert tuned("forward", CPU, torch.float16, 1024) is None
     assert tuned("forward", CPU, BF16, 512) is None
