@@ -145,7 +145,7 @@ def test_a_32_bit_overflow_is_found(modules, name, at, dtype):
 
 def test_a_table_that_does_not_fit_is_reported(modules, monkeypatch):
     large, skip = modules("correctness_large"), modules("harness").Skip
-    device = SimpleNamespace(rehearse=False, free=lambda: 18 << 30)
+    device = SimpleNamespace(rehearse=False, free=lambda: 36 << 30)
     assert large.slots_of(device, 1024, torch.bfloat16) * 1024 > 2**31
     assert large.slots_of(device, 1024, FP8) * 1024 > 2**32
     with pytest.raises(skip, match="need more"):
