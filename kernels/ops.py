@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
+from torch.utils.flop_counter import register_flop_formula
 
 from memrewrite.kernels import lookup_update as _update
 from memrewrite.kernels import product_key_topk as _topk
+from memrewrite.kernels import product_keys as _keys
 from memrewrite.kernels import sparse_lookup as _lookup
 from memrewrite.kernels.pending import Pending
 
@@ -87,6 +89,32 @@ def product_key_topk(
     """
     scores, indices = torch.ops.memrewrite.product_key_topk.default(scores1, scores2, k, softmax, backend)
     return scores, indices
+
+
+def product_keys(
+    queries: Tensor, keys: Tensor, k: int, *, softmax: bool = True, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The k best slots of each query by product keys (§2.1 of arXiv 2412.09764), and their weights.
+
+    The scores of both halves, `queries @ keys.T`, then `product_key_topk`. No scores are kept for the backward, and if n is much
+    larger than k, it allocates nothing of size n. Under autocast, queries and keys are converted as for `torch.bmm`.
+
+    Args:
+        queries: Queries [T, 2h, d], floating-point; of h heads, each with its two halves next to each other.
+        keys: Half keys [2h, n, d], same dtype.
+        k: Number of slots, from 1 to n.
+        softmax: Return the softmax of the k sums; else the sums.
+        backend: "auto" or the name of a backend: it selects the top-k, and the lookups of the backward.
+
+    Returns:
+        Weights [h, T, k] in descending order (fp32 for half types), and slots `i * n + j` [h, T, k], int64.
+
+    Raises:
+        ValueError: k < 1, k > n, shapes that do not fit, or several devices.
+        TypeError: Queries and keys are not of one floating-point dtype.
+    """
+    weights, slots = torch.ops.memrewrite.product_keys.default(queries, keys, k, softmax, backend)
+    return weights, slots
 
 
 def rowwise_adagrad_(
@@ -235,6 +263,21 @@ _OPS = (
         _topk.backward_grad,
         _topk.backward_context,
     ),
+    _Op(
+        "product_keys(Tensor queries, Tensor keys, int k, bool softmax=True, str backend='auto') -> (Tensor, Tensor)",
+        _keys.forward,
+        _keys.forward_fake,
+        _keys.grad_of,
+        _keys.context,
+    ),
+    _Op(
+        "product_keys_backward(Tensor grad, Tensor slots, Tensor queries, Tensor keys, bool need_queries, bool need_keys, "
+        "str backend='auto') -> (Tensor, Tensor)",
+        _keys.backward,
+        _keys.backward_fake,
+        _keys.backward_grad,
+        _keys.backward_context,
+    ),
 )
 # Opaque to export and compile: the inside of a backend is never traced.
 _LIBRARY = Library("memrewrite", "DEF")  # type: ignore[no-untyped-call]
@@ -245,3 +288,7 @@ for _op in _OPS:
     register_fake(f"memrewrite::{_name}", _op.fake, lib=_LIBRARY)
     if _op.grad is not None:
         register_autograd(f"memrewrite::{_name}", _op.grad, setup_context=_op.context, lib=_LIBRARY)
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("product_keys", _keys.autocast(_device), f"Autocast{_device}")  # type: ignore[no-untyped-call]
+register_flop_formula(torch.ops.memrewrite.product_keys, get_raw=True)(_keys.forward_flops)
+register_flop_formula(torch.ops.memrewrite.product_keys_backward, get_raw=True)(_keys.backward_flops)

@@ -79,7 +79,7 @@ class ProductKeyLayer(MemoryLayer):
         """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; one lookup sums the rows of all heads."""
         pool = self._pool[0]
         slots, s = self.product_keys(tokens, pool.backend)
-        y = pool(slots, s).to(tokens.dtype)
+        y = pool(slots, s, tokens.dtype).to(tokens.dtype)
         return F.dropout(y, self.dropout, self.training)
 
 

@@ -75,7 +75,5 @@ class ProductKeys(nn.Module):
         keys = self.keys.flatten(0, 1)  # [2h, √N, n/2]
         if self.query_norm is not None and self.key_norm is not None:
             q, keys = self.query_norm(q), self.key_norm(keys)
-        scores = torch.bmm(q.transpose(0, 1), keys.transpose(1, 2))  # [2h, T, √N]
-        scores1, scores2 = scores[::2], scores[1::2]  # [h, T, √N] each: in dim 0 of `scores`, heads are the outer dimension
-        s, slots = ops.product_key_topk(scores1, scores2, self.topk, softmax=True, backend=backend)  # [h, T, k]
+        s, slots = ops.product_keys(q, keys, self.topk, backend=backend)  # [h, T, k]
         return slots.transpose(0, 1).flatten(1), s.transpose(0, 1).flatten(1)

@@ -74,23 +74,26 @@ class ValueTable(nn.Module):
                 scale.copy_(rounding.row_scale(sampled))
                 values.copy_(sampled / scale.unsqueeze(-1))
 
-    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, indices: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """`y_t = sum_j weights[t, j] * values[indices[t, j]]`: [T, K], [T, K] -> [T, d_v].
 
         Args:
             indices: Slots [T, K], int32 or int64.
-            weights: Weights [T, K]; cast to the dtype of the values, except for an 8-bit table.
+            weights: Weights [T, K] in any floating-point dtype; fp32 weights are not rounded to the dtype of the values.
+            dtype: Dtype of the result for an 8-bit table. Default: that of the weights.
 
         Returns:
-            [T, d_v] in the dtype of the values; for an 8-bit table, in the dtype of the weights.
+            [T, d_v] in the dtype of the values; for an 8-bit table, in `dtype`.
         """
-        weights = weights if self.scale is not None else weights.to(self.values.dtype)
+        if self.scale is None and weights.dtype != self.values.dtype:
+            weights = weights.float()
         learns = torch.is_grad_enabled()  # without autograd the kind of gradient is irrelevant; keep it out of exported graphs
         return ops.sparse_lookup(
             self.values,
             indices,
             weights,
             self.scale,
+            dtype=None if self.scale is None else dtype,
             gradient=self.gradient if learns else "dense",
             backend=self.backend,
             pending=self.pending if learns else None,

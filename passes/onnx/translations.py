@@ -1,8 +1,9 @@
-"""How `torch.onnx` writes the operators `torch.ops.memrewrite.*`: each as one node of the domain `memrewrite`.
+"""How `torch.onnx` writes the operators `torch.ops.memrewrite.*`: each as one node of the domain `memrewrite`, and for
+`product_keys` the product that computes the scores before it.
 
 The exporter inlines every function that a translation calls, so a function with the operator's body would leave no node for a
-native kernel. These functions have one line each, and belong to another domain: after inlining, that line remains, which is the
-node. The module is imported by the first export.
+native kernel. These functions call a node of the domain, and belong to another domain: after inlining, their lines remain. The
+module is imported by the first export.
 """
 # No postponed annotations here: onnxscript reads them as types.
 
@@ -11,6 +12,7 @@ from typing import Any, TypeVar, Union
 import onnxscript
 import torch
 from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT32, INT64
+from onnxscript import opset18 as op
 
 from memrewrite.kernels import ops  # noqa: F401 - registers the operators
 from memrewrite.kernels.onnx_functions import DOMAIN, VERSION
@@ -34,7 +36,23 @@ def _product_key_topk(scores1: Number, scores2: Number, k: int, softmax: bool = 
     return scores, slots
 
 
+@_inlined
+def _product_keys(queries: Number, keys: Number, k: int, softmax: bool = True) -> tuple[FLOAT, INT64]:
+    by_half = op.Transpose(queries, perm=[1, 0, 2])
+    columns = op.Transpose(keys, perm=[0, 2, 1])
+    scores = op.MatMul(by_half, columns)
+    axis = op.Constant(value_ints=[0])
+    end = op.Constant(value_ints=[2**31 - 1])
+    two = op.Constant(value_ints=[2])
+    one = op.Constant(value_ints=[1])
+    scores1 = op.Slice(scores, axis, end, axis, two)
+    scores2 = op.Slice(scores, one, end, axis, two)
+    weights, slots = _memory.ProductKeyTopk(scores1, scores2, k=k, softmax=softmax)
+    return weights, slots
+
+
 TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.memrewrite.product_keys.default: _product_keys,
     torch.ops.memrewrite.sparse_lookup.default: _sparse_lookup,
     torch.ops.memrewrite.product_key_topk.default: _product_key_topk,
 }

@@ -91,7 +91,7 @@ def test_rules_work_in_pieces(monkeypatch):
     values, total, reads = torch.randn(60, 20), torch.rand(60), some_reads(60, 20, 63, 7)
     whole, pieces = (values.clone(), total.clone()), (values.clone(), total.clone())
     ops.rowwise_adagrad_(whole[0], None, whole[1], *reads, **NUMBERS, seed=0)
-    monkeypatch.setattr("memrewrite.kernels.torch_update.CHUNK", 20 * 7)
+    monkeypatch.setattr("memrewrite.kernels.torch_reads.CHUNK", 20 * 7)
     ops.rowwise_adagrad_(pieces[0], None, pieces[1], *reads, **NUMBERS, seed=0)
     assert torch.equal(whole[0], pieces[0])
     assert torch.equal(whole[1], pieces[1])

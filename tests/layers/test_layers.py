@@ -271,13 +271,13 @@ def test_dropout_only_while_training(kind):
     assert torch.equal(model(x), build(kind)(x))  # in eval mode the options change nothing
 
 
-def passed_to_topk(layer: MemoryLayer, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """The scores of both halves for `x`, [heads, T, 2, keys]."""
-    seen, topk = [], ops.product_key_topk
+def scores_of(layer: MemoryLayer, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The scores of both halves for `x`, [T, 2 * heads, keys]."""
+    seen, select = [], ops.product_keys
     with monkeypatch.context() as patched:
-        patched.setattr(ops, "product_key_topk", lambda one, two, *a, **k: seen.append((one, two)) or topk(one, two, *a, **k))
+        patched.setattr(ops, "product_keys", lambda q, keys, *a, **k: seen.append((q, keys)) or select(q, keys, *a, **k))
         layer(x)
-    return torch.stack(seen[0], 2)
+    return torch.einsum("tad,and->tan", *seen[0])
 
 
 @every_kind
@@ -288,11 +288,11 @@ def test_query_dropout_zeroes_and_scales_entries_of_the_query(kind, rate, monkey
     for layer in (dropping, plain):
         layer.product_keys.keys.data.copy_(torch.eye(KEYS).expand(1, 2, KEYS, KEYS))
     x = torch.randn(200, D)
-    got, query = (passed_to_topk(layer, x, monkeypatch) for layer in (dropping, plain))
+    got, query = (scores_of(layer, x, monkeypatch) for layer in (dropping, plain))
     dropped = got == 0
     assert dropped.double().mean().item() == pytest.approx(rate, abs=0.03)
     torch.testing.assert_close(got, torch.where(dropped, 0.0, query / (1 - rate)))
-    assert torch.equal(passed_to_topk(dropping.eval(), x, monkeypatch), query)
+    assert torch.equal(scores_of(dropping.eval(), x, monkeypatch), query)
 
 
 @every_kind
@@ -316,7 +316,7 @@ def test_norms_start_with_scores_of_unit_variance(kind, monkeypatch):
     layer = build(kind, layers=1, qk_norm=True, key_dim=40).blocks[0]
     assert layer.product_keys.query_norm.weight.tolist() == [1.0] * 20
     assert layer.product_keys.key_norm.weight.tolist() == pytest.approx([20**-0.5] * 20)
-    scores = passed_to_topk(layer, torch.randn(500, D), monkeypatch)
+    scores = scores_of(layer, torch.randn(500, D), monkeypatch)
     assert scores.square().mean().item() == pytest.approx(1.0, rel=0.1)
 
 

@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memrewrite.frozen import Frozen
 from memrewrite.kernels import ops  # noqa: F401 - registers the operators
+from memrewrite.kernels.product_keys import half_scores
 
 TOPK = torch.ops.memrewrite.product_key_topk.default
-ARGUMENTS = tuple(argument.name for argument in TOPK._schema.arguments)
+KEYS = torch.ops.memrewrite.product_keys.default
 ULPS = 16  # of the sums: equal keys have scores that differ by rounding only
 
 
@@ -54,17 +55,20 @@ class Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is not TOPK:
+        if func not in (TOPK, KEYS):
             return out
         scores, slots = out
         self.slots.append(slots.cpu())
         if self.forced is None:
             return out
-        passed = dict(zip(ARGUMENTS, args, strict=False)) | dict(kwargs or {})
+        names = [argument.name for argument in func._schema.arguments]
+        defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+        passed = defaults | dict(zip(names, args, strict=False)) | dict(kwargs or {})
+        halves = half_scores(passed["queries"], passed["keys"]) if func is KEYS else (passed["scores1"], passed["scores2"])
         forced = self.forced[len(self.slots) - 1].to(slots.device)
-        sums, differs, ties = _judged(passed["scores1"], passed["scores2"], slots, forced, self.tolerance)
+        sums, differs, ties = _judged(*halves, slots, forced, self.tolerance)
         self.ties += ties
-        forced_scores = sums.softmax(-1) if passed.get("softmax", False) else sums
+        forced_scores = sums.softmax(-1) if passed["softmax"] else sums
         return torch.where(differs, forced_scores, scores), torch.where(differs, forced, slots)
 
 
