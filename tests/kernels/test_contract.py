@@ -297,7 +297,9 @@ def test_updates_with_half_gradients_and_fp32_weights(backend):
     """The gradients of half layers with the unrounded weights of their lookups."""
     values, (grads, indices, weights) = update_inputs(60, 16, 9, 7, 2, exact=False)
     reads = ([grad.bfloat16() for grad in grads], indices, weights)
-    gradient = reference.table_gradient([grad.double() for grad in reads[0]], indices, [w.double() for w in weights], 60).float()
+    gradient = reference.table_gradient(
+        [grad.double() for grad in reads[0]], indices, [w.double() for w in weights], 60
+    ).float()
     touched = torch.zeros(60, dtype=torch.bool, device=DEVICE)
     touched[torch.cat([i.flatten() for i in indices])] = True
     total = torch.ones(60, device=DEVICE)
