@@ -19,7 +19,7 @@ DEVICES = [pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=
 
 
 def graphed(run: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """`run` as a CUDA graph, captured after two runs: a call replays it and returns the same outputs. On the CPU, `run` itself."""
+    """`run` as a CUDA graph: a call replays it and returns the outputs of the capture. On the CPU, `run` itself."""
     if device == "cpu":
         return run
     side = torch.cuda.Stream()

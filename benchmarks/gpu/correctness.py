@@ -123,12 +123,14 @@ def _case(name: str, check: Callable[[Bench], Check]) -> Case:
 
 def finished(check: Check) -> float | str:
     """The result of a check. Raises Stop if a kernel is wrong."""
-    while True:
-        try:
-            next(check)
-        except StopIteration as end:
-            result: float | str = end.value
-            return result
+    found: list[float | str] = []
+
+    def keeping() -> Iterator[None]:
+        found.append((yield from check))
+
+    for _ in keeping():
+        pass
+    return found[0]
 
 
 def timed_is_checked(bench: Bench) -> Iterator[Result]:
@@ -174,7 +176,7 @@ class Dry:
 
 
 def timed_launches(bench: Bench) -> set[Launch]:
-    """The kernels and plans of this package that the timed sections launch: their cases run on small tables, and launch nothing.
+    """What the timed sections launch of this package: their cases run on small tables, and launch nothing.
 
     Without the sections of whole layers: they launch these kernels, with fp32 weights, as some cases here do at each width.
     """

@@ -1,4 +1,4 @@
-"""Correctness of the operator from queries to slots and weights, at the size of training, against float64 by chunks of tokens."""
+"""Correctness of the operator from queries to slots and weights, at the size of training, against float64."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def make(bench: Bench, dtype: torch.dtype) -> Large:
 def large_table(bench: Bench, dtype: torch.dtype) -> Check:
     """Forward, both gradients, row gradients and both updates; compared after each, since the table is changed in place."""
     large = make(bench, dtype)
-    slots, dim = large.values.shape
+    dim = large.values.shape[1]
     tokens, reads = (6, 4) if bench.rehearse else (300, 32)
     chosen = data.slots_read("zipf", tokens, reads, large.rows.numel(), bench.device)
     indices = large.rows[chosen]

@@ -18,7 +18,7 @@ CHUNK = 1 << 26  # sums in float64 that exist at once
 
 
 def sizes(bench: Bench) -> Iterator[Size]:
-    """Odd sizes and all sums first; then both plans at their border, and the rows of training, with every timed number of keys."""
+    """Odd sizes first; then both plans at their border, and the rows of training, with every timed number of keys."""
     small, dtypes = bench.rehearse, (torch.bfloat16, torch.float32)
     if small:
         yield from ((5, 9, 6, 3, torch.float32), (3, 16, 16, 4, torch.bfloat16))

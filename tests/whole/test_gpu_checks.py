@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import sys
+import importlib.util
+import re
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from memrewrite.kernels import reference, torch_backend, triton_backend
+from memrewrite.kernels import reference, torch_backend
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
 FP8 = torch.float8_e4m3fn
@@ -294,3 +295,13 @@ def test_the_gather_that_is_compiled_is_right(modules):
     torch.testing.assert_close(
         modules("baselines").gathered(values, indices, weights), reference.sparse_lookup(values, indices, weights)
     )
+
+
+def test_the_command_for_a_gpu_machine_runs_every_file_with_tests_for_one(modules):
+    root = FOLDER.parents[1]
+    marked = [
+        path.relative_to(root).as_posix()
+        for path in (root / "tests").rglob("test_*.py")
+        if re.search(r"mark[.]gpu\b|^from devices", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert sorted(modules("gpu_tests").FILES) == sorted(marked)
