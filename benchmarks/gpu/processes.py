@@ -78,7 +78,8 @@ def kill_all() -> None:
 def how(code: int) -> str:
     """How a process ended, in words."""
     if code < 0:
-        return f"the process was ended by {signal.Signals(-code).name}"
+        names = {each.value: each.name for each in signal.Signals}
+        return f"the process was ended by {names.get(-code, f'signal {-code}')}"
     return f"the process ended with exit code {code}" if code else ""
 
 

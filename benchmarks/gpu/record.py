@@ -58,8 +58,15 @@ class Contents:
     seconds: float = 0.0
     torn: int = 0  # lines that could not be read
 
-    def add(self, line: dict[str, Any]) -> None:
-        """Apply a line."""
+    def add(self, line: dict[str, Any]) -> bool:
+        """Apply a line; False if it lacks what its kind must have."""
+        try:
+            self._add(line)
+        except (KeyError, TypeError, ValueError):
+            return False
+        return True
+
+    def _add(self, line: dict[str, Any]) -> None:
         kind = line["kind"]
         if kind == "run":
             self.runs.append(line)
@@ -118,10 +125,8 @@ class Record:
         """Everything in the file; a last line that was cut off counts as unreadable."""
         contents, end = Contents(), 0
         for line, end in self.lines():  # noqa: B007 - `end` is used below
-            if line is None:
+            if line is None or not contents.add(line):
                 contents.torn += 1
-            else:
-                contents.add(line)
         contents.torn += self.path.is_file() and end < self.path.stat().st_size
         return contents
 

@@ -60,13 +60,13 @@ def mark(contents: Contents, section: sections.Section) -> str:
     """Why the times of a section are not comparable: a kernel that it measures is wrong, or was not checked; else ""."""
     own = contents.cases.get(section.name, {})  # a section may have checks of its own
     checks = {name: case for name, case in contents.cases.get(CORRECTNESS, {}).items() if concerns(section, name)}
-    wrong = [name for name, case in own.items() if case.why.startswith("WRONG")]
-    wrong += [name for name, case in checks.items() if _failure(case).startswith(("WRONG", "FAILED"))]
-    if wrong:
-        return f"WRONG kernel: times are not comparable ({wrong[0]})"
-    if section.checks and (not checks or any(case.state != "done" for case in checks.values())):
-        return "kernel not checked"
-    return ""
+    for name, case in {**own, **checks}.items():
+        if case.why.startswith("WRONG"):
+            return f"WRONG kernel: times are not comparable ({name})"
+    missing = [name for name, case in checks.items() if case.state != "done"]
+    if missing:
+        return f"kernel not checked ({missing[0]})"
+    return "kernel not checked" if section.checks and not checks else ""
 
 
 def concerns(section: sections.Section, check: str) -> bool:
@@ -119,7 +119,17 @@ def _rate(rate: float | None, unit: float) -> float | None:
 
 
 def progress(line: dict[str, Any]) -> str:
-    """A line of the record as text, with the numbers of a result; "" for lines that say nothing new."""
+    """A line of the record as text, with the numbers of a result; "" for lines that say nothing new.
+
+    A line that cannot be formatted is returned as it is: it must not end the run.
+    """
+    try:
+        return _progress(line)
+    except (KeyError, TypeError, ValueError):
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _progress(line: dict[str, Any]) -> str:
     at = f"{line.get('section')}: "
     if line["kind"] == "failed":
         return f"{at}{line['of'] or 'all cases'}: {line['why']}"
@@ -158,7 +168,8 @@ def table(results: list[Result]) -> str:
 
 def page(contents: Contents, results: list[Result]) -> str:
     """The table as Markdown, with device, date and versions."""
-    run = contents.runs[0] if contents.runs else {"date": "unknown", "rehearsal": False, "device": {}, "versions": {}}
+    unknown: dict[str, Any] = {"date": "unknown", "rehearsal": False, "device": {}, "versions": {}}
+    run = contents.runs[0] if contents.runs else unknown
     summary = record(contents, results)
     device, versions = (", ".join(f"{k} {v}" for k, v in run[name].items()) for name in ("device", "versions"))
     rates, targets = summary["ceilings"], summary["targets"]

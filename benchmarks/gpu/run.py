@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGALRM, measuring.give_up)
     signal.setitimer(signal.ITIMER_REAL, max(1.0, args.seconds - 2 - (time.monotonic() - START)))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as for Ctrl-C, the processes are ended and the summary is written
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # goes on when the terminal is closed
     why = measuring.prepare()
     if why:
         return _refused(why)

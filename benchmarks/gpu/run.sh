@@ -39,16 +39,26 @@ if [ -z "$python" ]; then
   exit 2
 fi
 
+unpack() { # wheel, folder
+  local said
+  if ! said=$(timeout -k 5 60 "$python" -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check \
+    --target "$2" "$1" 2>&1); then
+    echo "run.sh: $1 is not available: $(tail -n 1 <<<"$said")" >&2
+    rm -rf "$2"
+  fi
+}
+
 if [ -n "$wheels" ]; then
   packages=$(mktemp -d)
   trap 'rm -rf "$packages"' EXIT
-  for wheel in "$wheels"/*.whl; do # one by one: a broken wheel costs no other
-    if ! said=$(timeout -k 5 60 "$python" -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check \
-      --upgrade --target "$packages" "$wheel" 2>&1); then
-      echo "run.sh: $wheel is not available: $(tail -n 1 <<<"$said")" >&2
-    fi
+  number=0
+  for wheel in "$wheels"/*.whl; do # each in a folder of its own: a broken wheel costs no other, and none overwrites another
+    number=$((number + 1))
+    unpack "$wheel" "$packages/$number" &
+    PYTHONPATH=$packages/$number${PYTHONPATH:+:$PYTHONPATH}
   done
-  export PYTHONPATH=$packages${PYTHONPATH:+:$PYTHONPATH}
+  wait
+  export PYTHONPATH
 fi
 
 # The unpacking counts as part of the seven minutes. A rehearsal has its own, longer limit.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import math
+import signal
 import sys
 import time
 import traceback
@@ -111,4 +112,5 @@ def main(section: Section, record: Record, rehearse: bool, share: tuple[int, int
         record.append("failed", section=section.name, of=WHOLE, why=_status(error))
         return 1
     measure(section, record, bench, share)
+    signal.alarm(10)  # ends the process if its cleanup hangs
     return 0

@@ -80,7 +80,7 @@ def greedy(function: Any) -> Any:
     def wrong(values: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         before = values.clone()
         function(values, *args, **kwargs)
-        values[(values == before).all(-1)] *= 2
+        values[(values.float() == before.float()).all(-1)] = 0
 
     return wrong
 
@@ -94,7 +94,7 @@ def greedy(function: Any) -> Any:
         ("backward", off, "gradient of values", LOOKUP),
         ("rows", lambda f: lambda *a: (f(*a)[0], f(*a)[1] * 1.01), "row gradients", LOOKUP),
         ("adagrad_", biased, "the mean step is", "update"),
-        ("adagrad_", greedy, "a row that was not read was changed", "update"),
+        ("adagrad_", greedy, "rows that were not read: not the same bits", "update"),
         ("topk", off, "scores: not the same bits", "topk"),
         ("topk_backward", off, "gradient of the first half", "topk"),
     ],
@@ -112,7 +112,9 @@ def test_a_wrong_kernel_is_found_and_marks_what_depends_on_it(
     assert len(wrong) < len(contents.cases["correctness"])
     marked = {section.name for section in sections.SECTIONS if report.mark(contents, section).startswith("WRONG kernel: times")}
     whole = {"correctness", "training step", "memory size", "layer", "compile"}
-    assert marked == {*whole, *depends.split(", ")}
+    assert marked >= {*whole, *depends.split(", ")}  # a check of large tables is one of lookup and updates
+    assert ("topk" in marked) == (depends == "topk")
+    assert depends != "topk" or not marked & {"forward", "decode", "backward", "update"}
     assert not torch.are_deterministic_algorithms_enabled()
 
 

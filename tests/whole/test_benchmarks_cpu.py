@@ -1,8 +1,9 @@
-"""The benchmarks on the CPU, and those of ONNX Runtime: they run completely, and wrong operators are not timed."""
+"""The benchmarks on the CPU, and those of ONNX Runtime: they run completely, and wrong operators are found."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,64 +99,90 @@ def test_a_wrong_operator_is_not_timed(
     bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, library: Path, fault: Any
 ) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    comparisons, files = bench("onnx_comparisons"), bench("onnx_operators")
-    wrong = wrongly(files.bound, fault)
-    monkeypatch.setattr(comparisons, "bound", wrong)
+    monkeypatch.setattr(bench("onnx_comparisons"), "bound", wrongly(bench("onnx_operators").bound, fault))
     assert bench("onnx_cpu").main(onnx_cpu(library, tmp_path)) == 1
     assert "SparseLookup by native: relative error" in capsys.readouterr().err
-    monkeypatch.setattr(files, "bound", wrong)
-    line = ["--rehearse", "--library", str(library), "--json", str(tmp_path / "cuda.json")]
-    assert bench("onnx_cuda").main(line) == 1
-    rows = json.loads((tmp_path / "cuda.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["status"].split(":")[0] for row in rows] == ["WRONG", "not run (a kernel is wrong)"]
 
 
-def test_the_onnx_gpu_benchmark_rehearsed(bench: Any, tmp_path: Path, library: Path) -> None:
-    line = ["--rehearse", "--library", str(library), "--json", str(tmp_path / "cuda.json")]
-    assert bench("onnx_cuda").main(line) == 0
-    record = json.loads((tmp_path / "cuda.json").read_text(encoding="utf-8"))
-    assert record["benchmark"] == "onnx_cuda"
-    rows = record["rows"]
-    assert list(dict.fromkeys(row["section"] for row in rows)) == ["correctness", "ceilings", "SparseLookup", "ProductKeyTopk"]
-    assert {row["status"] for row in rows if row["section"] != "correctness"} == {"rehearsed"}
-    assert {how for row in rows for how in row["rivals"].values()} == {"rehearsed"}
-    assert all(row["ms"] is None for row in rows)
-
-
-def test_the_onnx_gpu_benchmark_counts_the_native_calls(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, library: Path
-) -> None:
-    files = bench("onnx_operators")
-    monkeypatch.setattr(files.Operators, "counters", lambda _: dict.fromkeys(files.OPS, 0))
-    line = ["--rehearse", "--library", str(library), "--json", str(tmp_path / "cuda.json")]
-    assert bench("onnx_cuda").main(line) == 1
-    assert "the native kernels ran {'SparseLookup': 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("there", "said"), [(False, "no CUDA GPU"), (True, "has no CUDAExecutionProvider")], ids=["device", "provider"]
-)
-def test_without_cuda_the_onnx_gpu_benchmark_reports_it(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, there: bool, said: str
-) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    assert bench("onnx_cuda").main(["--json", str(tmp_path / "cuda.json")]) == 2
-    printed = capsys.readouterr().err
-    assert said in printed
-    assert "try: " in printed
-    assert not (tmp_path / "cuda.json").exists()
-
-
-@pytest.mark.parametrize("name", ["onnx_cpu", "onnx_cuda"])
-def test_an_onnx_benchmark_without_its_library_reports_it(
-    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any, name: str
+def test_the_onnx_cpu_benchmark_without_its_library_reports_it(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
     pytest.importorskip("onnx", reason="onnx is not installed")
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    lines = {"onnx_cpu": onnx_cpu(tmp_path / "none.so", tmp_path), "onnx_cuda": ["--rehearse", "--library", "none.so"]}
-    assert bench(name).main(lines[name]) == 2
+    assert bench("onnx_cpu").main(onnx_cpu(tmp_path / "none.so", tmp_path)) == 2
     assert "there is no library" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------ the section of the GPU benchmark, on the CPU
+
+
+@pytest.fixture
+def onnx_section(bench: Any, tmp_path: Path) -> Any:
+    """Runs the section with a library; returns its record and its lines of the summary."""
+
+    def run(library: Path, **options: Any) -> tuple[Any, list[Any]]:
+        (section,) = bench("sections").chosen("onnx")
+        record = bench("record").Record(tmp_path)
+        rehearsal = bench("harness").Bench(rehearse=True, triton=False, library=library)
+        vars(rehearsal).update(options)
+        bench("section_process").measure(section, record, rehearsal)
+        return record.read(), bench("report").all_results(record.read())
+
+    return run
+
+
+def test_the_onnx_section_rehearsed(onnx_section: Any, library: Path) -> None:
+    contents, rows = onnx_section(library)
+    assert contents.complete("onnx")
+    checks = [row for row in rows if row.status == "ok"]
+    assert len(checks) == 3 * 3 * (2 * 2 + 2)
+    assert all(row.note.startswith("relative error") for row in checks)
+    timed = [row for row in rows if row.status == "rehearsed"]
+    assert len(checks) + len(timed) == len(rows)
+    assert [row.case.split()[0] for row in timed] == 6 * ["SparseLookup", "ProductKeyTopk"]
+    assert {how for row in timed for how in row.rivals.values()} == {"rehearsed"}
+    assert all(row.ms is None and row.section == "onnx" for row in rows)
+
+
+@pytest.mark.parametrize("fault", [lambda x: x * 1.1 if x.is_floating_point() else x, lambda x: x * torch.nan])
+def test_the_times_of_a_wrong_operator_are_marked(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, library: Path, onnx_section: Any, fault: Any
+) -> None:
+    monkeypatch.setattr(bench("onnx_operators"), "bound", wrongly(bench("onnx_operators").bound, fault))
+    contents, rows = onnx_section(library)
+    wrong = [row for row in rows if row.status.startswith("WRONG: ")]
+    assert "lookup: relative error" in wrong[0].status
+    timed = [row for row in rows if row.case.startswith(("SparseLookup", "ProductKeyTopk"))]
+    assert timed
+    assert all(row.status.startswith("WRONG kernel: times are not comparable (lookup N=") for row in timed)
+    assert not contents.complete("onnx")
+
+
+def test_the_onnx_section_counts_the_native_calls(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, library: Path, onnx_section: Any
+) -> None:
+    files = bench("onnx_operators")
+    monkeypatch.setattr(files.Operators, "counters", lambda _: dict.fromkeys(files.OPS, 0))
+    _, rows = onnx_section(library)
+    wrong = [row.status for row in rows if row.status.startswith("WRONG: ")]
+    assert len(wrong) == len(rows) // 2  # each case gives its line, and then this one
+    assert all(
+        status.startswith("WRONG: the native kernels ran {'SparseLookup': 0, 'ProductKeyTopk': 0} times") for status in wrong
+    )
+
+
+def test_without_the_cuda_provider_the_onnx_section_is_not_run(monkeypatch: pytest.MonkeyPatch, onnx_section: Any) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    _, (row,) = onnx_section(None, rehearse=False)
+    assert row.case == "all cases"
+    assert re.fullmatch(r"not run \(this onnxruntime .+ has no CUDAExecutionProvider: onnxruntime-gpu is needed\)", row.status)
+
+
+def test_without_its_library_the_onnx_section_is_not_run(onnx_section: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    _, (row,) = onnx_section(tmp_path / "none.so")
+    assert row.status.startswith("not run (")
+    assert "there is no library" in row.status

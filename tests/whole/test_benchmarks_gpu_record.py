@@ -199,6 +199,16 @@ def test_a_record_is_read_wherever_it_was_cut(bench: Any, tmp_path: Path) -> Non
     assert lines == 8
 
 
+def test_lines_that_lack_something_end_nothing(bench: Any, tmp_path: Path) -> None:
+    record = bench("record").Record(tmp_path)
+    record.append("result", section="topk", of="a", case="a", targets=[1])
+    record.append("value")
+    record.append("end", seconds=2.0)
+    contents = record.read()
+    assert (contents.torn, contents.seconds) == (2, 2.0)
+    assert bench("report").progress({"kind": "result", "section": "topk"}) == '{"kind": "result", "section": "topk"}'
+
+
 def test_the_record_of_a_run_that_was_killed_names_what_is_missing(bench: Any, tmp_path: Path) -> None:
     record = bench("record").Record(tmp_path)
     record.append("cases", section="topk", names=["a", "b"])
@@ -263,9 +273,10 @@ def eventually(condition: Any) -> bool:
         ("print('fine')", ""),
         ("raise SystemExit(3)", "the process ended with exit code 3"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the process was ended by SIGSEGV"),
+        ("import os; os.kill(os.getpid(), 40)", "the process was ended by signal 40"),
         (HANGING, "stopped at the time limit of 5 s"),
     ],
-    ids=["fine", "exit", "crash", "hang"],
+    ids=["fine", "exit", "crash", "signal", "hang"],
 )
 def test_how_a_process_ended_is_known(bench: Any, code: str, how: str) -> None:
     why, printed = bench("processes").output([sys.executable, "-c", code], 5 if "limit" in how else 60)
@@ -303,3 +314,9 @@ def test_sections_are_chosen_by_name(bench: Any) -> None:
     assert [section.name for section in chosen("memory size, forward")] == ["forward", "memory size"]
     with pytest.raises(ValueError, match="no section 'bakward'; the sections are: correctness, ceilings, forward"):
         chosen("forward,bakward")
+
+
+def test_the_process_that_starts_the_others_needs_no_torch(bench: Any) -> None:
+    folder = str(Path(bench("processes").__file__).parent)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import run; assert not {'torch', 'memrewrite'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == 0

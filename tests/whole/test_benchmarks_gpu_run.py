@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -103,7 +104,7 @@ def test_a_whole_rehearsal_runs_without_the_recipe_schema(whole: Any) -> None:
     assert set().union(*found.values()) == {"rehearsed"}
     rows = record["rows"]
     assert all(row["ms"] is None and row["of_floor"] is None and not row["ratios"] for row in rows)
-    assert all(row["moved"] > 0 for row in rows if row["section"] in KERNELS)
+    assert {row["section"] for row in rows if row["moved"]} == set(KERNELS)
     for row in rows:  # each result was printed, and is in both tables
         assert row["case"] in done.stdout
     table = done.stdout.split("\n\n")[-1]
@@ -229,19 +230,25 @@ def test_each_failure_costs_one_section(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["sticky", "exit", "crash", "wrong", "error"])
+@pytest.mark.parametrize("kind", ["sticky", "exit", "crash", "error"])
 @pytest.mark.parametrize("section", SECTIONS)
 def test_a_failure_in_any_section_loses_that_section_alone(tmp_path: Path, section: str, kind: str, library: Path) -> None:
     other = "update" if section != "update" else "topk"
-    done = rehearse(tmp_path, "--sections", f"{section},{other}", "--library", str(library), **{FAULTS: f"{section}:0={kind}"})
-    assert done.returncode == 1
-    found = statuses(tmp_path)
-    assert any(status.startswith(("FAILED", "WRONG:")) for status in found[section])
-    again = kind in ("wrong", "error")  # the other cases of the section still run
-    assert any(status.startswith("not run") for status in found[section]) != again or len(lines(tmp_path, "cases")[-2]["names"]) == 1
-    assert len(found[other]) == len({row["case"] for row in summary(tmp_path)["rows"] if row["section"] == other})
-    good = "rehearsed" if section == "correctness" and kind in ("sticky", "exit", "crash") else "kernel not checked"
-    assert set(found[other]) <= {good, "kernel not checked", "rehearsed"} or "WRONG kernel" in found[other][0]
+    options = ("--sections", f"{section},{other}", "--library", str(library))
+    assert rehearse(tmp_path, *options, **{FAULTS: f"{section}:0={kind}"}).returncode == 1
+    names = {line["section"]: line["names"] for line in lines(tmp_path, "cases")}
+    done = {(line["section"], line["of"]) for line in lines(tmp_path, "done")}
+    assert {(other, name) for name in names[other]} <= done
+    finished = [name for name in names[section] if (section, name) in done]
+    if kind == "error":
+        assert finished == names[section][1:]
+    else:  # the cases of a section may be shared by several processes
+        assert names[section][0] not in finished
+        assert len(finished) < len(names[section]) * 7 / 8
+    status = {line["of"]: line["why"] for line in lines(tmp_path, "failed")}
+    assert set(status) == set(names[section]) - set(finished)
+    assert status.pop(names[section][0]).startswith("FAILED: ")
+    assert all(why.startswith("not run (") for why in status.values())
 
 
 @linux
@@ -306,14 +313,22 @@ def test_the_whole_run_ends_in_time_although_every_section_hangs(tmp_path: Path)
 @linux
 @pytest.mark.slow
 def test_a_terminal_that_blocks_does_not_stop_the_clock(tmp_path: Path) -> None:
-    line = [sys.executable, str(FOLDER), "--rehearse", "--out", str(tmp_path), "--sections", "forward,decode", "--seconds", "40"]
+    line = [
+        sys.executable,
+        str(FOLDER),
+        "--rehearse",
+        "--out",
+        str(tmp_path),
+        "--sections",
+        "forward,decode",
+        "--seconds",
+        "40",
+    ]
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    while True:  # fill the pipe
-        try:
+    with contextlib.suppress(BlockingIOError):
+        while True:  # until the pipe is full
             os.write(writer, b"x" * 4096)
-        except BlockingIOError:
-            break
     os.set_blocking(writer, True)
     start = time.monotonic()
     process = subprocess.Popen(line, stdout=writer, env=environment())
