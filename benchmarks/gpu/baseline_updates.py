@@ -1,7 +1,7 @@
 """Baselines of the fused updates: the same rules in plain torch, in fixed shapes, so that the host never waits for the device.
 
-The table's gradient is summed by `F.embedding_bag` over the sorted reads, one bag per row, in fp32; then all rows are updated, a
-slice of fixed size at a time; rows that were not read keep their bits. A CUDA graph could capture all of it.
+`F.embedding_bag` sums the table's gradient over the sorted reads, one bag per row, in fp32; then all rows are updated, a slice
+of fixed size at a time; rows that were not read keep their bits. A CUDA graph could capture all of it.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import correctness_topk
 import data as data
 import torch
 from calls import Launch, forward, recorded, text
+from correctness_keys import product_keys
 from correctness_large import large_table
 from correctness_update import Check, close, moving, same, updates
 from harness import Bench, Case, Result, Stop
@@ -27,11 +28,8 @@ from torch import Tensor
 from memrewrite.kernels import reference
 
 SECTION = "correctness"
-TOLERANCE = {
-    torch.float32: 1e-5,
-    torch.float16: 6e-4,
-    torch.bfloat16: 4e-3,
-}  # half types: at most half a unit in the last place
+# half types: one unit in the last place, since Triton's interpreter truncates to bf16; what fp32 outputs show is exact
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 FP8 = torch.float8_e4m3fn
 UPDATES = (  # dtype of the table, of the output's gradient, of the weights
     (torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -95,8 +93,9 @@ def checks(bench: Bench) -> Iterator[tuple[str, Callable[[Bench], Check]]]:
         for dim in dict.fromkeys((20, *timed_widths(bench), *(() if bench.rehearse else (WIDEST,)))):
             for dtypes in UPDATES:
                 table, grad, weights = map(_short, dtypes)
-                yield f"{rule} D={dim} {table}, gradients {grad}, weights {weights}", partial(
-                    updates, rule=rule, dim=dim, dtypes=dtypes
+                yield (
+                    f"{rule} D={dim} {table}, gradients {grad}, weights {weights}",
+                    partial(updates, rule=rule, dim=dim, dtypes=dtypes),
                 )
 
 
@@ -104,6 +103,8 @@ def cases(bench: Bench) -> Iterator[Case]:
     """One case per check, then tables of more than 2^31 elements; the last one compares with what is timed."""
     for name, check in checks(bench):
         yield _case(name, check)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield _case(f"topk from queries {_short(dtype)}", partial(product_keys, dtype=dtype))
     yield _case("stochastic rounding bfloat16", moving)
     for dtype in (torch.bfloat16, FP8):
         yield _case(f"lookup and updates of more than 2^31 elements, {_short(dtype)}", partial(large_table, dtype=dtype))
@@ -122,12 +123,14 @@ def _case(name: str, check: Callable[[Bench], Check]) -> Case:
 
 def finished(check: Check) -> float | str:
     """The result of a check. Raises Stop if a kernel is wrong."""
-    while True:
-        try:
-            next(check)
-        except StopIteration as end:
-            result: float | str = end.value
-            return result
+    found: list[float | str] = []
+
+    def keeping() -> Iterator[None]:
+        found.append((yield from check))
+
+    for _ in keeping():
+        pass
+    return found[0]
 
 
 def timed_is_checked(bench: Bench) -> Iterator[Result]:
@@ -173,7 +176,7 @@ class Dry:
 
 
 def timed_launches(bench: Bench) -> set[Launch]:
-    """The kernels and plans of this package that the timed sections launch: their cases run on small tables, and launch nothing.
+    """What the timed sections launch of this package: their cases run on small tables, and launch nothing.
 
     Without the sections of whole layers: they launch these kernels, with fp32 weights, as some cases here do at each width.
     """

@@ -66,7 +66,7 @@ def slots_of(bench: Bench, dim: int, dtype: torch.dtype) -> int:
         return 100
     free = bench.free()
     for elements in (1 << 32, 1 << 31):
-        if COPIES * elements * dtype.itemsize <= free:
+        if 2 * COPIES * elements * dtype.itemsize <= free:  # half: other processes check at the same time
             return elements // dim + LAST
     raise Skip(f"{free / 2**30:.0f} GiB are free; a table of 2^31 elements of {dtype} and its copies need more")
 
@@ -91,7 +91,7 @@ def make(bench: Bench, dtype: torch.dtype) -> Large:
 def large_table(bench: Bench, dtype: torch.dtype) -> Check:
     """Forward, both gradients, row gradients and both updates; compared after each, since the table is changed in place."""
     large = make(bench, dtype)
-    slots, dim = large.values.shape
+    dim = large.values.shape[1]
     tokens, reads = (6, 4) if bench.rehearse else (300, 32)
     chosen = data.slots_read("zipf", tokens, reads, large.rows.numel(), bench.device)
     indices = large.rows[chosen]
@@ -107,7 +107,7 @@ def large_table(bench: Bench, dtype: torch.dtype) -> Check:
 
 
 def _lookup(bench: Bench, large: Large, indices: Tensor, weights: Tensor, grad: Tensor) -> float:
-    kernels, (slots, _) = bench.kernels, large.values.shape
+    kernels, slots = bench.kernels, large.values.shape[0]
     tolerance = 4e-3 if weights.dtype == torch.bfloat16 else 1e-5
     local = indices - large.first
     exact = large.wide().requires_grad_(), weights.double().requires_grad_()

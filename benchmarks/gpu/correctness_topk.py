@@ -18,7 +18,7 @@ CHUNK = 1 << 26  # sums in float64 that exist at once
 
 
 def sizes(bench: Bench) -> Iterator[Size]:
-    """Odd sizes and all sums first; then both plans at their border, and the rows of training, with every timed number of keys."""
+    """Odd sizes first; then both plans at their border, and the rows of training, with every timed number of keys."""
     small, dtypes = bench.rehearse, (torch.bfloat16, torch.float32)
     if small:
         yield from ((5, 9, 6, 3, torch.float32), (3, 16, 16, 4, torch.bfloat16))
@@ -41,14 +41,16 @@ def topk(bench: Bench, size: Size) -> Check:
     grad = data.normal(rows, k, dtype=torch.float32, device=device, seed=5)
     scores, slots = kernels.topk(one, two, k, False)
     weights, again = kernels.topk(one, two, k, True)
-    found, repeated = (kernels.topk_backward(grad, slots, n1, n2) for _ in range(2))
+    found = kernels.topk_backward(grad, slots, n1, n2)
+    part = slice(rows // 2, rows // 2 + FEW)
+    repeated = kernels.topk_backward(grad[part], slots[part], n1, n2)
     yield
     check_chosen(one, two, scores, slots)
     same("slots, with softmax", slots, again)
     errors = [close("softmax", weights, scores.double().softmax(-1), 1e-5)]
     halves = (("first", slots // n2, n1), ("second", slots % n2, n2))
     for (name, at, n), got, other in zip(halves, found, repeated, strict=True):
-        same(f"gradient of the {name} half, again", got, other)
+        same(f"gradient of the {name} half, of a part", got[part], other)
         errors.append(check_scattered(f"gradient of the {name} half", got, at, grad, n))
     return max(errors)
 

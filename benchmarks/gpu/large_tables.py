@@ -1,6 +1,6 @@
 """The largest tables that can be trained on this device: each takes what its free memory allows, state included.
 
-Allocates the table, runs real training steps of a Memory+ layer on it, and reports slots, parameters, peak memory and step time.
+Trains a Memory+ layer on the table for a few steps, and reports slots, parameters, peak memory and the time of a step.
 """
 
 from __future__ import annotations

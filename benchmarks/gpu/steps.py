@@ -88,7 +88,9 @@ def update_cases(bench: Bench) -> Iterator[Case]:
     yield Case(f"adagrad D={first} table in L2", partial(update, rule="adagrad", dim=first, pattern="uniform", cold=False))
     part = partial(update, rule="adagrad", dim=first, pattern="uniform", kind=torch.float32)
     yield Case(f"adagrad D={first}, weights float32", part)
-    yield Case(f"adagrad D={last} fp8", partial(update, rule="adagrad", dim=last, pattern="uniform", fp8=True, kind=torch.float32))
+    yield Case(
+        f"adagrad D={last} fp8", partial(update, rule="adagrad", dim=last, pattern="uniform", fp8=True, kind=torch.float32)
+    )
 
 
 def update(

@@ -7,12 +7,13 @@ that is started for it.
 from __future__ import annotations
 
 import importlib.util
-import os
+import sys
 from types import ModuleType
 
 import pytest
 import torch
 from closeness import assert_norm_close, most_reads
+from devices import GPU, INTERPRETED
 from torch import Tensor
 
 from memrewrite.kernels import (
@@ -26,13 +27,13 @@ from memrewrite.kernels import (
     triton_backend,
 )
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-RUNS_TRITON = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DEVICE = "cpu"  # the fixture `backend` sets it
 BACKENDS = [
-    pytest.param(torch_backend, id="torch"),
-    pytest.param(native_backend, id="native"),
-    pytest.param(triton_backend, id="triton", marks=() if DEVICE == "cuda" else pytest.mark.interpreter),
+    pytest.param((torch_backend, "cpu"), id="torch"),
+    pytest.param((native_backend, "cpu"), id="native"),
+    pytest.param((triton_backend, "cpu"), id="triton", marks=pytest.mark.interpreter),
+    pytest.param((torch_backend, "cuda"), id="torch-cuda", marks=GPU),
+    pytest.param((triton_backend, "cuda"), id="triton-cuda", marks=GPU),
 ]
 FP8 = torch.float8_e4m3fn
 SIZES = (1, 63, 60, 1000)
@@ -59,15 +60,16 @@ def everything_new_is_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module: ModuleType = request.param
+    module: ModuleType
+    module, device = request.param
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", device)
     if module is native_backend:
         request.getfixturevalue("native_kernels")
-    if module is triton_backend:
-        if not RUNS_TRITON:
-            pytest.skip("no GPU, and no TRITON_INTERPRET=1 as `make test` sets it for these")
-        if DEVICE == "cpu":
-            monkeypatch.setattr(triton_backend, "supports", lambda *_: None)
-            monkeypatch.setattr(triton_backend, "supports_topk", lambda *_: None)
+    if module is triton_backend and device == "cpu":
+        if importlib.util.find_spec("triton") is None or not INTERPRETED:
+            pytest.skip("Triton is not installed, or no TRITON_INTERPRET=1 as `make test` sets it for these")
+        monkeypatch.setattr(triton_backend, "supports", lambda *_: None)
+        monkeypatch.setattr(triton_backend, "supports_topk", lambda *_: None)
     return module
 
 
@@ -197,8 +199,8 @@ def test_one_gradient_alone(backend):
     assert only_values[1].shape == only_weights[0].shape == (0,)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a CUDA kernel does not check its indices, as `ops.sparse_lookup` says")
 def test_index_out_of_range():
+    """On the CPU only: a CUDA kernel does not check its indices, as `ops.sparse_lookup` says."""
     values, indices, weights = lookup(60, 20, 9, 7)
     for bad in (60, -1, 2**31 - 1):
         indices[4, 3] = bad

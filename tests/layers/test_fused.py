@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo.testing
 from closeness import assert_norm_close, relative_error
+from devices import DEVICES, graphed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import llama, tokens
@@ -27,7 +29,15 @@ from memrewrite.layers.pool import Pool, PoolSpec
 
 FP8 = torch.float8_e4m3fn
 SIZES = [(1, 1, 1, 1), (63, 20, 60, 7), (1000, 20, 63, 7), (60, 576, 5, 128), (60, 1, 63, 7)]  # N, D, T, K
+DEVICE = "cpu"  # of the models and batches; the fixture `device` sets it
 NUMBERS = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.01}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Models and batches of the test are on this device; what needs CUDA has the marker `gpu`."""
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", request.param)
+    return str(request.param)
 
 
 def some_reads(n: int, d: int, t: int, k: int, lookups: int = 1, seed: int = 0) -> tuple[list[Tensor], ...]:
@@ -257,6 +267,7 @@ class Shared(nn.Module):
         for layer in self.layers:
             layer.reset_parameters(generator)
         self.recompute: bool | None = None
+        self.to(DEVICE)
 
     def forward(self, x: Tensor) -> Tensor:
         for norm, layer in zip(self.norms, self.layers, strict=True):
@@ -267,7 +278,7 @@ class Shared(nn.Module):
 
 def batch(seed: int = 0, tokens: int = 24) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, 16, generator=g)
+    x = torch.randn(tokens, 16, generator=g).to(DEVICE)
     return x, (3 * x.flip(-1)).sin()
 
 
@@ -295,13 +306,13 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, run=
 
 
 @pytest.mark.parametrize("rule", [RowwiseAdagrad(), RowwiseAdam()], ids=lambda rule: type(rule).__name__)
-def test_training_is_that_of_a_dense_gradient(rule):
+def test_training_is_that_of_a_dense_gradient(rule, device):
     """Five steps; the dense model's table is updated by the reference, from the sum of its three layers' gradients."""
     fused, dense = Shared(), Shared("dense")
     optimizer = optimizer_of(fused, rule=rule)
     other = torch.optim.AdamW(memrewrite.param_groups(dense, lr=1e-3)[:1])
     table = dense.pool.values
-    total, mean, square = torch.zeros(144), torch.zeros(144, 16), torch.zeros(144)
+    total, mean, square = (torch.zeros(size, device=device) for size in ((144,), (144, 16), (144,)))
     for step in range(1, 6):
         (got,) = train(fused, optimizer, range(step, step + 1))
         other.zero_grad()
@@ -323,7 +334,7 @@ def test_training_is_that_of_a_dense_gradient(rule):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.03), ("float8_e4m3fn", 0.1)])
-def test_small_tables_reach_the_loss_of_dense_training(dtype, tolerance):
+def test_small_tables_reach_the_loss_of_dense_training(dtype, tolerance, device):
     """The largest table at CPU size: fused updates in few bits, compared with a dense fp32 gradient and the same rule."""
     fused, dense = Shared(dtype=dtype), Shared("dense")
     if dtype != "float32":  # the same start, as the narrow table holds it
@@ -331,7 +342,7 @@ def test_small_tables_reach_the_loss_of_dense_training(dtype, tolerance):
         dense.pool.values.data.copy_(start if fused.pool.scale is None else start * fused.pool.scale[:, None])
     losses = train(fused, optimizer_of(fused, value_lr=0.1), range(120))
     other = torch.optim.AdamW(memrewrite.param_groups(dense, lr=1e-3)[:1])
-    total, rights = torch.zeros(144), []
+    total, rights = torch.zeros(144, device=device), []
     for seed in range(120):
         other.zero_grad()
         dense.pool.values.grad = None
@@ -424,7 +435,7 @@ def test_adam_keeps_the_first_moment_in_bf16_except_for_tables_of_fp32(dtype, wa
     }
 
 
-def test_gradients_add_up_until_the_step():
+def test_gradients_add_up_until_the_step(device):
     once, twice = Shared(), Shared()
     first, second = optimizer_of(once), optimizer_of(twice)
     ((loss_of(once, 1) + loss_of(once, 2)) / 2).backward()
@@ -438,7 +449,7 @@ def test_gradients_add_up_until_the_step():
     torch.testing.assert_close(once.pool.values, twice.pool.values)
 
 
-def test_zero_grad_empties_the_queue():
+def test_zero_grad_empties_the_queue(device):
     model = Shared()
     optimizer = optimizer_of(model)
     before = model.pool.values.detach().clone()
@@ -464,7 +475,7 @@ def test_clipping_sees_only_the_other_parameters():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn"])
 @pytest.mark.parametrize("rule", [RowwiseAdagrad(), RowwiseAdam()], ids=lambda rule: type(rule).__name__)
-def test_resumes_bit_for_bit(dtype, rule):
+def test_resumes_bit_for_bit(dtype, rule, device):
     straight = Shared(dtype=dtype)
     optimizer = optimizer_of(straight, rule=rule)
     train(straight, optimizer, range(3))
@@ -504,7 +515,7 @@ def test_state_of_another_rule_is_refused():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointed_activations_update_once(reentrant):
+def test_checkpointed_activations_update_once(reentrant, device):
     plain, recomputed = Shared(), Shared()
     recomputed.recompute = reentrant
     for model in (plain, recomputed):
@@ -513,7 +524,7 @@ def test_checkpointed_activations_update_once(reentrant):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float8_e4m3fn"])
-def test_compiled_training_is_the_eager_one_and_never_recompiles(dtype):
+def test_compiled_training_is_the_eager_one_and_never_recompiles(dtype, device):
     torch._dynamo.reset()
     eager, model = Shared(dtype=dtype), Shared(dtype=dtype)
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
@@ -532,6 +543,51 @@ def test_compiled_training_is_the_eager_one_and_never_recompiles(dtype):
     )
     # in 8 bits another last bit of a gradient may choose the other neighbor, which is at most eps away
     assert relative_error(got, want) <= {"float32": 1e-5, "float8_e4m3fn": torch.finfo(FP8).eps}[dtype]
+
+
+@pytest.mark.parametrize("gradient", ["dense", "sparse"])
+def test_a_captured_layer_is_the_eager_one(device, gradient):
+    """Scores, top-k, softmax and lookup in one CUDA graph: replayed on other inputs, it gives the bits of an eager call."""
+    model = Shared(gradient)
+    still, other = batch(0)[0], batch(1)[0]
+    with torch.no_grad():
+        replay = graphed(lambda: model(still), device)
+        replay()
+        still.copy_(other)
+        got, want = replay().clone(), model(other)
+    assert got.device.type == device
+    assert torch.equal(got, want)
+
+
+def test_a_captured_training_step_gives_the_eager_gradients(device):
+    """Forward and backward with a dense gradient, in one CUDA graph."""
+    model = Shared("dense")
+    parameters = list(model.parameters())
+    x, target = batch(0)
+    fresh, wanted = batch(1)
+
+    def run() -> tuple[Tensor, ...]:
+        return torch.autograd.grad((model(x) - target).square().mean(), parameters)
+
+    replay = graphed(run, device)
+    x.copy_(fresh)
+    target.copy_(wanted)
+    got = [grad.clone() for grad in replay()]
+    for one, right in zip(got, run(), strict=True):
+        assert one.device.type == device
+        torch.testing.assert_close(one, right)
+
+
+def test_models_and_batches_of_a_test_are_on_its_device(monkeypatch):
+    """On another device than the CPU (meta, which every machine has) no tensor of a model or a batch is on the CPU."""
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "meta")
+    model = Shared("dense")
+    loss = loss_of(model)
+    loss.backward()
+    found = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), loss, *batch()]
+    assert {x.device.type for x in found} == {"meta"}
+    with pytest.raises(RuntimeError, match="device"):
+        model(torch.randn(24, 16))
 
 
 def test_the_queue_is_marked_unsafe_for_cuda_graphs():
@@ -756,7 +812,7 @@ def test_sparse_gradient_is_the_dense_one(n, d, t, k, seed):
     assert set(rows.tolist()) == set(indices.flatten().tolist())  # nothing else counts as touched
 
 
-def test_sparse_gradients_train_with_sparse_adam():
+def test_sparse_gradients_train_with_sparse_adam(device):
     model = Shared("sparse")
     rest = [p for p in model.parameters() if p is not model.pool.values]
     optimizers = torch.optim.AdamW(rest, lr=1e-3), torch.optim.SparseAdam([model.pool.values], lr=5e-2)
@@ -772,7 +828,7 @@ def test_sparse_gradients_train_with_sparse_adam():
     assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
 
 
-def test_sparse_gradient_through_compile():
+def test_sparse_gradient_through_compile(device):
     torch._dynamo.reset()
     grads = []
     for run in (lambda m: m, lambda m: torch.compile(m, fullgraph=True)):

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import sys
+import importlib.util
+import re
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from memrewrite.kernels import reference, torch_backend, triton_backend
+from memrewrite.kernels import reference, torch_backend
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
 FP8 = torch.float8_e4m3fn
@@ -132,9 +133,7 @@ def overflowing(function: Any, at: int) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
-@pytest.mark.parametrize(
-    ("name", "at"), [("forward", 1), ("backward", 2), ("rows", 1), ("adagrad_", 4), ("adam_", 5)], ids=str
-)
+@pytest.mark.parametrize(("name", "at"), [("forward", 1), ("backward", 2), ("rows", 1), ("adagrad_", 4), ("adam_", 5)], ids=str)
 def test_a_32_bit_overflow_is_found(modules, name, at, dtype):
     large, finished = modules("correctness_large").large_table, modules("correctness").finished
     assert finished(large(bench_with(modules), dtype)) < 0.08
@@ -143,9 +142,34 @@ def test_a_32_bit_overflow_is_found(modules, name, at, dtype):
         finished(large(wrong, dtype))
 
 
+@pytest.mark.parametrize("fault", [None, "slot", "weight", "gradient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_faults_of_the_operator_from_queries_are_found(modules, monkeypatch, fault, dtype):
+    keys, right = modules("correctness_keys"), modules("correctness_keys").ops.product_keys
+
+    def wrong(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        weights, slots = right(*args, **options)
+        if fault == "slot":
+            slots = slots.clone()
+            slots[1, 2, 0] = slots[1, 2, 1:].max() + 1
+        if fault == "weight":
+            weights = weights * 1.1
+        if fault == "gradient":
+            weights = weights + 0.1 * (weights - weights.detach())
+        return weights, slots
+
+    monkeypatch.setattr(keys, "ops", SimpleNamespace(product_keys=wrong))
+    check = keys.product_keys(modules("harness").Bench(rehearse=True, triton=False), dtype)
+    if fault is None:
+        assert modules("correctness").finished(check) <= 2e-2
+        return
+    with pytest.raises(modules("harness").Stop, match={"slot": "slot|weights"}.get(fault, fault)):
+        modules("correctness").finished(check)
+
+
 def test_a_table_that_does_not_fit_is_reported(modules, monkeypatch):
     large, skip = modules("correctness_large"), modules("harness").Skip
-    device = SimpleNamespace(rehearse=False, free=lambda: 18 << 30)
+    device = SimpleNamespace(rehearse=False, free=lambda: 36 << 30)
     assert large.slots_of(device, 1024, torch.bfloat16) * 1024 > 2**31
     assert large.slots_of(device, 1024, FP8) * 1024 > 2**32
     with pytest.raises(skip, match="need more"):
@@ -222,7 +246,9 @@ def test_the_rival_of_the_update_is_right(modules, monkeypatch, rule, dtype):
         rival.adagrad_(got, scales, square, *reads, **numbers, seed=0)
     else:
         first = mean.clone()
-        want, moment, wanted = reference.rowwise_adam((start, mean, total), gradient, touched, betas=(0.9, 0.99), step=3, **numbers)
+        want, moment, wanted = reference.rowwise_adam(
+            (start, mean, total), gradient, touched, betas=(0.9, 0.99), step=3, **numbers
+        )
         rival.adam_(got, scales, first, square, *reads, **numbers, beta1=0.9, beta2=0.99, step=3, seed=0)
         torch.testing.assert_close(first, moment)
     torch.testing.assert_close(square, wanted)
@@ -238,7 +264,18 @@ class Waits(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if name in ("item", "tolist", "nonzero", "unique", "masked_select", "__bool__", "__int__", "__float__", "__index__", "cpu"):
+        if name in (
+            "item",
+            "tolist",
+            "nonzero",
+            "unique",
+            "masked_select",
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+            "cpu",
+        ):
             raise AssertionError(f"{name} waits for the device")
         return function(*args, **(kwargs or {}))
 
@@ -258,3 +295,13 @@ def test_the_gather_that_is_compiled_is_right(modules):
     torch.testing.assert_close(
         modules("baselines").gathered(values, indices, weights), reference.sparse_lookup(values, indices, weights)
     )
+
+
+def test_the_command_for_a_gpu_machine_runs_every_file_with_tests_for_one(modules):
+    root = FOLDER.parents[1]
+    marked = [
+        path.relative_to(root).as_posix()
+        for path in (root / "tests").rglob("test_*.py")
+        if re.search(r"mark[.]gpu\b|^from devices", path.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert sorted(modules("gpu_tests").FILES) == sorted(marked)
