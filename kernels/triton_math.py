@@ -11,13 +11,14 @@ import triton.language as tl
 
 LARGEST_E4M3: tl.constexpr = tl.constexpr(448.0)
 SMALLEST_NORMAL: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # fp32's
+EVICT_LAST: tl.constexpr = tl.constexpr("evict_last")
 ROUNDS: tl.constexpr = tl.constexpr(7)  # of philox: the fewest that pass BigCrush
 
 
 @triton.jit
 def load_rows(
     values, row, first, live, D: tl.constexpr, BLOCK_D: tl.constexpr, FULL: tl.constexpr = False,
-    CACHE: tl.constexpr = "evict_last",
+    CACHE: tl.constexpr = EVICT_LAST,
 ):  # fmt: skip
     """Columns `first + 0..BLOCK_D-1` of table rows, as fp32 [ROWS, BLOCK_D]; values decoded here are 256 times too small.
 

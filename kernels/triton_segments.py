@@ -23,6 +23,7 @@ LENGTH = 128  # reads per segment at least: the segments of a hot row are summed
 SCRATCH = 64 << 20  # bytes of the sums of hot rows' segments at most
 BLOCK = 512
 HOT_BLOCK, HOT_ROWS = 512, 4  # columns, and reads at once, of a program that sums a segment of a hot row
+NO_HINT: tl.constexpr = tl.constexpr("")  # for the caches; Triton 3.6.0 takes no plain string as a default
 LONG = 1 << 32  # one counter for two counts: long rows in the high word, their segments in the low word
 
 
@@ -189,7 +190,7 @@ def load_reads(tokens, weights, first, end, ROWS: tl.constexpr):
 @triton.jit
 def add_reads(
     grad, token, weight, row, dots, part, first, end, total, cols,
-    D: tl.constexpr, ROWS: tl.constexpr, CACHE: tl.constexpr = "",
+    D: tl.constexpr, ROWS: tl.constexpr, CACHE: tl.constexpr = NO_HINT,
 ):  # fmt: skip
     """Add ROWS weighted output gradients to a row's gradient, and store their dot products with the row."""
     read = first + tl.arange(0, ROWS)

@@ -134,7 +134,7 @@ def test_narrow_loads_are_found(judge, variant):
 
 
 def test_an_increased_register_count_is_found(judge, variant):
-    code = judge.Code(registers=100, stack=0, spills=0, loads={16: 4, 4: 2})
+    code = judge.Code(registers=100, stack=0, spills=0, loads={16: 4, 4: 2}, in_flight=4, instructions=9)
     allowed = replace(variant, scalar_loads=2)
     assert list(judge.findings(allowed, code, 88)) == []
     assert list(judge.findings(allowed, replace(code, registers=30), 23)) == []
@@ -142,6 +142,7 @@ def test_an_increased_register_count_is_found(judge, variant):
     assert "100 registers, 86 on record" in grown
     (unknown,) = judge.findings(allowed, code, None)
     assert "--write" in unknown
+    assert list(judge.findings(allowed, code, None, recorded=False)) == []
     (narrow,) = judge.findings(replace(variant, scalar_loads=1), code, 100)
     assert "2 loads below 16 bytes" in narrow
 
@@ -153,8 +154,10 @@ def test_a_finding_fails_the_run(judge, variant, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(judge, "BASELINE", record)
     monkeypatch.setattr(judge, "compile_variants", lambda: iter([variant]))
     options = judge.argparse.Namespace(write=False, json=None, arch=[90])
-    assert judge.run(options, "1.0") == 1
-    assert "FAILED total · sm_90 · Triton 1.0: no register count on record" in capsys.readouterr().out
+    assert judge.run(options, "1.0") == 0  # a version without any record is reported, and passes
+    assert "no register counts on record for Triton 1.0" in capsys.readouterr().out
+    assert judge.run(options, "0.0") == 1
+    assert "FAILED total · sm_90 · Triton 0.0: no register count on record" in capsys.readouterr().out
     options.write = True
     assert judge.run(options, "1.0") == 0
     known = json.loads(record.read_text())
@@ -178,7 +181,21 @@ def test_it_refuses_the_interpreter():
     assert "TRITON_INTERPRET" in done.stdout
 
 
-def test_widths_are_read(judge):
+def test_loads_in_flight_are_counted():
+    from machine_code import in_flight
+
+    load = ("LDG.E.EL.128", "R4, desc[UR4][R2.64]")
+    other, scalar = ("LDG.E.EL.128", "R8, desc[UR4][R2.64]"), ("LDG.E", "R12, desc[UR4][R2.64]")
+    use, copy = ("FADD", "R20, R5, R21"), ("FADD", "R20, R9, R21")
+    assert in_flight([load, other, scalar, use, copy], 16) == 2
+    assert in_flight([load, use, other, copy], 16) == 1
+    assert in_flight([load, scalar, other], 4) == 3
+    assert in_flight([load, ("LDG.E.128", "R8, desc[UR4][R2.64]"), use], 16, "EL") == 1
+
+
+def test_widths_are_read():
+    from machine_code import width
+
     names = {"LDG.E.128": 16, "LDG.E.EL.128.CONSTANT": 16, "LDG.E.64": 8, "LDG.E": 4, "LDG.E.U16": 2, "LDGSTS.E.BYPASS.128": 16}
-    assert {name: judge.width(name) for name in names} == names
-    assert judge.width("LDG.E.U8") == 1
+    assert {name: width(name) for name in names} == names
+    assert width("LDG.E.U8") == 1
