@@ -3,9 +3,9 @@
 A runtime with a kernel for a node of the domain `memrewrite` runs that kernel (`kernels/onnxruntime/`); others inline the
 function. Kernel and function follow the same contract:
 
-`SparseLookup(values [N, D], indices [T, K], weights [T, K]) -> [T, D]`: values and weights of one type (float, float16,
-bfloat16), indices int64 or int32, sums in fp32. An index outside [0, N) is an error; a negative index does not count from
-the end.
+`SparseLookup(values [N, D], indices [T, K], weights [T, K]) -> [T, D]`: values and result of one type (float, float16,
+bfloat16), weights of that type or float, indices int64 or int32, sums in fp32. An index outside [0, N) is an error; a negative
+index does not count from the end.
 
 `ProductKeyTopk(scores1 [..., n1], scores2 [..., n2]; k, softmax = 0) -> scores [..., k], indices [..., k]`: the k best sums of
 one score of each half, in descending order, and their slots `i * n2 + j` (int64). With `softmax`, scores are the softmax of the

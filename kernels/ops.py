@@ -25,6 +25,7 @@ def sparse_lookup(
     weights: Tensor,
     scale: Tensor | None = None,
     *,
+    dtype: torch.dtype | None = None,
     gradient: str = "dense",
     backend: str = "auto",
     pending: Pending | None = None,
@@ -38,8 +39,9 @@ def sparse_lookup(
     Args:
         values: Table [N, D], floating-point.
         indices: Rows to read [T, K], int32 or int64.
-        weights: Weights [T, K] in the dtype of `values`; with `scale`, any floating-point dtype.
+        weights: Weights [T, K] in the dtype of `values` or in float32; with `scale`, any floating-point dtype.
         scale: Row scales [N], float32: row n is `scale[n] * values[n]`. `values` may then be 8-bit (float8_e4m3fn).
+        dtype: Dtype of the output, with 16 or more bits. Default: that of `values`; with `scale`, that of `weights`.
         gradient: "dense": gradient [N, D] of `values`. "sparse": a COO tensor of the rows that were read, not coalesced
             (rows may appear twice, the second time with zeros). "fused": no gradient; its factors are stored in `pending`
             until a fused update uses them.
@@ -47,7 +49,7 @@ def sparse_lookup(
         pending: Queue of the table, for "fused".
 
     Returns:
-        [T, D] in the dtype of `weights`, summed in fp32 (in float64 for float64).
+        [T, D] in `dtype`; products and sums are fp32 (float64 for float64).
 
     Raises:
         ValueError: Shapes, devices or names are wrong.
@@ -55,7 +57,8 @@ def sparse_lookup(
         IndexError: On the CPU, an index is outside the table.
     """
     waiting = (None, 0) if pending is None else (pending.count, pending.handle)
-    out: Tensor = torch.ops.memrewrite.sparse_lookup.default(values, indices, weights, scale, gradient, backend, *waiting)
+    lookup = torch.ops.memrewrite.sparse_lookup.default
+    out: Tensor = lookup(values, indices, weights, scale, gradient, backend, *waiting, dtype)
     return out
 
 
@@ -181,7 +184,7 @@ _READS = "Tensor[] grads, Tensor[] indices, Tensor[] weights"
 _OPS = (
     _Op(
         f"sparse_lookup({_LOOKUP}, Tensor? scale=None, str gradient='dense', str backend='auto', "
-        "Tensor? pending=None, int handle=0) -> Tensor",
+        "Tensor? pending=None, int handle=0, ScalarType? dtype=None) -> Tensor",
         _lookup.forward,
         _lookup.forward_fake,
         _lookup.grad_of,

@@ -11,7 +11,8 @@ from torch import Tensor
 
 def sparse_lookup(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """`y_t = sum_j weights[t, j] * values[indices[t, j]]`: the lookup of eq. (1); [N, D], [T, K], [T, K] -> [T, D]."""
-    return torch.einsum("tk,tkd->td", weights, values[indices.long()])
+    wide = torch.promote_types(values.dtype, weights.dtype)
+    return torch.einsum("tk,tkd->td", weights.to(wide), values[indices.long()].to(wide))
 
 
 def product_key_topk(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -22,7 +23,8 @@ def product_key_topk(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, 
 
 def table_gradient(grads: list[Tensor], indices: list[Tensor], weights: list[Tensor], slots: int) -> Tensor:
     """The table's dense gradient [slots, D]: `g_n = sum of w[t, j] * grad[t]` over all reads of row n in all lookups."""
-    total = grads[0].new_zeros(slots, grads[0].shape[1])
+    wide = torch.promote_types(grads[0].dtype, weights[0].dtype)
+    total = grads[0].new_zeros(slots, grads[0].shape[1], dtype=wide)
     for grad, index, weight in zip(grads, indices, weights, strict=True):
         for j in range(index.shape[1]):
             total.index_add_(0, index[:, j], weight[:, j, None] * grad)

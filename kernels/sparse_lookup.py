@@ -28,29 +28,48 @@ def forward(
     backend: str = "auto",
     pending: Tensor | None = None,
     handle: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`memrewrite::sparse_lookup`: [N, D], [T, K], [T, K] -> [T, D]; the public function is `ops.sparse_lookup`."""
     _check(values, indices, weights, scale)
+    dtype = _output_dtype(values, weights, scale, dtype)
     if gradient not in GRADIENTS:
         raise ValueError(f"sparse_lookup: there is no gradient {gradient!r}; try one of {', '.join(GRADIENTS)}")
     chosen = choose("sparse_lookup", backend, lambda b: b.supports(values, indices, weights, scale))
     if indices.numel() == 0 or values.shape[1] == 0:
-        return weights.new_zeros(indices.shape[0], values.shape[1])
-    out: Tensor = chosen.forward(values, indices, weights, scale)
+        return weights.new_zeros(indices.shape[0], values.shape[1], dtype=dtype)
+    out: Tensor = chosen.forward(values, indices, weights, scale, dtype)
     return out
 
 
 def forward_fake(
-    values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None, gradient: str = "dense", *_: Any
+    values: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    scale: Tensor | None = None,
+    gradient: str = "dense",
+    backend: str = "auto",
+    pending: Tensor | None = None,
+    handle: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Shape and dtype of `forward`."""
     _check(values, indices, weights, scale)
-    return weights.new_empty(indices.shape[0], values.shape[1])
+    dtype = _output_dtype(values, weights, scale, dtype)
+    return weights.new_empty(indices.shape[0], values.shape[1], dtype=dtype)
+
+
+def _output_dtype(values: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of the output. Raises TypeError if it is not floating-point, or has 8 bits."""
+    dtype = dtype or (values.dtype if scale is None else weights.dtype)
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        raise TypeError(f"sparse_lookup: the output's dtype must be floating, with 16 or more bits, not {dtype}")
+    return dtype
 
 
 def context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save the inputs, nothing of size [T, K, D]. Called only if an input requires a gradient."""
-    values, indices, weights, scale, ctx.gradient, ctx.backend, pending, ctx.handle = inputs
+    values, indices, weights, scale, ctx.gradient, ctx.backend, pending, ctx.handle, _ = inputs
     if ctx.needs_input_grad[0]:
         _check_gradient(values, ctx.gradient, pending)
     ctx.save_for_backward(values, indices, weights, scale)
@@ -69,11 +88,12 @@ def grad_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             torch.ops.memrewrite.sparse_lookup_keep(grad, indices, weights, ctx.pending, ctx.handle)
     elif need_values and ctx.gradient == "sparse":
         grad_values = torch.ops.memrewrite.sparse_lookup_rows(grad, indices, weights, values.shape[0], ctx.backend)
+        grad_values = grad_values.to(values.dtype)
     need_dense = need_values and ctx.gradient == "dense"
     lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
     dense, grad_weights = lookup_backward(grad, values, indices, weights, need_dense, need_weights, scale, ctx.backend)
     grad_values = dense if need_dense else grad_values
-    return grad_values, None, grad_weights if need_weights else None, None, None, None, None, None
+    return grad_values, None, grad_weights if need_weights else None, None, None, None, None, None, None
 
 
 def _is_wanted(table: Any) -> bool:
@@ -97,7 +117,7 @@ def backward(
     scale: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`memrewrite::sparse_lookup_backward`: dense gradient of values [N, D], gradient of weights [T, K].
+    """`memrewrite::sparse_lookup_backward`: dense gradient of values [N, D], gradient of weights [T, K], in their dtypes.
 
     An unneeded gradient is returned as an empty tensor [0], since an operator cannot return None for a tensor.
     """
@@ -143,9 +163,9 @@ def backward_grad(ctx: Any, grad_gv: Tensor, grad_gw: Tensor) -> tuple[Tensor | 
     """Second order: both gradients are bilinear in (grad, values, weights), so their gradients are lookups too."""
     if ctx.scaled:
         raise RuntimeError("sparse_lookup: a table with a scale has no second derivatives; use a table without")
-    lookup = partial(torch.ops.memrewrite.sparse_lookup, backend=ctx.backend)
-    lookup_backward = partial(torch.ops.memrewrite.sparse_lookup_backward, backend=ctx.backend)
     grad, values, indices, weights = ctx.saved_tensors
+    lookup = partial(torch.ops.memrewrite.sparse_lookup, backend=ctx.backend, dtype=grad.dtype)
+    lookup_backward = partial(torch.ops.memrewrite.sparse_lookup_backward, backend=ctx.backend)
     need_grad, need_values, _, need_weights = ctx.needs_input_grad[:4]
     has_gv, has_gw = ctx.wanted
     d_grad = d_values = d_weights = None
@@ -165,7 +185,7 @@ def backward_grad(ctx: Any, grad_gv: Tensor, grad_gw: Tensor) -> tuple[Tensor | 
 
 
 def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int, backend: str = "auto") -> Tensor:
-    """`memrewrite::sparse_lookup_rows`: the gradient of values as a COO tensor [N, D] of the rows that were read.
+    """`memrewrite::sparse_lookup_rows`: the gradient of values as a COO tensor [N, D] of the rows that were read, as `grad`.
 
     It always has min(T·K, N) rows, in ascending order; if fewer rows were read, the last one is repeated with zero gradients.
     So its size is known without synchronizing with the device, and the sum over equal rows is the gradient.
@@ -209,10 +229,11 @@ def _check(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | Non
     if indices.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"sparse_lookup: indices must be int32 or int64, not {indices.dtype}")
     if scale is None:
-        if not values.is_floating_point() or weights.dtype != values.dtype or values.itemsize == 1:
+        known = weights.dtype in (values.dtype, torch.float32)
+        if not values.is_floating_point() or not known or values.itemsize == 1:
             raise TypeError(
-                "sparse_lookup: values and weights must share a floating dtype (8-bit values need a `scale`), "
-                f"not {values.dtype} and {weights.dtype}"
+                "sparse_lookup: values must have a floating dtype (8-bit values need a `scale`), and weights the same or "
+                f"float32, not {values.dtype} and {weights.dtype}"
             )
     elif scale.dtype != torch.float32 or not values.is_floating_point() or not weights.is_floating_point():
         raise TypeError(f"sparse_lookup: scale must be float32, not {scale.dtype}, and values and weights floating")
@@ -220,8 +241,11 @@ def _check(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | Non
     if scale is not None:
         _check_sizes("scale", tuple(scale.shape), (values.shape[0],))
     if grad is not None:
-        if grad.dim() != 2 or grad.dtype != weights.dtype:
-            raise TypeError(f"sparse_lookup_backward: grad must be [T, D] of {weights.dtype}, not {grad.dtype}")
+        if grad.dim() != 2 or not grad.is_floating_point() or grad.itemsize == 1:
+            raise TypeError(
+                "sparse_lookup_backward: grad must be [T, D] of a floating dtype with 16 or more bits, "
+                f"not {tuple(grad.shape)} of {grad.dtype}"
+            )
         _check_sizes("grad", tuple(grad.shape), (indices.shape[0], values.shape[1]))
 
 

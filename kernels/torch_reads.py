@@ -1,4 +1,4 @@
-"""The reads of a table by lookups, sorted by slot; and table rows of any dtype as fp32."""
+"""The reads of a table by lookups, sorted by slot, the gradients of its rows, and table rows of any dtype as fp32."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 2**18  # table elements that are converted or computed at once: they fit in the cache
@@ -37,11 +38,30 @@ def sorted_reads(grads: list[Tensor], indices: list[Tensor], weights: list[Tenso
     return Reads(slots, first, torch.cat(tokens)[order], flat[order], torch.cat(grads))
 
 
-def wide_rows(values: Tensor, indices: Tensor) -> Tensor:
-    """`values[indices]` as an fp32 copy; 8-bit floats are gathered as uint8, which torch supports."""
+def row_gradients(
+    grads: list[Tensor], indices: list[Tensor], weights: list[Tensor], dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows that were read, int64 [R], in ascending order, with their gradients [R, D] in `dtype`; a few rows at a time.
+
+    The number of rows depends on the data: on a GPU, each step waits for the device.
+    """
+    reads = sorted_reads([g.to(dtype) for g in grads], indices, [w.to(dtype) for w in weights])
+    starts = reads.first.nonzero().squeeze(1)  # [U]
+    ends = torch.cat([starts[1:], starts.new_tensor([reads.slots.numel()])])
+    per_call = max(1, CHUNK // reads.grad.shape[1])
+    for begin in range(0, starts.numel(), per_call):
+        chosen = slice(begin, begin + per_call)
+        low, high = int(starts[begin]), int(ends[chosen][-1])
+        bags, psw = reads.tokens[low:high], reads.weights[low:high]
+        sums = F.embedding_bag(bags, reads.grad, starts[chosen] - low, per_sample_weights=psw, mode="sum")
+        yield reads.slots[starts[chosen]], sums
+
+
+def wide_rows(values: Tensor, indices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`values[indices]` as a copy in `dtype`; 8-bit floats are gathered as uint8, which torch supports."""
     bits = values.view(torch.uint8) if values.itemsize == 1 else values
     rows = bits.index_select(0, indices.reshape(-1)).view(*indices.shape, -1)
-    return rows.view(values.dtype).float()
+    return rows.view(values.dtype).to(dtype)
 
 
 def in_pieces(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -2,37 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from memrewrite.kernels import rounding
 from memrewrite.kernels.reference import root
-from memrewrite.kernels.torch_reads import CHUNK, sorted_reads, wide_rows
-
-
-class _Chunk(NamedTuple):
-    """Some of the rows that were read, and their gradients."""
-
-    rows: Tensor  # int64 [R]
-    gradient: Tensor  # fp32 [R, D]
-
-
-def _chunks(grads: list[Tensor], indices: list[Tensor], weights: list[Tensor]) -> Iterator[_Chunk]:
-    """The rows that were read with their gradients in fp32, a few at a time."""
-    reads = sorted_reads([g.float() for g in grads], indices, [w.float() for w in weights])
-    starts = reads.first.nonzero().squeeze(1)  # [U]
-    ends = torch.cat([starts[1:], starts.new_tensor([reads.slots.numel()])])
-    per_call = max(1, CHUNK // reads.grad.shape[1])
-    for begin in range(0, starts.numel(), per_call):
-        chosen = slice(begin, begin + per_call)
-        low, high = int(starts[begin]), int(ends[chosen][-1])
-        bags, psw = reads.tokens[low:high], reads.weights[low:high]
-        sums = F.embedding_bag(bags, reads.grad, starts[chosen] - low, per_sample_weights=psw, mode="sum")
-        yield _Chunk(reads.slots[starts[chosen]], sums)
+from memrewrite.kernels.torch_reads import row_gradients, wide_rows
 
 
 def adagrad_(
@@ -50,7 +25,7 @@ def adagrad_(
 ) -> None:
     """`ops.rowwise_adagrad_` of checked inputs with at least one read."""
     generator = torch.Generator(values.device).manual_seed(seed)
-    for rows, gradient in _chunks(grads, indices, weights):
+    for rows, gradient in row_gradients(grads, indices, weights):
         sums = total[rows] + gradient.square().mean(-1)
         total[rows] = sums
         change = gradient.mul_(lr).div_((root(sums) + eps).unsqueeze(-1))
@@ -76,7 +51,7 @@ def adam_(
 ) -> None:
     """`ops.rowwise_adam_` of checked inputs with at least one read."""
     generator = torch.Generator(values.device).manual_seed(seed)
-    for rows, gradient in _chunks(grads, indices, weights):
+    for rows, gradient in row_gradients(grads, indices, weights):
         mean = beta1 * exp_avg[rows].float() + (1 - beta1) * gradient
         square = beta2 * exp_avg_sq[rows] + (1 - beta2) * gradient.square().mean(-1)
         exp_avg[rows], exp_avg_sq[rows] = rounding.stored(mean, exp_avg.dtype, generator), square

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memrewrite.cost import Cost, dense_cost
-from memrewrite.layers.contract import LayerOptions, empty_linear, options_as
+from memrewrite.layers.contract import LayerOptions, options_as
+from memrewrite.layers.linear import empty_linear
 from memrewrite.layers.pool import Pool, PoolSpec
-from memrewrite.layers.product_keys import (
+from memrewrite.layers.product_key_layer import (
     ProductKeyLayer,
     ProductKeyOptions,
     check_product_keys,

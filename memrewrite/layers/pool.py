@@ -1,4 +1,4 @@
-"""The shared value table: its specification, its module, and the container of all pools of a model.
+"""The shared value table of a recipe: its specification, its module, and the container of all pools of a model.
 
 A `PoolSpec` is in the plan; a `Pool` is built from it; `Pools` is registered once on the root module as `model.memory`.
 """
@@ -11,14 +11,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from memrewrite.cost import Cost
 from memrewrite.errors import UserError
 from memrewrite.frozen import Frozen
-from memrewrite.kernels import ops, rounding
-from memrewrite.kernels.pending import Pending
-from memrewrite.kernels.torch_reads import in_pieces
+from memrewrite.layers.value_table import ValueTable
 from memrewrite.record import RewriteRecord
 from memrewrite.site import itemsize_of
 
@@ -88,74 +86,27 @@ class PoolSpec(Frozen):
         return Cost(parameters=parameters, parameter_bytes=parameters * itemsize_of(self.dtype or "float32") + scales)
 
 
-class Pool(nn.Module):
-    """A value table shared by memory layers; calling the module performs the lookup.
-
-    Layers call the pool and never access `values`, so that hooks on this module (FSDP2's unshard, offloading,
-    quantization) always run. The table is not initialized: call `reset_parameters` or load a checkpoint.
+class Pool(ValueTable):
+    """The value table of a recipe's pool, shared by memory layers: a `ValueTable` of keys² rows with its specification.
 
     Args:
         spec: Size, dtype and training of the table.
         device: Device of the table.
         dtype: Dtype of the table if the spec has none.
-
-    Attributes:
-        values: Parameter [keys², value_dim].
-        scale: Buffer [keys²], one fp32 scale per row of an 8-bit table; None for other tables.
-        pending: With gradient "fused", the queue of gradient factors for the next optimizer step; else None.
     """
 
-    scale: Tensor | None
-
     def __init__(self, spec: PoolSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.spec = spec
         stored = dtype if spec.dtype is None else getattr(torch, spec.dtype)
-        self.values = nn.Parameter(torch.empty(spec.slots, spec.value_dim, device=device, dtype=stored))  # [N, d_v]
-        scale = torch.empty(spec.slots, device=device, dtype=torch.float32) if spec.dtype == FP8 else None
-        self.register_buffer("scale", scale)
-        self.pending = Pending() if spec.gradient == "fused" else None
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Sample the values from N(0, d_v^-1/2) in place, as in the paper; no effect on meta tensors.
-
-        Without a `generator`, the values depend only on the spec's seed (for one device type, dtype and shape).
-        """
-        if self.values.is_meta:
-            return
-        if generator is None:
-            generator = torch.Generator(self.values.device).manual_seed(self.spec.seed)
-        spread = self.spec.value_dim**-0.5
-        with torch.no_grad():
-            if self.scale is None:
-                self.values.normal_(0.0, spread, generator=generator)
-                return
-            for values, scale in in_pieces(self.spec.value_dim, self.values, self.scale):
-                sampled = torch.empty(values.shape, device=values.device).normal_(0.0, spread, generator=generator)
-                scale.copy_(rounding.row_scale(sampled))
-                values.copy_(sampled / scale.unsqueeze(-1))
-
-    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
-        """`y_t = sum_j weights[t, j] * values[indices[t, j]]`: [T, K], [T, K] -> [T, d_v].
-
-        Args:
-            indices: Slots [T, K], int32 or int64.
-            weights: Weights [T, K]; cast to the dtype of the values, except for an 8-bit table.
-
-        Returns:
-            [T, d_v] in the dtype of the values; for an 8-bit table, in the dtype of the weights.
-        """
-        weights = weights if self.scale is not None else weights.to(self.values.dtype)
-        learns = torch.is_grad_enabled()  # without autograd the kind of gradient is irrelevant; keep it out of exported graphs
-        return ops.sparse_lookup(
-            self.values,
-            indices,
-            weights,
-            self.scale,
-            gradient=self.spec.gradient if learns else "dense",
-            backend=self.spec.backend,
-            pending=self.pending if learns else None,
+        super().__init__(
+            spec.slots,
+            spec.value_dim,
+            dtype=stored,
+            gradient=spec.gradient,
+            backend=spec.backend,
+            seed=spec.seed,
+            device=device,
         )
+        self.spec = spec
 
     def extra_repr(self) -> str:
         """Slots and width, for `print(model)`."""

@@ -1,51 +1,17 @@
 """Product keys: from a token to the slots it reads and their weights, without the full N × n key matrix.
 
 Flow: query projection → scores of both halves with their √N keys → exact top-k of all sums → softmax per head.
+It depends on torch and the kernels only, so that it can be used and measured without the recipe schema.
 """
 
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memrewrite.cost import Cost, dense_cost
-from memrewrite.errors import UserError
 from memrewrite.kernels import ops
-from memrewrite.layers.contract import LayerOptions, MemoryLayer, empty_linear
-from memrewrite.layers.pool import Pool, PoolSpec
-from memrewrite.site import itemsize_of
-
-
-class ProductKeyOptions(LayerOptions):
-    """How a layer addresses its pool: options shared by all product-key layers; defaults as in arXiv 2412.09764.
-
-    Attributes:
-        heads: Independent queries per token; the values they read are summed.
-        topk: Slots that each head reads (k), from 1 to the pool's keys per half.
-        key_dim: Width of a query, both halves together; even. None: half of d_model, as in Memory+.
-        qk_norm: Normalize queries and keys (RMSNorm with a learned scale).
-        query_dropout: Dropout probability on the query in training, in [0, 1).
-        dropout: Dropout probability on the values read (y) in training, in [0, 1).
-    """
-
-    heads: int = Field(4, gt=0, description="Independent queries per token; the values they read are summed.")
-    topk: int = Field(32, gt=0, description="Slots that each head reads (k); at most the pool's keys per half.")
-    key_dim: int | None = Field(
-        None,
-        gt=0,
-        description="Width of a query, both halves together; even. Default: half of d_model, as in Memory+.",
-    )
-    qk_norm: bool = Field(
-        False, description="Normalize queries and keys (RMSNorm, learned scale): stabilizes large pools on small models."
-    )
-    query_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the query in training.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the values read (y) in training.")
-
-    def query_width(self, d_model: int) -> int:
-        """`key_dim`, or its default: half of d_model, rounded down to an even number, at least 2."""
-        return self.key_dim or max(2, d_model // 4 * 2)
+from memrewrite.layers.linear import empty_linear
 
 
 class ProductKeys(nn.Module):
@@ -54,24 +20,39 @@ class ProductKeys(nn.Module):
     Per head, slot i·√N + j has the key [K1_i, K2_j]; its score q·K is the sum of the two halves' scores. `keys` is
     [heads, 2, √N, key_dim / 2]. As in the paper, scores are not scaled by 1/√key_dim. With `qk_norm`, both halves of query
     and key go through an RMSNorm; the scale of the keys starts at (key_dim/2)^-1/2, so that scores start with unit variance.
+
+    Args:
+        d_model: Width of a token.
+        n_keys: Keys per half (√N).
+        heads: Independent queries per token (h).
+        topk: Slots that each head selects (k).
+        key_dim: Width of a query, both halves together (n); even.
+        qk_norm: Normalize queries and keys.
+        query_dropout: Dropout probability on the query in training.
+        device: Device of the parameters.
+        dtype: Dtype of the parameters.
     """
 
     def __init__(
         self,
         d_model: int,
         n_keys: int,
-        options: ProductKeyOptions,
+        *,
+        heads: int,
+        topk: int,
+        key_dim: int,
+        qk_norm: bool = False,
+        query_dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        key_dim = options.query_width(d_model)
-        self.heads, self.topk, self.half_dim = options.heads, options.topk, key_dim // 2
-        self.query_dropout = options.query_dropout
-        self.query = empty_linear(d_model, options.heads * key_dim, device, dtype)
-        self.keys = nn.Parameter(torch.empty(options.heads, 2, n_keys, self.half_dim, device=device, dtype=dtype))
-        self.query_norm = nn.RMSNorm(self.half_dim, device=device, dtype=dtype) if options.qk_norm else None
-        self.key_norm = nn.RMSNorm(self.half_dim, device=device, dtype=dtype) if options.qk_norm else None
+        self.heads, self.topk, self.half_dim = heads, topk, key_dim // 2
+        self.query_dropout = query_dropout
+        self.query = empty_linear(d_model, heads * key_dim, device, dtype)
+        self.keys = nn.Parameter(torch.empty(heads, 2, n_keys, self.half_dim, device=device, dtype=dtype))
+        self.query_norm = nn.RMSNorm(self.half_dim, device=device, dtype=dtype) if qk_norm else None
+        self.key_norm = nn.RMSNorm(self.half_dim, device=device, dtype=dtype) if qk_norm else None
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Keys from U(±key_dim^-1/2), query Xavier-uniform, as in the paper.
@@ -98,66 +79,3 @@ class ProductKeys(nn.Module):
         scores1, scores2 = scores[::2], scores[1::2]  # [h, T, √N] each: in dim 0 of `scores`, heads are the outer dimension
         s, slots = ops.product_key_topk(scores1, scores2, self.topk, softmax=True, backend=backend)  # [h, T, k]
         return slots.transpose(0, 1).flatten(1), s.transpose(0, 1).flatten(1)
-
-
-class ProductKeyLayer(MemoryLayer):
-    """Base class of the kinds that read a pool through product keys: selects the slots and reads `y = s V_I`, eq. (1)."""
-
-    def __init__(
-        self,
-        d_model: int,
-        d_out: int,
-        options: ProductKeyOptions,
-        pool: Pool | None,
-        *,
-        zero_output: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        spec = None if pool is None else pool.spec
-        self.check(d_model, d_out, options, spec)
-        super().__init__(d_model, d_out, options, pool, zero_output=zero_output, device=device, dtype=dtype)
-        self.dropout = options.dropout
-        self.product_keys = ProductKeys(d_model, needed(spec).keys, options, device, dtype)
-
-    def read(self, tokens: Tensor) -> Tensor:
-        """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; one lookup sums the rows of all heads."""
-        pool = self._pool[0]
-        slots, s = self.product_keys(tokens, pool.spec.backend)
-        y = pool(slots, s).to(tokens.dtype)
-        return F.dropout(y, self.dropout, self.training)
-
-
-def needed(pool: PoolSpec | None) -> PoolSpec:
-    """`pool` itself. Raises `UserError` if it is None."""
-    if pool is None:
-        raise UserError("this layer reads a pool, and none is set", hint="name one of the recipe's `pools`")
-    return pool
-
-
-def check_product_keys(d_model: int, options: ProductKeyOptions, pool: PoolSpec | None) -> None:
-    """Raise `UserError` for a missing pool, an odd `key_dim`, or a `topk` above the pool's keys."""
-    keys, key_dim = needed(pool).keys, options.query_width(d_model)
-    if key_dim % 2:
-        raise UserError(f"`key_dim: {key_dim}` is odd: a key has two equal halves", hint=f"key_dim: {key_dim + 1}")
-    if options.topk < 1:
-        raise UserError(f"`topk: {options.topk}`: a head must read at least one slot", hint="topk: 32, as in the paper")
-    if options.topk > keys:
-        raise UserError(
-            f"`topk: {options.topk}` is more than the pool's {keys} keys per half",
-            hint=f"topk: {keys} or less, or a pool with more `keys`",
-        )
-
-
-def product_key_cost(d_model: int, options: ProductKeyOptions, pool: PoolSpec | None, itemsize: int) -> Cost:
-    """Cost of query, half keys and lookup: d·h·n + h·√N·n + h·k·d_v multiply-adds per token, with n = key_dim.
-
-    Softmax, top-k and norms are not counted.
-    """
-    spec, key_dim = needed(pool), options.query_width(d_model)
-    queries = options.heads * key_dim
-    rows = options.heads * options.topk * spec.value_dim
-    row_itemsize = itemsize if spec.dtype is None else itemsize_of(spec.dtype)
-    scales = key_dim if options.qk_norm else 0  # the two norms' scales, key_dim / 2 each
-    dense = dense_cost(d_model * queries + queries * spec.keys, queries + scales, itemsize)
-    return dense + Cost(flops=2 * rows, bytes_read=rows * row_itemsize)

@@ -85,6 +85,11 @@ def _drop_arguments(node: fx.Node, count: int) -> None:
     passed = dict(zip(names, node.args, strict=False)) | node.kwargs
     if passed.get("scale") is not None:
         raise ExportError("the graph reads a table of 8 bits", where=node.name, hint="export the module it was traced from")
+    dtype, values = passed.get("dtype"), passed.get("values")
+    if dtype is not None and values is not None and dtype != values.meta["val"].dtype:
+        wanted, stored = (str(x).removeprefix("torch.") for x in (dtype, values.meta["val"].dtype))
+        hint = "omit `dtype` and convert the result"
+        raise ExportError(f"a lookup returns {wanted} from a table of {stored}: ONNX has none", where=node.name, hint=hint)
     node.args = tuple(passed[name] for name in names[:count] if name in passed)
     node.kwargs = {}
 

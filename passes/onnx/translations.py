@@ -16,6 +16,7 @@ from memrewrite.kernels import ops  # noqa: F401 - registers the operators
 from memrewrite.kernels.onnx_functions import DOMAIN, VERSION
 
 Number = TypeVar("Number", bound=Union[FLOAT, FLOAT16, BFLOAT16])  # noqa: UP007 - the form that onnxscript reads
+Weight = TypeVar("Weight", bound=Union[FLOAT, FLOAT16, BFLOAT16])  # noqa: UP007 - float, or the type of the values
 Index = TypeVar("Index", bound=Union[INT64, INT32])  # noqa: UP007
 
 _memory = onnxscript.values.Opset(DOMAIN, VERSION)
@@ -23,7 +24,7 @@ _inlined = onnxscript.script(onnxscript.values.Opset(f"{DOMAIN}.export", 1), def
 
 
 @_inlined
-def _sparse_lookup(values: Number, indices: Index, weights: Number) -> Number:
+def _sparse_lookup(values: Number, indices: Index, weights: Weight) -> Number:
     return _memory.SparseLookup(values, indices, weights)  # type: ignore[no-any-return]
 
 

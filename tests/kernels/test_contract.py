@@ -85,9 +85,9 @@ def lookup(n, d, t, k, dtype=torch.float32, index=torch.int64, seed=0):  # type:
 
 
 def both(values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor, backend: ModuleType, scale: Tensor | None = None):  # type: ignore[no-untyped-def]
-    """Output and gradients by this backend, through the operators' functions."""
-    name = backend.NAME
-    out = sparse_lookup.forward(values, indices, weights, scale, "fused" if scale is not None else "dense", name)
+    """Output in the dtype of `grad` and gradients by this backend, through the operators' functions."""
+    name, gradient = backend.NAME, "fused" if scale is not None else "dense"
+    out = sparse_lookup.forward(values, indices, weights, scale, gradient, name, dtype=grad.dtype)
     gv, gw = sparse_lookup.backward(grad, values, indices, weights, scale is None, True, scale, name)
     return out, gv, gw
 
@@ -124,6 +124,21 @@ def test_lookup(backend, n, k, d):
         got = both(*inputs, grad, backend)
         assert {one.dtype for one in got} == {dtype}
         assert_all_close(got, meaning(*inputs, grad), *inputs[:2])
+
+
+@pytest.mark.parametrize("size", [(60, 20, 9, 7), (60, 576, 63, 128), (1000, 1024, 1, 128), (1000, 64, 5, 3)], ids=str)
+def test_fp32_weights_of_half_values(backend, size):
+    """Output and gradients in bf16 or fp32, each as exact as its own dtype."""
+    n, d, t, k = size
+    values, indices, weights = lookup(n, d, t, k)
+    for dtype, out in ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)):
+        inputs, grad = (values.to(dtype), indices, weights), random_grad(t, d, out)
+        got = both(*inputs, grad, backend)
+        assert [one.dtype for one in got] == [out, dtype, torch.float32]
+        assert_all_close(got, meaning(*inputs, grad), *inputs[:2])
+        coo = sparse_lookup.rows(grad, indices, weights, n, backend.NAME)
+        assert coo.dtype == out
+        assert_norm_close(coo.to_dense(), meaning(*inputs, grad)[1], most_reads(indices))
 
 
 @pytest.mark.parametrize("t", SIZES)
@@ -221,14 +236,15 @@ def test_rows(backend, size):
 @pytest.mark.parametrize("size", [(60, 20, 9, 7), (63, 576, 3, 128), (1, 1, 1, 1)], ids=str)
 def test_eight_bits(backend, size, dtype):
     n, d, t, k = size
-    wide, indices, weights = lookup(n, d, t, k)
-    weights, grad, scale = weights.to(dtype), random_grad(t, d, dtype), rounding.row_scale(wide)
+    wide, indices, exact = lookup(n, d, t, k)
+    grad, scale = random_grad(t, d, dtype), rounding.row_scale(wide)
     values = (wide / scale[:, None]).to(FP8)
-    out, _, gw = both(values, indices, weights, grad, backend, scale)
-    right, _, right_gw = meaning(values.double() * scale[:, None].double(), indices, weights, grad)
-    assert out.dtype == gw.dtype == dtype
-    assert_norm_close(out, right, k)
-    assert_norm_close(gw, right_gw, d)
+    for weights in (exact.to(dtype), exact):
+        out, _, gw = both(values, indices, weights, grad, backend, scale)
+        right, _, right_gw = meaning(values.double() * scale[:, None].double(), indices, weights, grad)
+        assert (out.dtype, gw.dtype) == (dtype, weights.dtype)
+        assert_norm_close(out, right, k)
+        assert_norm_close(gw, right_gw, d)
 
 
 # ------------------------------------------------------------------------------------------------------------ the updates
@@ -273,6 +289,19 @@ def test_updates(backend, size, exact):
             assert torch.equal(one, right)
         else:
             torch.testing.assert_close(one, right, rtol=1e-4, atol=1e-5)
+
+
+def test_updates_with_half_gradients_and_fp32_weights(backend):
+    """The gradients of half layers with the unrounded weights of their lookups."""
+    values, (grads, indices, weights) = update_inputs(60, 16, 9, 7, 2, exact=False)
+    reads = ([grad.bfloat16() for grad in grads], indices, weights)
+    gradient = reference.table_gradient([grad.double() for grad in reads[0]], indices, [w.double() for w in weights], 60).float()
+    touched = torch.zeros(60, dtype=torch.bool, device=DEVICE)
+    touched[torch.cat([i.flatten() for i in indices])] = True
+    total = torch.ones(60, device=DEVICE)
+    want = reference.rowwise_adagrad(values, total, gradient, touched, **NUMBERS)
+    lookup_update.adagrad(values, None, total, *reads, *NUMBERS.values(), 0, backend.NAME)
+    torch.testing.assert_close((values, total), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP8], ids=str)

@@ -42,16 +42,17 @@ def loops(values: Tensor, indices: Tensor, weights: Tensor, grad: Tensor) -> tup
     return out, gv, gw
 
 
-def assert_lookup_right(values: Tensor, indices: Tensor, weights: Tensor) -> None:
+def assert_lookup_right(values: Tensor, indices: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> None:
     values, weights = values.detach().requires_grad_(), weights.detach().requires_grad_()
-    out = ops.sparse_lookup(values, indices, weights)
+    out = ops.sparse_lookup(values, indices, weights, dtype=dtype)
     grad = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
     gv, gw = torch.autograd.grad(out, (values, weights), grad)
     with torch.enable_grad():
         exact = [x.detach().double().requires_grad_() for x in (values, weights)]
         want = reference.sparse_lookup(exact[0], indices, exact[1])
         want_gv, want_gw = torch.autograd.grad(want, exact, grad.double())
-    assert out.dtype == gv.dtype == gw.dtype == values.dtype
+    assert (out.dtype, gv.dtype, gw.dtype) == (dtype or values.dtype, values.dtype, weights.dtype)
+    # sums of half values stay fp32 until they are stored: fp32 outputs and gradients of fp32 weights have fp32 errors
     assert_norm_close(out, want, indices.shape[1])
     assert_norm_close(gv, want_gv, most_reads(indices))
     assert_norm_close(gw, want_gw, values.shape[1])
@@ -84,10 +85,35 @@ def test_lookup_and_gradients(n, d, t, k, dtype, index):
     st.integers(0, 20),
     st.integers(0, 20),
     st.sampled_from(DTYPES),
+    st.booleans(),
+    st.sampled_from([None, *DTYPES[1:]]),
     st.integers(),
 )
-def test_lookup_any_shape(n, d, t, k, dtype, seed):
-    assert_lookup_right(*lookup_inputs(n, d, t, k, dtype, seed=seed % 2**32))
+def test_lookup_any_shape(n, d, t, k, dtype, wide_weights, out, seed):
+    values, indices, weights = lookup_inputs(n, d, t, k, torch.float64, seed=seed % 2**32)
+    assert_lookup_right(values.to(dtype), indices, weights.to(torch.float32 if wide_weights else dtype), out)
+
+
+@pytest.mark.parametrize("out", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lookup_with_fp32_weights(dtype, out):
+    for n, d, t, k in [(1000, 1024, 1, 128), (60, 576, 63, 128), (5000, 1024, 5, 7)]:
+        values, indices, weights = lookup_inputs(n, d, t, k)
+        assert_lookup_right(values.to(dtype), indices, weights.float(), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_weights_are_not_rounded(dtype):
+    """The output is the value nearest to the exact sum; with weights rounded first, many entries would be others."""
+    values, indices, weights = lookup_inputs(60, 64, 63, 7)
+    values, weights = values.to(dtype), weights.float()
+    exact = reference.sparse_lookup(values.double(), indices, weights.double())
+    out = ops.sparse_lookup(values, indices, weights)
+    assert (out == exact.to(dtype)).double().mean() > 0.99
+    assert (ops.sparse_lookup(values, indices, weights.to(dtype)) == exact.to(dtype)).double().mean() < 0.8
+    coo = OPS.sparse_lookup_rows(out, indices, weights, 60).to_dense()
+    gradient = reference.table_gradient([out.double()], [indices], [weights.double()], 60)
+    assert (coo == gradient.to(dtype)).double().mean() > 0.99
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,8 +193,15 @@ def test_lookup_refuses():
         ops.sparse_lookup(values, indices, weights[:, 1:])
     with pytest.raises(TypeError, match="int16"):
         ops.sparse_lookup(values, indices.short(), weights)
-    with pytest.raises(TypeError, match=r"float64 and torch\.float32"):
-        ops.sparse_lookup(values, indices, weights.float())
+    with pytest.raises(TypeError, match=r"the same or float32, not torch\.float32 and torch\.float64"):
+        ops.sparse_lookup(values.float(), indices, weights)
+    with pytest.raises(TypeError, match=r"the same or float32, not torch\.float64 and torch\.bfloat16"):
+        ops.sparse_lookup(values, indices, weights.bfloat16())
+    for dtype in (torch.int64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=f"output's dtype must be floating, with 16 or more bits, not {dtype}"):
+            ops.sparse_lookup(values, indices, weights, dtype=dtype)
+    with pytest.raises(TypeError, match=r"grad must be \[T, D\] of a floating dtype.*int64"):
+        OPS.sparse_lookup_backward(torch.zeros(63, 20, dtype=torch.int64), values, indices, weights, True, False)
     with pytest.raises(TypeError, match="floating"):
         ops.sparse_lookup(values.long(), indices, weights.long())
 
@@ -262,6 +295,26 @@ def test_gradcheck_both_orders():
     ):
         assert torch.autograd.gradcheck(function, inputs)
         assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32, None), (torch.float32,) * 2 + (torch.bfloat16,)], ids=str)
+def test_second_derivatives_in_several_dtypes(dtypes):
+    """Against float64: of half types, the inner gradients are stored rounded, too."""
+    dtype, weights_dtype, out = dtypes
+    values, indices, weights = lookup_inputs(60, 20, 63, 7)
+    leaves = [values.to(dtype).requires_grad_(), weights.to(weights_dtype).requires_grad_()]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+
+    def second(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        grad = torch.randn(63, 20, generator=torch.Generator().manual_seed(1)).to(y.dtype).requires_grad_()
+        first = torch.autograd.grad(y, leaves, grad, create_graph=True)
+        return list(torch.autograd.grad(sum(g.double().square().sum() for g in first), [*leaves, grad]))
+
+    got = second(ops.sparse_lookup(leaves[0], indices, leaves[1], dtype=out), leaves)
+    want = second(reference.sparse_lookup(exact[0], indices, exact[1]), exact)
+    for one, right, leaf in zip(got, want, [*leaves, ops.sparse_lookup(*leaves[:1], indices, leaves[1], dtype=out)], strict=True):
+        assert one.dtype == leaf.dtype
+        assert (one.double() - right).norm() <= 0.02 * right.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -392,6 +445,9 @@ def test_opcheck_of_every_option():
     values, indices, weights = lookup_inputs(60, 20, 63, 7, torch.float32)
     leaves = (values.requires_grad_(), indices, weights.requires_grad_())
     torch.library.opcheck(OPS.sparse_lookup, leaves, {"backend": "torch"})
+    torch.library.opcheck(OPS.sparse_lookup, leaves, {"dtype": torch.float64})
+    half = values.detach().bfloat16().requires_grad_()
+    torch.library.opcheck(OPS.sparse_lookup, (half, indices, leaves[2]), {"dtype": torch.float32})
     narrow, scale = values.detach().bfloat16(), torch.rand(60)  # opcheck itself multiplies its inputs, which 8 bits cannot
     torch.library.opcheck(OPS.sparse_lookup, (narrow, indices, weights.detach().half().requires_grad_(), scale))
     grad = torch.randn(63, 20)

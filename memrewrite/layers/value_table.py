@@ -1,0 +1,97 @@
+"""The value table V of eq. (1) of arXiv 2412.09764 as a module: storage, initialization, and the lookup.
+
+It depends on torch and the kernels only, so that it can be used and measured without the recipe schema.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from memrewrite.kernels import ops, rounding
+from memrewrite.kernels.pending import Pending
+from memrewrite.kernels.torch_reads import in_pieces
+
+
+class ValueTable(nn.Module):
+    """A table of values; calling the module performs the lookup.
+
+    Layers call the table and never access `values`, so that hooks on this module (FSDP2's unshard, offloading,
+    quantization) always run. The table is not initialized: call `reset_parameters` or load a checkpoint.
+
+    Args:
+        slots: Number of rows (N).
+        value_dim: Width of one value (d_v).
+        dtype: Dtype of the stored values; float8_e4m3fn has one scale per row.
+        gradient: How the table is trained: "dense", "sparse" or "fused".
+        backend: Kernels that read it: "auto" or the name of a backend.
+        seed: Seed of the initial values.
+        device: Device of the table.
+
+    Attributes:
+        values: Parameter [N, d_v].
+        scale: Buffer [N], one fp32 scale per row of an 8-bit table; None for other tables.
+        pending: With gradient "fused", the queue of gradient factors for the next optimizer step; else None.
+    """
+
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        slots: int,
+        value_dim: int,
+        *,
+        dtype: torch.dtype | None = None,
+        gradient: str = "dense",
+        backend: str = "auto",
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.gradient, self.backend, self.seed = gradient, backend, seed
+        self.values = nn.Parameter(torch.empty(slots, value_dim, device=device, dtype=dtype))  # [N, d_v]
+        eight = self.values.dtype == rounding.FP8
+        self.register_buffer("scale", torch.empty(slots, device=device, dtype=torch.float32) if eight else None)
+        self.pending = Pending() if gradient == "fused" else None
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Sample the values from N(0, d_v^-1/2) in place, as in the paper; no effect on meta tensors.
+
+        Without a `generator`, the values depend only on `seed` (for one device type, dtype and shape).
+        """
+        if self.values.is_meta:
+            return
+        if generator is None:
+            generator = torch.Generator(self.values.device).manual_seed(self.seed)
+        width = self.values.shape[1]
+        spread = width**-0.5
+        with torch.no_grad():
+            if self.scale is None:
+                self.values.normal_(0.0, spread, generator=generator)
+                return
+            for values, scale in in_pieces(width, self.values, self.scale):
+                sampled = torch.empty(values.shape, device=values.device).normal_(0.0, spread, generator=generator)
+                scale.copy_(rounding.row_scale(sampled))
+                values.copy_(sampled / scale.unsqueeze(-1))
+
+    def forward(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """`y_t = sum_j weights[t, j] * values[indices[t, j]]`: [T, K], [T, K] -> [T, d_v].
+
+        Args:
+            indices: Slots [T, K], int32 or int64.
+            weights: Weights [T, K]; cast to the dtype of the values, except for an 8-bit table.
+
+        Returns:
+            [T, d_v] in the dtype of the values; for an 8-bit table, in the dtype of the weights.
+        """
+        weights = weights if self.scale is not None else weights.to(self.values.dtype)
+        learns = torch.is_grad_enabled()  # without autograd the kind of gradient is irrelevant; keep it out of exported graphs
+        return ops.sparse_lookup(
+            self.values,
+            indices,
+            weights,
+            self.scale,
+            gradient=self.gradient if learns else "dense",
+            backend=self.backend,
+            pending=self.pending if learns else None,
+        )
