@@ -35,7 +35,8 @@ KERNELS = {
     "forward": Kernel(("width",), SLICES, 16),
     "segment_gradients": Kernel(("width",), SLICES, 16),
     "token_dots": Kernel(("width",), SLICES, 16),
-    "update": Kernel(("width",), SLICES, 16),
+    # `moments` is 1 for Adagrad and 2 for Adam; a program has `pieces` blocks of a row
+    "update": Kernel(("width", "moments"), ("rows", "block", "pieces", "warps", "registers", "cache"), 16),
     "topk_half": Kernel(("n", "k"), ("rows", "chunk", "group", "warps", "registers")),
     "topk_pair": Kernel(("k",), ("rows", "chunk", "group", "warps", "registers")),
 }
@@ -169,6 +170,8 @@ def _wrong(name: str, value: Any, kernel: Kernel) -> str:
         return "" if value in CACHES else f"try one of {', '.join(map(repr, CACHES))}"
     if name == "registers":
         return "" if value is None or (_counts(value) and 16 <= value <= 255) else "try null, or 16 to 255"
+    if name == "pieces":
+        return "" if _counts(value) else "at least 1"
     if not _counts(value) or value & (value - 1):
         return "it must be a power of two"
     if name == "warps" and value > 32:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from memrewrite.kernels.compile_variants import CompileVariant
 from memrewrite.kernels.triton_lookup import ELEMENT
+from memrewrite.kernels.triton_plans import tuned
 from memrewrite.kernels.triton_segments import LENGTH, segment, sum_hot
 from memrewrite.kernels.triton_update_kernels import MOVE, POWER, TOP, add_powers, set_scales, update_rows
 
@@ -38,29 +39,39 @@ class Plan:
     cache: str = "evict_last"  # how long the output gradients stay in the cache: other rows need them again
 
 
-def plan(width: int, dtype: torch.dtype, moments: bool) -> Plan:
-    """A whole row per program with the fewest columns beyond the row, two blocks if possible; else equal slices.
+def plan(
+    width: int, dtype: torch.dtype, moments: bool, gradients: torch.dtype, device: torch.device | None = None
+) -> Plan:
+    """The measured plan for a device, if there is one; else a whole row per program, or equal slices of rows that are too wide.
+
+    The default has the fewest columns beyond the row, and two blocks if possible.
 
     A whole row reads its output gradients once, from the cache or from memory. Slices read them twice, but can read them from
     the cache. For G bytes of output gradients, a fraction m of them not in the cache, and a cache that is c times faster than
     the memory, the times are m·G + (1 - m)·G/c and 2·G/c: slices are faster only if m·(c - 1) > 1. With c = 1.5 (H200) they
-    never are; so only rows that no program can hold have slices, and rows for which a plan was measured.
+    never are.
     """
+    measured = None if device is None else tuned("update", device, dtype, width, 1 + moments)
+    if measured is not None:
+        return Plan(slices=triton.cdiv(width, measured["block"] * measured["pieces"]), **measured)
+    wide = torch.float32 in (dtype, gradients)
     warps, pieces, block = 1, 1, max(16, triton.next_power_of_2(width))
     if width > WARP:
-        sizes = [(w, p) for w in (1, 2, 4, 8, 16) for p in (1, 2, 3) if w * 32 * registers(dtype, moments, p) <= 65536]
+        sizes = [(w, p) for w in (1, 2, 4, 8, 16) for p in (1, 2, 3) if w * 32 * registers(wide, moments, p) <= 65536]
         share = triton.cdiv(width, triton.cdiv(width, max(WARP * w * p for w, p in sizes)))
         enough = [size for size in sizes if WARP * size[0] * size[1] >= share]
         warps, pieces = min(enough, key=lambda size: (size[0] * size[1], abs(size[1] - 2)))
         block = WARP * warps
-    return Plan(2, block, pieces, warps, triton.cdiv(width, block * pieces), registers(dtype, moments, pieces))
+    return Plan(2, block, pieces, warps, triton.cdiv(width, block * pieces), registers(wide, moments, pieces))
 
 
-def registers(dtype: torch.dtype, moments: bool, pieces: int) -> int:
-    """The most per thread: as few as hold the blocks; without a limit the assembler uses a quarter more."""
-    if dtype == torch.float32:
-        return (168 if pieces > 2 else 128) if moments else (128 if pieces > 2 else 96)
-    return (96 if pieces > 2 else 80) if moments else (80 if pieces > 2 else 64)
+def registers(wide: bool, moments: bool, pieces: int) -> int:
+    """The most per thread: as few as hold the blocks; without a limit the assembler uses a quarter more.
+
+    `wide`: the table or the gradients are fp32.
+    """
+    narrow, broad = ((88, 112), (128, 168)) if moments else ((64, 80), (96, 128))
+    return (broad if wide else narrow)[pieces > 2]
 
 
 def adagrad_(
@@ -99,8 +110,8 @@ def _update(
         if state is not None and not state.is_contiguous():
             raise ValueError(f"fused update: {name} is not contiguous, and is updated in place; try {name}.contiguous()")
     width = values.shape[1]
-    how = chosen(width, values, average is not None)
     grad = grads[0].contiguous() if len(grads) == 1 else torch.cat(list(grads))
+    how = plan(width, values.dtype, average is not None, grad.dtype, values.device)
     segments = segment(indices, weights, values.shape[0])
     sums = sum_hot(grad, segments, enable_fp_fusion=values.dtype != torch.float32)
     rows = segments.starts.shape[0] - 1
@@ -123,11 +134,6 @@ def _update(
             add_powers[grid](powers, square, *order, **numbers, **sizes, enable_fp_fusion=not exact)
         elif phase == TOP:
             set_scales[grid](tops, scale, before, *order, SLICES=how.slices, BLOCK=RANKS)
-
-
-def chosen(width: int, values: Tensor, moments: bool) -> Plan:
-    """The measured plan for this device, else `plan`."""
-    return plan(width, values.dtype, moments)
 
 
 def phases(how: Plan, dtype: torch.dtype) -> tuple[int, ...]:
@@ -163,7 +169,7 @@ def compile_variants() -> Iterator[CompileVariant]:
         *((width, FP8, bf16, state) for width in (576, 768, 1024, 1536, 2048, 4096, 8192) for state in (None, bf16)),
         (1024, FP8, fp32, None), (1024, fp32, bf16, None), (16384, bf16, bf16, None), (16384, FP8, bf16, bf16),
     ):  # fmt: skip
-        how = plan(width, dtype, average is not None)
+        how = plan(width, dtype, average is not None, grads)
         kind = {**ELEMENT, FP8: "u8"}
         pointers = {"values": f"*{kind[dtype]}", "square": "*fp32", "grads": f"*{kind[grads]}", "tokens": "*i32"}
         pointers |= {"weights": "*fp32", "slots": "*i32", "starts": "*i32", "counts": "*i64", "sums": "*fp32"}

@@ -76,7 +76,7 @@ def row_gradient(
         more, factor = load_reads(tokens, weights, m, end, ROWS)
         total = add_gradients(grads, more, factor, total, m, end, cols, D, PIECES, ROWS, CACHE)
     for place in range(begin, until):
-        part = load_pieces(sums, place.to(tl.int64) * D, cols, D, PIECES)
+        part = load_pieces(sums, place * D, cols, D, PIECES)
         added = ()
         for p in tl.static_range(PIECES):
             added = added + (total[p] + part[p],)

@@ -66,11 +66,11 @@ def test_the_name_of_a_device_is_preferred_to_its_compute_capability(write, monk
 def test_a_plan_in_use_replaces_the_table(write):
     write(ENTRY)
     plan = {**PLAN, "rows": 2}
-    with triton_plans.use("forward", plan), triton_plans.use("update", PLAN):
+    with triton_plans.use("forward", plan), triton_plans.use("token_dots", PLAN):
         assert tuned("forward", CPU, BF16, 3) == plan
-        assert tuned("update", CPU, BF16, 3) == PLAN
+        assert tuned("token_dots", CPU, BF16, 3) == PLAN
     assert tuned("forward", CPU, BF16, 1024) == PLAN
-    assert tuned("update", CPU, BF16, 3) is None
+    assert tuned("token_dots", CPU, BF16, 3) is None
     with pytest.raises(PlanError, match="power of two"), triton_plans.use("forward", {**PLAN, "rows": 3}):
         pass
 
