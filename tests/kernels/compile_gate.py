@@ -25,7 +25,7 @@ from typing import Any
 
 from memrewrite.kernels.compile_variants import CompileVariant
 
-MODULES = ("triton_lookup", "triton_segments", "triton_backward", "triton_update", "triton_topk")
+MODULES = ("triton_lookup", "triton_segments", "triton_backward", "triton_update", "triton_quantize", "triton_topk")
 ARCHITECTURES = (80, 90, 100)
 BASELINE = Path(__file__).with_suffix(".json")
 GROWTH, SLACK = 1.15, 8  # a register count passes if it grew by at most this factor, or by at most this many
