@@ -56,9 +56,28 @@ def normal(seed, row, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     a, b, c, d = tl.philox(seed, low, high, zero, zero)
-    p, q = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(a), tl.uint_to_uniform_float(b))
-    r, s = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(c), tl.uint_to_uniform_float(d))
+    p, q = normal_pair(a, b)
+    r, s = normal_pair(c, d)
     return tl.reshape(tl.join(tl.join(p, q), tl.join(r, s)), [BLOCK_D])
+
+
+@triton.jit
+def normal_pair(a, b):
+    """Two normal numbers from two random words: a direction of `b`'s quadrant (top two bits) and angle, and a length.
+
+    The sine and cosine of angles up to pi/4 are their series; the library's functions need local memory for large angles.
+    """
+    angle = ((b & 0x3FFFFFFF).to(tl.float32) * 9.313225746154785e-10 - 0.5) * 1.5707963267948966
+    square = angle * angle
+    sine = angle * (1 + square * (-1 / 6 + square * (1 / 120 - square / 5040)))
+    cosine = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square / 40320)))
+    quadrant = b >> 30
+    x = tl.where(quadrant % 2 == 1, -sine, cosine)
+    y = tl.where(quadrant % 2 == 1, cosine, sine)
+    uniform = (a >> 8).to(tl.float32) * 5.9604644775390625e-08 + 2.9802322387695312e-08  # in (0, 1)
+    length = tl.sqrt_rn(-2.0 * tl.log(uniform))
+    length = tl.where(quadrant >= 2, -length, length)
+    return x * length, y * length
 
 
 @triton.jit

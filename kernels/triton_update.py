@@ -70,7 +70,7 @@ def registers(wide: bool, moments: bool, pieces: int) -> int:
 
     `wide`: the table or the gradients are fp32.
     """
-    narrow, broad = ((88, 112), (128, 168)) if moments else ((64, 80), (96, 128))
+    narrow, broad = ((88, 128), (128, 168)) if moments else ((64, 80), (96, 128))
     return (broad if wide else narrow)[pieces > 2]
 
 

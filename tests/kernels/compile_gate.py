@@ -101,7 +101,7 @@ def findings(variant: CompileVariant, code: Code, known: int | None) -> Iterator
             f"{code.spills} spill instructions, {code.stack} bytes of stack at {code.registers} registers; "
             "try fewer rows or a smaller chunk in its plan, or more warps"
         )
-    if not any(size >= variant.row_bytes for size in code.loads):
+    if variant.row_bytes and not any(size >= variant.row_bytes for size in code.loads):
         yield (
             f"no load of {variant.row_bytes} bytes, only {code.widths or 'none'}; try a divisor of the stride as a constexpr, "
             "tl.multiple_of, tl.max_contiguous, and check for masks that change within one load"
