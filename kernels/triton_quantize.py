@@ -51,7 +51,7 @@ def columns(source, row, first, spread, seed, D: tl.constexpr, BLOCK_D: tl.const
 
 @triton.jit
 def normal(seed, row, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Normal random numbers for columns of a row, by Box and Muller: four for each philox call; depend on row and column only."""
+    """Normal random numbers for columns of a row, by Box and Muller; they depend on the seed, the row and the column only."""
     group = row * ((D + 3) // 4) + first // 4 + tl.arange(0, BLOCK_D // 4)
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)

@@ -39,9 +39,7 @@ class Plan:
     cache: str = "evict_last"  # how long the output gradients stay in the cache: other rows need them again
 
 
-def plan(
-    width: int, dtype: torch.dtype, moments: bool, gradients: torch.dtype, device: torch.device | None = None
-) -> Plan:
+def plan(width: int, dtype: torch.dtype, moments: bool, gradients: torch.dtype, device: torch.device | None = None) -> Plan:
     """The measured plan for a device, if there is one; else a whole row per program, or equal slices of rows that are too wide.
 
     The default has the fewest columns beyond the row, and two blocks if possible.
