@@ -21,6 +21,6 @@ class CompileVariant:
     num_warps: int
     num_stages: int = 3
     options: dict[str, Any] = field(default_factory=dict)  # e.g. enable_fp_fusion=False
-    row_bytes: int = 16  # widest global load that the row path must use, in bytes
+    row_bytes: int = 16  # widest global load that the row path must use, in bytes; 0: it reads nothing
     scalar_loads: int = 0  # how many narrower LDG instructions are allowed (indices, weights, offsets)
     architectures: tuple[int, ...] = (80, 90, 100)  # on which a launcher can choose the variant; the gate skips others

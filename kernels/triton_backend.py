@@ -43,6 +43,11 @@ def supports_topk(scores1: Tensor, scores2: Tensor, k: int) -> str | None:
     return triton_topk.supports(scores1, k) or triton_topk.supports(scores2, k)
 
 
+def runs_on(device: torch.device) -> bool:
+    """True if the kernels run on a device."""
+    return device.type == "cuda" and _unusable(device.index) is None
+
+
 @lru_cache
 def _unusable(device: int | None) -> str | None:
     if find_spec("triton") is None:
@@ -120,3 +125,19 @@ def topk_backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tens
 
     with _at(grad):
         return triton_topk.backward(grad, indices, n1, n2)
+
+
+def quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize.quantized` of non-empty rows."""
+    from memrewrite.kernels import triton_quantize
+
+    with _at(rows):
+        return triton_quantize.quantized(rows)
+
+
+def sample_(values: Tensor, scale: Tensor, spread: float, seed: int) -> None:
+    """`quantize.sample_` of a non-empty table."""
+    from memrewrite.kernels import triton_quantize
+
+    with _at(values):
+        triton_quantize.sample_(values, scale, spread, seed)

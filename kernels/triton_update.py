@@ -1,4 +1,4 @@
-"""The optimizer step on the rows that were read, as one Triton kernel, without a gradient of the table in memory.
+"""The optimizer step on the rows that were read, as Triton kernels, without a gradient of the table in memory.
 
 The reads of all lookups of a table are sorted by row (`triton_segments`). The program of a row sums its gradient in registers,
 updates the row and its optimizer state, and stores both; only the gradients of hot rows are summed by segments before.
@@ -7,35 +7,69 @@ updates the row and its optimizer state, and stores both; only the gradients of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from memrewrite.kernels.compile_variants import CompileVariant
-from memrewrite.kernels.triton_lookup import ELEMENT, Plan
-from memrewrite.kernels.triton_math import (
-    LARGEST_E4M3,
-    SMALLEST_NORMAL,
-    decode_e4m3,
-    encode_e4m3,
-    random_bits,
-    round_to,
-    uniform,
-)
-from memrewrite.kernels.triton_segments import LENGTH, add_reads, load_reads, segment, sum_hot
+from memrewrite.kernels.triton_lookup import ELEMENT
+from memrewrite.kernels.triton_plans import tuned
+from memrewrite.kernels.triton_segments import LENGTH, segment, sum_hot
+from memrewrite.kernels.triton_update_kernels import MOVE, POWER, TOP, add_powers, set_scales, update_rows
 
+FP8 = torch.float8_e4m3fn
 PER_PROGRAM = 8  # rows per program
-REGISTERS, REGISTERS_IN_SLICES = {1: 96, 2: 80, 4: 128}, 200  # maximum per thread, by the bytes of a value
-WIDEST = 4096  # columns that fit in registers; wider rows are processed in slices, in several passes
+WARP = 256  # columns of a block per warp: 8 per thread, 16 bytes of a half type
+RANKS = 256  # rows per program of the kernels between the phases
 
 
-def plan(width: int) -> Plan:
-    """A whole row per program, 16 columns per thread."""
-    block = max(16, min(triton.next_power_of_2(width), WIDEST))
-    return Plan(2, block, max(1, block // 512), triton.cdiv(width, block))
+@dataclass(frozen=True)
+class Plan:
+    """How rows are divided among programs."""
+
+    rows: int  # output gradients that are read at once
+    block: int  # columns of a block, a power of two
+    pieces: int  # blocks per program
+    warps: int
+    slices: int  # programs per row; more than one: the gradient is summed once per phase
+    registers: int | None  # the most per thread
+    cache: str = "evict_last"  # how long the output gradients stay in the cache: other rows need them again
+
+
+def plan(width: int, dtype: torch.dtype, moments: bool, gradients: torch.dtype, device: torch.device | None = None) -> Plan:
+    """The measured plan for a device, if there is one; else a whole row per program, or equal slices of rows that are too wide.
+
+    The default has the fewest columns beyond the row, and two blocks if possible.
+
+    A whole row reads its output gradients once, from the cache or from memory. Slices read them twice, but can read them from
+    the cache. For G bytes of output gradients, a fraction m of them not in the cache, and a cache that is c times faster than
+    the memory, the times are m·G + (1 - m)·G/c and 2·G/c: slices are faster only if m·(c - 1) > 1. With c = 1.5 (H200) they
+    never are.
+    """
+    measured = None if device is None else tuned("update", device, dtype, width, 1 + moments)
+    if measured is not None:
+        return Plan(slices=triton.cdiv(width, measured["block"] * measured["pieces"]), **measured)
+    wide = torch.float32 in (dtype, gradients)
+    warps, pieces, block = 1, 1, max(16, triton.next_power_of_2(width))
+    if width > WARP:
+        sizes = [(w, p) for w in (1, 2, 4, 8, 16) for p in (1, 2, 3) if w * 32 * registers(wide, moments, p) <= 65536]
+        share = triton.cdiv(width, triton.cdiv(width, max(WARP * w * p for w, p in sizes)))
+        enough = [size for size in sizes if WARP * size[0] * size[1] >= share]
+        warps, pieces = min(enough, key=lambda size: (size[0] * size[1], abs(size[1] - 2)))
+        block = WARP * warps
+    return Plan(2, block, pieces, warps, triton.cdiv(width, block * pieces), registers(wide, moments, pieces))
+
+
+def registers(wide: bool, moments: bool, pieces: int) -> int:
+    """The most per thread: as few as hold the blocks; without a limit the assembler uses a quarter more.
+
+    `wide`: the table or the gradients are fp32.
+    """
+    narrow, broad = ((88, 128), (128, 168)) if moments else ((64, 80), (96, 128))
+    return (broad if wide else narrow)[pieces > 2]
 
 
 def adagrad_(
@@ -74,194 +108,105 @@ def _update(
         if state is not None and not state.is_contiguous():
             raise ValueError(f"fused update: {name} is not contiguous, and is updated in place; try {name}.contiguous()")
     width = values.shape[1]
-    how = plan(width)
     grad = grads[0].contiguous() if len(grads) == 1 else torch.cat(list(grads))
+    how = plan(width, values.dtype, average is not None, grad.dtype, values.device)
     segments = segment(indices, weights, *values.shape)
     sums = sum_hot(grad, segments, enable_fp_fusion=values.dtype != torch.float32)
     rows = segments.starts.shape[0] - 1
     programs = triton.cdiv(rows, PER_PROGRAM)
-    update_rows[(programs,)](
-        values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values, scale, average, square,
-        grad, segments.tokens, segments.weights, segments.slots, segments.starts, segments.sums, sums, rows, programs,
-        **{name: float(rate) for name, rate in rates.items()}, seed=seed % 2**63,
-        LENGTH=segments.length, EXACT=values.dtype == torch.float32, D=width, BLOCK_D=how.block, SLICES=how.slices,
-        ROWS=how.rows, PER_PROGRAM=PER_PROGRAM, num_warps=how.warps, **_options(values.dtype, how),
-    )  # fmt: skip
+    exact = values.dtype == torch.float32
+    powers, tops, before = _scratch(how, rows, values)
+    for phase in phases(how, values.dtype):
+        update_rows[(programs, how.slices)](
+            values.view(torch.uint8) if values.dtype == FP8 else values, scale, average, square,
+            grad, segments.tokens, segments.weights, segments.slots, segments.starts, segments.sums, sums,
+            powers, tops, before, rows, programs,
+            **{name: float(rate) for name, rate in rates.items()}, seed=seed % 2**63,
+            LENGTH=segments.length, EXACT=exact, PER_PROGRAM=PER_PROGRAM, **_constants(width, how, phase),
+            num_warps=how.warps, enable_fp_fusion=not exact, maxnreg=how.registers,
+        )  # fmt: skip
+        order, grid = (segments.slots, segments.starts, rows), (triton.cdiv(rows, RANKS),)
+        if phase == POWER:
+            numbers = {"beta2": float(rates["beta2"]), "rest2": float(rates["rest2"])}
+            sizes = {"EXACT": exact, "D": width, "SLICES": how.slices, "BLOCK": RANKS}
+            add_powers[grid](powers, square, *order, **numbers, **sizes, enable_fp_fusion=not exact)
+        elif phase == TOP:
+            set_scales[grid](tops, scale, before, *order, SLICES=how.slices, BLOCK=RANKS)
 
 
-def _options(dtype: torch.dtype, how: Plan) -> dict[str, Any]:
-    """Compiler options: for fp32 rows no fusion of multiplications and additions (FMA), so that they match the formula exactly.
-
-    The register limits are for the assembler: without a limit it uses so few registers that it spills.
-    """
-    most = REGISTERS_IN_SLICES if how.slices > 1 else REGISTERS[dtype.itemsize]
-    return {"enable_fp_fusion": dtype != torch.float32, "maxnreg": most}
+def phases(how: Plan, dtype: torch.dtype) -> tuple[int, ...]:
+    """The kernel's phases, in order."""
+    if how.slices == 1:
+        return (MOVE.value,)
+    return (POWER.value, *((TOP.value,) if dtype == FP8 else ()), MOVE.value)
 
 
-@triton.jit
-def load_row(starts, at, rows):
-    """The first read and the end of a row; equal beyond the last row."""
-    return tl.load(starts + at, at < rows, 0), tl.load(starts + at + 1, at < rows, 0)
+def _scratch(how: Plan, rows: int, values: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Between phases: sums of squares and largest values [slices, rows], and the old scales [rows]; None if not needed."""
+    sizes = (how.slices, rows), (how.slices, rows), (rows,)
+    needed = how.slices > 1, how.slices > 1 and values.dtype == FP8, how.slices > 1 and values.dtype == FP8
+    powers, tops, before = (
+        torch.empty(size, dtype=torch.float32, device=values.device) if need else None
+        for size, need in zip(sizes, needed, strict=True)
+    )
+    return powers, tops, before
 
 
-@triton.jit
-def row_gradient(
-    grads, tokens, weights, sums, token, weight, first, end, begin, until, cols, D: tl.constexpr, ROWS: tl.constexpr
-):
-    """Columns of a row's gradient: the sum of its reads (the first ROWS are already loaded), or of its segments' sums."""
-    total = tl.zeros([cols.shape[0]], tl.float32)
-    total = add_reads(grads, token, weight, total, None, 0, first, end, total, cols, D, ROWS)
-    for m in range(first + ROWS, end, ROWS):
-        more, factor = load_reads(tokens, weights, m, end, ROWS)
-        total = add_reads(grads, more, factor, total, None, 0, m, end, total, cols, D, ROWS)
-    for place in range(begin, until):
-        total += tl.load(sums + place * D + cols, cols < D, 0)
-    return total
-
-
-@triton.jit
-def quotient(x, y, EXACT: tl.constexpr):
-    """x / y; with EXACT, rounded as in IEEE 754."""
-    return tl.div_rn(x, y) if EXACT else x * (1.0 / y)
-
-
-@triton.jit
-def load_state(values, average, at, cols, D: tl.constexpr):
-    """Columns of a row and of its first moment, as stored."""
-    old = tl.load(values + at + cols, cols < D, 0)
-    return old, old if average is None else tl.load(average + at + cols, cols < D, 0)
-
-
-@triton.jit
-def moved(old, before, average, g, size, root, lr, decay, beta1, rest1, correct1, EXACT: tl.constexpr):
-    """Columns of the new row and of the new first moment, in fp32; `root` is the denominator."""
-    row = decode_e4m3(old) * size if old.dtype == tl.uint8 else old.to(tl.float32)
-    moment, push = g, g
-    if average is not None:
-        moment = beta1 * before.to(tl.float32) + rest1 * g
-        push = quotient(moment, correct1, EXACT)
-    return row * decay - quotient(lr * push, root, EXACT), moment
-
-
-@triton.jit
-def largest(row, cols, D: tl.constexpr):
-    """The largest absolute value in a row; inf if there is a NaN, which a maximum may ignore."""
-    return tl.max(tl.where(cols < D, tl.where(row == row, tl.abs(row), float("inf")), 0.0), 0)
-
-
-@triton.jit
-def scale_of(top):
-    """The scale that maps the largest value to the largest e4m3 value; NaN for a row that is not finite, 1 for zeros."""
-    size = tl.maximum(top / LARGEST_E4M3, SMALLEST_NORMAL)
-    return tl.where(top == 0, 1.0, tl.where(top < float("inf"), size, float("nan")))
-
-
-@triton.jit(do_not_specialize=["rows", "programs", "seed"])
-def update_rows(
-    values, scale, average, square, grads, tokens, weights, slots, starts, counts, sums, rows, programs,
-    lr, decay, eps, beta1, rest1, beta2, rest2, correct1, correct2, seed: tl.int64,
-    LENGTH: tl.constexpr, EXACT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr,
-    ROWS: tl.constexpr, PER_PROGRAM: tl.constexpr,
-):  # fmt: skip
-    """Grid (programs,). Adagrad without `average`, Adam with it. The reads of a row are loaded during the previous update."""
-    mine = tl.program_id(0)
-    first, end = load_row(starts, mine, rows)
-    token, weight = load_reads(tokens, weights, first, end, ROWS)
-    slot = tl.load(slots + first, first < end, 0)
-    next_first, next_end = load_row(starts, mine + programs, rows)
-    for turn in range(PER_PROGRAM):
-        third_first, third_end = load_row(starts, mine + (turn + 2) * programs, rows)
-        next_token, next_weight = load_reads(tokens, weights, next_first, next_end, ROWS)
-        next_slot = tl.load(slots + next_first, next_first < next_end, 0)
-        if first < end:
-            long = end - first > LENGTH
-            begin = tl.load(counts + mine + turn * programs, long, 0) & 0xFFFFFFFF
-            until = tl.load(counts + mine + turn * programs + 1, long, 0) & 0xFFFFFFFF
-            move_row(
-                values, scale, average, square, grads, tokens, weights, sums, token, weight, slot.to(tl.int64), first,
-                tl.where(begin < until, first, end), begin, until, lr, decay, eps, beta1, rest1, beta2, rest2,
-                correct1, correct2, seed, EXACT, D, BLOCK_D, SLICES, ROWS,
-            )  # fmt: skip
-        first, end, token, weight, slot = next_first, next_end, next_token, next_weight, next_slot
-        next_first, next_end = third_first, third_end
-
-
-@triton.jit
-def move_row(
-    values, scale, average, square, grads, tokens, weights, sums, token, weight, slot, first, end, begin, until,
-    lr, decay, eps, beta1, rest1, beta2, rest2, correct1, correct2, seed,
-    EXACT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The step of one row. For rows of several slices, the gradient is summed again in every pass that needs all of it."""
-    cols = tl.arange(0, BLOCK_D)
-    at = slot * D
-    size = 256.0  # the factor that `decode_e4m3` omits
-    if scale is not None:
-        size *= tl.load(scale + slot)
-    old, before = load_state(values, average, at, cols, D)  # loaded while the gradient is summed
-    moment2 = beta2 * tl.load(square + slot)
-    g = row_gradient(grads, tokens, weights, sums, token, weight, first, end, begin, until, cols, D, ROWS)
-    power = tl.sum(g * g, 0)
-    for s in range(1, SLICES):
-        part = row_gradient(grads, tokens, weights, sums, token, weight, first, end, begin, until, cols + s * BLOCK_D, D, ROWS)
-        power += tl.sum(part * part, 0)
-    moment2 += rest2 * quotient(power, D * 1.0, EXACT)
-    root = tl.sqrt_rn(quotient(moment2, correct2, EXACT)) + eps
-    row, moment = moved(old, before, average, g, size, root, lr, decay, beta1, rest1, correct1, EXACT)
-    new_scale = 1.0
-    if scale is not None:
-        top = largest(row, cols, D)
-        for s in range(1, SLICES):
-            more = cols + s * BLOCK_D
-            part = row_gradient(grads, tokens, weights, sums, token, weight, first, end, begin, until, more, D, ROWS)
-            old, before = load_state(values, average, at, more, D)
-            piece, _ = moved(old, before, average, part, size, root, lr, decay, beta1, rest1, correct1, EXACT)
-            top = tl.maximum(top, largest(piece, more, D))
-        new_scale = scale_of(top)
-        tl.store(scale + slot, new_scale)
-    tl.store(square + slot, moment2)
-    for s in range(SLICES):
-        more = cols + s * BLOCK_D
-        if SLICES > 1:
-            g = row_gradient(grads, tokens, weights, sums, token, weight, first, end, begin, until, more, D, ROWS)
-            old, before = load_state(values, average, at, more, D)
-            row, moment = moved(old, before, average, g, size, root, lr, decay, beta1, rest1, correct1, EXACT)
-        bits = more
-        if not EXACT:
-            bits = random_bits(seed, 0, slot, s * BLOCK_D, D, BLOCK_D)
-        if scale is not None:
-            tl.store(values + at + more, encode_e4m3(row / new_scale, uniform(bits)), more < D)
-        else:
-            tl.store(values + at + more, round_to(row, bits, values.dtype.element_ty), more < D)
-        if average is not None:
-            if average.dtype.element_ty != tl.float32:
-                bits = random_bits(seed, 1, slot, s * BLOCK_D, D, BLOCK_D)
-            tl.store(average + at + more, round_to(moment, bits, average.dtype.element_ty), more < D)
+def _constants(width: int, how: Plan, phase: int) -> dict[str, Any]:
+    """The constants of `update_rows` that a plan gives."""
+    sizes = {"D": width, "BLOCK_D": how.block, "PIECES": how.pieces, "SLICES": how.slices}
+    return sizes | {"PHASE": phase, "ROWS": how.rows, "CACHE": how.cache}
 
 
 def compile_variants() -> Iterator[CompileVariant]:
-    """The variants of the update kernel, for the compile gate."""
-    bf16, fp32, fp8 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
-    for width, dtype, average in (
-        (576, bf16, None), (1024, bf16, None), (2048, bf16, None), (4096, bf16, None), (8192, bf16, None),
-        (1024, fp32, None), (4096, fp32, None), (1024, fp8, None), (4096, fp8, None), (8192, fp8, bf16),
-        (1024, bf16, bf16), (4096, bf16, bf16), (1024, fp32, fp32), (1024, fp8, bf16),
+    """The variants of the update kernels, for the compile gate: fp32 weights, as product keys return them."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for width, dtype, grads, average in (
+        *((width, bf16, bf16, state) for width in (576, 768, 1024, 1536, 2048, 4096, 8192) for state in (None, bf16)),
+        *((width, fp32, fp32, state) for width in (576, 768, 1024, 1536, 2048, 4096, 8192) for state in (None, fp32)),
+        *((width, FP8, bf16, state) for width in (576, 768, 1024, 1536, 2048, 4096, 8192) for state in (None, bf16)),
+        (1024, FP8, fp32, None), (1024, fp32, bf16, None), (16384, bf16, bf16, None), (16384, FP8, bf16, bf16),
     ):  # fmt: skip
-        how, eight = plan(width), dtype == fp8
-        kind = "fp32" if eight else ELEMENT[dtype]  # dtype of the gradients of an 8-bit lookup
-        pointers = {"values": "*u8" if eight else f"*{kind}", "square": "*fp32", "grads": f"*{kind}", "tokens": "*i32"}
-        pointers |= {"weights": f"*{kind}", "slots": "*i32", "starts": "*i32", "counts": "*i64", "sums": "*fp32"}
-        pointers |= ({"scale": "*fp32"} if eight else {}) | ({"average": f"*{ELEMENT[average]}"} if average else {})
+        how = plan(width, dtype, average is not None, grads)
+        kind = {**ELEMENT, FP8: "u8"}
+        pointers = {"values": f"*{kind[dtype]}", "square": "*fp32", "grads": f"*{kind[grads]}", "tokens": "*i32"}
+        pointers |= {"weights": "*fp32", "slots": "*i32", "starts": "*i32", "counts": "*i64", "sums": "*fp32"}
+        pointers |= ({"scale": "*fp32"} if dtype == FP8 else {}) | ({"average": f"*{ELEMENT[average]}"} if average else {})
+        if how.slices > 1:
+            pointers |= {"powers": "*fp32"} | ({"tops": "*fp32", "before": "*fp32"} if dtype == FP8 else {})
         rates = ("lr", "decay", "eps", "beta1", "rest1", "beta2", "rest2", "correct1", "correct2")
+        note = "" if grads == dtype or (dtype, grads) == (FP8, bf16) else f" {kind[grads]} gradients"
+        for phase in phases(how, dtype):
+            part = "" if how.slices == 1 else f" {('power', 'top', 'move')[phase]}"
+            yield CompileVariant(
+                name=f"{'adam' if average else 'adagrad'} {'fp8' if dtype == FP8 else kind[dtype]} D={width}{note}{part}",
+                kernel=update_rows,
+                signature=pointers | {"rows": "i32", "programs": "i32", "seed": "i64"} | dict.fromkeys(rates, "fp32"),
+                constants={"LENGTH": LENGTH, "EXACT": dtype == fp32, "PER_PROGRAM": PER_PROGRAM}
+                | _constants(width, how, phase)
+                | {name: None for name in ("scale", "average", "powers", "tops", "before") if name not in pointers},
+                aligned=tuple(pointers),
+                num_warps=how.warps,
+                options={"enable_fp_fusion": dtype != fp32, "maxnreg": how.registers},
+                scalar_loads=16 + 6 * how.rows + (how.pieces if dtype == FP8 else 0),
+            )
+    yield from _between_variants()
+
+
+def _between_variants() -> Iterator[CompileVariant]:
+    """The kernels between the phases: they move one number per row."""
+    pointers = {"slots": "*i32", "starts": "*i32"} | dict.fromkeys(("powers", "square", "tops", "scale", "before"), "*fp32")
+    sizes = {"EXACT": False, "D": 16384, "SLICES": 2, "BLOCK": RANKS}
+    for kernel in (add_powers, set_scales):
+        names = [name for name in kernel.arg_names if name in pointers]
+        floats = dict.fromkeys(("beta2", "rest2"), "fp32") if kernel is add_powers else {}
         yield CompileVariant(
-            name=f"{'adam' if average else 'adagrad'} {'fp8' if eight else kind} D={width}",
-            kernel=update_rows,
-            signature=pointers | {"rows": "i32", "programs": "i32", "seed": "i64"} | dict.fromkeys(rates, "fp32"),
-            constants={"LENGTH": LENGTH, "EXACT": dtype == fp32, "D": width, "BLOCK_D": how.block, "SLICES": how.slices}
-            | {"ROWS": how.rows, "PER_PROGRAM": PER_PROGRAM}
-            | {name: None for name in ("scale", "average") if name not in pointers},
-            aligned=tuple(pointers),
-            num_warps=how.warps,
-            options=_options(dtype, how),
-            scalar_loads=(16 + 6 * how.rows) * (2 if how.slices > 1 else 1),
+            name=f"{kernel.__name__} slices=2",
+            kernel=kernel,
+            signature={name: pointers[name] for name in names} | {"rows": "i32"} | floats,
+            constants={name: size for name, size in sizes.items() if name in kernel.arg_names},
+            aligned=tuple(names),
+            num_warps=4,
+            row_bytes=4,
+            scalar_loads=40,
         )

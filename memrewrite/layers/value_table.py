@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from memrewrite.kernels import ops, rounding
+from memrewrite.kernels import ops, quantize, rounding
 from memrewrite.kernels.pending import Pending
-from memrewrite.kernels.torch_reads import in_pieces
 
 
 class ValueTable(nn.Module):
@@ -69,10 +68,8 @@ class ValueTable(nn.Module):
             if self.scale is None:
                 self.values.normal_(0.0, spread, generator=generator)
                 return
-            for values, scale in in_pieces(width, self.values, self.scale):
-                sampled = torch.empty(values.shape, device=values.device).normal_(0.0, spread, generator=generator)
-                scale.copy_(rounding.row_scale(sampled))
-                values.copy_(sampled / scale.unsqueeze(-1))
+            seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+            quantize.sample_(self.values, self.scale, spread, seed)
 
     def forward(self, indices: Tensor, weights: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """`y_t = sum_j weights[t, j] * values[indices[t, j]]`: [T, K], [T, K] -> [T, d_v].

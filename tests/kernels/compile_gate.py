@@ -28,7 +28,7 @@ from machine_code import Code, read
 from memrewrite.kernels import triton_plans
 from memrewrite.kernels.compile_variants import CompileVariant
 
-MODULES = ("triton_lookup", "triton_segments", "triton_backward", "triton_update", "triton_topk")
+MODULES = ("triton_lookup", "triton_segments", "triton_backward", "triton_update", "triton_quantize", "triton_topk")
 ARCHITECTURES = (80, 90, 100)
 BASELINE = Path(__file__).with_suffix(".json")
 GROWTH, SLACK = 1.15, 8  # a register count passes if it grew by at most this factor, or by at most this many
@@ -90,7 +90,7 @@ def findings(variant: CompileVariant, code: Code, known: int | None, recorded: b
             f"{code.spills} spill instructions, {code.stack} bytes of stack at {code.registers} registers; "
             "try fewer rows or a smaller chunk in its plan, or more warps"
         )
-    if not any(size >= variant.row_bytes for size in code.loads):
+    if variant.row_bytes and not any(size >= variant.row_bytes for size in code.loads):
         yield (
             f"no load of {variant.row_bytes} bytes, only {code.widths or 'none'}; try a divisor of the stride as a constexpr, "
             "tl.multiple_of, tl.max_contiguous, and check for masks that change within one load"

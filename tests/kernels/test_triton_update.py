@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from memrewrite.kernels.triton_plans import use
+
 pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run with TRITON_INTERPRET=1, as `make test` does"),
@@ -18,6 +20,7 @@ pytestmark = [
 
 FP8 = torch.float8_e4m3fn
 ADAGRAD: dict[str, Any] = {"lr": 0.3, "eps": 1e-8, "weight_decay": 0.1}
+SLICED = {"rows": 2, "block": 16, "pieces": 1, "warps": 1}
 ADAM: dict[str, Any] = {**ADAGRAD, "beta1": 0.9, "beta2": 0.99, "step": 3}
 
 
@@ -112,11 +115,10 @@ def test_fp32_is_its_formula_bit_for_bit(update, length, rule, lookups):
 
 
 @pytest.mark.parametrize("rule", ["adagrad", "adam"])
-@pytest.mark.parametrize("d", [1, 20, 576])
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
-def test_fp32_any_width(update, rule, d, index):
+@pytest.mark.parametrize("d", [1, 20, 576, 1000, 1536, 4100])
+def test_fp32_any_width(update, rule, d):
     case = Case(d=d)
-    case.indices = [i.to(index) for i in case.indices]
+    case.indices = [i.to(torch.int32 if d % 3 else torch.int64) for i in case.indices]
     case.weights = [w * 0.3 for w in case.weights]
     want = case.expected(rule, **(ADAGRAD if rule == "adagrad" else ADAM))
     for new, right in zip(case.run(update, rule), want, strict=True):
@@ -171,7 +173,9 @@ def test_the_result_depends_only_on_the_seed(update, monkeypatch):
         return case.run(update, "adam", seed=seed)
 
     first = run(7)
-    for again in (run(7), run(7, PER_PROGRAM=3), run(7, WIDEST=16)):  # other programs, rows in three slices
+    with use("update", SLICED):
+        sliced = run(7)
+    for again in (run(7), run(7, PER_PROGRAM=3), sliced):  # other programs
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     for other in (8, 7 + 2**40):
         changed = run(other)
@@ -180,12 +184,44 @@ def test_the_result_depends_only_on_the_seed(update, monkeypatch):
 
 
 @pytest.mark.parametrize("rule", ["adagrad", "adam"])
-@pytest.mark.parametrize("dtype", [torch.float32, FP8], ids=str)
-def test_rows_in_slices(update, length, rule, dtype, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("plan", [SLICED, {**SLICED, "pieces": 2}, {**SLICED, "pieces": 3}], ids=["3", "2", "1"])
+def test_slices_and_blocks_do_not_change_a_row(update, length, rule, dtype, plan):
+    """40 columns in one block; in three slices of a block, two slices, the last with one block, and one of three blocks."""
     whole = Case(d=40, dtype=dtype).run(update, rule)
-    monkeypatch.setattr(update, "WIDEST", 16)
-    sliced = Case(d=40, dtype=dtype).run(update, rule)
-    assert all(torch.equal(a, b) for a, b in zip(whole, sliced, strict=True))
+    with use("update", plan):
+        parts = Case(d=40, dtype=dtype).run(update, rule)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, FP8], ids=str)
+def test_weights_in_fp32_are_not_rounded(update, length, dtype):
+    """Weights that bf16 and fp16 cannot hold: the second moment is that of the unrounded weights."""
+    case = Case(d=40, dtype=dtype)
+    case.weights = [w.float() + 2**-12 for w in case.weights]
+    want = case.expected("adagrad", **ADAGRAD)[2]
+    torch.testing.assert_close(case.run(update, "adagrad")[2], want, rtol=1e-6, atol=0)
+
+
+def test_fp32_rows_with_bf16_gradients(update):
+    case = Case()
+    case.grads = [g.bfloat16() for g in case.grads]  # small integers: the sums stay exact
+    want = case.expected("adam", **ADAM)
+    for new, right in zip(case.run(update, "adam"), want, strict=True):
+        assert torch.equal(new, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("moments", [False, True])
+def test_default_plans(update, dtype, moments):
+    """A program fits on a multiprocessor, its blocks cover the row, and few lanes are idle."""
+    idle = {576: 0.25, 768: 0, 1000: 0.03, 1024: 0, 1536: 0, 2048: 0, 4096: 0, 8192: 0, 100000: 0.1}
+    for width, most in {**idle, 1: 1, 20: 1, 300: 1, 4100: 0.34}.items():
+        how = update.plan(width, dtype, moments, torch.bfloat16)
+        assert how.warps * 32 * how.registers <= 65536
+        assert (how.slices - 1) * how.block * how.pieces < width <= how.slices * how.block * how.pieces
+        assert 1 - width / (how.slices * how.block * how.pieces) <= most
+        assert how.slices == 1 or width > 8192
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
