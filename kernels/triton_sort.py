@@ -114,10 +114,9 @@ def keys_of(x, place, WIDE: tl.constexpr):
 @triton.jit
 def places(keys):
     """The places in the keys of `keys_of`, as int32."""
-    if keys.dtype == tl.int64:
-        place = ~keys.to(tl.int32)
-    else:
-        place = 0xFFFF - (keys & 0xFFFF)
+    place = ~keys.to(tl.int32)
+    if keys.dtype == tl.int32:
+        place = place & 0xFFFF
     return place
 
 

@@ -116,10 +116,9 @@ def pair_kernel(
         one = tl.load(found + (i - 1).to(tl.int64) * rows + row[None, :], mask=valid, other=0)
         other = tl.load(found + (K + j - 1).to(tl.int64) * rows + row[None, :], mask=valid, other=0)
         total = ordered(scores_of(one, DTYPE) + scores_of(other, DTYPE))
+        low = places(one).to(tl.int64) * n2 + places(other)
         if RANKED:
             low = ((i - 1) * K + (j - 1)).to(tl.int64)
-        else:
-            low = places(one).to(tl.int64) * n2 + places(other)
         keys = (total.to(tl.int64) << 32) | (0xFFFFFFFF - low)
         best = merge(best, tl.where(i * j <= k, keys, least(tl.int64)), C, K, R)
     place = tl.arange(0, K)[:, None]

@@ -34,7 +34,8 @@ def plan_halves(n: int, k: int, dtype: torch.dtype, vec: int, few: bool) -> Plan
     """Few rows or a large k: a row in several warps. Many rows: a row in one lane or a few, its keys in their registers."""
     top = triton.next_power_of_2(k)
     if few or k > LANE_K:
-        chunk = max(top, min(8192 if few else 1024, triton.next_power_of_2(n)), vec)
+        most = 1024 if not few else 4096 if vec == 1 else 8192  # single scores need more registers
+        chunk = max(top, min(most, triton.next_power_of_2(n)), vec)
         return Plan(1, chunk, 1, min(8, max(1, chunk // 256)))
     chunk = max(16, top // 2)
     sort = (top.bit_length() - 1) * (top.bit_length() + 4) / 2 + 3  # approximate number of comparisons per key

@@ -159,7 +159,8 @@ __device__ __forceinline__ int32_t largest_rank(const T* scores, int64_t count, 
 
 // Writes the k best scores of a half and their indices, best first.
 template <class T, int E>
-__device__ __forceinline__ void best_of_half(const T* scores, int64_t n, int k, int lane, int64_t* queue, float* best, uint32_t* places) {
+__device__ __forceinline__ void best_of_half(const T* scores, int64_t n, int k, int lane, int64_t* queue, float* best,
+                                             uint32_t* places) {
   using K = Key<T>;
   Selection<K, E> selection(reinterpret_cast<K*>(queue), k, lane);
   const int64_t groups = (n + kGroup - 1) / kGroup;
