@@ -101,8 +101,8 @@ def product_keys(
 ) -> tuple[Tensor, Tensor]:
     """The k best slots of each query by product keys (§2.1 of arXiv 2412.09764), and their weights.
 
-    The scores of both halves, `queries @ keys.T`, then `product_key_topk`. No scores are kept for the backward, and if n is much
-    larger than k, it allocates nothing of size n. Under autocast, queries and keys are converted as for `torch.bmm`.
+    The scores of both halves, `queries @ keys.T`, then `product_key_topk`. No scores are kept for the backward, and if n is
+    much larger than k, it allocates nothing of size n. Under autocast, queries and keys are converted as for `torch.bmm`.
 
     Args:
         queries: Queries [T, 2h, d], floating-point; of h heads, each with its two halves next to each other.

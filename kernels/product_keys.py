@@ -26,7 +26,8 @@ def forward(queries: Tensor, keys: Tensor, k: int, softmax: bool = True, backend
     if fused is not None:
         best: tuple[Tensor, Tensor] = fused.product_keys(queries, keys, k, softmax)
         return best
-    return product_key_topk.forward(*half_scores(queries, keys), k, softmax, backend)
+    scores1, scores2 = half_scores(queries, keys)
+    return product_key_topk.forward(scores1, scores2, k, softmax, backend)
 
 
 def half_scores(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +45,8 @@ def _fused(queries: Tensor, keys: Tensor, k: int, backend: str) -> ModuleType | 
     for module in BACKENDS:
         supports = getattr(module, "supports_product_keys", None)
         if supports is not None and backend in ("auto", module.NAME) and supports(queries, keys, k) is None:
-            return module
+            fused: ModuleType = module
+            return fused
     return None
 
 
@@ -190,7 +192,7 @@ def backward_grad(ctx: Any, second_queries: Tensor, second_keys: Tensor) -> tupl
     grad, slots, queries, keys = ctx.saved_tensors
     need_grad, _, need_queries, need_keys = ctx.needs_input_grad[:4]
     has_queries, has_keys = ctx.wanted
-    width, heads, tokens, k = keys.shape[-1], *slots.shape
+    (heads, tokens, k), width = slots.shape, keys.shape[-1]
     reads, weights = _reads(grad, slots, keys.shape[1])
     table, rows = keys.reshape(-1, width), queries.reshape(-1, width)
     second_table, second_rows = second_keys.reshape(-1, width), second_queries.reshape(-1, width)
@@ -202,7 +204,7 @@ def backward_grad(ctx: Any, second_queries: Tensor, second_keys: Tensor) -> tupl
             parts.append(lookup_backward(second_rows, table, reads, weights, False, True, None, ctx.backend)[1])
         if has_keys:
             parts.append(lookup_backward(rows, second_table, reads, weights, False, True, None, ctx.backend)[1])
-        d_grad = sum(parts).view(tokens, heads, 2, k).sum(2).transpose(0, 1)  # type: ignore[union-attr]  # one is wanted
+        d_grad = torch.stack(parts).sum(0).view(tokens, heads, 2, k).sum(2).transpose(0, 1)
     if need_queries and has_keys:
         lookup = torch.ops.memrewrite.sparse_lookup
         d_queries = lookup(second_table, reads, weights, backend=ctx.backend, dtype=queries.dtype).view(queries.shape)

@@ -3,7 +3,7 @@
 The forward is one embedding bag per token (`F.embedding_bag`). The gradient of a lookup is a lookup in the other direction:
 slot n's gradient is the weighted sum of the output gradients of the tokens that read it, one bag per slot. Neither
 materializes the [T, K, D] gather, no sum depends on the order of threads, and half types accumulate in fp32. An embedding bag
-needs values and weights of one dtype: values of a half type with fp32 weights are gathered as fp32, as many as fit in the cache.
+needs values and weights of one dtype: values of a half type with fp32 weights are gathered as fp32, as many as fit in a cache.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from memrewrite.kernels.torch_update import adagrad_, adam_
 __all__ = ["adagrad_", "adam_", "backward", "forward", "rows", "supports", "supports_topk", "topk", "topk_backward"]
 
 NAME = "torch"
+SMALL = 2**24  # elements of a table that may be converted whole, if it has fewer rows than there are reads
 SUM = 0  # aten's integer for mode="sum"
 
 
@@ -40,6 +41,8 @@ def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | No
     # one embedding bag needs one dtype for both, and rounds its sums to that dtype
     if scale is None and (values.dtype == wide or values.dtype == weights.dtype == dtype):
         return _bags(values, indices, weights.to(values.dtype)).to(dtype)
+    if scale is None and values.shape[0] <= indices.numel() and values.numel() <= SMALL:
+        return _bags(values.to(wide), indices, weights.to(wide)).to(dtype)
     weights = weights.to(wide) if scale is None else weights.to(wide) * scale[indices]
     out = values.new_empty(indices.shape[0], values.shape[1], dtype=dtype)
     for index, weight, sums in in_pieces(indices.shape[1] * values.shape[1], indices, weights, out):

@@ -1,4 +1,4 @@
-"""The operator `product_keys` compared with its float64 formula: both ways of the backward, tracing, autocast, memory, errors."""
+"""The operator `product_keys` compared with its float64 formula: both ways of the backward, tracing, memory, errors."""
 
 from __future__ import annotations
 
