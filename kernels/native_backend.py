@@ -10,6 +10,7 @@ import ctypes
 from functools import lru_cache
 from pathlib import Path
 from struct import Struct
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def _torch_threads() -> ctypes.c_void_p:
 
 
 _BYTES, _POINTER, _NUMBER = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, list[Any]] = {
     "memrewrite_use_threads": [_POINTER],
     "memrewrite_lookup": [_BYTES, _POINTER],
     "memrewrite_lookup_dots": [_BYTES, _POINTER],
@@ -114,9 +115,7 @@ def _dense(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- the lookup
 
 
-def forward(
-    values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`sparse_lookup` of checked, non-empty inputs. Raises IndexError for an index outside the table."""
     stored = dtype if dtype in TYPES else torch.float32
     out = torch.empty((indices.shape[0], values.shape[1]), dtype=stored, device="cpu")
@@ -168,7 +167,11 @@ def backward(
     if need_values:
         grad_values = torch.empty(values.shape, dtype=values.dtype, device="cpu")
         found, reads = ctypes.c_int64(), _Reads([grad], [indices], [weights], values.shape[0])
-        _check(_library().memrewrite_lookup_scatter(reads.packed, _floats(grad_values), ctypes.addressof(found)), found, reads.slots)
+        _check(
+            _library().memrewrite_lookup_scatter(reads.packed, _floats(grad_values), ctypes.addressof(found)),
+            found,
+            reads.slots,
+        )
     return grad_values, grad_weights
 
 

@@ -200,7 +200,9 @@ def test_without_a_usable_library_torch_runs(
     native_backend._loaded.cache_clear()
     assert_norm_close(out, reference.sparse_lookup(values.double(), indices, weights.double()), 7)
     reason = "it is not built: run `memrewrite build-op`" if path is None else f"{path} cannot be loaded ("
-    assert f"on the backend 'torch' (triton cannot: the tensors are not on a CUDA device; native cannot: {reason}" in caplog.text
+    assert (
+        f"on the backend 'torch' (triton cannot: the tensors are not on a CUDA device; native cannot: {reason}" in caplog.text
+    )
 
 
 # ------------------------------------------------------------------------------------------------- without torch's dispatcher
