@@ -82,7 +82,8 @@ def _relative_path(model: Path, output: Path) -> str:
 def build_op(
     context: typer.Context,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE", help="The library. Default: where `onnx_session` searches.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="The library. Default: where torch and `onnx_session` search."),
     ] = None,
     cuda: Annotated[
         bool | None, typer.Option("--cuda/--no-cuda", help="Build CUDA kernels. Default: if nvcc is found.")
@@ -90,7 +91,7 @@ def build_op(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Build the native kernels of the memory operators, for onnxruntime 1.17 and later."""
+    """Build the native kernels of the memory operators, for torch on the CPU and for onnxruntime 1.17 and later."""
     with session(context.obj, as_json) as current:
         from memrewrite.cli import text_output
         from memrewrite.cli.output_path import refuse_file

@@ -14,7 +14,7 @@ from memrewrite.kernels import native_backend, torch_backend, triton_backend
 if TYPE_CHECKING:
     from types import ModuleType
 
-BACKENDS: tuple[ModuleType, ...] = (triton_backend, native_backend, torch_backend)  # tried in order; the last supports every call
+BACKENDS: tuple[ModuleType, ...] = (triton_backend, native_backend, torch_backend)  # in order; the last supports all
 NAMES = ("auto", *(backend.NAME for backend in BACKENDS))
 
 log = logging.getLogger("memrewrite.kernels")

@@ -7,14 +7,12 @@ torch's threads, release the GIL, and return the same bits for any number of thr
 from __future__ import annotations
 
 import ctypes
-from functools import lru_cache
-from pathlib import Path
 from struct import Struct
 
 import torch
 from torch import Tensor
 
-from memrewrite.kernels import native_library
+from memrewrite.kernels.native_interface import library, loaded
 
 __all__ = ["adagrad_", "adam_", "backward", "forward", "rows", "supports", "supports_topk", "topk", "topk_backward"]
 
@@ -41,7 +39,7 @@ def supports(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | N
         return f"there are no kernels for {values.dtype} with weights of {weights.dtype}"
     if values.shape[0] >= MOST_SLOTS or indices.numel() >= MOST_READS:
         return f"there are {MOST_SLOTS} or more slots, or {MOST_READS} or more reads in one call"
-    return _loaded()[1]
+    return loaded()[1]
 
 
 def supports_topk(scores1: Tensor, scores2: Tensor, k: int) -> str | None:
@@ -52,51 +50,7 @@ def supports_topk(scores1: Tensor, scores2: Tensor, k: int) -> str | None:
         return f"there are no kernels for {scores1.dtype}"
     if k > MOST_K or max(scores1.shape[-1], scores2.shape[-1]) > MOST_SCORES:
         return f"k is above {MOST_K}, or a half has more than {MOST_SCORES} scores"
-    return _loaded()[1]
-
-
-@lru_cache(maxsize=1)
-def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none."""
-    path = native_library.built_library()
-    if path is None:
-        return None, "it is not built: run `memrewrite build-op`"
-    try:
-        library = ctypes.CDLL(str(path))
-        for name, arguments in _FUNCTIONS.items():
-            function = library[name]
-            function.argtypes, function.restype = arguments, ctypes.c_int64
-            setattr(library, name, function)
-        library.memrewrite_use_threads(_torch_threads())
-    except (OSError, AttributeError) as error:
-        return None, f"{path} cannot be loaded ({error}): run `memrewrite build-op` again"
-    return library, None
-
-
-def _torch_threads() -> ctypes.c_void_p:
-    """Address of the function of torch's stable C interface that runs a loop on torch's threads (torch 2.10 and later)."""
-    torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-    return ctypes.cast(torch_library.torch_parallel_for, ctypes.c_void_p)
-
-
-_BYTES, _POINTER, _NUMBER = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64
-_FUNCTIONS = {
-    "memrewrite_use_threads": [_POINTER],
-    "memrewrite_lookup": [_BYTES, _POINTER],
-    "memrewrite_lookup_dots": [_BYTES, _POINTER],
-    "memrewrite_lookup_scatter": [_BYTES, _BYTES, _POINTER],
-    "memrewrite_lookup_rows": [_BYTES, _POINTER, _BYTES, _NUMBER, _POINTER],
-    "memrewrite_update": [_BYTES, _POINTER],
-    "memrewrite_topk": [_NUMBER, *[_POINTER] * 4, *[_NUMBER] * 5],
-    "memrewrite_topk_gradient": [_BYTES, _POINTER],
-}
-
-
-def _library() -> ctypes.CDLL:
-    library, reason = _loaded()
-    if library is None:
-        raise RuntimeError(f"native: {reason}")
-    return library
+    return loaded()[1]
 
 
 def _check(result: int, found: ctypes.c_int64 | None, size: int, what: str = "a table of {} slots") -> None:
@@ -114,9 +68,7 @@ def _dense(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- the lookup
 
 
-def forward(
-    values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`sparse_lookup` of checked, non-empty inputs. Raises IndexError for an index outside the table."""
     stored = dtype if dtype in TYPES else torch.float32
     out = torch.empty((indices.shape[0], values.shape[1]), dtype=stored, device="cpu")
@@ -145,7 +97,7 @@ def _lookup(name: str, values: Tensor, indices: Tensor, weights: Tensor, scale: 
         reads,
     )
     found = ctypes.c_int64()
-    result = getattr(_library(), name)(job, ctypes.addressof(found))
+    result = getattr(library(), name)(job, ctypes.addressof(found))
     if result:
         _check(result, found, slots)
 
@@ -168,7 +120,11 @@ def backward(
     if need_values:
         grad_values = torch.empty(values.shape, dtype=values.dtype, device="cpu")
         found, reads = ctypes.c_int64(), _Reads([grad], [indices], [weights], values.shape[0])
-        _check(_library().memrewrite_lookup_scatter(reads.packed, _floats(grad_values), ctypes.addressof(found)), found, reads.slots)
+        _check(
+            library().memrewrite_lookup_scatter(reads.packed, _floats(grad_values), ctypes.addressof(found)),
+            found,
+            reads.slots,
+        )
     return grad_values, grad_weights
 
 
@@ -178,7 +134,7 @@ def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Te
     read = torch.empty(count, dtype=torch.int64, device="cpu")
     sums = torch.empty((count, grad.shape[1]), dtype=grad.dtype, device="cpu")
     found, reads = ctypes.c_int64(), _Reads([grad], [indices], [weights], slots)
-    run = _library().memrewrite_lookup_rows
+    run = library().memrewrite_lookup_rows
     _check(run(reads.packed, read.data_ptr(), _floats(sums), count, ctypes.addressof(found)), found, slots)
     return read, sums
 
@@ -281,7 +237,7 @@ def _update(
         seed % 2**64,
     )
     found = ctypes.c_int64()
-    _check(_library().memrewrite_update(job, ctypes.addressof(found)), found, reads.slots)
+    _check(library().memrewrite_update(job, ctypes.addressof(found)), found, reads.slots)
     for tensor in given:
         if own[id(tensor)] is not tensor:
             tensor.copy_(own[id(tensor)])
@@ -298,7 +254,7 @@ def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tenso
     indices = torch.empty(shape, dtype=torch.int64, device="cpu")
     inputs = TYPES[scores1.dtype], scores1.data_ptr(), scores2.data_ptr()
     sizes = scores1.numel() // n1, n1, n2, k, softmax
-    _check(_library().memrewrite_topk(*inputs, scores.data_ptr(), indices.data_ptr(), *sizes), None, 0)
+    _check(library().memrewrite_topk(*inputs, scores.data_ptr(), indices.data_ptr(), *sizes), None, 0)
     return scores, indices
 
 
@@ -310,5 +266,5 @@ def topk_backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tens
     pointers = (tensor.data_ptr() for tensor in (wide, indices, grad1, grad2))
     job = _TOPK_GRADIENT.pack(*pointers, indices.numel() // k, n1, n2, k)
     found = ctypes.c_int64()
-    _check(_library().memrewrite_topk_gradient(job, ctypes.addressof(found)), found, n1 * n2, "{} pairs of keys")
+    _check(library().memrewrite_topk_gradient(job, ctypes.addressof(found)), found, n1 * n2, "{} pairs of keys")
     return grad1.to(grad.dtype), grad2.to(grad.dtype)

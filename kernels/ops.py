@@ -48,7 +48,7 @@ def sparse_lookup(
         gradient: "dense": gradient [N, D] of `values`. "sparse": a COO tensor of the rows that were read, not coalesced
             (rows may appear twice, the second time with zeros). "fused": no gradient; its factors are stored in `pending`
             until a fused update uses them.
-        backend: "auto", "triton" (CUDA devices) or "torch".
+        backend: "auto", "triton" (CUDA devices), "native" (CPU, after `memrewrite build-op`) or "torch".
         pending: Queue of the table, for "fused".
 
     Returns:
@@ -81,7 +81,7 @@ def product_key_topk(
         scores2: Scores of the second half [..., n2], same dtype and leading shape.
         k: Number of sums, from 1 to min(n1, n2).
         softmax: Return the softmax of the k sums instead of the sums.
-        backend: "auto", "triton" (CUDA devices) or "torch".
+        backend: "auto", "triton" (CUDA devices), "native" (CPU, after `memrewrite build-op`) or "torch".
 
     Returns:
         Sums [..., k] in descending order (fp32 for half types), and slots [..., k], int64.
@@ -152,7 +152,7 @@ def rowwise_adagrad_(
         eps: Added to the root of the accumulator.
         weight_decay: Decoupled weight decay.
         seed: Seed of the stochastic rounding.
-        backend: "auto", "triton" or "torch".
+        backend: "auto", "triton", "native" or "torch".
 
     Raises:
         ValueError: Shapes, devices or names are wrong; nothing was changed.

@@ -42,12 +42,12 @@ def library() -> Path:
 @pytest.fixture
 def native_kernels(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The backend "native" uses the library that is built for tests."""
-    from memrewrite.kernels import native_backend
+    from memrewrite.kernels import native_interface
 
     monkeypatch.setattr("memrewrite.kernels.native_library.built_library", lambda: library)
-    native_backend._loaded.cache_clear()
+    native_interface.loaded.cache_clear()
     yield
-    native_backend._loaded.cache_clear()
+    native_interface.loaded.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

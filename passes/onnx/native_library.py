@@ -1,7 +1,7 @@
 """Compiles the native library: C++ kernels for torch and ONNX Runtime, and CUDA for the latter if its compiler is installed.
 
-The sources are in `kernels/cpu/` and `kernels/onnxruntime/`. They are compiled in parallel and linked in a temporary directory, and the library is
-moved to its path. The default file name contains a hash of the sources, so that a library of older sources is never used.
+The sources are in `kernels/cpu/` and `kernels/onnxruntime/`. They are compiled in parallel and linked in a temporary directory,
+and the library is moved to its path, where `kernels/native_library.py` finds it.
 """
 
 from __future__ import annotations

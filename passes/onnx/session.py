@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from memrewrite.errors import ExportError, in_one_line
+from memrewrite.kernels.native_library import built_library
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.onnx.file import read_graph
-from memrewrite.kernels.native_library import built_library
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions

@@ -45,7 +45,9 @@ def lookup_case() -> None:
     totals = torch.ones(n), torch.ones(n)
     reads = [grad, grad], [indices, indices], [weights, weights]
     numbers = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.1, "seed": 5}
-    torch_backend.adagrad_(wide, None, totals[0], *[[x.float() if x.is_floating_point() else x for x in p] for p in reads], **numbers)
+    torch_backend.adagrad_(
+        wide, None, totals[0], *[[x.float() if x.is_floating_point() else x for x in p] for p in reads], **numbers
+    )
     native_backend.adagrad_(narrow, None, totals[1], *reads, **numbers)
     near(narrow, wide)
     near(totals[1], totals[0])

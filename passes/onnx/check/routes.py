@@ -20,12 +20,12 @@ from torch import Tensor
 
 from memrewrite.errors import ExportError, in_one_line
 from memrewrite.frozen import Frozen
+from memrewrite.kernels.native_library import built_library
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.onnx.check.input_sets import InputSet
 from memrewrite.passes.onnx.check.slot_choices import Ties
 from memrewrite.passes.onnx.file import PREFIX, Port, port_of, read_graph
 from memrewrite.passes.onnx.graph import SELECTION
-from memrewrite.kernels.native_library import built_library
 from memrewrite.passes.onnx.prepare import Float
 from memrewrite.passes.onnx.session import Provider, first_of, onnx_session, unserved
 
