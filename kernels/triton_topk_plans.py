@@ -37,7 +37,7 @@ def plan_halves(n: int, k: int, dtype: torch.dtype, vec: int, few: bool) -> Plan
         most = 1024 if not few else 4096 if vec == 1 else 8192  # single scores need more registers
         chunk = max(top, min(most, triton.next_power_of_2(n)), vec)
         return Plan(1, chunk, 1, min(8, max(1, chunk // 256)))
-    chunk = max(16, top // 2)
+    chunk = max(16, min(top // 2, 32 if vec == 1 else top))
     sort = (top.bit_length() - 1) * (top.bit_length() + 4) / 2 + 3  # approximate number of comparisons per key
     costs = {1: n * (sort + 6)}
     for group in (4, 8, 16, 32):
