@@ -129,9 +129,8 @@ def reads_keys(device: str, n: int, k: int, width: int) -> bool:
     4 n `width` floating-point operations, and a dense gradient of the scores, about 14 bytes for each (zeros, sums, conversion,
     and a read by each product).
 
-    * CPU, measured with h = 4, k = 32, T from 1 to 4096, `width` 64 to 512, fp32 and bf16: from n = 4 k to 8 k the products take 0.2 to
-      1.2 of the time of reading (fp32 at 8 k: 2); from n = 16 k on, reading takes 0.05 to 0.5 of it, except for few tokens of
-      a small width, where both take less than some milliseconds.
+    * CPU, measured with h = 4, k = 32, T from 1 to 4096, `width` 64 to 512, fp32 and bf16: the products are faster up to
+      n = 8 k in bf16, and reading from n = 16 k on in both, in 0.05 to 0.5 of the time of the products.
     * CUDA, estimated for an H200 and not yet measured: 4.3 TB/s of memory, 6.5 TB/s of L2 (keys and queries stay in it), 790
       TFLOP/s in bf16, a sort of 70 G indices/s. Reading is chosen up to 1.5 times the estimate of the products: it allocates
       nothing of size n.

@@ -67,7 +67,7 @@ def slice_width(width: int, dtype: torch.dtype) -> int:
     """
     warp = 512 // dtype.itemsize
     if width <= warp:
-        return max(16, triton.next_power_of_2(width))
+        return max(16, int(triton.next_power_of_2(width)))
     return 2 * warp if 2 * triton.cdiv(width, 2 * warp) == triton.cdiv(width, warp) else warp
 
 

@@ -45,8 +45,8 @@ def same(name: str, one: Tensor | None, two: Tensor | None) -> None:
 def updates(bench: Bench, rule: str, dim: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> Check:
     """A step with one lookup, and one with two lookups of one table: read rows follow the rule, others do not change.
 
-    `dtypes` are those of the table, of the output's gradient, and of the weights. The same seed gives the same bits. Rows in fp8
-    are within half a rounding step on average, each scaled so that its largest entry is 448.
+    `dtypes` are those of the table, of the output's gradient, and of the weights. The same seed gives the same bits. Rows in
+    fp8 are within half a rounding step on average, each scaled so that its largest entry is 448.
     """
     dtype, *kinds = dtypes
     slots, device = 100 if bench.rehearse else SLOTS, bench.device

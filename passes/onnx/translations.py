@@ -12,7 +12,6 @@ from typing import Any, TypeVar, Union
 import onnxscript
 import torch
 from onnxscript import BFLOAT16, FLOAT, FLOAT16, INT32, INT64
-from onnxscript import opset18 as op
 
 from memrewrite.kernels import ops  # noqa: F401 - registers the operators
 from memrewrite.kernels.onnx_functions import DOMAIN, VERSION
@@ -21,6 +20,7 @@ Number = TypeVar("Number", bound=Union[FLOAT, FLOAT16, BFLOAT16])  # noqa: UP007
 Weight = TypeVar("Weight", bound=Union[FLOAT, FLOAT16, BFLOAT16])  # noqa: UP007 - float, or the type of the values
 Index = TypeVar("Index", bound=Union[INT64, INT32])  # noqa: UP007
 
+op: Any = onnxscript.opset18  # its own types know no type variable
 _memory = onnxscript.values.Opset(DOMAIN, VERSION)
 _inlined = onnxscript.script(onnxscript.values.Opset(f"{DOMAIN}.export", 1), default_opset=onnxscript.opset18)
 

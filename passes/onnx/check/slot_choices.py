@@ -64,9 +64,12 @@ class Choices(TorchDispatchMode):  # type: ignore[no-untyped-call]
         names = [argument.name for argument in func._schema.arguments]
         defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
         passed = defaults | dict(zip(names, args, strict=False)) | dict(kwargs or {})
-        halves = half_scores(passed["queries"], passed["keys"]) if func is KEYS else (passed["scores1"], passed["scores2"])
+        if func is KEYS:
+            scores1, scores2 = half_scores(passed["queries"], passed["keys"])
+        else:
+            scores1, scores2 = passed["scores1"], passed["scores2"]
         forced = self.forced[len(self.slots) - 1].to(slots.device)
-        sums, differs, ties = _judged(*halves, slots, forced, self.tolerance)
+        sums, differs, ties = _judged(scores1, scores2, slots, forced, self.tolerance)
         self.ties += ties
         forced_scores = sums.softmax(-1) if passed["softmax"] else sums
         return torch.where(differs, forced_scores, scores), torch.where(differs, forced, slots)
