@@ -201,7 +201,10 @@ def _update(width: int, dtype: torch.dtype) -> Subject:
 def _update_plans(width: int) -> list[dict[str, Any]]:
     """Whole rows with the fewest columns beyond the row first, then phases: slices narrower than the row."""
     whole = [(256 * warps, pieces, warps) for warps in (1, 2, 4, 8, 16) for pieces in (1, 2, 3, 4)]
-    whole = sorted((size for size in whole if width <= size[0] * size[1] < 2 * max(width, 256)), key=lambda size: (size[0] * size[1], abs(size[1] - 2)))
+    whole = sorted(
+        (size for size in whole if width <= size[0] * size[1] < 2 * max(width, 256)),
+        key=lambda size: (size[0] * size[1], abs(size[1] - 2)),
+    )
     sliced = [(256, 2, 1), (512, 1, 2), (512, 2, 2)] if width >= 2048 else []
     shapes = [*((*size, rows) for size in whole for rows in (2, 4)), *((*size, 2) for size in sliced)]
     limits = [*product(("evict_last", ""), (80, 64)), ("evict_last", 96)]
