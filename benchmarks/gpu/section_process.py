@@ -103,9 +103,7 @@ def _status(error: Exception) -> str:
     return f"FAILED: {reason(error)}"
 
 
-def main(
-    section: Section, record: Record, rehearse: bool, share: tuple[int, int], library: Path | None, end: float
-) -> int:
+def main(section: Section, record: Record, rehearse: bool, share: tuple[int, int], library: Path | None, end: float) -> int:
     """Measure in this process, until `end`. An error before the first case is recorded as the section's."""
     torch.manual_seed(0)
     try:
