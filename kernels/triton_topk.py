@@ -132,6 +132,17 @@ def _scatter_constants(n1: int, n2: int, k: int) -> dict[str, Any]:
     return {"N1": n1, "N2": n2, "k": k, "C": SCATTERED, "R": 32}
 
 
+def _measured_halves(plan: dict[str, Any], dtype: torch.dtype, n: int, k: int) -> Iterator[CompileVariant]:
+    yield _half_variant(Plan(**plan), n, k, dtype, 16 // dtype.itemsize)
+
+
+def _measured_pairs(plan: dict[str, Any], dtype: torch.dtype, k: int) -> Iterator[CompileVariant]:
+    yield _pair_variant(Plan(**plan), 2**20, k, dtype)
+
+
+MEASURED = {"topk_half": _measured_halves, "topk_pair": _measured_pairs}  # as in `triton_lookup`
+
+
 def compile_variants() -> Iterator[CompileVariant]:
     """The variants for the compile gate: every kind of plan, with the sizes that the layers use, and the largest ones."""
     half, single = torch.bfloat16, torch.float32
@@ -151,7 +162,7 @@ def compile_variants() -> Iterator[CompileVariant]:
         (2**20, 32, half, False, 8),
         (4096, 1024, half, False, 8),
     ):
-        yield _half_variant(n, k, dtype, few, vec)
+        yield _half_variant(plan_halves(n, k, dtype, vec, few), n, k, dtype, vec, few)
     for slots, k, dtype, few in (
         (2**20, 32, half, False),
         (2**20, 64, single, False),
@@ -160,7 +171,7 @@ def compile_variants() -> Iterator[CompileVariant]:
         (2**24, 1024, single, False),
         (2**40, 32, half, False),
     ):
-        yield _pair_variant(slots, k, dtype, few)
+        yield _pair_variant(plan_pairs(k, few), slots, k, dtype, few)
     for slots, k in ((2**20, 32), (2**40, 32)):
         constants = _scatter_constants(1024, slots // 1024, k)
         signature = {"grad": "*fp32", "indices": "*i64", "grad1": "*fp32", "grad2": "*fp32", "rows": "i32"}
@@ -169,10 +180,9 @@ def compile_variants() -> Iterator[CompileVariant]:
         yield CompileVariant(name, scatter_kernel, signature, constants, aligned, 1, row_bytes=4)
 
 
-def _half_variant(n: int, k: int, dtype: torch.dtype, few: bool, vec: int) -> CompileVariant:
+def _half_variant(plan: Plan, n: int, k: int, dtype: torch.dtype, vec: int, few: bool = False) -> CompileVariant:
     """`vec`: the scores that an aligned load reads, as many as n allows."""
     element = ELEMENT[dtype][0]
-    plan = plan_halves(n, k, dtype, vec, few)
     constants = _half_constants(n, k, plan, vec)
     signature = {"scores": f"*{element}", "found": _key(n, dtype), "rows": "i32", "inner": "i32"}
     signature.update(dict.fromkeys(("apart", "outer1", "inner1", "outer2", "inner2"), "i64"))
@@ -185,8 +195,8 @@ def _half_variant(n: int, k: int, dtype: torch.dtype, few: bool, vec: int) -> Co
     )
 
 
-def _pair_variant(slots: int, k: int, dtype: torch.dtype, few: bool) -> CompileVariant:
-    plan, element = plan_pairs(k, few), ELEMENT[dtype][0]
+def _pair_variant(plan: Plan, slots: int, k: int, dtype: torch.dtype, few: bool = False) -> CompileVariant:
+    element = ELEMENT[dtype][0]
     key = _key(slots // NARROW_KEYS, dtype)
     signature = {"found": key, "scores": "*fp32", "indices": "*i64", "rows": "i32", "n2": "i32"}
     constants = _pair_constants(slots, k, dtype, plan, True)

@@ -158,8 +158,47 @@ def _constants(width: int, how: Plan, phase: int) -> dict[str, Any]:
     return sizes | {"PHASE": phase, "ROWS": how.rows, "CACHE": how.cache}
 
 
+def variants(
+    how: Plan, width: int, dtype: torch.dtype, grads: torch.dtype, average: torch.dtype | None
+) -> Iterator[CompileVariant]:
+    """The phases of a plan, for the compile gate: fp32 weights, as product keys return them; `average` is None for Adagrad."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    kind = {**ELEMENT, FP8: "u8"}
+    pointers = {"values": f"*{kind[dtype]}", "square": "*fp32", "grads": f"*{kind[grads]}", "tokens": "*i32"}
+    pointers |= {"weights": "*fp32", "slots": "*i32", "starts": "*i32", "counts": "*i64", "sums": "*fp32"}
+    pointers |= ({"scale": "*fp32"} if dtype == FP8 else {}) | ({"average": f"*{ELEMENT[average]}"} if average else {})
+    if how.slices > 1:
+        pointers |= {"powers": "*fp32"} | ({"tops": "*fp32", "before": "*fp32"} if dtype == FP8 else {})
+    rates = ("lr", "decay", "eps", "beta1", "rest1", "beta2", "rest2", "correct1", "correct2")
+    note = "" if grads == dtype or (dtype, grads) == (FP8, bf16) else f" {kind[grads]} gradients"
+    for phase in phases(how, dtype):
+        part = "" if how.slices == 1 else f" {('power', 'top', 'move')[phase]}"
+        yield CompileVariant(
+            name=f"{'adam' if average else 'adagrad'} {'fp8' if dtype == FP8 else kind[dtype]} D={width}{note}{part}",
+            kernel=update_rows,
+            signature=pointers | {"rows": "i32", "programs": "i32", "seed": "i64"} | dict.fromkeys(rates, "fp32"),
+            constants={"LENGTH": LENGTH, "EXACT": dtype == fp32, "PER_PROGRAM": PER_PROGRAM}
+            | _constants(width, how, phase)
+            | {name: None for name in ("scale", "average", "powers", "tops", "before") if name not in pointers},
+            aligned=tuple(pointers),
+            num_warps=how.warps,
+            options={"enable_fp_fusion": dtype != fp32, "maxnreg": how.registers},
+            scalar_loads=16 + 6 * how.rows + (how.pieces if dtype == FP8 else 0),
+        )
+
+
+def measured_variants(plan: dict[str, Any], dtype: torch.dtype, width: int, moments: int) -> Iterator[CompileVariant]:
+    """The variants of a measured plan; gradients and first moments have the dtype of the table, or bf16 with 8-bit tables."""
+    how = Plan(slices=triton.cdiv(width, plan["block"] * plan["pieces"]), **plan)
+    grads = torch.bfloat16 if dtype == FP8 else dtype
+    yield from variants(how, width, dtype, grads, grads if moments == 2 else None)
+
+
+MEASURED = {"update": measured_variants}  # as in `triton_lookup`
+
+
 def compile_variants() -> Iterator[CompileVariant]:
-    """The variants of the update kernels, for the compile gate: fp32 weights, as product keys return them."""
+    """The variants of the update kernels, for the compile gate."""
     bf16, fp32 = torch.bfloat16, torch.float32
     for width, dtype, grads, average in (
         *((width, bf16, bf16, state) for width in (576, 768, 1024, 1536, 2048, 4096, 8192) for state in (None, bf16)),
@@ -167,29 +206,7 @@ def compile_variants() -> Iterator[CompileVariant]:
         *((width, FP8, bf16, state) for width in (576, 768, 1024, 1536, 2048, 4096, 8192) for state in (None, bf16)),
         (1024, FP8, fp32, None), (1024, fp32, bf16, None), (16384, bf16, bf16, None), (16384, FP8, bf16, bf16),
     ):  # fmt: skip
-        how = plan(width, dtype, average is not None, grads)
-        kind = {**ELEMENT, FP8: "u8"}
-        pointers = {"values": f"*{kind[dtype]}", "square": "*fp32", "grads": f"*{kind[grads]}", "tokens": "*i32"}
-        pointers |= {"weights": "*fp32", "slots": "*i32", "starts": "*i32", "counts": "*i64", "sums": "*fp32"}
-        pointers |= ({"scale": "*fp32"} if dtype == FP8 else {}) | ({"average": f"*{ELEMENT[average]}"} if average else {})
-        if how.slices > 1:
-            pointers |= {"powers": "*fp32"} | ({"tops": "*fp32", "before": "*fp32"} if dtype == FP8 else {})
-        rates = ("lr", "decay", "eps", "beta1", "rest1", "beta2", "rest2", "correct1", "correct2")
-        note = "" if grads == dtype or (dtype, grads) == (FP8, bf16) else f" {kind[grads]} gradients"
-        for phase in phases(how, dtype):
-            part = "" if how.slices == 1 else f" {('power', 'top', 'move')[phase]}"
-            yield CompileVariant(
-                name=f"{'adam' if average else 'adagrad'} {'fp8' if dtype == FP8 else kind[dtype]} D={width}{note}{part}",
-                kernel=update_rows,
-                signature=pointers | {"rows": "i32", "programs": "i32", "seed": "i64"} | dict.fromkeys(rates, "fp32"),
-                constants={"LENGTH": LENGTH, "EXACT": dtype == fp32, "PER_PROGRAM": PER_PROGRAM}
-                | _constants(width, how, phase)
-                | {name: None for name in ("scale", "average", "powers", "tops", "before") if name not in pointers},
-                aligned=tuple(pointers),
-                num_warps=how.warps,
-                options={"enable_fp_fusion": dtype != fp32, "maxnreg": how.registers},
-                scalar_loads=16 + 6 * how.rows + (how.pieces if dtype == FP8 else 0),
-            )
+        yield from variants(plan(width, dtype, average is not None, grads), width, dtype, grads, average)
     yield from _between_variants()
 
 

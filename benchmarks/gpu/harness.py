@@ -69,8 +69,9 @@ class Timing:
 class Bench:
     """A device (the CPU in a rehearsal), its measured peak rates, and the timer."""
 
-    def __init__(self, *, rehearse: bool, triton: bool, library: Path | None = None) -> None:
+    def __init__(self, *, rehearse: bool, triton: bool, library: Path | None = None, end: float = math.inf) -> None:
         self.rehearse = rehearse
+        self.end = end  # Unix time at which the section is stopped
         self.library = library  # the native library under test; None: the section that needs one builds it
         self.device = torch.device("cpu" if rehearse else "cuda")
         self.sizes = Sizes.rehearsal() if rehearse else Sizes()

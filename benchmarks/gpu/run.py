@@ -138,7 +138,8 @@ class Measuring:
         with self.log.open("ab") as log:
             log.write(f"\n==== {section.name} ====\n".encode())
             log.flush()
-            lines = [self._line("section", section.name, str(i), str(count)) for i in range(count)]
+            end = str(time.time() + seconds)
+            lines = [self._line("section", section.name, str(i), str(count), end) for i in range(count)]
             return processes.run([processes.Child(line, log) for line in lines], seconds, self.show)
 
     def account(self, section: Section, why: str) -> None:
@@ -211,7 +212,7 @@ def set_aside(path: Path) -> None:
 
 
 def inner(argv: Sequence[str]) -> int:
-    """A process that `main` started: `SETTINGS probe`, or `SETTINGS section NAME NUMBER COUNT`."""
+    """A process that `main` started: `SETTINGS probe`, or `SETTINGS section NAME NUMBER COUNT END`."""
     settings = json.loads(argv[0])
     processes.end_with_parent(settings["parent"])
     import_checkout.ensure()
@@ -224,4 +225,5 @@ def inner(argv: Sequence[str]) -> int:
     (section,) = chosen(argv[2])
     library = Path(settings["library"]) if settings["library"] else None
     share = int(argv[3]), int(argv[4])
-    return section_process.main(section, Record(Path(settings["out"])), settings["rehearse"], share, library)
+    record = Record(Path(settings["out"]))
+    return section_process.main(section, record, settings["rehearse"], share, library, float(argv[5]))

@@ -103,11 +103,11 @@ def _status(error: Exception) -> str:
     return f"FAILED: {reason(error)}"
 
 
-def main(section: Section, record: Record, rehearse: bool, share: tuple[int, int], library: Path | None) -> int:
-    """Measure in this process. An error before the first case is recorded as the section's."""
+def main(section: Section, record: Record, rehearse: bool, share: tuple[int, int], library: Path | None, end: float) -> int:
+    """Measure in this process, until `end`. An error before the first case is recorded as the section's."""
     torch.manual_seed(0)
     try:
-        bench = Bench(rehearse=rehearse, triton=not rehearse or interpreted(), library=library)
+        bench = Bench(rehearse=rehearse, triton=not rehearse or interpreted(), library=library, end=end)
     except Exception as error:  # noqa: BLE001 - recorded
         record.append("failed", section=section.name, of=WHOLE, why=_status(error))
         return 1

@@ -1,9 +1,9 @@
 """Which plan of each Triton kernel is fastest on this device: every candidate is compiled, compared, and timed.
 
-Flow: processes compile the candidates in parallel into Triton's cache, with tiny inputs of the same specialization → for each
-kernel and size, the launcher's own plan is timed, then the candidates, the most promising first, until the time is over.
-A candidate that spills is not timed; one whose results differ is an error. `python benchmarks/gpu/sweep.py RESULTS.jsonl`
-writes the winners into kernels/plans.json.
+Flow: processes compile the candidates in parallel into Triton's cache, with tiny inputs of the same specialization → in rounds,
+for each kernel and size, the launcher's own plan is timed, then the next PART candidates, the most promising first, until
+the section has no time left. A candidate that spills is not timed; one whose results differ is an error.
+`python benchmarks/gpu/sweep.py RESULTS.jsonl` writes the winners into kernels/plans.json.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import import_checkout
 
@@ -24,28 +25,42 @@ import_checkout.ensure()
 
 import torch  # noqa: E402 - the package must be importable first
 from harness import Bench, reason  # noqa: E402
-from results import Case, Result  # noqa: E402
-from sweep_subjects import Subject, error, subjects  # noqa: E402
+from results import Case, Result, Skip  # noqa: E402
+from sections import chosen  # noqa: E402
 
 from memrewrite.kernels import triton_plans  # noqa: E402
 
-SECONDS = 75.0  # of the whole sweep, of which at most COMPILING for compiling
-COMPILING = 40.0
-REHEARSED = 4  # candidates of a rehearsal: the interpreter is slow
+if TYPE_CHECKING:  # it imports Triton, which a machine without a GPU need not have
+    from sweep_subjects import Subject
+
+COMPILING = 0.4 * chosen("sweep")[0].share  # seconds at most; what is not compiled then is compiled when it is timed
+STARTING = 2.0  # seconds before the section's end after which no candidate is run
+PART = 8  # candidates of a kernel and size in one round
+REHEARSED = 2  # candidates of a kernel in a rehearsal: the interpreter is slow
 EACH = 0.04  # seconds of timing for a candidate
 
 
 def cases(bench: Bench) -> Iterator[Case]:
-    """Compilation, then one case for each kernel, dtype and size."""
-    if not hasattr(bench.kernels, "topk_backward") or bench.kernels.NAME != "triton":
+    """Compilation, then for each round one case for each kernel, dtype and size."""
+    if bench.kernels.NAME != "triton":
         yield Case("plans", _nothing)
         return
-    start = time.monotonic()
-    every = list(subjects(bench.rehearse))
+    from sweep_subjects import subjects
+
     if not bench.rehearse:
         yield Case("compile", _compile)
-    for number, subject in enumerate(every):
-        yield Case(subject.name, partial(_sweep, subject=subject, start=start, share=(number + 1) / len(every)))
+    for number, subject, plans in rounds(list(subjects(bench.rehearse)), REHEARSED if bench.rehearse else None):
+        yield Case(f"{subject.name}, round {number}", partial(_sweep, subject=subject, plans=plans))
+
+
+def rounds(every: list[Subject], most: int | None = None) -> Iterator[tuple[int, Subject, list[dict[str, Any]]]]:
+    """Round 1 of all subjects, then round 2: subject and candidates; `most`: the candidates of a subject."""
+    parts = []
+    for subject in every:
+        plans = subject.candidates[:most]
+        parts.append([(subject, plans[first : first + PART]) for first in range(0, len(plans), PART)])
+    for number, turn in enumerate(zip_longest(*parts), start=1):
+        yield from ((number, *part) for part in turn if part is not None)
 
 
 def _nothing(bench: Bench) -> list[Result]:
@@ -72,8 +87,12 @@ def _compile(bench: Bench) -> list[Result]:
 
 def compile_share(share: str) -> int:
     """The candidates i, i + n, i + 2n, ... of all subjects, each run once on tiny inputs."""
+    from sweep_subjects import subjects
+
     i, n = (int(number) for number in share.split("/"))
-    work = [(subject, plan) for subject in subjects(False) for plan in (None, *subject.candidates)]
+    every = list(subjects(False))
+    own = ((subject, None) for subject in every)
+    work = [*own, *chain.from_iterable(((subject, plan) for plan in plans) for _, subject, plans in rounds(every))]
     for subject, plan in work[i::n]:
         with contextlib.suppress(Exception), _using(subject, plan):  # errors are reported when the candidate is timed
             subject.inputs(torch.device("cuda"), "tiny").outputs()
@@ -86,21 +105,18 @@ def _using(subject: Subject, plan: dict[str, Any] | None) -> contextlib.Abstract
     return contextlib.nullcontext() if plan is None else triton_plans.use(subject.kernel, plan)
 
 
-def _sweep(bench: Bench, subject: Subject, start: float, share: float) -> Iterator[Result]:
-    """The own plan, then the candidates; one line each and one for the fastest. Later subjects get the unused time."""
-    due = start + COMPILING + share * (SECONDS - COMPILING)
+def _sweep(bench: Bench, subject: Subject, plans: list[dict[str, Any]]) -> Iterator[Result]:
+    """The own plan, then the candidates; one line each."""
+    from sweep_subjects import error
+
+    check_time(bench)
     patterns = ("uniform",) if subject.patterns == 1 or bench.rehearse else ("uniform", "zipf")
-    candidates = subject.candidates[:REHEARSED] if bench.rehearse else subject.candidates
     inputs = {pattern: subject.inputs(bench.device, "rehearsal" if bench.rehearse else pattern) for pattern in patterns}
     right = {pattern: given.outputs() for pattern, given in inputs.items()}
     own = {pattern: _time(bench, given.run) for pattern, given in inputs.items()}
     yield _line(bench, subject, None, own, own)
-    best: tuple[float, dict[str, Any] | None] = (1.0, None)
-    late = 0
-    for plan in candidates:
-        if not bench.rehearse and time.monotonic() > due:
-            late += 1
-            continue
+    for plan in plans:
+        check_time(bench)
         try:
             with triton_plans.use(subject.kernel, plan):
                 before = subject.compiled()
@@ -117,11 +133,12 @@ def _sweep(bench: Bench, subject: Subject, start: float, share: float) -> Iterat
             yield _failed(subject, plan, f"not run ({reason(failure)})")
             continue
         yield _line(bench, subject, plan, times, own, same=wrong == 0)
-        if not bench.rehearse:
-            best = min(best, (_relative(times, own), plan), key=lambda pair: pair[0])
-    note = f"{len(candidates) - late} of {len(subject.candidates)} candidates; fastest: {best[1] or 'own plan'}"
-    status = "rehearsed" if bench.rehearse else "ok"
-    yield Result("sweep", f"{subject.name}: best", status, note=note, extra={"late": late, "relative": best[0]})
+
+
+def check_time(bench: Bench) -> None:
+    """Raises Skip where the runner would soon end this process."""
+    if time.time() > bench.end - STARTING:
+        raise Skip("no time left")
 
 
 def _time(bench: Bench, run: Callable[[], Any]) -> float | None:

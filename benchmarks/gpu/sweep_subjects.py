@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from typing import Any
 
 import data
 import torch
 from torch import Tensor
+from triton import next_power_of_2
 
 from memrewrite.kernels import triton_backward, triton_lookup, triton_segments, triton_topk, triton_update
-from memrewrite.kernels.triton_plans import CACHES, KERNELS
+from memrewrite.kernels.triton_plans import CACHES, KERNELS, PlanError
+from memrewrite.kernels.triton_topk_plans import Plan, check_halves
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 READS = 128
@@ -65,12 +66,15 @@ def subjects(rehearse: bool) -> Iterator[Subject]:
         yield _forward(width, BF16)
         yield _gradients(width, BF16)
         yield _dots(width, BF16)
-        if hasattr(triton_update, "tuned"):
-            yield _update(width, BF16)
-    if hasattr(triton_topk, "tuned"):
-        yield from _topk(*((32, 2) if rehearse else (1024, 32)))
-    if not rehearse:
+        yield _update(width, BF16)
+    if rehearse:
+        yield from _topk(32, 2, BF16)
+    else:
+        yield from _topk(1024, 32, BF16)
+        yield _update(8192, BF16)
         yield _forward(4096, FP8)
+        yield from _topk(4096, 64, BF16)
+        yield from _topk(1024, 32, torch.float32)
 
 
 def _plans(kernel: str, blocks: list[int], **values: tuple[Any, ...]) -> list[dict[str, Any]]:
@@ -172,45 +176,68 @@ def _dots(width: int, dtype: torch.dtype) -> Subject:
 def _update(width: int, dtype: torch.dtype) -> Subject:
     def inputs(device: torch.device, pattern: str) -> Inputs:
         values, indices, weights, _ = _inputs(width, dtype, device, pattern)
-        total = torch.ones(values.shape[0], device=device)
+        table, state = values.clone(), torch.ones(values.shape[0], device=device)
         grad = data.normal(indices.shape[0], width, dtype=dtype, device=device)
 
-        def step(table: Tensor, state: Tensor) -> None:
+        some = slice(None, None, values.shape[0] // 5000 or 1)  # all rows of the results would not fit in memory
+
+        def step() -> None:
             numbers = {"lr": 0.01, "eps": 1e-8, "weight_decay": 0.0, "seed": 0}
             triton_update.adagrad_(table, None, state, [grad], [indices], [weights], **numbers)
 
         def outputs() -> tuple[Tensor, ...]:
-            table, state = values.clone(), total.clone()
-            step(table, state)
-            return table, state
+            table.copy_(values)
+            state.fill_(1)
+            step()
+            return table[some].clone(), state.clone()
 
-        return Inputs(partial(step, values.clone(), total.clone()), outputs)
+        return Inputs(step, outputs)
 
-    size = (width, 1) if len(KERNELS["update"].size) == 2 else (width,)
-    sizes = [(warps, pieces) for warps in (1, 2, 4, 8) for pieces in (1, 2, 4) if warps * pieces * 256 >= width]
-    plans = [
-        {"rows": rows, "block": 256 * warps, "pieces": pieces, "warps": warps, "registers": registers, "cache": cache}
-        for registers, cache, (warps, pieces), rows in product((80, 64, 96), ("evict_last", ""), sizes or [(1, 1)], (2, 4))
+    functions = (triton_update.update_rows,)
+    patterns = 1 if width > 4096 else 2  # two tables of 16 GiB each per pattern
+    return Subject("update", dtype, (width, 1), _update_plans(width), inputs, functions, patterns=patterns)
+
+
+def _update_plans(width: int) -> list[dict[str, Any]]:
+    """Whole rows with the fewest columns beyond the row first, then phases: slices narrower than the row."""
+    whole = [(256 * warps, pieces, warps) for warps in (1, 2, 4, 8, 16) for pieces in (1, 2, 3, 4)]
+    whole = sorted(
+        (size for size in whole if width <= size[0] * size[1] < 2 * max(width, 256)),
+        key=lambda size: (size[0] * size[1], abs(size[1] - 2)),
+    )
+    sliced = [(256, 2, 1), (512, 1, 2), (512, 2, 2)] if width >= 2048 else []
+    shapes = [*((*size, rows) for size in whole for rows in (2, 4)), *((*size, 2) for size in sliced)]
+    limits = [*product(("evict_last", ""), (80, 64)), ("evict_last", 96)]
+    return [
+        {"rows": rows, "block": block, "pieces": pieces, "warps": warps, "registers": registers, "cache": cache}
+        for cache, registers in limits
+        for block, pieces, warps, rows in shapes
     ]
-    fields = KERNELS["update"].fields
-    plans = [{name: value for name, value in plan.items() if name in fields} for plan in plans]
-    plans.sort(key=lambda plan: plan["block"] * plan.get("pieces", 1))
-    functions = tuple(getattr(triton_update, name) for name in ("update_rows",))
-    return Subject("update", dtype, size, plans, inputs, functions)
 
 
-def _topk(n: int, k: int) -> Iterator[Subject]:
+def _topk(n: int, k: int, dtype: torch.dtype) -> Iterator[Subject]:
     def inputs(device: torch.device, pattern: str) -> Inputs:
         rows = {"tiny": 2000, "rehearsal": 3}.get(pattern, 65536)
-        halves = [data.normal(rows, n, dtype=BF16, device=device, seed=seed) for seed in (3, 4)]
+        halves = [data.normal(rows, n, dtype=dtype, device=device, seed=seed) for seed in (3, 4)]
         return _same(lambda: triton_topk.forward(*halves, k))
 
-    halves = _plans("topk_half", [], registers=(None, 128), rows=(16, 32, 8), group=(16, 8, 32, 1), chunk=(16, 32), warps=(1,))
-    pairs = _plans("topk_pair", [], registers=(None, 128), rows=(16, 32, 8), group=(1,), chunk=(16, 32), warps=(1,))
-    halves = [plan for plan in halves if plan["group"] <= plan["chunk"]]
+    rows, registers, top, vec = (16, 32, 8), (None, 128), next_power_of_2(k), 16 // dtype.itemsize
+    groups = (16, 8, 32, 4, 1)
+    halves = _plans("topk_half", [], registers=registers, rows=rows, group=groups, chunk=(16, 32, 64), warps=(1,))
+    halves = [plan for plan in halves if _exact(plan, top, n, vec)]
+    chunks = tuple(chunk for chunk in (16, 32, 64) if chunk <= top)
+    pairs = _plans("topk_pair", [], registers=registers, rows=rows, group=(1,), chunk=chunks or (top,), warps=(1,))
     for kernel, plans, size in (("topk_half", halves, (n, k)), ("topk_pair", pairs, (k,))):
         functions = (triton_topk.half_kernel, triton_topk.pair_kernel)
-        yield Subject(kernel, BF16, size, plans, inputs, functions, tolerance=0.0, patterns=1)
+        yield Subject(kernel, dtype, size, plans, inputs, functions, tolerance=0.0, patterns=1)
+
+
+def _exact(plan: dict[str, Any], top: int, n: int, vec: int) -> bool:
+    try:
+        check_halves(Plan(**plan), top, n, vec)
+    except PlanError:
+        return False
+    return True
 
 
 def error(got: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float:

@@ -199,3 +199,55 @@ def test_widths_are_read():
     names = {"LDG.E.128": 16, "LDG.E.EL.128.CONSTANT": 16, "LDG.E.64": 8, "LDG.E": 4, "LDG.E.U16": 2, "LDGSTS.E.BYPASS.128": 16}
     assert {name: width(name) for name in names} == names
     assert width("LDG.E.U8") == 1
+
+
+SLICED = {"rows": 2, "block": 256, "pieces": 2, "warps": 1, "registers": 80, "cache": "evict_last"}
+ENTRIES = [  # of the table of plans: kernel, dtype, size, plan
+    ("forward", "bfloat16", [1024], {"rows": 8, "block": 256, "warps": 1}),
+    ("segment_gradients", "bfloat16", [1024], {"rows": 4, "block": 256, "warps": 1}),
+    ("token_dots", "bfloat16", [1024], {"rows": 8, "block": 256, "warps": 1}),
+    ("update", "bfloat16", [2048, 1], SLICED),
+    ("update", "float8_e4m3fn", [2048, 2], SLICED),
+    ("topk_half", "bfloat16", [4096, 64], {"rows": 16, "chunk": 32, "group": 16, "warps": 1}),
+    ("topk_pair", "float32", [32], {"rows": 16, "chunk": 16, "group": 1, "warps": 1}),
+]
+
+
+def test_each_entry_of_the_table_of_plans_has_variants_with_its_plan(judge, monkeypatch, tmp_path):
+    """For every kernel that may have entries: its module makes variants, which have the plan and can be compiled."""
+    pytest.importorskip("triton")
+    from memrewrite.kernels import triton_plans
+
+    assert {kernel for kernel, *_ in ENTRIES} == set(triton_plans.KERNELS), "add an entry for each kernel"
+    known = {"device": "sm_90", "date": "2026-01-01", "triton": "3.6.0"}
+    file = tmp_path / "plans.json"
+    monkeypatch.setattr(triton_plans, "FILE", file)
+    for kernel, dtype, size, plan in ENTRIES:
+        file.write_text(json.dumps({"plans": [{**known, "kernel": kernel, "dtype": dtype, "size": size, "plan": plan}]}))
+        triton_plans.table.cache_clear()
+        variants = list(judge.measured_variants())
+        assert variants, kernel
+        for variant in variants:
+            assert variant.architectures in ((90,), ())  # sm_80 reads 8-bit tables in another way
+            assert set(variant.kernel.arg_names) == set(variant.signature) | set(variant.constants)
+            assert variant.num_warps == plan["warps"]
+            assert variant.constants.get("ROWS", variant.constants.get("R")) == plan["rows"]
+            assert variant.constants.get("BLOCK_D", variant.constants.get("C")) == plan.get("block", plan.get("chunk"))
+            assert variant.options.get("maxnreg") == plan.get("registers")
+        phases = 1 if kernel != "update" else 2 if dtype == "bfloat16" else 3
+        assert len({variant.name for variant in variants if variant.architectures}) >= phases
+    triton_plans.table.cache_clear()
+
+
+def test_an_entry_without_variants_stops_the_gate(judge, monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from memrewrite.kernels import triton_lookup, triton_plans
+
+    kernel, dtype, size, plan = ENTRIES[0]
+    known = {"device": "sm_90", "date": "2026-01-01", "triton": "3.6.0"}
+    file = tmp_path / "plans.json"
+    file.write_text(json.dumps({"plans": [{**known, "kernel": kernel, "dtype": dtype, "size": size, "plan": plan}]}))
+    monkeypatch.setattr(triton_plans, "FILE", file)
+    monkeypatch.setattr(triton_lookup, "MEASURED", {})
+    with pytest.raises(SystemExit, match="no module has variants for the plans of forward"):
+        list(judge.measured_variants())

@@ -115,6 +115,21 @@ def test_fp32_is_its_formula_bit_for_bit(update, length, rule, lookups):
 
 
 @pytest.mark.parametrize("rule", ["adagrad", "adam"])
+def test_rows_of_more_reads_than_a_short_segment_but_not_than_one_here_have_no_sums(update, monkeypatch, rule):
+    """With little scratch memory, segments are longer than LENGTH: rows between both are summed by their own program."""
+    segments = importlib.import_module("memrewrite.kernels.triton_segments")
+    monkeypatch.setattr(segments, "LENGTH", 2)
+    monkeypatch.setattr(segments, "SCRATCH", 1)
+    case = Case(lookups=((5, 7), (3, 2)))
+    want = case.expected(rule, **(ADAGRAD if rule == "adagrad" else ADAM))
+    cut = segments.segment(case.indices, case.weights, *case.values.shape)
+    begins = cut.sums & 0xFFFFFFFF
+    assert ((cut.starts.diff() > 2) & (begins.diff() == 0)).any()
+    for new, right in zip(case.run(update, rule), want, strict=True):
+        assert torch.equal(new, right)
+
+
+@pytest.mark.parametrize("rule", ["adagrad", "adam"])
 @pytest.mark.parametrize("d", [1, 20, 576, 1000, 1536, 4100])
 def test_fp32_any_width(update, rule, d):
     case = Case(d=d)
