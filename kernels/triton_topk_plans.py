@@ -44,8 +44,8 @@ def plan_halves(n: int, k: int, dtype: torch.dtype, vec: int, few: bool) -> Plan
     """
     top, size = rounded(k), 1 << n.bit_length() - 1
     if few or k > LANE_K:
-        small, large = (256, 1024) if k <= LANE_K else (1024, 4096)
-        chunk = max(top, small if size <= small else large)
+        # Few rows: the fewest steps, one after the other. Many rows: few registers, so that many programs are in flight.
+        chunk = max(top, 4096 if few and size > 1024 else 1024 if size > 256 else 256)
         return Plan(1, chunk, 1, min(8, chunk // 256))
     chunk = max(16, min(top // 2, 32 if vec == 1 else top))
     sort = (top.bit_length() - 1) * (top.bit_length() + 4) / 2 + 3  # approximate number of comparisons per key

@@ -34,7 +34,7 @@ def test_the_kernels_of_all_sizes_are_known(kernels):
         vec = 1 if n % full else random.choice((1, full))
         variant = kernels.half_variant(n, k, dtype, random.choice((False, True)), vec)
         assert kernels.identity(variant) in known, variant
-    assert len(known) < 250
+    assert len(known) < 300  # the slow test compiles all of them
 
 
 @pytest.mark.slow
