@@ -33,7 +33,7 @@ class Plan:
 
 def rounded(k: int) -> int:
     """How many entries the kernels find for k: a power of two."""
-    return max(LEAST_K, triton.next_power_of_2(k))
+    return max(LEAST_K, 1 << (k - 1).bit_length())
 
 
 def plan_halves(n: int, k: int, dtype: torch.dtype, vec: int, few: bool) -> Plan:
