@@ -11,7 +11,8 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def _log2(n):
+def log2(n):
+    """Of a power of two."""
     return n.bit_length() - 1
 
 
@@ -47,17 +48,17 @@ def _exchange(x, C: tl.constexpr, R: tl.constexpr, BIT: tl.constexpr, BLOCK: tl.
 @triton.jit
 def _best(x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
     """The K largest of every column of [C, R], ascending: [K, R]; if C < K, padded at the front with `least`."""
-    for stage in tl.static_range(1, _log2(min(C, K)) + 1):
+    for stage in tl.static_range(1, log2(min(C, K)) + 1):
         for step in tl.static_range(stage):
             x = _exchange(x, C, R, stage - 1 - step, stage, False)
     if C < K:
         last = tl.arange(0, K // C)[:, None, None] == K // C - 1
         x = tl.reshape(tl.where(last, tl.reshape(x, [1, C, R]), least(x.dtype)), [K, R])
-    for halving in tl.static_range(_log2(max(C // K, 1))):
+    for halving in tl.static_range(log2(max(C // K, 1))):
         x = tl.max(tl.reshape(x, [C // K >> (1 + halving), 2, K, R]), axis=1)  # of an ascending and a descending run
         x = tl.reshape(x, [C >> (1 + halving), R])
-        for step in tl.static_range(_log2(K)):
-            x = _exchange(x, C >> (1 + halving), R, _log2(K) - 1 - step, _log2(K), False)
+        for step in tl.static_range(log2(K)):
+            x = _exchange(x, C >> (1 + halving), R, log2(K) - 1 - step, log2(K), False)
     return x
 
 
@@ -65,8 +66,8 @@ def _best(x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
 def merge(best, x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
     """The K largest of `best` [K, R] (descending) and x [C, R] together, descending. C and K are powers of two."""
     best = tl.maximum(best, _best(x, C, K, R))
-    for step in tl.static_range(_log2(K)):
-        best = _exchange(best, K, R, _log2(K) - 1 - step, _log2(K), True)
+    for step in tl.static_range(log2(K)):
+        best = _exchange(best, K, R, log2(K) - 1 - step, log2(K), True)
     return best
 
 
@@ -74,7 +75,7 @@ def merge(best, x, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr):
 def maxima(x, C: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr):
     """The largest score of every group, NaN counts as largest: [C, R, GROUP] -> [C, R]."""
     dtype: tl.constexpr = x.dtype
-    for halving in tl.static_range(1, _log2(GROUP) + 1):
+    for halving in tl.static_range(1, log2(GROUP) + 1):
         one, other = tl.split(tl.reshape(x, [C, R, GROUP >> halving, 2]))
         x = tl.maximum(one, other, propagate_nan=tl.PropagateNan.ALL)
     return tl.reshape(x, [C, R]).to(dtype)
@@ -138,6 +139,6 @@ def softmax(x, live, K: tl.constexpr, R: tl.constexpr):
     """Softmax along dim 0 of [K, R] over the live entries, summed pairwise: the same bits in every layout."""
     x = tl.where(live, tl.exp(x - tl.max(tl.where(live, x, float("-inf")), axis=0)[None, :]), 0.0)
     total = x
-    for halving in tl.static_range(1, _log2(K) + 1):
+    for halving in tl.static_range(1, log2(K) + 1):
         total = tl.sum(tl.reshape(total, [2, K >> halving, R]), axis=0)
     return x / tl.reshape(total, [1, R])

@@ -8,7 +8,7 @@ Comparisons dominate the time, not memory: with many rows, each lane sorts its o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import gcd
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,9 +18,19 @@ from torch import Tensor
 
 from memrewrite.kernels.compile_variants import CompileVariant
 from memrewrite.kernels.triton_topk_kernels import half_kernel, pair_kernel, scatter_kernel
-from memrewrite.kernels.triton_topk_plans import NARROW_KEYS, Plan, measured, plan_halves, plan_pairs, wide_keys
+from memrewrite.kernels.triton_topk_plans import (
+    LANE_K,
+    NARROW_KEYS,
+    Plan,
+    measured,
+    plan_halves,
+    plan_pairs,
+    rounded,
+    wide_keys,
+)
 
-MOST_KEYS, MOST_K = 2**31 - 1, 2048
+MOST_KEYS, MOST_K = 2**30, 2048
+TOPS = tuple(2**bits for bits in range(2, 12))  # what `rounded` returns, up to MOST_K
 SCATTERED = 16  # chosen scores of a row whose gradients one program of the backward adds
 FEW_ROWS = 1024  # up to here a row is sorted by several warps: with one lane per row, most of the device would be idle
 ELEMENT = {torch.float32: ("fp32", tl.float32), torch.float16: ("fp16", tl.float16), torch.bfloat16: ("bf16", tl.bfloat16)}
@@ -54,7 +64,7 @@ def forward(scores1: Tensor, scores2: Tensor, k: int, softmax: bool = False) -> 
     pairs = measured("topk_pair", scores1, few, k) or plan_pairs(k, few)
     n1, n2 = flat1.shape[-1], flat2.shape[-1]
     key = torch.int64 if wide_keys(max(n1, n2), scores1.dtype) else torch.int32
-    found = torch.empty((2, triton.next_power_of_2(k), rows), dtype=key, device=scores1.device)
+    found = torch.empty((2, rounded(k), rows), dtype=key, device=scores1.device)
     with torch.cuda.device_of(scores1):
         if n1 == n2:
             _launch_halves((flat1, flat2), found, k, rows, inner, few)
@@ -107,24 +117,25 @@ def _launch_halves(halves: tuple[Tensor, ...], found: Tensor, k: int, rows: int,
     """`half_kernel` for one half, or for both in one launch: `apart` is the address difference of the two halves."""
     first, last, n, size = halves[0], halves[-1], halves[0].shape[-1], halves[0].element_size()
     strides = [*first.stride()[:2], *last.stride()[:2]]
-    vec = gcd(16, *(half.data_ptr() for half in halves), *(stride * size for stride in strides), n * size) // size
+    starts = (*(half.data_ptr() for half in halves), *(stride * size for stride in strides), n * size)
+    vec = 16 // size if all(start % 16 == 0 for start in starts) else 1
     plan = plan_halves(n, k, first.dtype, vec, few)
-    if vec * size == 16:
+    if vec > 1:
         plan = measured("topk_half", first, few, n, k) or plan
     apart = (last.data_ptr() - first.data_ptr()) // (size * vec)
     grid = (triton.cdiv(rows, plan.rows), len(halves))
-    numbers = (rows, inner, apart, *(stride // vec for stride in strides))
+    numbers = (rows, inner, n // vec, apart, *(stride // vec for stride in strides))
     half_kernel[grid](first, found, *numbers, **_half_constants(n, k, plan, vec), **plan.options())
 
 
 def _half_constants(n: int, k: int, plan: Plan, vec: int) -> dict[str, Any]:
-    return {"N": n, "K": triton.next_power_of_2(k), "C": plan.chunk, "R": plan.rows, "VEC": vec, "GROUP": plan.group}
+    # Masks where they cost little, or where a multiple of the chunk is rare: fewer kernels to compile and to check.
+    masked = vec == 1 or plan.rows == 1 or n % (plan.chunk * plan.group) != 0
+    return {"K": rounded(k), "C": plan.chunk, "R": plan.rows, "VEC": vec, "GROUP": plan.group, "MASKED": masked}
 
 
 def _pair_constants(slots: int, k: int, dtype: torch.dtype, plan: Plan, softmax: bool) -> dict[str, Any]:
-    top = triton.next_power_of_2(k)
-    blocks = top.bit_length() - 1 if top >= 4 else top
-    numbers = {"k": k, "K": top, "C": plan.chunk, "R": plan.rows, "BLOCKS": blocks}
+    numbers = {"k": k, "K": rounded(k), "C": plan.chunk, "R": plan.rows}
     return {**numbers, "DTYPE": ELEMENT[dtype][1], "SOFTMAX": softmax, "RANKED": slots > 2**32}
 
 
@@ -133,11 +144,11 @@ def _scatter_constants(n1: int, n2: int, k: int) -> dict[str, Any]:
 
 
 def _measured_halves(plan: dict[str, Any], dtype: torch.dtype, n: int, k: int) -> Iterator[CompileVariant]:
-    yield _half_variant(Plan(**plan), n, k, dtype, 16 // dtype.itemsize)
+    yield half_variant(n, k, dtype, False, 16 // dtype.itemsize, Plan(**plan))
 
 
 def _measured_pairs(plan: dict[str, Any], dtype: torch.dtype, k: int) -> Iterator[CompileVariant]:
-    yield _pair_variant(Plan(**plan), 2**20, k, dtype)
+    yield _pair_variant(2**20, k, dtype, False, Plan(**plan))
 
 
 MEASURED = {"topk_half": _measured_halves, "topk_pair": _measured_pairs}  # as in `triton_lookup`
@@ -162,7 +173,7 @@ def compile_variants() -> Iterator[CompileVariant]:
         (2**20, 32, half, False, 8),
         (4096, 1024, half, False, 8),
     ):
-        yield _half_variant(plan_halves(n, k, dtype, vec, few), n, k, dtype, vec, few)
+        yield half_variant(n, k, dtype, few, vec)
     for slots, k, dtype, few in (
         (2**20, 32, half, False),
         (2**20, 64, single, False),
@@ -171,7 +182,7 @@ def compile_variants() -> Iterator[CompileVariant]:
         (2**24, 1024, single, False),
         (2**40, 32, half, False),
     ):
-        yield _pair_variant(plan_pairs(k, few), slots, k, dtype, few)
+        yield _pair_variant(slots, k, dtype, few)
     for slots, k in ((2**20, 32), (2**40, 32)):
         constants = _scatter_constants(1024, slots // 1024, k)
         signature = {"grad": "*fp32", "indices": "*i64", "grad1": "*fp32", "grad2": "*fp32", "rows": "i32"}
@@ -180,11 +191,42 @@ def compile_variants() -> Iterator[CompileVariant]:
         yield CompileVariant(name, scatter_kernel, signature, constants, aligned, 1, row_bytes=4)
 
 
-def _half_variant(plan: Plan, n: int, k: int, dtype: torch.dtype, vec: int, few: bool = False) -> CompileVariant:
-    """`vec`: the scores that an aligned load reads, as many as n allows."""
+def half_variants() -> Iterator[CompileVariant]:
+    """A variant for each kernel that the launcher can choose by `plan_halves`, but none for fp16.
+
+    Its code is that of bf16 with another constant and another type of maximum.
+    """
+    seen = set()
+    for few, k, dtype in product((False, True), TOPS, (torch.float32, torch.bfloat16)):
+        for bits, more, vec in product(range(MOST_KEYS.bit_length()), (0, 8), (1, 16 // dtype.itemsize)):
+            n = 2**bits + more
+            if k // 2 < n <= MOST_KEYS and n % vec == 0:
+                variant = half_variant(n, min(n, k), dtype, few, vec)
+                if identity(variant) not in seen:
+                    seen.add(identity(variant))
+                    yield variant
+
+
+def identity(variant: CompileVariant) -> tuple[object, ...]:
+    """What distinguishes its kernel from others."""
+    return (*variant.signature.values(), *variant.constants.values(), variant.aligned, variant.num_warps)
+
+
+def pair_variants() -> Iterator[CompileVariant]:
+    """A variant for each kernel that the launcher can choose by `plan_pairs`, with a softmax and with k a power of two."""
+    # More than 2^32 slots need keys of 64 bits: then the code is the same for all dtypes.
+    kinds = ((torch.float32, 2**24), (torch.float32, 2**40), (torch.bfloat16, 2**24))
+    for few, k, (dtype, slots) in product((False, True), TOPS, kinds):
+        if not few or k <= LANE_K:
+            yield _pair_variant(slots, k, dtype, few)
+
+
+def half_variant(n: int, k: int, dtype: torch.dtype, few: bool, vec: int, plan: Plan | None = None) -> CompileVariant:
+    """`vec`: the scores that an aligned load reads, as many as n allows. Without a plan, the computed one."""
+    plan = plan or plan_halves(n, k, dtype, vec, few)
     element = ELEMENT[dtype][0]
     constants = _half_constants(n, k, plan, vec)
-    signature = {"scores": f"*{element}", "found": _key(n, dtype), "rows": "i32", "inner": "i32"}
+    signature = {"scores": f"*{element}", "found": _key(n, dtype), "rows": "i32", "inner": "i32", "pieces": "i32"}
     signature.update(dict.fromkeys(("apart", "outer1", "inner1", "outer2", "inner2"), "i64"))
     signature.update(dict.fromkeys(constants, "constexpr"))
     groups = plan.chunk // plan.group if plan.group > 1 else 0  # group indices, loaded one by one
@@ -195,7 +237,8 @@ def _half_variant(plan: Plan, n: int, k: int, dtype: torch.dtype, vec: int, few:
     )
 
 
-def _pair_variant(plan: Plan, slots: int, k: int, dtype: torch.dtype, few: bool = False) -> CompileVariant:
+def _pair_variant(slots: int, k: int, dtype: torch.dtype, few: bool, plan: Plan | None = None) -> CompileVariant:
+    plan = plan or plan_pairs(k, few)
     element = ELEMENT[dtype][0]
     key = _key(slots // NARROW_KEYS, dtype)
     signature = {"found": key, "scores": "*fp32", "indices": "*i64", "rows": "i32", "n2": "i32"}

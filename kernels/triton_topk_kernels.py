@@ -9,16 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memrewrite.kernels.triton_sort import keys_of, least, maxima, merge, ordered, places, scores_of, softmax, unordered
+from memrewrite.kernels.triton_sort import keys_of, least, log2, maxima, merge, ordered, places, scores_of, softmax, unordered
 
 
 @triton.jit
-def _scan(best, scores, base, columns, N: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+def _scan(best, scores, base, columns, n, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
           VEC: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Load the scores in the columns [C/VEC, R*VEC] and merge them into `best`."""
     if MASKED:
-        x = tl.load(scores + base[None, :] + columns, mask=columns < N, other=0.0)
-        keys = tl.where(columns < N, keys_of(x, columns, best.dtype == tl.int64), least(best.dtype))
+        x = tl.load(scores + base[None, :] + columns, mask=columns < n, other=0.0)
+        keys = tl.where(columns < n, keys_of(x, columns, best.dtype == tl.int64), least(best.dtype))
     else:
         keys = keys_of(tl.load(scores + base[None, :] + columns), columns, best.dtype == tl.int64)
     keys = tl.permute(tl.reshape(keys, [C // VEC, R, VEC]), (0, 2, 1))
@@ -26,40 +26,42 @@ def _scan(best, scores, base, columns, N: tl.constexpr, C: tl.constexpr, K: tl.c
 
 
 @triton.jit
-def _best_groups(best, scores, base, N: tl.constexpr, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+def _best_groups(best, scores, base, n, C: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
                  VEC: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Keys of the K groups with the largest maxima; for equal maxima the earlier group, so no score of the result is lost."""
     PARTS: tl.constexpr = GROUP // VEC
-    for c in range((N + C * GROUP - 1) // (C * GROUP)):
-        pieces = (c * C * PARTS + tl.arange(0, C * PARTS)) * VEC
-        columns = pieces[:, None] + (tl.arange(0, R * VEC) % VEC)[None, :]
+    for c in range((n + C * GROUP - 1) // (C * GROUP)):
+        starts = (c * C * PARTS + tl.arange(0, C * PARTS)) * VEC
+        columns = starts[:, None] + (tl.arange(0, R * VEC) % VEC)[None, :]
         if MASKED:
-            x = tl.load(scores + base[None, :] + columns, mask=columns < N, other=float("-inf"))
+            x = tl.load(scores + base[None, :] + columns, mask=columns < n, other=float("-inf"))
         else:
             x = tl.load(scores + base[None, :] + columns)
         x = tl.permute(tl.reshape(x, [C, PARTS, R, VEC]), (0, 2, 1, 3))
         groups = (c * C + tl.arange(0, C))[:, None]
         keys = keys_of(maxima(tl.reshape(x, [C, R, GROUP]), C, R, GROUP), groups, best.dtype == tl.int64)
         if MASKED:
-            keys = tl.where(groups * GROUP < N, keys, least(best.dtype))
+            keys = tl.where(groups * GROUP < n, keys, least(best.dtype))
         best = merge(best, keys, C, K, R)
     return best
 
 
 @triton.jit(
-    do_not_specialize=["rows", "inner", "apart", "outer1", "inner1", "outer2", "inner2"],
+    do_not_specialize=["rows", "inner", "pieces", "apart", "outer1", "inner1", "outer2", "inner2"],
     do_not_specialize_on_alignment=["found"],
 )
 def half_kernel(
-    scores, found, rows, inner,
+    scores, found, rows, inner, pieces,
     apart: tl.int64, outer1: tl.int64, inner1: tl.int64, outer2: tl.int64, inner2: tl.int64,
-    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, GROUP: tl.constexpr,
+    K: tl.constexpr, C: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys of the K largest scores of each row of each half, descending -> found [halves, K, rows].
 
-    All strides, and the address difference `apart` of the two halves, are in units of VEC scores.
+    The length of a row `pieces`, all strides, and the address difference `apart` of the two halves are in units of VEC scores:
+    the compiler then knows that no load crosses the end of a row. The code depends on the length only through MASKED: whether
+    the last chunk of a row may be incomplete.
     """
-    MASKED: tl.constexpr = N % (C * GROUP) != 0
+    n = pieces * VEC
     half = tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, R * VEC)  # VEC consecutive scores of one row are one load; consecutive rows are consecutive lanes
     row = tl.minimum(tl.program_id(0) * R + lane // VEC, rows - 1)
@@ -70,11 +72,11 @@ def half_kernel(
     ranks = half * K + tl.arange(0, K)
     best = tl.full([K, R], least(found.dtype.element_ty), found.dtype.element_ty)
     if GROUP == 1:
-        for c in range((N + C - 1) // C):
-            pieces = (c * (C // VEC) + tl.arange(0, C // VEC)) * VEC
-            best = _scan(best, scores, base, pieces[:, None] + (lane % VEC)[None, :], N, C, K, R, VEC, MASKED)
+        for c in range((n + C - 1) // C):
+            starts = (c * (C // VEC) + tl.arange(0, C // VEC)) * VEC
+            best = _scan(best, scores, base, starts[:, None] + (lane % VEC)[None, :], n, C, K, R, VEC, MASKED)
     else:
-        groups = _best_groups(best, scores, base, N, C, K, R, VEC, GROUP, MASKED)
+        groups = _best_groups(best, scores, base, n, C, K, R, VEC, GROUP, MASKED)
         # Through memory, since registers cannot be indexed by a loop variable: the loop below loads a few at a time.
         tl.store(found + ranks[:, None] * rows + row[None, :], groups, mask=(row < rows)[None, :])
         tl.debug_barrier()
@@ -85,7 +87,7 @@ def half_kernel(
             group = places(tl.load(found + some[:, None] * rows + row[None, :], mask=(row < rows)[None, :], other=-1))
             columns = tl.reshape(group[:, None, :, None] * GROUP + within, [C // VEC, R * VEC])
             columns = tl.max_contiguous(tl.multiple_of(columns, [1, VEC]), [1, VEC])
-            best = _scan(best, scores, base, columns, N, C, K, R, VEC, MASKED)
+            best = _scan(best, scores, base, columns, n, C, K, R, VEC, MASKED)
         tl.debug_barrier()
     tl.store(found + ranks[:, None] * rows + row[None, :], best, mask=(row < rows)[None, :])
 
@@ -93,26 +95,26 @@ def half_kernel(
 @triton.jit(do_not_specialize=["rows", "n2"])
 def pair_kernel(
     found, scores, indices, rows, n2, k: tl.constexpr, DTYPE: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
-    R: tl.constexpr, BLOCKS: tl.constexpr, SOFTMAX: tl.constexpr, RANKED: tl.constexpr,
+    R: tl.constexpr, SOFTMAX: tl.constexpr, RANKED: tl.constexpr,
 ):  # fmt: skip
     """The k largest sums of the halves' keys `found` [2, K, rows] -> scores and slots [rows, k].
 
     With ranks from 1, a pair (i, j) can be among the k largest only if i * j <= k. Block b has the pairs with i in
     [2^b, 2^(b+1)) and j <= K / 2^b: K pairs for each b. A last block would have only (K, 1), which is put in an unused entry of
-    the block before it. Equal sums are ordered by slot, or, if RANKED because slots exceed 32 bits, by (i, j).
+    the block before it: K is at least 4. Equal sums are ordered by slot, or, if RANKED because slots exceed 32 bits, by (i, j).
     """
     row = tl.program_id(0) * R + tl.arange(0, R)
     valid = (row < rows)[None, :]
+    BLOCKS: tl.constexpr = log2(K)
     best = tl.full([K, R], least(tl.int64), tl.int64)
     for c in range(BLOCKS * (K // C)):
         b = c // (K // C)
         place = c % (K // C) * C + tl.arange(0, C)[:, None]
         i = (1 << b) + (place & ((1 << b) - 1))
         j = 1 + (place >> b)
-        if K >= 4:
-            last = (b == BLOCKS - 1) & (place == K - 1)
-            i = tl.where(last, K, i)
-            j = tl.where(last, 1, j)
+        last = (b == BLOCKS - 1) & (place == K - 1)
+        i = tl.where(last, K, i)
+        j = tl.where(last, 1, j)
         one = tl.load(found + (i - 1).to(tl.int64) * rows + row[None, :], mask=valid, other=0)
         other = tl.load(found + (K + j - 1).to(tl.int64) * rows + row[None, :], mask=valid, other=0)
         total = ordered(scores_of(one, DTYPE) + scores_of(other, DTYPE))

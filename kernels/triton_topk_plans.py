@@ -11,6 +11,7 @@ from torch import Tensor
 from memrewrite.kernels.triton_plans import PlanError, tuned
 
 NARROW_KEYS = 65536  # up to here, scores of the half types and their indices fit into integer keys of 32 bits
+LEAST_K = 4  # entries that the kernels find at least
 LANE_K = 256  # up to here, a row fits into the registers of a few lanes
 
 
@@ -30,26 +31,35 @@ class Plan:
         return {"num_warps": self.warps, **limit}
 
 
+def rounded(k: int) -> int:
+    """How many entries the kernels find for k: a power of two."""
+    return max(LEAST_K, 1 << (k - 1).bit_length())
+
+
 def plan_halves(n: int, k: int, dtype: torch.dtype, vec: int, few: bool) -> Plan:
-    """Few rows or a large k: a row in several warps. Many rows: a row in one lane or a few, its keys in their registers."""
-    top = triton.next_power_of_2(k)
+    """Few rows or a large k: a row in several warps. Many rows: a row in one lane or a few, its keys in their registers.
+
+    The plan depends on n only through the largest power of two in it and the width of keys, and on k only through `rounded`: so
+    all plans can be enumerated (`triton_topk.half_variants`) and compiled.
+    """
+    top, size = rounded(k), 1 << n.bit_length() - 1
     if few or k > LANE_K:
-        most = 1024 if not few else 4096 if vec == 1 else 8192  # single scores need more registers
-        chunk = max(top, min(most, triton.next_power_of_2(n)), vec)
-        return Plan(1, chunk, 1, min(8, max(1, chunk // 256)))
+        # Few rows: the fewest steps, one after the other. Many rows: few registers, so that many programs are in flight.
+        chunk = max(top, 4096 if few and size > 1024 else 1024 if size > 256 else 256)
+        return Plan(1, chunk, 1, min(8, chunk // 256))
     chunk = max(16, min(top // 2, 32 if vec == 1 else top))
     sort = (top.bit_length() - 1) * (top.bit_length() + 4) / 2 + 3  # approximate number of comparisons per key
-    costs = {1: n * (sort + 6)}
+    costs = {1: size * (sort + 6)}
     for group in (4, 8, 16, 32):
         # All loads of a chunk are in flight at once, each in a register or more.
-        if vec <= group <= chunk <= top * group and chunk * group <= 64 * vec and triton.cdiv(n, group) > top:
-            costs[group] = n + triton.cdiv(n, group) * (sort + 6) + top * group * (sort + 8)
+        if vec <= group <= chunk <= top * group and chunk * group <= 64 * vec and size // group > top:
+            costs[group] = size + size // group * (sort + 6) + top * group * (sort + 8)
     return Plan(_rows(chunk + top, 32 if wide_keys(n, dtype) else 64), chunk, min(costs, key=costs.__getitem__), 1)
 
 
 def plan_pairs(k: int, few: bool) -> Plan:
     """As `plan_halves`, for keys of 64 bits."""
-    top = triton.next_power_of_2(k)
+    top = rounded(k)
     if k > LANE_K:
         return Plan(1, top, 1, min(8, top // 128))
     chunk = top if few else min(top, max(16, top // 2))
@@ -75,7 +85,7 @@ def measured(kernel: str, scores: Tensor, few: bool, *size: int) -> Plan | None:
     found = None if few else tuned(kernel, scores.device, scores.dtype, *size)
     if found is None:
         return None
-    plan, top = Plan(**found), triton.next_power_of_2(size[-1])
+    plan, top = Plan(**found), rounded(size[-1])
     if kernel == "topk_pair":
         if plan.group != 1 or plan.chunk > top:
             raise PlanError(f"{plan}: topk_pair needs group 1 and a chunk of at most {top}")
