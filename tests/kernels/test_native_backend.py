@@ -128,7 +128,32 @@ def test_rounding_is_unbiased(dtype: torch.dtype) -> None:
     want = before[0] - grad[0]
     error = (after.mean(0) - want).abs() / spacing
     assert (error < 0.1).all(), error
-    assert after.unique(dim=0).shape[0] >= 4  # columns and rows are rounded independently
+
+
+@pytest.mark.usefixtures("native_kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_rows_and_columns_are_rounded_independently(dtype: torch.dtype) -> None:
+    """Every value lies half way between two numbers of the type: up or down, without correlation between neighbours."""
+    rows, columns = 4096, 16
+    steps = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float8_e4m3fn: 2.0**-3}
+    starts = 2.0 ** torch.arange(columns).remainder(8)
+    starts[-1] = 448.0  # the scale of an 8-bit row stays 1
+    grad = starts * steps[dtype] / -2
+    grad[-1] = 0.0
+    values = starts.repeat(rows, 1).to(dtype)
+    scale = torch.ones(rows) if dtype == torch.float8_e4m3fn else None
+    reads = [grad.repeat(rows, 1)], [torch.arange(rows).unsqueeze(1)], [torch.ones(rows, 1)]
+    numbers = {"lr": 2.0**40, "eps": 2.0**40, "weight_decay": 0.0, "seed": 5}  # the change is the gradient
+    native_backend.adagrad_(values, scale, torch.zeros(rows), *reads, **numbers)
+    up = (values.float() > starts)[:, :-1].float()
+    signs = 2 * up - 1
+    bound = 5.5 / rows**0.5  # of a mean of independent signs: exceeded with a probability below 1e-7
+    assert (signs.mean(0).abs() < bound).all()
+    between_columns = signs.T @ signs / rows
+    assert (between_columns.triu(1).abs() < bound).all()
+    for lag in (1, 2, 8, 64):
+        between_rows = signs[lag:].T @ signs[:-lag] / (rows - lag)
+        assert (between_rows.abs() < bound * 1.01).all()
 
 
 @pytest.mark.usefixtures("native_kernels")
