@@ -22,12 +22,15 @@ def test_the_cpu_benchmark(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     sizes = {"keys": 8, "dim": 16, "heads": 2, "topk": 4, "rounds": 1, "repeat": 1}
     small = [f"--{name}={value}" for name, value in sizes.items()]
-    lists = ["--tokens", "1", "5", "--dtype", "float32", "bfloat16"]
+    lists = ["--tokens", "1", "9", "--dtype", "float32", "bfloat16", "--threads", "1", "2"]
     bench("lookup_cpu").main([*small, *lists, "--json", str(tmp_path / "cpu.json")])
     record = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))
     assert set(record) == {"benchmark", "sizes", "machine", "rows"}
-    assert len(record["rows"]) == 2 * 2 * (5 + 5 + 2 + 2)
+    assert len(record["rows"]) == 2 * 2 * 2 * (6 + 6 + 2 + 3)
     assert all(("of_best" in row) == (row["who"] == "ours") for row in record["rows"])
+    aimed = [row for row in record["rows"] if "target" in row]
+    assert {(row["tokens"], row["contest"]) for row in aimed} == {(1, "lookup, forward"), (9, "lookup, forward"), (9, "topk")}
+    assert all(row["met"] == (row["found"] <= float(row["target"].split()[1])) for row in aimed)
     assert "ours / best" in capsys.readouterr().out
 
 
