@@ -9,7 +9,7 @@
 constexpr int64_t kTile = 1024;  // columns summed at once, at most: 4 KiB of sums stay in the L1 cache
 constexpr int64_t kRows = 4;     // added at once, so that a sum is loaded and stored once for them
 constexpr int64_t kLine = 64;    // bytes of a cache line
-constexpr int64_t kLanes = 16;   // sums of a product
+constexpr int64_t kLanes = 16;   // numbers added or multiplied at once
 
 template <class T>
 constexpr int64_t kStep = kLine / int64_t(sizeof(T));  // numbers of a cache line
@@ -26,12 +26,14 @@ MEMREWRITE_INLINE void add_rows(const void* const* rows, const void* const* last
   int64_t c = 0;
   for (; c + kStep<T> <= width; c += kStep<T>) {
     for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + c);
-    float line[kStep<T>];
-    for (int64_t i = 0; i < kStep<T>; ++i) line[i] = sums[c + i];
-    for (int r = 0; r < R; ++r) {
-      for (int64_t i = 0; i < kStep<T>; ++i) line[i] += weights[r] * widen(row[r][c + i]);
+    for (int64_t s = c; s < c + kStep<T>; s += kLanes) {  // one vector register: GCC keeps a longer array in memory
+      float lanes[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) lanes[i] = sums[s + i];
+      for (int r = 0; r < R; ++r) {
+        for (int64_t i = 0; i < kLanes; ++i) lanes[i] += weights[r] * widen(row[r][s + i]);
+      }
+      for (int64_t i = 0; i < kLanes; ++i) sums[s + i] = lanes[i];
     }
-    for (int64_t i = 0; i < kStep<T>; ++i) sums[c + i] = line[i];
   }
   for (; c < width; ++c) {
     for (int r = 0; r < R; ++r) sums[c] += weights[r] * widen(row[r][c]);
