@@ -39,7 +39,7 @@ MEMREWRITE_CLONES void dots(const Lookup& job, int64_t begin, int64_t end, float
     for (int64_t j = 0; j < more; ++j) rows[known++] = values + job.indices.read(first + count + j) * job.width;
     const void* const* last = rows + known - 1;
     int64_t at = 0;
-    for (; at + kRows <= count; at += kRows) dot_rows<kRows, T>(rows + at, last, g, job.width, out + at);
+    for (; at + kDotRows <= count; at += kDotRows) dot_rows<kDotRows, T>(rows + at, last, g, job.width, out + at);
     for (; at < count; ++at) dot_rows<1, T>(rows + at, last, g, job.width, out + at);
     for (int64_t j = 0; j < count; ++j) out[j] *= scales[j];
     store(out, count, job.weights, first);

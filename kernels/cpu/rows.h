@@ -7,12 +7,17 @@
 #include "kernels.h"
 
 constexpr int64_t kTile = 1024;  // columns summed at once, at most: 4 KiB of sums stay in the L1 cache
-constexpr int64_t kRows = 4;     // added at once, so that a sum is loaded and stored once for them
+constexpr int64_t kRows = 8;     // at once, at most
+constexpr int64_t kDotRows = 4;  // multiplied at once
 constexpr int64_t kLine = 64;    // bytes of a cache line
 constexpr int64_t kLanes = 16;   // numbers added or multiplied at once
 
 template <class T>
 constexpr int64_t kStep = kLine / int64_t(sizeof(T));  // numbers of a cache line
+
+// Rows added at once, so that a sum is loaded and stored once for them; measured.
+template <class T>
+constexpr int64_t kAddedRows = sizeof(T) == 4 ? kRows : 4;
 
 // Adds R rows to the sums of `width` columns, in order, and prefetches the R rows after them, up to the row `last`.
 template <int R, class T>
@@ -47,7 +52,7 @@ MEMREWRITE_INLINE void sum_rows(const void* const* rows, const float* weights, i
   std::fill(sums, sums + width, 0.0f);
   const void* const* last = rows + known - 1;
   int64_t at = 0;
-  for (; at + kRows <= count; at += kRows) add_rows<kRows, T>(rows + at, last, weights + at, width, sums);
+  for (; at + kAddedRows<T> <= count; at += kAddedRows<T>) add_rows<kAddedRows<T>, T>(rows + at, last, weights + at, width, sums);
   for (; at < count; ++at) add_rows<1, T>(rows + at, last, weights + at, width, sums);
 }
 

@@ -288,9 +288,11 @@ def test_a_mode_and_the_profiler_see_the_operator() -> None:
     with torch.no_grad(), _Seen() as seen:
         ops.sparse_lookup(*inputs)
         ops.product_key_topk(inputs[0], inputs[0], 3)
+        ops.product_keys(torch.randn(3, 2, 4), torch.randn(2, 5, 4), 2)
     assert [name for name in seen.names if "memrewrite" in name] == [
         "memrewrite.sparse_lookup.default",
         "memrewrite.product_key_topk.default",
+        "memrewrite.product_keys.default",
     ]
     with torch.no_grad(), torch.autograd.profiler.profile() as profile:
         ops.sparse_lookup(*inputs)
@@ -303,6 +305,9 @@ def test_direct_and_dispatched_calls_are_equal() -> None:
     with torch.no_grad():
         dispatched = torch.ops.memrewrite.sparse_lookup(values, indices, weights)
         assert torch.equal(ops.sparse_lookup(values, indices, weights), dispatched)
+        halves = torch.randn(3, 2, 4), torch.randn(2, 5, 4)
+        for one, other in zip(ops.product_keys(*halves, 2), torch.ops.memrewrite.product_keys(*halves, 2), strict=True):
+            assert torch.equal(one, other)
         for error, wrong in ((ValueError, (values, indices, weights[:3])), (TypeError, (values, indices.short(), weights))):
             for call in (ops.sparse_lookup, torch.ops.memrewrite.sparse_lookup):
                 with pytest.raises(error):
