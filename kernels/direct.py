@@ -1,6 +1,6 @@
 """Whether an operator's implementation may be called directly: torch's dispatcher takes longer than a lookup of one token.
 
-A call through the dispatcher and a direct call differ only if something listens: autograd, a mode, a transform, a profiler.
+A call through the dispatcher and a direct call differ only if autograd, a mode, a transform or a profiler takes part.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ for _key in (DispatchKey.CPU, DispatchKey.AutogradCPU, DispatchKey.ADInplaceOrVi
     _PLAIN_KEYS |= DispatchKeySet(_key).raw_repr()
 
 
-def nothing_listens(*tensors: Tensor | None) -> bool:
+def dispatch_adds_nothing(*tensors: Tensor | None) -> bool:
     """True if the dispatcher would run the implementation on these CPU tensors and nothing else."""
     if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled():
         return False

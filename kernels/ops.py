@@ -18,7 +18,7 @@ from memrewrite.kernels import lookup_update as _update
 from memrewrite.kernels import product_key_topk as _topk
 from memrewrite.kernels import product_keys as _keys
 from memrewrite.kernels import sparse_lookup as _lookup
-from memrewrite.kernels.direct import nothing_listens
+from memrewrite.kernels.direct import dispatch_adds_nothing
 from memrewrite.kernels.pending import Pending
 
 
@@ -59,7 +59,7 @@ def sparse_lookup(
         TypeError: Dtypes are wrong.
         IndexError: On the CPU, an index is outside the table.
     """
-    if nothing_listens(values, indices, weights, scale):
+    if dispatch_adds_nothing(values, indices, weights, scale):
         return _lookup.forward(values, indices, weights, scale, gradient, backend, dtype=dtype)
     waiting = (None, 0) if pending is None else (pending.count, pending.handle)
     lookup = torch.ops.memrewrite.sparse_lookup.default
@@ -90,7 +90,7 @@ def product_key_topk(
         ValueError: k < 1, k > n1, k > n2, unequal leading shapes, or several devices.
         TypeError: The scores are not of one floating-point dtype.
     """
-    if nothing_listens(scores1, scores2):
+    if dispatch_adds_nothing(scores1, scores2):
         return _topk.forward(scores1, scores2, k, softmax, backend)
     scores, indices = torch.ops.memrewrite.product_key_topk.default(scores1, scores2, k, softmax, backend)
     return scores, indices
@@ -118,7 +118,7 @@ def product_keys(
         ValueError: k < 1, k > n, shapes that do not fit, or several devices.
         TypeError: Queries and keys are not of one floating-point dtype.
     """
-    if nothing_listens(queries, keys):
+    if dispatch_adds_nothing(queries, keys):
         return _keys.forward(queries, keys, k, softmax, backend)
     weights, slots = torch.ops.memrewrite.product_keys.default(queries, keys, k, softmax, backend)
     return weights, slots

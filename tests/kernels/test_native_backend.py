@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
 from memrewrite.kernels import native_backend, native_interface, ops, reference
-from memrewrite.kernels.direct import nothing_listens
+from memrewrite.kernels.direct import dispatch_adds_nothing
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -247,36 +247,36 @@ class _Subclass(Tensor):
     pass
 
 
-def test_a_call_is_direct_only_if_nothing_listens() -> None:
+def test_a_call_is_direct_only_if_dispatch_adds_nothing() -> None:
     values, indices, weights = lookup(60, 20, 9, 7)
     inputs = torch.nn.Parameter(values), indices, weights
-    assert not nothing_listens(*inputs)  # a gradient is recorded
+    assert not dispatch_adds_nothing(*inputs)  # a gradient is recorded
     with torch.no_grad():
-        assert nothing_listens(*inputs, None)
-        assert not nothing_listens(values.to("meta"), indices, weights)
-        assert not nothing_listens(values.as_subclass(_Subclass), indices, weights)
-        assert not nothing_listens(values.to_sparse(), indices, weights)
-        assert not nothing_listens(torch.view_as_complex(torch.randn(9, 7, 2)).conj().imag)  # a lazy negation
+        assert dispatch_adds_nothing(*inputs, None)
+        assert not dispatch_adds_nothing(values.to("meta"), indices, weights)
+        assert not dispatch_adds_nothing(values.as_subclass(_Subclass), indices, weights)
+        assert not dispatch_adds_nothing(values.to_sparse(), indices, weights)
+        assert not dispatch_adds_nothing(torch.view_as_complex(torch.randn(9, 7, 2)).conj().imag)  # a lazy negation
         with torch.autocast("cpu"):
-            assert not nothing_listens(*inputs)
+            assert not dispatch_adds_nothing(*inputs)
         with torch.autograd.profiler.profile():
-            assert not nothing_listens(*inputs)
+            assert not dispatch_adds_nothing(*inputs)
         with torch.overrides.TorchFunctionMode():
-            assert not nothing_listens(*inputs)
-        assert not torch.func.vmap(lambda x: torch.tensor(float(nothing_listens(x))))(values).any()
-        assert not nothing_listens_while_traced(values)
+            assert not dispatch_adds_nothing(*inputs)
+        assert not torch.func.vmap(lambda x: torch.tensor(float(dispatch_adds_nothing(x))))(values).any()
+        assert not dispatch_adds_nothing_while_traced(values)
     with torch.inference_mode():
-        assert nothing_listens(*inputs)
-        assert nothing_listens(values.clone(), indices, weights)
+        assert dispatch_adds_nothing(*inputs)
+        assert dispatch_adds_nothing(values.clone(), indices, weights)
         assert ops.sparse_lookup(*inputs).is_inference()
-    assert nothing_listens(values, indices, weights)
+    assert dispatch_adds_nothing(values, indices, weights)
 
 
-def nothing_listens_while_traced(values: Tensor) -> bool:
+def dispatch_adds_nothing_while_traced(values: Tensor) -> bool:
     found: list[bool] = []
 
     def function(x: Tensor) -> Tensor:
-        found.append(nothing_listens(x))
+        found.append(dispatch_adds_nothing(x))
         return x + 1
 
     torch.jit.trace(function, values, check_trace=False)
