@@ -142,12 +142,16 @@ def reads_keys(device: str, n: int, k: int, width: int) -> bool:
     return reading <= 1.5 * products
 
 
+def _halves(slots: Tensor, n: int) -> Tensor:
+    """The keys of both halves that each slot consists of: [h, T, k] -> [h, 2, T, k]."""
+    return torch.stack((slots // n, slots % n), 1)
+
+
 def _reads(grad: Tensor, slots: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """The keys that each query's slots consist of, as rows of [2h·n, d], and the gradients of their scores: [T·2h, k] each."""
     heads, tokens, k = slots.shape
-    halves = torch.stack((slots // n, slots % n), 1)  # [h, 2, T, k]
     begins = torch.arange(0, 2 * heads * n, n, device=slots.device).view(heads, 2, 1, 1)
-    reads = (halves + begins).permute(2, 0, 1, 3).reshape(-1, k)
+    reads = (_halves(slots, n) + begins).permute(2, 0, 1, 3).reshape(-1, k)
     weights = grad.permute(1, 0, 2).unsqueeze(2).expand(tokens, heads, 2, k).reshape(-1, k)
     return reads, weights
 
@@ -157,9 +161,8 @@ def _by_products(
 ) -> tuple[Tensor, Tensor]:
     """`backward` by two matrix products with the gradient of all scores, one buffer [2h, T, n]."""
     (heads, tokens, k), n = slots.shape, keys.shape[1]
-    halves = torch.stack((slots // n, slots % n), 1)  # [h, 2, T, k]
     scores = grad.new_zeros(heads, 2, tokens, n)
-    scores.scatter_add_(-1, halves, grad.unsqueeze(1).expand(heads, 2, tokens, k))
+    scores.scatter_add_(-1, _halves(slots, n), grad.unsqueeze(1).expand(heads, 2, tokens, k))
     scores = scores.view(2 * heads, tokens, n).to(keys.dtype)
     return (
         torch.bmm(scores, keys).transpose(0, 1).contiguous() if need_queries else queries.new_empty(0),

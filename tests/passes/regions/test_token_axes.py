@@ -57,6 +57,10 @@ TOKEN_WISE: dict[str, Callable[[SmallGraph, CanonicalNode], fx.Node]] = {
     ),
 }
 MIXING: dict[str, tuple[Callable[[SmallGraph, CanonicalNode], fx.Node], str]] = {
+    "an axis of length 1 that is made of tokens": (  # the batch, in a model traced with a batch of one
+        lambda g, h: g.op(aten.sum.dim_IntList, g.op(aten.reshape, h, [1, BATCH * TOKENS, FEATURES]), [0]),
+        "works across tokens",
+    ),
     "tokens in another order": (lambda g, h: g.op(aten.permute, h, [1, 0, 2]), "`permute` changes the order of the tokens"),
     "tokens with features": (lambda g, h: g.op(aten.view, h, [BATCH, TOKENS * FEATURES]), "`view` merges tokens with features"),
     "softmax over tokens": (lambda g, h: g.op(aten.softmax.int, h, 1), "`softmax` works across tokens"),
@@ -150,5 +154,5 @@ def test_what_is_accepted_keeps_tokens_separate(steps: list[tuple[str, Any]], da
             if (left.amax(other) == left.amin(other)).all():
                 left = left.amax(other)
         assert left.flatten().tolist() == list(range(BATCH * TOKENS))
-    elif rejection.node is end and tokens.shape[axis] > 1:  # an axis of length 1 may be of tokens: refusing it is allowed
+    elif rejection.node is end and tokens.shape[axis] > 1:  # what an axis of length 1 is made of is in MIXING
         assert not separate
