@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from memrewrite.passes.onnx.export import export_onnx
     from memrewrite.passes.onnx.session import onnx_session
     from memrewrite.passes.pipeline import apply, explain, inspect, plan
-    from memrewrite.passes.storage.checkpoint import load, save
+    from memrewrite.passes.storage.checkpoint import save
+    from memrewrite.passes.storage.load import load
     from memrewrite.passes.torch_compile.backend import backend
     from memrewrite.recipes.schema import Recipe
     from memrewrite.report import Report
@@ -36,7 +37,7 @@ _MODULES = {
     "export_onnx": "memrewrite.passes.onnx.export",
     "fuse": "memrewrite.fused",
     "inspect": "memrewrite.passes.pipeline",
-    "load": "memrewrite.passes.storage.checkpoint",
+    "load": "memrewrite.passes.storage.load",
     "onnx_session": "memrewrite.passes.onnx.session",
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",

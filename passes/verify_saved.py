@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from memrewrite.passes.models.forward import first_run
 from memrewrite.passes.rewrite.edit_module import layers_of
-from memrewrite.passes.storage.checkpoint import read_plan, read_report
+from memrewrite.passes.storage.load import read_plan, read_report
 from memrewrite.passes.storage.manifest import read_manifest
 from memrewrite.passes.storage.source import load_source
 from memrewrite.passes.verify.checks import coverage, sharing

@@ -29,8 +29,8 @@ from memrewrite.errors import ModelError, in_one_line
 from memrewrite.passes.models.example_inputs import example_inputs
 from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.storage.base_model import Base, base_of
-from memrewrite.passes.storage.checkpoint import GRAPH, load
 from memrewrite.passes.storage.exported_program import read_program
+from memrewrite.passes.storage.load import GRAPH, load
 from memrewrite.passes.storage.manifest import is_saved, read_manifest
 from memrewrite.passes.storage.pretrained import load_pretrained
 from memrewrite.passes.storage.python_file import (
