@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cache
+from typing import TYPE_CHECKING, Literal
 
 from memrewrite.cost import Cost, dense_cost
 from memrewrite.frozen import Frozen
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Binding(Frozen):
@@ -120,7 +124,19 @@ class Inspection(Frozen):
 
 def itemsize_of(dtype: str) -> int:
     """Bytes of one element of a dtype, named as in torch ("bfloat16")."""
+    return dtype_named(dtype).itemsize
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The dtype of torch with this name ("bfloat16"). Raises ValueError for any other name: it may come from a file."""
+    found = _dtypes().get(name)
+    if found is None:
+        raise ValueError(f"{name!r} is no dtype of torch")
+    return found
+
+
+@cache
+def _dtypes() -> dict[str, torch.dtype]:
     import torch
 
-    size: int = getattr(torch, dtype).itemsize
-    return size
+    return {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}

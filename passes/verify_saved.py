@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from memrewrite.passes.models.forward import first_run
 from memrewrite.passes.rewrite.edit_module import layers_of
-from memrewrite.passes.storage.load import read_plan, read_report
 from memrewrite.passes.storage.manifest import read_manifest
+from memrewrite.passes.storage.saved_plan import read_plan, read_report
 from memrewrite.passes.storage.source import load_source
 from memrewrite.passes.verify.checks import coverage, sharing
 from memrewrite.passes.verify.evidence import RewrittenModel
@@ -40,8 +40,8 @@ def verify_saved(directory: str | Path, *, trust_code: bool = False, step: Calla
     """
     begun, report_step = time.perf_counter(), step or (lambda _: None)
     report_step("hashing every file")
-    manifest = read_manifest(directory, every_bit=True)
-    count = len(manifest["files"])
+    files = read_manifest(directory, every_bit=True)
+    count = len(files.names())
     checks = [
         Check(name="files", outcome="passed", number=count, sentence=f"all {count} files are as they were saved, bit for bit")
     ]
@@ -49,12 +49,12 @@ def verify_saved(directory: str | Path, *, trust_code: bool = False, step: Calla
     source = load_source(str(directory), trust_code=trust_code)
     report_step("running it")
     if isinstance(source.model, nn.Module):
-        model, plan, inputs = source.model, read_plan(directory), source.inputs
+        model, plan, inputs = source.model, read_plan(files), source.inputs
         checks.append(_finite(first_run(model, inputs)))
-        if manifest["base"]["kind"] != "graph":
+        if files.base.kind != "graph":
             rewritten = RewrittenModel(model, plan, inputs, layers_of(model, plan))
             checks += [check(rewritten) for check in (coverage, sharing, tokenwise, gradient)]
-    return read_report(directory).model_copy(update={"checks": tuple(checks), "seconds": time.perf_counter() - begun})
+    return read_report(files).model_copy(update={"checks": tuple(checks), "seconds": time.perf_counter() - begun})
 
 
 def _finite(outputs: object) -> Check:

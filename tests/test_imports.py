@@ -29,7 +29,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "explain": ("locate", "regions", "capture", "graphs", "models"),
     "rewrite": ("locate", "capture", "graphs", "models"),
     "verify": ("rewrite", "locate", "regions", "capture", "graphs", "models"),
-    "storage": ("rewrite", "capture", "models"),
+    "storage": ("rewrite", "capture", "plan", "models"),
     "onnx": ("capture", "models"),
     "onnx/check": ("onnx", "storage", "models"),
     "torch_compile": ("verify", "rewrite", "plan", "locate", "capture", "graphs", "models"),

@@ -18,7 +18,7 @@ def refuse_too_large(plan: Plan) -> None:
     for device in dict.fromkeys(devices.values()):
         pools = {name: pool for name, pool in plan.pools.items() if devices[name] == device}
         needed = sum(pool.cost().parameter_bytes for pool in pools.values())
-        free = _free_memory(torch.device(device))
+        free = free_memory(torch.device(device))
         if free is not None and needed > free:
             sizes = ", ".join(f"{n}: {p.slots:,} × {p.value_dim} {p.dtype}" for n, p in pools.items())
             raise SelectError(
@@ -28,7 +28,8 @@ def refuse_too_large(plan: Plan) -> None:
             )
 
 
-def _free_memory(device: torch.device) -> int | None:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where that is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu" or not MEMINFO.exists():

@@ -14,7 +14,7 @@ from memrewrite.layers.pool import Pool, Pools, find_pools
 from memrewrite.passes.rewrite.hooks import FeaturesBack, FeaturesLast
 from memrewrite.passes.rewrite.undo_log import UndoLog, module_at
 from memrewrite.plans import Plan, Substitution
-from memrewrite.site import Site
+from memrewrite.site import Site, dtype_named
 
 
 def build_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
@@ -39,21 +39,23 @@ def pools_of(model: nn.Module) -> Pools:
     return found
 
 
-def build_all(model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool) -> dict[str, nn.Module]:
-    """`build_layers`, with an undo log; `initialise=False` leaves parameters unset."""
-    pools = _add_pools(model, plan, edit, initialise)
+def build_all(
+    model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool, device: torch.device | None = None
+) -> dict[str, nn.Module]:
+    """`build_layers`, with an undo log; `initialise=False` leaves parameters unset; `device` overrides the sites' devices."""
+    pools = _add_pools(model, plan, edit, initialise, device)
     layers: dict[str, nn.Module] = {}
     for number, substitution in enumerate(plan.substitutions):
-        layer = build_layer(substitution, pools, _device(model, substitution.site))
+        layer = build_layer(substitution, pools, device or _device(model, substitution.site))
         if initialise:
             layer.reset_parameters(generator_of(layer, plan, number))
         layers[substitution.site.path] = layer
     return layers
 
 
-def _add_pools(model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool) -> dict[str, Pool]:
+def _add_pools(model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool, device: torch.device | None) -> dict[str, Pool]:
     users = {s.pool: s.site for s in reversed(plan.substitutions) if s.pool}
-    pools = {name: Pool(spec, device=_device(model, users[name])) for name, spec in plan.pools.items()}
+    pools = {name: Pool(spec, device=device or _device(model, users[name])) for name, spec in plan.pools.items()}
     if initialise:
         for pool in pools.values():
             pool.reset_parameters()
@@ -74,7 +76,7 @@ def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, d
         pools[substitution.pool] if substitution.pool else None,
         zero_output=substitution.placement == "parallel",
         device=device,
-        dtype=getattr(torch, site.dtype),
+        dtype=dtype_named(site.dtype),
     )
     if site.axis != -1:
         layer.register_forward_pre_hook(FeaturesLast(site.axis))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from itertools import zip_longest
 
+import torch
 from torch import nn
 
 from memrewrite.errors import ModelError, SelectError
@@ -34,7 +35,12 @@ log = logging.getLogger("memrewrite")
 
 
 def substitute(
-    model: nn.Module, plan: Plan, *, hosts: Mapping[str, GraphHost] | None = None, initialise: bool = True
+    model: nn.Module,
+    plan: Plan,
+    *,
+    hosts: Mapping[str, GraphHost] | None = None,
+    initialise: bool = True,
+    device: torch.device | None = None,
 ) -> UndoLog:
     """Apply `plan` to `model` in place.
 
@@ -43,6 +49,7 @@ def substitute(
         plan: what to place where; its paths must be in `model`.
         hosts: the modules whose forward becomes a graph, by path (`host_tracing.trace_hosts`).
         initialise: False leaves the new parameters unset, to be loaded from a checkpoint.
+        device: device of the new parameters; the default is that of each site. "meta" shows what would be built, without memory.
 
     Returns:
         The log of all changes, to be committed or reverted.
@@ -54,7 +61,7 @@ def substitute(
     refuse_rewritten(model)
     edit = UndoLog(hosts)
     try:
-        layers = build_all(model, plan, edit, initialise)
+        layers = build_all(model, plan, edit, initialise, device)
         for substitution in plan.substitutions:
             layer = layers[substitution.site.path].train(model.training)
             place(model, substitution.site, layer, substitution.placement, edit)

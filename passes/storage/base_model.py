@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import nn
 
 from memrewrite.errors import CheckpointError
+from memrewrite.passes.storage.hugging_face import Architecture, architecture, set_generation, unusable
 from memrewrite.passes.storage.python_file import build_from_file
+
+if TYPE_CHECKING:
+    from memrewrite.passes.storage.manifest import SavedFiles
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 Kind = Literal["huggingface", "python", "graph", "given"]
 
@@ -69,57 +72,30 @@ def base_of(model: nn.Module) -> Base:
     return Base("huggingface" if is_hf else "given")
 
 
-def build_base(base: Base, folder: Path, *, trust_code: bool) -> nn.Module:
+def saved_architecture(files: SavedFiles) -> Architecture:
+    """The class and config of a saved Hugging Face base. Raises `CheckpointError` or `ModelError` for a file that is no config."""
+    data = files.json(CONFIG)
+    if not isinstance(data, dict):
+        raise unusable(files.folder / CONFIG, f"{CONFIG!r} contains no JSON object")
+    return architecture(data, files.folder / CONFIG)
+
+
+def build_base(files: SavedFiles, *, trust_code: bool) -> nn.Module:
     """The original architecture with arbitrary weights.
 
-    `trust_code` allows the saved Python file to run. Raises `CheckpointError` when the base cannot be built from the directory.
+    `trust_code` allows the saved Python file to run. Raises `CheckpointError` when the base cannot be built from the directory,
+    and `ModelError` when its config or its Python file fails.
     """
+    base = files.base
     if base.kind == "huggingface":
-        return _from_config(folder)
-    if base.kind == "python" and base.code is not None:
-        if not trust_code:
-            raise CheckpointError(
-                f"the base model is built by the saved file {base.code.name!r}, which is code and was not run",
-                where=str(folder / base.code.name),
-                hint="read it, then allow it: --trust-code, load(..., trust_code=True); or pass the base: load(..., model)",
-            )
-        return build_from_file(folder / base.code.name, base.builder)
+        built = saved_architecture(files).build()
+        if GENERATION in files:
+            set_generation(built, files.json(GENERATION), files.folder / GENERATION)
+        return built
+    if base.kind == "python":
+        return build_from_file(files.code(trust_code=trust_code), base.builder)
     raise CheckpointError(
         "the saved directory does not contain what its base model is built from",
-        where=str(folder),
+        where=str(files.folder),
         hint="build the original model yourself and pass it: memrewrite.load(directory, model)",
     )
-
-
-def _from_config(folder: Path) -> nn.Module:
-    """The class that a config names, built without random initial weights."""
-    try:
-        import transformers
-        from transformers.initialization import no_init_weights
-    except ImportError as error:
-        raise CheckpointError(
-            f"this model needs transformers ({error})", where=str(folder), hint="pip install 'memrewrite[hf]'"
-        ) from error
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    name = (config.architectures or [""])[0]
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise CheckpointError(
-            f"transformers {transformers.__version__} has no class {name!r}",
-            where=str(folder / "config.json"),
-            hint="upgrade transformers, or build the base yourself and pass it: memrewrite.load(directory, model)",
-        )
-    with no_init_weights(), _default_dtype(getattr(config, "dtype", None)):
-        built: nn.Module = kind(config)
-    return built
-
-
-@contextmanager
-def _default_dtype(dtype: Any) -> Iterator[None]:
-    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(named if isinstance(named, torch.dtype) else before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -8,14 +8,14 @@ from typing import Any, NoReturn
 MAX_DEPTH = 200  # of nested lists and objects; the deepest file that `save` writes has fewer than 20
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, *, special_floats: bool = False) -> Any:
     """The value of a JSON text.
 
     Raises ValueError for text that is not JSON or not UTF-8, is nested deeper than `MAX_DEPTH`, has an object with two equal
-    keys, or NaN or an infinity, which are not JSON.
+    keys, or, unless `special_floats`, NaN or an infinity, which are not JSON: configs of Hugging Face contain them.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=float if special_floats else _no_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     _refuse_deep(value)

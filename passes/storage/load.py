@@ -1,45 +1,48 @@
-"""Loads a saved directory without capturing; changes of the files are detected.
+"""Loads a saved directory without capturing; changes of the files are detected, and a failed load changes nothing.
 
-Flow: manifest → base model → the plan is applied again → weights. Weights are read from safetensors only; nothing is
-unpickled.
+Flow: manifest → plan, graphs and headers of the weights, all checked → the plan is applied on meta, and compared with the headers →
+the plan is applied → weights. Weights are read from safetensors only; nothing is unpickled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-from pydantic import ValidationError
+import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from memrewrite.errors import CheckpointError, MemrewriteError
-from memrewrite.frozen import Frozen
+from memrewrite.errors import CheckpointError, MemrewriteError, in_one_line
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.edit_module import substitute
-from memrewrite.passes.storage.base_model import Base, build_base
+from memrewrite.passes.rewrite.graph_host import GraphHost
+from memrewrite.passes.rewrite.undo_log import UndoLog
+from memrewrite.passes.storage.base_model import build_base, saved_architecture
 from memrewrite.passes.storage.exported_program import read_program
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json
-from memrewrite.passes.storage.manifest import read_manifest, tampered
-from memrewrite.passes.storage.tensor_files import fill, fill_transient
+from memrewrite.passes.storage.manifest import SavedFiles, read_manifest
+from memrewrite.passes.storage.saved_plan import PLAN, REPORT, read_plan, read_report
+from memrewrite.passes.storage.saved_tensors import SavedTensors, refuse_meta, saved_tensors, state_of
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
-from memrewrite.report import Report
 
-F = TypeVar("F", bound=Frozen)
 GRAPH = "model.pt2"
-RECORD = {"recipe": "recipe.yaml", "plan": "plan.json", "report": "report.json", "graphs": GRAPHS}  # fields and their files
+RECORD = {"recipe": "recipe.yaml", "plan": PLAN, "report": REPORT, "graphs": GRAPHS}  # fields and their files
 
 
 def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
     """Load a rewritten model: build its base, apply the saved plan to it, and load the weights. Nothing is captured.
 
-    Before anything is loaded, the manifest is checked: the sizes of all files, and the hashes of all but the weights.
+    Before anything is built or changed, every file is checked: sizes, the hashes of all but the weights, and the names, shapes and
+    dtypes of the weights. Only files that the manifest names are read.
 
     Args:
         directory: a directory that `save` wrote. Weights are read from safetensors only, and nothing in it is run or unpickled,
             except with `trust_code`.
-        model: the base model, when you build it yourself. It is edited in place; its own weights are overwritten. Default: the
-            class that the saved Hugging Face config names, or the builder of the saved Python file.
+        model: the base model, when you build it yourself. It is edited in place; its own weights are overwritten. After an error
+            it is as before; weights that differ are in memory twice until the model is loaded. Default: the class that the
+            saved Hugging Face config names, or the builder of the saved Python file.
         trust_code: allow code of the directory to run. It runs the saved Python file, which builds the base; for a saved graph
             it reads `model.pt2`, a torch.export archive, which may contain pickles. Not needed for Hugging Face models, or
             with `model`.
@@ -49,54 +52,94 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
 
     Raises:
         CheckpointError: the directory was not written by `save`, or was changed; it needs `trust_code` or `model`; the plan or
-            the weights do not fit `model`.
-        ModelError: the saved Python file fails.
+            the weights do not fit `model`; memory does not suffice.
+        ModelError: the saved config is no config of a model of transformers, or the saved Python file fails.
     """
-    folder = Path(directory)
-    manifest = read_manifest(folder)
-    base = Base.from_data(manifest["base"])
-    if base.kind == "graph":
-        return _load_graph(folder, trust_code)
-    plan = read_plan(folder)
-    built = build_base(base, folder, trust_code=trust_code) if model is None else model
+    files = read_manifest(directory)
+    if files.base.kind == "graph":
+        return saved_program(files, trust_code=trust_code).module(check_guards=False)
+    plan, record, tensors = read_plan(files), _record(files), saved_tensors(files)
+    if REPORT in files:
+        read_report(files)
+    hosts = _hosts_of(files)
+    if model is None:
+        if files.base.kind == "huggingface":
+            _refuse_misfit(saved_architecture(files).outline(), plan, hosts, tensors, files, torch.device("cpu"))
+        model, given = build_base(files, trust_code=trust_code), False
+    else:
+        given = True
+    refuse_meta(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    _refuse_misfit(model, plan, hosts, tensors, files, device)
+    edit = _substitute(model, plan, hosts, files)
     try:
-        hosts = hosts_from_json((folder / GRAPHS).read_text(encoding="utf-8")) if (folder / GRAPHS).is_file() else {}
-        substitute(built, plan, hosts=hosts, initialise=False).commit()
+        tensors.fill(model, edit.done, keep=given)
+        pools_of(model).record = record
+        modes = [(module, module.training) for module in model.modules()]
+        edit.done(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        model.eval()
+    except BaseException as error:
+        edit.revert()
+        if isinstance(error, MemoryError) or _is_out_of_memory(error):
+            what = f"memory does not suffice for the saved tensors: {in_one_line(error)}"
+            raise CheckpointError(what, where=str(files.folder), hint="load it on a larger machine") from error
+        raise
+    edit.commit()
+    return model
+
+
+def saved_program(files: SavedFiles, *, trust_code: bool) -> ExportedProgram:
+    """The exported program of a saved graph. Raises `CheckpointError` without `trust_code`: it may contain pickles."""
+    files.check(GRAPH, hashed=trust_code)
+    return read_program(files.folder / GRAPH, trust_code=trust_code, kind=CheckpointError)
+
+
+def _record(files: SavedFiles) -> RewriteRecord:
+    return RewriteRecord(**{field: files.text(name) for field, name in RECORD.items() if name in files or field == "plan"})
+
+
+def _hosts_of(files: SavedFiles) -> Callable[[], dict[str, GraphHost]]:
+    """A function that makes the modules that become graphs anew: a substitution changes them."""
+    text = files.text(GRAPHS) if GRAPHS in files else None
+    return lambda: hosts_from_json(text) if text is not None else {}
+
+
+def _refuse_misfit(
+    model: nn.Module,
+    plan: Plan,
+    hosts: Callable[[], dict[str, GraphHost]],
+    tensors: SavedTensors,
+    files: SavedFiles,
+    device: torch.device,
+) -> None:
+    """Raise `CheckpointError` unless plan and tensors fit `model`, which is the same afterwards, and `device` has the memory."""
+    edit = _substitute(model, plan, hosts, files, device=torch.device("meta"))
+    try:
+        new = frozenset(name for name, value in state_of(model).items() if value.is_meta)
+        tensors.refuse_misfit(model, new=new, device=device)
+    finally:
+        edit.revert()
+
+
+def _substitute(
+    model: nn.Module,
+    plan: Plan,
+    hosts: Callable[[], dict[str, GraphHost]],
+    files: SavedFiles,
+    device: torch.device | None = None,
+) -> UndoLog:
+    try:
+        return substitute(model, plan, hosts=hosts(), initialise=False, device=device)
     except MemrewriteError as error:
         raise CheckpointError(
             f"the saved plan does not fit the base model: {error.what}",
-            where=str(folder / "plan.json"),
+            where=str(files.folder / PLAN),
             hint=error.hint,
         ) from error
-    fill(built, folder, manifest["tied"])
-    fill_transient(built, folder)
-    texts = {f: (folder / name).read_text(encoding="utf-8") for f, name in RECORD.items() if (folder / name).is_file()}
-    pools_of(built).record = RewriteRecord(**texts)
-    return built.eval()
 
 
-def read_plan(directory: str | Path) -> Plan:
-    """The plan of a saved directory. Raises `CheckpointError` when the file is damaged."""
-    return _read(Path(directory) / "plan.json", Plan)
-
-
-def read_report(directory: str | Path) -> Report:
-    """The report that was saved with the model. Raises `CheckpointError` when the file is damaged."""
-    return _read(Path(directory) / "report.json", Report)
-
-
-def _read(file: Path, kind: type[F]) -> F:
-    try:
-        return kind.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError) as error:
-        raise tampered(file, f"it is not a {kind.__name__.lower()}") from error
-
-
-def _load_graph(folder: Path, trust_code: bool) -> nn.Module:
-    if not trust_code:
-        raise CheckpointError(
-            f"{GRAPH} is a torch.export archive, which may contain pickles",
-            where=str(folder / GRAPH),
-            hint="if you trust the file, allow it: --trust-code, load(..., trust_code=True)",
-        )
-    return read_program(folder / GRAPH).module(check_guards=False)
+def _is_out_of_memory(error: BaseException) -> bool:
+    """True for torch's errors: those of the CPU have no class of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )

@@ -1,27 +1,49 @@
 """Loads a Hugging Face directory: weights from safetensors or gguf; nothing is downloaded or unpickled.
 
 Flow: the files of the directory → gguf, safetensors, or a refusal with a hint → the class that the config names → the model,
-and the files that a saved result needs to be loaded again.
+and the files that a saved result needs to be loaded again. Without `trust_code`, transformers gets the parsed config and the
+tensors, and opens no file of the directory.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import logging
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from memrewrite.errors import ModelError, in_one_line
+from memrewrite.errors import MemrewriteError, ModelError, in_one_line
+from memrewrite.passes.plan.memory_budget import free_memory
+from memrewrite.passes.storage.base_model import CONFIG, GENERATION
+from memrewrite.passes.storage.hugging_face import (
+    Architecture,
+    architecture,
+    base_architecture,
+    model_class,
+    named_class,
+    quiet,
+    refusal,
+    set_generation,
+    without_code,
+)
+from memrewrite.passes.storage.json_text import parse_json
+from memrewrite.passes.storage.manifest import is_saved, read_manifest
+from memrewrite.passes.storage.python_file import require_trust
+from memrewrite.passes.storage.saved_tensors import Header, headers_of, values_of
+from memrewrite.passes.storage.tensor_files import INDEX
 
 log = logging.getLogger("memrewrite")
 
+ADAPTER, WHOLE = "adapter_config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz", ".pt2")
 
@@ -43,29 +65,96 @@ def load_pretrained(
     `gguf` names the file where there are several. `trust_code` allows the Python code of the directory to run.
     """
     gguf = gguf or _gguf_in(directory)
-    transformers = _transformers(gguf)
-    options: dict[str, Any] = {"local_files_only": True, "dtype": "auto", "output_loading_info": True}
-    if gguf:
-        loader, options["gguf_file"] = transformers.AutoModelForCausalLM, gguf
-    else:
-        loader, options["use_safetensors"] = _loader(transformers, directory, trust_code), True
-        options |= {"trust_remote_code": True} if trust_code else {}
     where = str(directory / gguf if gguf else directory)
-    tokenizer = None
-    with _quiet(transformers):
+    with quiet():
         try:
-            model, info = loader.from_pretrained(directory, **options)
-            if gguf and with_tokenizer:
-                tokenizer = transformers.AutoTokenizer.from_pretrained(directory, gguf_file=gguf, local_files_only=True)
+            model, info = _from_gguf(directory / gguf) if gguf else _from_safetensors(directory, trust_code)
+        except MemrewriteError:
+            raise
         except Exception as error:  # transformers raises many classes, and passes on those of torch and safetensors
             raise ModelError(
                 f"transformers cannot load this model: {in_one_line(error)}",
                 where=where,
                 hint="the files may be truncated or of another version: copy or download them again",
             ) from error
+    tokenizer = gguf_tokenizer(directory / gguf) if gguf and with_tokenizer else None
     if missing := sorted(info["missing_keys"]):
         log.warning("%d tensors are not in the files and start random: %s", len(missing), ", ".join(missing[:5]))
     return Pretrained(model, () if gguf else _config_files(directory), tokenizer)
+
+
+def _from_gguf(file: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of a gguf file. Its config is made from the file's own metadata."""
+    for package in ("transformers", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            hint = "pip install 'memrewrite[hf]'"
+            raise ModelError(f"the package {package!r} is needed to load this model, and is not installed", hint=hint)
+    from transformers import AutoModelForCausalLM
+
+    options = {"local_files_only": True, "trust_remote_code": False, "dtype": "auto", "output_loading_info": True}
+    with _alone(file) as folder:
+        loaded: tuple[nn.Module, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, **options)
+    return loaded
+
+
+def _from_safetensors(directory: Path, trust_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The model of config.json and safetensors, and what transformers says of the keys."""
+    _refuse_adapter(directory)
+    data = _read_json(directory / CONFIG)
+    if trust_code and (refusal(data) or (data.get("auto_map") and model_class(data) is None)):
+        return _by_transformers(directory, data)
+    found = architecture(data, directory / CONFIG, needed=False)
+    if found is None and data.get("auto_map"):
+        what = f"the model's class {named_class(data)!r} is Python code in the directory"
+        require_trust(trust_code, what, where=directory, kind=ModelError)
+    found = found or base_architecture(data, directory / CONFIG)
+    outline, headers = found.outline(), _headers(directory, found)
+    needed, free = sum(t.nbytes for t in outline.state_dict().values()), free_memory(torch.device("cpu"))
+    if free is not None and needed > free:
+        what = f"the model needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        raise ModelError(what, where=str(directory / CONFIG), hint="load it on a larger machine")
+    state = {name: value.clone() for name, value in values_of(headers)}  # a copy: not in the memory of a file that may change
+    options = {"dtype": "auto", "output_loading_info": True, "local_files_only": True, "trust_remote_code": False}
+    loaded: tuple[nn.Module, dict[str, Any]]
+    loaded = found.kind.from_pretrained(None, config=found.config, state_dict=state, **options)  # it opens no file
+    generation = directory / GENERATION
+    given = generation if generation.is_file() else directory / CONFIG
+    set_generation(loaded[0], _read_json(given), given, of_model=given != generation)
+    return loaded
+
+
+def _by_transformers(directory: Path, data: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model as transformers itself reads the directory, which may run the directory's code: it is trusted."""
+    import transformers
+
+    own, name = data.get("auto_map") or {}, named_class(data)
+    auto = [a for a, target in own.items() if a.startswith("AutoModel") and str(target).rpartition(".")[2] == name]
+    loader: Any = model_class(data) or getattr(transformers, auto[0] if auto else "AutoModel")
+    options = {"dtype": "auto", "output_loading_info": True, "local_files_only": True, "use_safetensors": True}
+    loaded: tuple[nn.Module, dict[str, Any]] = loader.from_pretrained(directory, trust_remote_code=True, **options)
+    return loaded
+
+
+def _headers(directory: Path, found: Architecture) -> dict[str, Header]:
+    """The tensors of model.safetensors, else of the shards that the index names, and of files that the config class names."""
+    if (directory / WHOLE).is_file():
+        files = [WHOLE]
+    elif (directory / INDEX).is_file():
+        shards = _read_json(directory / INDEX).get("weight_map")
+        files = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+    else:
+        raise ModelError(f"the directory has neither {WHOLE} nor {INDEX}", where=str(directory), hint=f"name the file {WHOLE}")
+    if any(Path(file).name != file or not file.endswith(".safetensors") for file in files):
+        raise ModelError("the index names a file outside the directory", where=str(directory / INDEX), hint="download it again")
+    files += [name for name in getattr(type(found.config), "extra_files", ()) if (directory / name).is_file()]
+    return {name: header for file in files for name, header in headers_of(directory / file).items()}
+
+
+def _refuse_adapter(directory: Path) -> None:
+    """Raise `ModelError` for an adapter: transformers would load the base model from the place that it names."""
+    if (directory / ADAPTER).is_file():
+        hint = "merge the adapter into its base model with peft, and save that"
+        raise ModelError(f"the directory contains an adapter ({ADAPTER})", where=str(directory / ADAPTER), hint=hint)
 
 
 def _gguf_in(directory: Path) -> str | None:
@@ -94,30 +183,11 @@ def _gguf_in(directory: Path) -> str | None:
 
 def _refuse_missing_shards(directory: Path, names: list[str]) -> None:
     for index in (n for n in names if n.endswith(".safetensors.index.json")):
-        shards = set(_read_json(directory / index).get("weight_map", {}).values())
-        if lacking := sorted(str(shard) for shard in shards if shard not in names):
+        weight_map = _read_json(directory / index).get("weight_map")
+        shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        if lacking := sorted(shard for shard in shards if shard not in names):
             hint = "copy or download the directory again"
             raise ModelError(f"weights are missing: {', '.join(lacking)}", where=str(directory / index), hint=hint)
-
-
-def _loader(transformers: Any, directory: Path, trust_code: bool) -> Any:
-    """The class that config.json names under `architectures`."""
-    config = _read_json(directory / "config.json")
-    named = config.get("architectures") or []
-    name = str(named[0]) if isinstance(named, list) and named else ""
-    known = getattr(transformers, name, None) if name else None
-    if isinstance(known, type) and issubclass(known, transformers.PreTrainedModel):
-        return known
-    own_classes = config.get("auto_map") or {}
-    if own_classes and not trust_code:
-        hint = "read the Python files in the directory; if you trust them, add --trust-code"
-        raise ModelError(f"the model's class {name!r} is Python code in the directory", where=str(directory), hint=hint)
-    for auto, target in own_classes.items():
-        if auto.startswith("AutoModel") and str(target).rpartition(".")[2] == name:
-            return getattr(transformers, auto)
-    if name:
-        log.warning("transformers has no class %r: the model is loaded without its head", name)
-    return transformers.AutoModel
 
 
 def _config_files(directory: Path) -> tuple[Path, ...]:
@@ -130,34 +200,78 @@ def _config_files(directory: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _transformers(gguf: str | None) -> Any:
-    for name in ("transformers", *(("gguf",) if gguf else ())):
-        if importlib.util.find_spec(name) is None:
-            hint = "pip install 'memrewrite[hf]'"
-            raise ModelError(f"the package {name!r} is needed to load this model, and is not installed", hint=hint)
+def tokenizer_of(directory: Path, *, trust_code: bool) -> Any:
+    """The tokenizer of a Hugging Face or saved directory; without `trust_code` it is data, and no file outside is read.
+
+    Of a saved directory, only files in its manifest are used. Raises `ModelError`, and `CheckpointError` for a damaged file.
+    """
+    if trust_code:
+        return _tokenizer(directory, directory, trust_remote_code=True)
+    with tempfile.TemporaryDirectory() as copied:
+        folder = Path(copied)
+        if is_saved(directory):
+            files = read_manifest(directory)
+            for name in files.names():
+                if not name.endswith((*WEIGHTS, ".py")):
+                    (folder / name).write_bytes(files.content(name))
+        else:
+            for file in _config_files(directory):
+                shutil.copyfile(file, folder / file.name)
+        for name in ("tokenizer_config.json", CONFIG):
+            if (folder / name).is_file():
+                (folder / name).write_text(json.dumps(_tokenizer_data(folder / name, directory / name)), encoding="utf-8")
+        return _tokenizer(folder, directory)
+
+
+def gguf_tokenizer(file: Path) -> Any:
+    """The tokenizer in a gguf file. Raises `ModelError`."""
+    with _alone(file) as folder:
+        return _tokenizer(folder, file, gguf_file=file.name)
+
+
+def _tokenizer(folder: Path, where: Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **options)
+        except Exception as error:  # transformers raises many classes, and passes on those of tokenizers
+            hint = "copy or download the tokenizer's files again; for a tokenizer that is Python code: --trust-code"
+            raise ModelError(f"the tokenizer cannot be loaded: {in_one_line(error)}", where=str(where), hint=hint) from error
+
+
+def _tokenizer_data(file: Path, where: Path) -> dict[str, Any]:
+    """A config without names of code, and without paths of other files: those of this directory are found by their names.
+
+    Raises `ModelError` for a `tokenizer_class` that is something else in transformers.
+    """
     import transformers
 
-    return transformers
+    data = without_code({key: value for key, value in _read_json(file).items() if not key.endswith("_file")})
+    name = data.get("tokenizer_class")
+    plain = name is None or (isinstance(name, str) and name.isidentifier())
+    for spelled in (name, f"{name}Fast", str(name).removesuffix("Fast")) if plain and name else ():
+        found = getattr(transformers, spelled, None)
+        plain = plain and (
+            found is None or (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase))
+        )
+    if not plain:
+        raise ModelError(f"`tokenizer_class: {name}` is no tokenizer", where=str(where), hint="download the file again")
+    result: dict[str, Any] = data
+    return result
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Suppresses progress bars and load reports of transformers; `load_pretrained` logs the missing tensors itself."""
-    logging_ = transformers.utils.logging
-    level, bars = logging_.get_verbosity(), logging_.is_progress_bar_enabled()
-    logging_.set_verbosity_error()
-    logging_.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging_.set_verbosity(level)
-        if bars:
-            logging_.enable_progress_bar()
+def _alone(file: Path) -> Iterator[Path]:
+    """A directory that contains a link to this file only, so that nothing beside the file is read."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / file.name).symlink_to(file.resolve())
+        yield Path(folder)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_bytes(), special_floats=True)
     except (OSError, ValueError) as error:
         what, hint = f"{file.name!r} cannot be read: {in_one_line(error, kind=False)}", "copy or download the file again"
         raise ModelError(what, where=str(file), hint=hint) from error

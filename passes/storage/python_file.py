@@ -1,6 +1,6 @@
 """Imports and runs the user's Python code that builds a model; an error in it is reported with the user's own traceback.
 
-Flow: a file is imported under a private name; it can import modules from its own directory → its builder and its inputs are
+Code that was not named by the user, but found in a directory or an archive, must be trusted: `require_trust`. Flow: a file is imported under a private name; it can import modules from its own directory → its builder and its inputs are
 called → an exception becomes one `ModelError` with the frames of the user's code only.
 """
 
@@ -21,10 +21,27 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from memrewrite.errors import ModelError, in_one_line
+from memrewrite.errors import CheckpointError, ModelError, UserError, in_one_line
 from memrewrite.passes.models.forward import Inputs, as_inputs
 
 CONTRACT = "define `build()`, returning an nn.Module, and `inputs()`, returning a tuple, a dict or (args, kwargs)"
+
+
+def require_trust(
+    trust_code: bool, what: str, *, where: object, otherwise: str = "", kind: type[UserError] = CheckpointError
+) -> None:
+    """Raise `kind` unless `trust_code`: the one decision whether code or pickles that come with a model may run.
+
+    Args:
+        trust_code: the user's answer.
+        what: what would run.
+        where: the file.
+        otherwise: what can be done instead of trusting it.
+        kind: class of the error.
+    """
+    if not trust_code:
+        hint = "read it; if you trust it, allow it: --trust-code, load(..., trust_code=True)"
+        raise kind(what, where=str(where), hint=f"{hint}; {otherwise}" if otherwise else hint)
 
 
 def build_from_file(file: Path, builder: str) -> nn.Module:

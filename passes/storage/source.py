@@ -25,12 +25,12 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from memrewrite.errors import ModelError, in_one_line
+from memrewrite.errors import ModelError
 from memrewrite.passes.models.example_inputs import example_inputs
 from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.storage.base_model import Base, base_of
 from memrewrite.passes.storage.exported_program import read_program
-from memrewrite.passes.storage.load import GRAPH, load
+from memrewrite.passes.storage.load import load, saved_program
 from memrewrite.passes.storage.manifest import is_saved, read_manifest
 from memrewrite.passes.storage.pretrained import load_pretrained
 from memrewrite.passes.storage.python_file import (
@@ -127,7 +127,7 @@ def _from_file(path: Path, trust_code: bool, with_tokenizer: bool) -> ModelSourc
     if path.suffix == ".py":
         return from_python(path)
     if path.suffix == ".pt2":
-        return _from_program(path, trust_code)
+        return _of_program(read_program(path, trust_code=trust_code), path)
     if path.suffix == ".gguf":
         loaded = load_pretrained(path.parent, gguf=path.name, trust_code=trust_code, with_tokenizer=with_tokenizer)
         inputs = example_inputs(loaded.model)
@@ -140,31 +140,19 @@ def _from_file(path: Path, trust_code: bool, with_tokenizer: bool) -> ModelSourc
 
 def _from_saved(path: Path, trust_code: bool) -> ModelSource:
     """A saved result. Its inputs come from the saved Python file, the exported program, or the model's config."""
-    base = Base.from_data(read_manifest(path)["base"])
-    if base.kind == "graph":
-        return _from_program(path / GRAPH, trust_code)
+    files = read_manifest(path)
+    if files.base.kind == "graph":
+        return _of_program(saved_program(files, trust_code=trust_code), path)
     model = load(path, trust_code=trust_code)
-    if base.code is None:
+    if files.base.kind != "python":
         return ModelSource(model, example_inputs(model), str(path), inputs_made=True)
-    code = path / base.code.name
+    code = files.code(trust_code=trust_code)
     with importable(code.parent):
-        inputs = defined_inputs(import_file(code), input_names(base.builder), code, code.parent)
-    return ModelSource(model, inputs, str(path), code=code, builder=base.builder)
+        inputs = defined_inputs(import_file(code), input_names(files.base.builder), code, code.parent)
+    return ModelSource(model, inputs, str(path), code=code, builder=files.base.builder)
 
 
-def _from_program(path: Path, trust_code: bool) -> ModelSource:
-    if not trust_code:
-        raise ModelError(
-            f"{path.name!r} may contain pickles, which run code when they are loaded",
-            where=str(path),
-            hint="if you trust the file, add --trust-code",
-        )
-
-    try:
-        program = read_program(path)
-    except Exception as error:  # torch raises many classes for a damaged archive
-        what, hint = f"the exported program cannot be read: {in_one_line(error)}", "save it again with torch.export.save"
-        raise ModelError(what, where=str(path), hint=hint) from error
+def _of_program(program: ExportedProgram, path: Path) -> ModelSource:
     if program.example_inputs is None:
         hint = "export it again; keep `example_inputs`"
         raise ModelError("the exported program contains no example inputs", where=str(path), hint=hint)

@@ -1,8 +1,6 @@
-"""Writes a model's tensors to safetensors files and reads them back.
+"""Writes a model's tensors to safetensors files, which `saved_tensors` reads.
 
-Flow of saving: the state → each tensor once, and the names tied to it → one file, or shards of `SHARD_BYTES`. Flow of loading:
-every tensor is copied into the model → the names that were tied are tied again. Names and shapes must match exactly; nothing
-is unpickled.
+Flow: the state → each tensor once, and the names tied to it → one file, or shards of `SHARD_BYTES`.
 """
 
 from __future__ import annotations
@@ -11,16 +9,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from memrewrite.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Set
+    from collections.abc import Mapping, Set
 
-from memrewrite.passes.storage.manifest import MANIFEST, tampered
-
+INDEX = "model.safetensors.index.json"
 TRANSIENT = "buffers.safetensors"  # the non-persistent buffers, which `state_dict` omits
 SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit, which suits hubs and file systems
 
@@ -67,7 +63,7 @@ def save_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
         save_file(shard, folder / file, metadata={"format": "pt"})
         names |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in state.values())}, "weight_map": names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / INDEX).write_text(json.dumps(index, indent=1))
 
 
 def save_transient(model: nn.Module, saved: Set[str], folder: Path) -> None:
@@ -80,72 +76,7 @@ def save_transient(model: nn.Module, saved: Set[str], folder: Path) -> None:
         save_file(transient, folder / TRANSIENT)
 
 
-def fill_transient(model: nn.Module, folder: Path) -> None:
-    """Load the non-persistent buffers that the model already has; a forward creates any others again."""
-    buffers = dict(model.named_buffers(remove_duplicate=False))
-    for name, value in _tensors_in(folder / TRANSIENT) if (folder / TRANSIENT).is_file() else ():
-        if name in buffers:
-            buffers[name].data = value.to(buffers[name].device, copy=True)
-
-
 def _contiguous(value: Tensor) -> Tensor:
     """The tensor on the CPU; a view of a part of a storage is copied, because safetensors refuses overlapping storages."""
     value = value.detach().cpu().contiguous()
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
-
-
-def fill(model: nn.Module, folder: Path, tied: Mapping[str, str]) -> None:
-    """Copy the saved tensors into the model, then tie each name in `tied`.
-
-    Raises `CheckpointError` unless names and shapes match exactly.
-    """
-    wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-    loaded: set[str] = set()
-    with torch.no_grad():
-        for file in sorted(set(folder.glob("*.safetensors")) - {folder / TRANSIENT}):
-            for name, value in _tensors_in(file):
-                _copy_into(wanted, name, value, file)
-                loaded.add(name)
-    missing = sorted(set(wanted) - loaded - set(tied))
-    if missing:
-        raise tampered(folder, f"{len(missing)} tensors are missing: {', '.join(missing[:3])}")
-    for name, first in tied.items():
-        if name not in wanted or first not in loaded:
-            raise tampered(folder / MANIFEST, f"it ties {name!r} to {first!r}, and one of them is missing")
-        parent, _, leaf = name.rpartition(".")
-        parameters = model.get_submodule(parent)._parameters
-        if wanted[name] is wanted[first]:
-            continue
-        if leaf in parameters and isinstance(wanted[first], nn.Parameter):
-            parameters[leaf] = wanted[first]  # type: ignore[assignment]
-        else:
-            wanted[name].data = wanted[first].data
-
-
-def _tensors_in(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a safetensors file, one at a time."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                yield name, tensors.get_tensor(name)
-    except SafetensorError as error:
-        raise tampered(file, f"it is not a complete safetensors file ({error})") from error
-
-
-def _copy_into(wanted: Mapping[str, Tensor], name: str, value: Tensor, file: Path) -> None:
-    if name not in wanted:
-        raise tampered(file, f"it contains {name!r}, which the model does not have")
-    target = wanted[name]
-    if target.is_meta:
-        raise CheckpointError(
-            f"the base model's {name!r} is on meta: it has no storage to load into",
-            hint="call model.to_empty(device='cpu') before load(directory, model)",
-        )
-    if target.shape != value.shape:
-        raise tampered(file, f"{name!r} has the shape {tuple(value.shape)}, and the model's has {tuple(target.shape)}")
-    if target.dtype == value.dtype and 0 not in target.stride():  # an expanded buffer cannot be written to
-        target.copy_(value)
-    else:
-        target.data = value.to(target.device, copy=True)  # in the saved dtype; a copy: the memory of a file is unaligned

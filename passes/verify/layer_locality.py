@@ -17,6 +17,7 @@ from memrewrite.passes.verify.gradient_flow import nonzero_layers
 from memrewrite.passes.verify.mlp_locality import outcome_of
 from memrewrite.plans import Substitution
 from memrewrite.report import Check
+from memrewrite.site import dtype_named
 
 ROWS, LENGTH = 2, 4  # the shape of the tokens that the layers are called on
 
@@ -40,7 +41,7 @@ def _wrong(layer: nn.Module, substitution: Substitution) -> str:
     like = next(layer.parameters())
     generator = torch.Generator().manual_seed(SEED)
     shape = (ROWS, LENGTH, site.d_in)
-    x, other = (torch.randn(shape, generator=generator).to(like.device, getattr(torch, site.dtype)) for _ in range(2))
+    x, other = (torch.randn(shape, generator=generator).to(like.device, dtype_named(site.dtype)) for _ in range(2))
     tokens = ROWS * LENGTH
     into, out = (Tokens.consecutive(tokens * width, tokens, ROWS) for width in (site.d_in, site.d_model))
     found = outcome_of(lambda given: _output(layer, given, site.axis), x, other, into, out, 0.0)

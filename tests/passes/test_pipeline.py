@@ -44,7 +44,7 @@ def test_outputs_that_cannot_be_traced_are_ignored_and_reported() -> None:
 
 def test_pools_that_do_not_fit_together_are_refused_with_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     one = 64 * 64 * 32 * 4  # bytes of a pool of 64 keys
-    monkeypatch.setattr(memory_budget, "_free_memory", lambda _: 2 * one - 1)
+    monkeypatch.setattr(memory_budget, "free_memory", lambda _: 2 * one - 1)
     untouched = model()
     names = dict(untouched.named_modules()).keys()
     with pytest.raises(SelectError, match="4,096 × 32") as caught:

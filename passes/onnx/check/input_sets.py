@@ -20,6 +20,7 @@ from torch import Tensor
 
 from memrewrite.errors import ExportError
 from memrewrite.passes.onnx.file import Port
+from memrewrite.passes.storage.pretrained import tokenizer_of
 
 PLAIN = re.compile(r"[^\s+*/()-]+")  # one symbolic axis; others, such as "past_sequence + sequence", are computed from these
 PAST, NEW = "past_sequence", "sequence"  # axes of a decoder that is exported with its cache
@@ -205,9 +206,7 @@ def text_inputs(directory: str | Path, ports: Sequence[Port], *, trust_code: boo
     known = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
     if "input_ids" not in names or not names <= known or not (Path(directory) / "tokenizer_config.json").is_file():
         return []
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_code)
+    tokenizer = tokenizer_of(Path(directory), trust_code=trust_code)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     can_pad = tokenizer.pad_token is not None and "attention_mask" in names

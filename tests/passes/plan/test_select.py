@@ -278,7 +278,7 @@ def test_a_block_without_an_mlp() -> None:
 @pytest.mark.parametrize(
     ("free", "fits"), [(2 * 16 * 16 * 64 * 4 - 1, False), (2 * 16 * 16 * 64 * 4, True), (None, True)], ids=str
 )
-def test_pools_must_fit_into_the_free_memory_of_their_device(
+def test_pools_must_fit_into_thefree_memory_of_their_device(
     free: int | None, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two pools of 16 × 16 slots of 64 floats: exactly their size is enough, and an unknown size is not tested."""
@@ -286,7 +286,7 @@ def test_pools_must_fit_into_the_free_memory_of_their_device(
     wanted["pools"]["other"] = dict(wanted["pools"]["shared"])
     wanted["replace"][1]["pool"] = "other"
     made = select(DEEP, Recipe.model_validate(wanted))
-    monkeypatch.setattr(memory_budget, "_free_memory", lambda device: free if device == torch.device("cpu") else 1 / 0)
+    monkeypatch.setattr(memory_budget, "free_memory", lambda device: free if device == torch.device("cpu") else 1 / 0)
     if fits:
         memory_budget.refuse_too_large(made)
     else:
@@ -295,15 +295,15 @@ def test_pools_must_fit_into_the_free_memory_of_their_device(
         assert caught.value.where == "pools.shared"
 
 
-def test_free_memory_is_what_the_system_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def testfree_memory_is_what_the_system_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       4000 kB\nMemAvailable:   3000 kB\n")
     monkeypatch.setattr(memory_budget, "MEMINFO", meminfo)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (123, 456))
-    free = [memory_budget._free_memory(torch.device(name)) for name in ("cpu", "cuda:0", "meta")]
+    free = [memory_budget.free_memory(torch.device(name)) for name in ("cpu", "cuda:0", "meta")]
     assert free == [3000 * 1024, 123, None]
     meminfo.unlink()
-    assert memory_budget._free_memory(torch.device("cpu")) is None
+    assert memory_budget.free_memory(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("where", [{"layers": [0]}, {"centred": {"count": 1}}, {"every": 1}])
