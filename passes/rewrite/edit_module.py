@@ -49,7 +49,7 @@ def substitute(
         plan: what to place where; its paths must be in `model`.
         hosts: the modules whose forward becomes a graph, by path (`host_tracing.trace_hosts`).
         initialise: False leaves the new parameters unset, to be loaded from a checkpoint.
-        device: device of the new parameters; the default is that of each site. "meta" shows what would be built, without memory.
+        device: device of the new parameters; default: each site's. "meta" shows what would be built, without memory.
 
     Returns:
         The log of all changes, to be committed or reverted.

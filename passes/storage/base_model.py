@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from memrewrite.errors import CheckpointError
-from memrewrite.passes.storage.hugging_face import Architecture, architecture, set_generation, unusable
+from memrewrite.passes.storage.hugging_face import Architecture, needed_architecture, set_generation, unusable
 from memrewrite.passes.storage.python_file import build_from_file
 
 if TYPE_CHECKING:
@@ -73,11 +73,11 @@ def base_of(model: nn.Module) -> Base:
 
 
 def saved_architecture(files: SavedFiles) -> Architecture:
-    """The class and config of a saved Hugging Face base. Raises `CheckpointError` or `ModelError` for a file that is no config."""
+    """The class and config of a saved Hugging Face base. Raises `CheckpointError` or `ModelError`."""
     data = files.json(CONFIG)
     if not isinstance(data, dict):
         raise unusable(files.folder / CONFIG, f"{CONFIG!r} contains no JSON object")
-    return architecture(data, files.folder / CONFIG)
+    return needed_architecture(data, files.folder / CONFIG)
 
 
 def build_base(files: SavedFiles, *, trust_code: bool) -> nn.Module:

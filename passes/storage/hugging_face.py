@@ -72,26 +72,32 @@ class Architecture:
         return built
 
 
-def architecture(data: Mapping[str, Any], where: Path, *, needed: bool = True) -> Architecture | None:
-    """The class and config that a parsed config.json describes; None, unless `needed`, if transformers has no such class.
+def architecture(data: Mapping[str, Any], where: Path) -> Architecture | None:
+    """The class and config that a parsed config.json describes; None if `architectures` is no model of transformers.
 
-    Raises `ModelError` for what `refusal` names, an `architectures` that is no model of transformers, and invalid fields.
+    Raises `ModelError` for what `refusal` names, and for fields of which no config can be made.
     """
     refuse(data, where)
     kind = model_class(data)
-    if kind is None:
-        if not needed:
-            return None
-        name, version = named_class(data), _transformers().__version__
-        raise unusable(where, f"transformers {version} has no model class {name!r}", "upgrade transformers")
-    return Architecture(kind, config_of(kind.config_class, data, where), where)
+    return Architecture(kind, config_of(kind.config_class, data, where), where) if kind else None
+
+
+def needed_architecture(data: Mapping[str, Any], where: Path) -> Architecture:
+    """As `architecture`; raises `ModelError` if `architectures` is no model of transformers."""
+    found = architecture(data, where)
+    if found is None:
+        what = f"transformers {_transformers().__version__} has no model class {named_class(data)!r}"
+        raise unusable(
+            where, what, "upgrade transformers, or build the base yourself and pass it: memrewrite.load(directory, model)"
+        )
+    return found
 
 
 def base_architecture(data: Mapping[str, Any], where: Path) -> Architecture:
     """The model without a head of this `model_type`. Raises `ModelError` if transformers has none."""
     transformers, name = _transformers(), str(data.get("model_type"))
-    kind = transformers.CONFIG_MAPPING[name] if name in transformers.CONFIG_MAPPING else None
-    model = transformers.MODEL_MAPPING.get(kind, None)
+    kind = transformers.CONFIG_MAPPING[name] if name in list(transformers.CONFIG_MAPPING) else None
+    model = transformers.MODEL_MAPPING.get(kind, None) if kind else None
     model = model[0] if isinstance(model, (tuple, list)) else model
     if model is None:
         raise unusable(where, f"transformers {transformers.__version__} has no model type {name!r}", "upgrade transformers")
@@ -110,7 +116,7 @@ def config_of(kind: Any, data: Mapping[str, Any], where: Path) -> Any:
 
 
 def set_generation(model: Any, data: Any, where: Path, *, of_model: bool = False) -> None:
-    """Give a model the generation config that a file describes; `of_model`: the file is the model's config. Raises `ModelError`."""
+    """Give a model the generation config of a file; `of_model`: the file is the model's config. Raises `ModelError`."""
     if not hasattr(model, "can_generate") or not model.can_generate():
         return
     with quiet():

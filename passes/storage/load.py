@@ -1,12 +1,13 @@
 """Loads a saved directory without capturing; changes of the files are detected, and a failed load changes nothing.
 
-Flow: manifest → plan, graphs and headers of the weights, all checked → the plan is applied on meta, and compared with the headers →
-the plan is applied → weights. Weights are read from safetensors only; nothing is unpickled.
+Flow: manifest → plan, graphs and headers of the weights, all checked → the plan is applied on meta, and compared with the
+headers → the plan is applied → weights. Weights are read from safetensors only; nothing is unpickled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,14 +35,14 @@ RECORD = {"recipe": "recipe.yaml", "plan": PLAN, "report": REPORT, "graphs": GRA
 def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
     """Load a rewritten model: build its base, apply the saved plan to it, and load the weights. Nothing is captured.
 
-    Before anything is built or changed, every file is checked: sizes, the hashes of all but the weights, and the names, shapes and
-    dtypes of the weights. Only files that the manifest names are read.
+    Before anything is built or changed, every file is checked: sizes, the hashes of all but the weights, and the names, shapes
+    and dtypes of the weights. Only files that the manifest names are read.
 
     Args:
         directory: a directory that `save` wrote. Weights are read from safetensors only, and nothing in it is run or unpickled,
             except with `trust_code`.
-        model: the base model, when you build it yourself. It is edited in place; its own weights are overwritten. After an error
-            it is as before; weights that differ are in memory twice until the model is loaded. Default: the class that the
+        model: the base model, when you build it yourself. It is edited in place; its own weights are overwritten. After an
+            error the model is as before; until then, weights that differ are in memory twice. Default: the class that the
             saved Hugging Face config names, or the builder of the saved Python file.
         trust_code: allow code of the directory to run. It runs the saved Python file, which builds the base; for a saved graph
             it reads `model.pt2`, a torch.export archive, which may contain pickles. Not needed for Hugging Face models, or
@@ -75,12 +76,12 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     try:
         tensors.fill(model, edit.done, keep=given)
         pools_of(model).record = record
-        modes = [(module, module.training) for module in model.modules()]
-        edit.done(lambda: [setattr(module, "training", mode) for module, mode in modes])
+        for module in model.modules():
+            edit.done(partial(setattr, module, "training", module.training))
         model.eval()
     except BaseException as error:
         edit.revert()
-        if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        if _is_out_of_memory(error):
             what = f"memory does not suffice for the saved tensors: {in_one_line(error)}"
             raise CheckpointError(what, where=str(files.folder), hint="load it on a larger machine") from error
         raise
@@ -112,7 +113,7 @@ def _refuse_misfit(
     files: SavedFiles,
     device: torch.device,
 ) -> None:
-    """Raise `CheckpointError` unless plan and tensors fit `model`, which is the same afterwards, and `device` has the memory."""
+    """Raise `CheckpointError` unless plan and tensors fit `model`, and the memory of `device`; `model` is unchanged."""
     edit = _substitute(model, plan, hosts, files, device=torch.device("meta"))
     try:
         new = frozenset(name for name, value in state_of(model).items() if value.is_meta)
@@ -140,6 +141,6 @@ def _substitute(
 
 def _is_out_of_memory(error: BaseException) -> bool:
     """True for torch's errors: those of the CPU have no class of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

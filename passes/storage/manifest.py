@@ -1,8 +1,9 @@
 """The manifest of a saved directory, and the one way to read the directory's files.
 
-`write_manifest` writes format, base, tied names, and the size and hash of every file. `read_manifest` checks the files and returns
-`SavedFiles`, through which everything else is read: a file that is not in the manifest is refused, and text is parsed from the very
-bytes that were hashed. Weights are data and may be large: their sizes are checked, and their hashes only with `every_bit`.
+`write_manifest` writes format, base, tied names, and the size and hash of every file. `read_manifest` checks the files and
+returns `SavedFiles`, through which everything else is read: a file that is not in the manifest is refused, and text is parsed
+from the very bytes that were hashed. Weights are data and may be large: their sizes are checked, their hashes only with
+`every_bit`.
 """
 
 from __future__ import annotations
@@ -198,7 +199,7 @@ def digest(file: Path) -> str:
 
 def _digest(stream: Any) -> str:
     if hasattr(hashlib, "file_digest"):
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return str(hashlib.file_digest(stream, "sha256").hexdigest())
     total = hashlib.sha256()  # Python 3.10
     while block := stream.read(1 << 20):
         total.update(block)
@@ -211,7 +212,7 @@ def is_saved(directory: str | Path) -> bool:
 
 
 def read_manifest(directory: str | Path, *, every_bit: bool = False) -> SavedFiles:
-    """The files of a saved directory, after a check of the sizes of all and the hashes of all but weights (`every_bit`: of all).
+    """The files of a saved directory, after a check of all sizes, and of the hashes of all but weights (`every_bit`: of all).
 
     Raises `CheckpointError` for a directory that `save` did not write, or with a truncated, changed, missing or added file.
     """

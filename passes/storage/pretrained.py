@@ -91,9 +91,10 @@ def _from_gguf(file: Path) -> tuple[nn.Module, dict[str, Any]]:
             raise ModelError(f"the package {package!r} is needed to load this model, and is not installed", hint=hint)
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM
     options = {"local_files_only": True, "trust_remote_code": False, "dtype": "auto", "output_loading_info": True}
     with _alone(file) as folder:
-        loaded: tuple[nn.Module, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, **options)
+        loaded: tuple[nn.Module, dict[str, Any]] = loader.from_pretrained(folder, gguf_file=file.name, **options)
     return loaded
 
 
@@ -103,7 +104,7 @@ def _from_safetensors(directory: Path, trust_code: bool) -> tuple[nn.Module, dic
     data = _read_json(directory / CONFIG)
     if trust_code and (refusal(data) or (data.get("auto_map") and model_class(data) is None)):
         return _by_transformers(directory, data)
-    found = architecture(data, directory / CONFIG, needed=False)
+    found = architecture(data, directory / CONFIG)
     if found is None and data.get("auto_map"):
         what = f"the model's class {named_class(data)!r} is Python code in the directory"
         require_trust(trust_code, what, where=directory, kind=ModelError)
@@ -113,7 +114,9 @@ def _from_safetensors(directory: Path, trust_code: bool) -> tuple[nn.Module, dic
     if free is not None and needed > free:
         what = f"the model needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         raise ModelError(what, where=str(directory / CONFIG), hint="load it on a larger machine")
-    state = {name: value.clone() for name, value in values_of(headers)}  # a copy: not in the memory of a file that may change
+    state = {
+        name: value.clone() for name, value in values_of(headers, unreadable)
+    }  # a copy: not in the memory of a file that may change
     options = {"dtype": "auto", "output_loading_info": True, "local_files_only": True, "trust_remote_code": False}
     loaded: tuple[nn.Module, dict[str, Any]]
     loaded = found.kind.from_pretrained(None, config=found.config, state_dict=state, **options)  # it opens no file
@@ -147,7 +150,12 @@ def _headers(directory: Path, found: Architecture) -> dict[str, Header]:
     if any(Path(file).name != file or not file.endswith(".safetensors") for file in files):
         raise ModelError("the index names a file outside the directory", where=str(directory / INDEX), hint="download it again")
     files += [name for name in getattr(type(found.config), "extra_files", ()) if (directory / name).is_file()]
-    return {name: header for file in files for name, header in headers_of(directory / file).items()}
+    return {name: header for file in files for name, header in headers_of(directory / file, unreadable).items()}
+
+
+def unreadable(file: Path, why: str) -> ModelError:
+    """The error for a file of a Hugging Face directory."""
+    return ModelError(f"{file.name!r} cannot be read: {why}", where=str(file), hint="copy or download the file again")
 
 
 def _refuse_adapter(directory: Path) -> None:

@@ -1,6 +1,8 @@
 """Imports and runs the user's Python code that builds a model; an error in it is reported with the user's own traceback.
 
-Code that was not named by the user, but found in a directory or an archive, must be trusted: `require_trust`. Flow: a file is imported under a private name; it can import modules from its own directory → its builder and its inputs are
+Code that is found in a directory or an archive must be trusted: `require_trust`.
+
+Flow: a file is imported under a private name; it can import modules from its own directory → its builder and its inputs are
 called → an exception becomes one `ModelError` with the frames of the user's code only.
 """
 

@@ -1,7 +1,7 @@
 """Reads the tensors of safetensors files: first names, shapes and dtypes, which are checked, then the values.
 
-Flow: the headers of all files → comparison with a model whose new layers are on meta: names, shapes, ties, memory → every tensor
-is copied into the model → the names that were tied are tied again. Nothing is unpickled. Each change can be undone.
+Flow: the headers of all files → comparison with a model whose new layers are on meta: names, shapes, ties, memory → every
+tensor is copied into the model → the names that were tied are tied again. Nothing is unpickled. Each change can be undone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memrewrite.errors import CheckpointError, in_one_line
+from memrewrite.errors import CheckpointError, UserError, in_one_line
 from memrewrite.passes.plan.memory_budget import free_memory
 from memrewrite.passes.storage.manifest import MANIFEST, SavedFiles, tampered
 from memrewrite.passes.storage.tensor_files import INDEX, TRANSIENT
 
 AddUndo = Callable[[Callable[[], object]], None]  # receives a function that undoes the last change
+Damaged = Callable[[Path, str], UserError]  # the error for a file, and why
 DTYPES = {  # the names in safetensors files
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -134,15 +135,15 @@ def saved_tensors(files: SavedFiles) -> SavedTensors:
     return SavedTensors(state, transient, files.manifest.tied, files.folder)
 
 
-def headers_of(file: Path) -> dict[str, Header]:
-    """The names, shapes and dtypes in a safetensors file. Raises `CheckpointError` for another file."""
+def headers_of(file: Path, damaged: Damaged = tampered) -> dict[str, Header]:
+    """The names, shapes and dtypes in a safetensors file. Raises the error `damaged` for another file."""
     found = {}
-    with _opened(file) as tensors:
+    with _opened(file, damaged) as tensors:
         for name in tensors.keys():  # noqa: SIM118 - not a dict
             part = tensors.get_slice(name)
             dtype = DTYPES.get(part.get_dtype())
             if dtype is None:
-                raise tampered(file, f"{name!r} has the dtype {part.get_dtype()}, which is not supported")
+                raise damaged(file, f"{name!r} has the dtype {part.get_dtype()}, which is not supported")
             found[name] = Header(file, tuple(part.get_shape()), dtype)
     return found
 
@@ -186,20 +187,20 @@ def _class_of(dtype: torch.dtype) -> tuple[bool, bool, bool]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _opened(file: Path, damaged: Damaged) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except (SafetensorError, OSError) as error:
-        raise tampered(file, f"it is not a complete safetensors file ({in_one_line(error, kind=False)})") from error
+        raise damaged(file, f"it is not a complete safetensors file ({in_one_line(error, kind=False)})") from error
 
 
-def values_of(headers: Mapping[str, Header]) -> Iterator[tuple[str, Tensor]]:
+def values_of(headers: Mapping[str, Header], damaged: Damaged = tampered) -> Iterator[tuple[str, Tensor]]:
     """Names and values, one at a time, file by file. The values are in the memory of the file."""
     for file in dict.fromkeys(header.file for header in headers.values()):
-        with _opened(file) as tensors:
+        with _opened(file, damaged) as tensors:
             for name, header in headers.items():
                 if header.file == file:
                     yield name, tensors.get_tensor(name)

@@ -402,7 +402,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "manifest without sizes": (_edit_manifest(lambda m: m["files"]["plan.json"].pop("bytes")), "not a manifest"),
     "an unknown base": (_edit_manifest(lambda m: m["base"].update(kind="magic")), "not a manifest"),
     "another format": (_edit_manifest(lambda m: m.update(memrewrite=2)), "format 2"),
-    "a file outside": (_edit_manifest(lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": ""}})), "missing"),
+    "a file outside": (_edit_manifest(lambda m: m["files"].update({"../x": {"bytes": 1, "sha256": "0" * 64}})), "no name"),
     "ties to nothing": (_edit_manifest(lambda m: m["tied"].update({"lm_head.weight": "nothing"})), "ties"),
     "ties of nothing": (_edit_manifest(lambda m: m["tied"].update({"nothing": "lm_head.weight"})), "ties"),
     "the weights of another file": (_edit_manifest(lambda m: m["files"].pop("model.safetensors")), "added"),
