@@ -162,7 +162,8 @@ def refusal(data: Mapping[str, Any]) -> str | None:
 def refuse(data: Mapping[str, Any], where: Path) -> None:
     """Raise `ModelError` for what `refusal` names, for a dtype that torch does not have, and for absurd numbers."""
     if reason := refusal(data):
-        raise unusable(where, reason, "remove it, or build the model in a Python file")
+        hint = "remove the field, or build the model in a Python file; for a Hugging Face directory that you trust: --trust-code"
+        raise unusable(where, reason, hint)
     for place, key, value in _fields(data):
         if key in ("dtype", "torch_dtype") and value is not None and _dtype(value) is None:
             raise unusable(where, f"`{place}: {value}` is no dtype of torch")

@@ -114,9 +114,8 @@ def _from_safetensors(directory: Path, trust_code: bool) -> tuple[nn.Module, dic
     if free is not None and needed > free:
         what = f"the model needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         raise ModelError(what, where=str(directory / CONFIG), hint="load it on a larger machine")
-    state = {
-        name: value.clone() for name, value in values_of(headers, unreadable)
-    }  # a copy: not in the memory of a file that may change
+    # copies: values in the memory of a file would change with it
+    state = {name: value.clone() for name, value in values_of(headers, unreadable)}
     options = {"dtype": "auto", "output_loading_info": True, "local_files_only": True, "trust_remote_code": False}
     loaded: tuple[nn.Module, dict[str, Any]]
     loaded = found.kind.from_pretrained(None, config=found.config, state_dict=state, **options)  # it opens no file
