@@ -47,9 +47,14 @@ class Architecture:
     config: Any
     where: Path
 
-    def outline(self) -> nn.Module:
-        """The model on meta: names and shapes without memory. Raises `ModelError` for a config that no model can have."""
-        return self._built(torch.device("meta"))
+    def outline(self, tensors: int) -> nn.Module:
+        """The model on meta: names and shapes without memory.
+
+        `tensors`: how many the files contain. A config can ask for any number of modules; one that asks for far more modules than
+        a model of that many tensors has is a `ModelError`, as is one of which no model can be built.
+        """
+        with _bounded(min(MAX_MODULES, 20_000 + 1000 * tensors)):
+            return self._built(torch.device("meta"))
 
     def build(self) -> nn.Module:
         """The model, with arbitrary weights. Raises `ModelError`."""
@@ -60,7 +65,7 @@ class Architecture:
 
         safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # `linspace(...).item()` in constructors
         with ExitStack() as contexts:
-            for context in (initialization.no_init_weights(), _default_dtype(self.config), _bounded(), quiet()):
+            for context in (initialization.no_init_weights(), _default_dtype(self.config), quiet()):
                 contexts.enter_context(context)
             if device is not None:
                 contexts.enter_context(device)
@@ -162,7 +167,9 @@ def refusal(data: Mapping[str, Any]) -> str | None:
 def refuse(data: Mapping[str, Any], where: Path) -> None:
     """Raise `ModelError` for what `refusal` names, for a dtype that torch does not have, and for absurd numbers."""
     if reason := refusal(data):
-        hint = "remove the field, or build the model in a Python file; for a Hugging Face directory that you trust: --trust-code"
+        hint = (
+            "remove the field, or build the model in a Python file; for a Hugging Face directory that you trust: --trust-code"
+        )
         raise unusable(where, reason, hint)
     for place, key, value in _fields(data):
         if key in ("dtype", "torch_dtype") and value is not None and _dtype(value) is None:
@@ -219,15 +226,15 @@ def _transformers() -> Any:
 
 
 @contextmanager
-def _bounded() -> Iterator[None]:
-    """Raise ValueError in a constructor of this thread that registers more than `MAX_MODULES` modules."""
+def _bounded(most: int) -> Iterator[None]:
+    """Raise ValueError in a constructor of this thread that registers more than `most` modules."""
     count, here = 0, threading.get_ident()
 
     def counted(_: nn.Module, name: str, __: nn.Module) -> None:
         nonlocal count
         count += threading.get_ident() == here
-        if count > MAX_MODULES:
-            raise ValueError(f"the model has more than {MAX_MODULES} modules")
+        if count > most:
+            raise ValueError(f"the model has more than {most} modules, and the files contain fewer tensors")
 
     handle = register_module_module_registration_hook(counted)
     try:

@@ -24,7 +24,7 @@ from memrewrite.passes.storage.exported_program import read_program
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json
 from memrewrite.passes.storage.manifest import SavedFiles, read_manifest
 from memrewrite.passes.storage.saved_plan import PLAN, REPORT, read_plan, read_report
-from memrewrite.passes.storage.saved_tensors import SavedTensors, refuse_meta, saved_tensors, state_of
+from memrewrite.passes.storage.saved_tensors import SavedTensors, refuse_meta, refuse_too_large, saved_tensors, state_of
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
 
@@ -65,7 +65,9 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     hosts = _hosts_of(files)
     if model is None:
         if files.base.kind == "huggingface":
-            _refuse_misfit(saved_architecture(files).outline(), plan, hosts, tensors, files, torch.device("cpu"))
+            outline = saved_architecture(files).outline(len(tensors.state))
+            refuse_too_large(sum(t.nbytes for t in state_of(outline).values()), torch.device("cpu"), files.folder)
+            _refuse_misfit(outline, plan, hosts, tensors, files, torch.device("cpu"))
         model, given = build_base(files, trust_code=trust_code), False
     else:
         given = True

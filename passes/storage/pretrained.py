@@ -38,7 +38,7 @@ from memrewrite.passes.storage.hugging_face import (
 from memrewrite.passes.storage.json_text import parse_json
 from memrewrite.passes.storage.manifest import is_saved, read_manifest
 from memrewrite.passes.storage.python_file import require_trust
-from memrewrite.passes.storage.saved_tensors import Header, headers_of, values_of
+from memrewrite.passes.storage.saved_tensors import Header, headers_of, state_of, values_of
 from memrewrite.passes.storage.tensor_files import INDEX
 
 log = logging.getLogger("memrewrite")
@@ -109,8 +109,9 @@ def _from_safetensors(directory: Path, trust_code: bool) -> tuple[nn.Module, dic
         what = f"the model's class {named_class(data)!r} is Python code in the directory"
         require_trust(trust_code, what, where=directory, kind=ModelError)
     found = found or base_architecture(data, directory / CONFIG)
-    outline, headers = found.outline(), _headers(directory, found)
-    needed, free = sum(t.nbytes for t in outline.state_dict().values()), free_memory(torch.device("cpu"))
+    headers = _headers(directory, found)
+    outline = found.outline(len(headers))
+    needed, free = sum(t.nbytes for t in state_of(outline).values()), free_memory(torch.device("cpu"))
     if free is not None and needed > free:
         what = f"the model needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
         raise ModelError(what, where=str(directory / CONFIG), hint="load it on a larger machine")
@@ -118,7 +119,14 @@ def _from_safetensors(directory: Path, trust_code: bool) -> tuple[nn.Module, dic
     state = {name: value.clone() for name, value in values_of(headers, unreadable)}
     options = {"dtype": "auto", "output_loading_info": True, "local_files_only": True, "trust_remote_code": False}
     loaded: tuple[nn.Module, dict[str, Any]]
-    loaded = found.kind.from_pretrained(None, config=found.config, state_dict=state, **options)  # it opens no file
+    try:
+        loaded = found.kind.from_pretrained(None, config=found.config, state_dict=state, **options)  # it opens no file
+    except RuntimeError as error:  # transformers writes the shapes into its log
+        for name, tensor in state_of(outline).items():
+            if name in headers and headers[name].shape != tuple(tensor.shape):
+                what = f"{name!r} has the shape {headers[name].shape}, and {tuple(tensor.shape)} by {CONFIG}"
+                raise unreadable(headers[name].file, what) from error
+        raise
     generation = directory / GENERATION
     given = generation if generation.is_file() else directory / CONFIG
     set_generation(loaded[0], _read_json(given), given, of_model=given != generation)

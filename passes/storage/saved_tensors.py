@@ -85,7 +85,7 @@ class SavedTensors:
         for name, header in self.transient.items():
             if name in buffers and _class_of(buffers[name].dtype) != _class_of(header.dtype):
                 raise tampered(header.file, f"{name!r} is {header.dtype}, and the model's is {buffers[name].dtype}")
-        _refuse_too_large(sum(header.nbytes for name, header in self.state.items() if name in new), device, self.folder)
+        refuse_too_large(sum(header.nbytes for name, header in self.state.items() if name in new), device, self.folder)
 
     def _refuse_tie(self, name: str, first: str, wanted: Mapping[str, Tensor]) -> None:
         where = self.folder / MANIFEST
@@ -172,7 +172,8 @@ def _refuse_unlike(name: str, header: Header, target: Tensor) -> None:
         raise tampered(header.file, f"{name!r} is {header.dtype}, and the model's is {target.dtype}")
 
 
-def _refuse_too_large(needed: int, device: torch.device, folder: Path) -> None:
+def refuse_too_large(needed: int, device: torch.device, folder: Path) -> None:
+    """Raise `CheckpointError` if `needed` bytes are more than `device` has free."""
     free = free_memory(device)
     if free is not None and needed > free:
         raise CheckpointError(
