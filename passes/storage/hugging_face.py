@@ -50,8 +50,8 @@ class Architecture:
     def outline(self, tensors: int) -> nn.Module:
         """The model on meta: names and shapes without memory.
 
-        `tensors`: how many the files contain. A config can ask for any number of modules; one that asks for far more modules than
-        a model of that many tensors has is a `ModelError`, as is one of which no model can be built.
+        `tensors`: how many the files contain. Raises `ModelError` for a config that asks for far more modules than a model of
+        that many tensors has, and for one of which no model can be built.
         """
         with _bounded(min(MAX_MODULES, 20_000 + 1000 * tensors)):
             return self._built(torch.device("meta"))

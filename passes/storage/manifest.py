@@ -68,7 +68,7 @@ class Manifest(Frozen):
     def _consistent(self) -> Manifest:
         for name in self.files:
             if not _is_plain(name) or name == MANIFEST:
-                raise ValueError(f"{name!r} is no name of a saved file")
+                raise ValueError(f"{name[:80]!r} is no name of a saved file")
         if self.base.code and self.base.code not in self.files:
             raise ValueError(f"the code {self.base.code!r} is not among the files")
         chained = next((name for name, first in self.tied.items() if first in self.tied), None)
@@ -173,7 +173,7 @@ class SavedFiles:
 
 def _open_plain(folder: Path, name: str) -> BinaryIO:
     """Open a plain file directly in `folder`. Raises OSError for another kind, and for a link that leads out of it."""
-    file = (folder / name).resolve(strict=True)
+    file = Path(os.path.realpath(folder / name, strict=True))  # `Path.resolve` raises RuntimeError for a circle of links
     if file.parent != folder.resolve():
         raise OSError("it is a link to a file of another directory; copy the directory with `cp -rL`")
     handle = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0))  # a FIFO does not block
