@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from memrewrite.errors import CheckpointError, UserError, in_one_line
 from memrewrite.passes.plan.memory_budget import free_memory
 from memrewrite.passes.storage.manifest import MANIFEST, SavedFiles, tampered
-from memrewrite.passes.storage.tensor_files import INDEX, TRANSIENT
+from memrewrite.passes.storage.tensor_files import INDEX, TRANSIENT, memory_of
 
 AddUndo = Callable[[Callable[[], object]], None]  # receives a function that undoes the last change
 Damaged = Callable[[Path, str], UserError]  # the error for a file, and why
@@ -71,11 +71,13 @@ class SavedTensors:
 
         `new`: names of tensors that are on meta now and will be allocated on `device`. Nothing is changed.
         """
-        wanted = state_of(model)
+        wanted, seen = state_of(model), dict[Any, str]()
         for name, header in self.state.items():
             if name not in wanted:
                 raise tampered(header.file, f"it contains {name!r}, which the model does not have")
             _refuse_unlike(name, header, wanted[name])
+            if (other := seen.setdefault(memory_of(wanted[name]), name)) != name:
+                raise tampered(header.file, f"{name!r} and {other!r} are two tensors, and one in the model")
         missing = sorted(set(wanted) - set(self.state) - set(self.tied))
         if missing:
             raise tampered(self.folder, f"{len(missing)} tensors are missing: {', '.join(missing[:3])}")

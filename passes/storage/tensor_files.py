@@ -34,12 +34,17 @@ def named_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise CheckpointError(f"the model's state contains {name!r}, which is no tensor and cannot be saved", where=name)
         if value.is_meta:
             raise CheckpointError(f"{name!r} is on meta and has no values to save", where=name)
-        memory = (value.untyped_storage()._cdata, value.storage_offset(), tuple(value.shape), value.stride())
+        memory = memory_of(value)
         if seen.setdefault(memory, name) == name:
             state[name] = value
         else:
             tied[name] = seen[memory]
     return state, tied
+
+
+def memory_of(value: Tensor) -> Any:
+    """A key that two tensors share when they are the same elements of the same memory."""
+    return value.untyped_storage()._cdata, value.storage_offset(), tuple(value.shape), value.stride()
 
 
 def save_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
