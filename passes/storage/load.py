@@ -19,7 +19,7 @@ from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.rewrite.graph_host import GraphHost
 from memrewrite.passes.rewrite.undo_log import UndoLog
-from memrewrite.passes.storage.base_model import build_base, saved_architecture
+from memrewrite.passes.storage.base_model import CONFIG, build_base, saved_architecture
 from memrewrite.passes.storage.exported_program import read_program
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json
 from memrewrite.passes.storage.manifest import SavedFiles, read_manifest
@@ -66,7 +66,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     if model is None:
         if files.base.kind == "huggingface":
             outline = saved_architecture(files).outline(len(tensors.state))
-            refuse_too_large(sum(t.nbytes for t in state_of(outline).values()), torch.device("cpu"), files.folder)
+            refuse_too_large(sum(t.nbytes for t in state_of(outline).values()), torch.device("cpu"), files.folder / CONFIG)
             _refuse_misfit(outline, plan, hosts, tensors, files, torch.device("cpu"))
         model, given = build_base(files, trust_code=trust_code), False
     else:

@@ -174,13 +174,13 @@ def _refuse_unlike(name: str, header: Header, target: Tensor) -> None:
         raise tampered(header.file, f"{name!r} is {header.dtype}, and the model's is {target.dtype}")
 
 
-def refuse_too_large(needed: int, device: torch.device, folder: Path) -> None:
+def refuse_too_large(needed: int, device: torch.device, where: Path) -> None:
     """Raise `CheckpointError` if `needed` bytes are more than `device` has free."""
     free = free_memory(device)
     if free is not None and needed > free:
         raise CheckpointError(
-            f"the saved tensors need {needed / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free",
-            where=str(folder),
+            f"the model needs {needed / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free",
+            where=str(where),
             hint="free memory, or load it on a larger machine",
         )
 
