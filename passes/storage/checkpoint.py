@@ -23,11 +23,12 @@ from memrewrite.passes.capture.torch_export import export_program
 from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.edit_module import substitute
+from memrewrite.passes.rewrite.graph_host import GraphHost
 from memrewrite.passes.storage.base_model import Base, base_of, build_base
 from memrewrite.passes.storage.exported_program import read_program
-from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json
+from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json, refuse_unsaved_constants
 from memrewrite.passes.storage.manifest import read_manifest, tampered, write_manifest
-from memrewrite.passes.storage.tensor_files import fill, fill_transient, named_once, save_tensors, save_transient
+from memrewrite.passes.storage.tensor_files import fill, fill_transient, named_once, save_tensors, save_transient, transient_shapes
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
 from memrewrite.report import Report
@@ -152,8 +153,8 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
         return _load_graph(folder, trust_code)
     plan = read_plan(folder)
     built = build_base(base, folder, trust_code=trust_code) if model is None else model
+    hosts = _hosts_in(folder, trust_code=trust_code)
     try:
-        hosts = hosts_from_json((folder / GRAPHS).read_text(encoding="utf-8")) if (folder / GRAPHS).is_file() else {}
         substitute(built, plan, hosts=hosts, initialise=False).commit()
     except MemrewriteError as error:
         raise CheckpointError(
@@ -166,6 +167,14 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     texts = {f: (folder / name).read_text(encoding="utf-8") for f, name in RECORD.items() if (folder / name).is_file()}
     pools_of(built).record = RewriteRecord(**texts)
     return built.eval()
+
+
+def _hosts_in(folder: Path, *, trust_code: bool) -> dict[str, GraphHost]:
+    if not (folder / GRAPHS).is_file():
+        return {}
+    hosts = hosts_from_json((folder / GRAPHS).read_text(encoding="utf-8"), trust_code=trust_code)
+    refuse_unsaved_constants(hosts, transient_shapes(folder))
+    return hosts
 
 
 RECORD = {"recipe": "recipe.yaml", "plan": "plan.json", "report": "report.json", "graphs": GRAPHS}  # fields and their files

@@ -88,6 +88,11 @@ def fill_transient(model: nn.Module, folder: Path) -> None:
             buffers[name].data = value.to(buffers[name].device, copy=True)
 
 
+def transient_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the saved non-persistent buffers, by name."""
+    return {n: tuple(value.shape) for n, value in _tensors_in(folder / TRANSIENT)} if (folder / TRANSIENT).is_file() else {}
+
+
 def _contiguous(value: Tensor) -> Tensor:
     """The tensor on the CPU; a view of a part of a storage is copied, because safetensors refuses overlapping storages."""
     value = value.detach().cpu().contiguous()
