@@ -118,7 +118,7 @@ def _add_layers_child(module: nn.Module, host: GraphHost, done: AddUndo) -> None
         raise SelectError(f"the module {host.path!r} already has an attribute {CHILD!r}, the name of the layers' container")
     for name in host.constants:
         if hasattr(module, name):
-            raise SelectError(f"the module {host.path!r} already has an attribute {name!r}, the name of a constant of its graph")
+            raise SelectError(f"the module {host.path!r} already has an attribute {name!r}, the name of a constant")
     _refuse_unknown_weights(module, host)
     host.kind = type(module)
     own = vars(module).pop("forward", None)  # set by a wrapper, for example: its effect is in the graph

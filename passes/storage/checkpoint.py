@@ -28,7 +28,14 @@ from memrewrite.passes.storage.base_model import Base, base_of, build_base
 from memrewrite.passes.storage.exported_program import read_program
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json, refuse_unsaved_constants
 from memrewrite.passes.storage.manifest import read_manifest, tampered, write_manifest
-from memrewrite.passes.storage.tensor_files import fill, fill_transient, named_once, save_tensors, save_transient, transient_shapes
+from memrewrite.passes.storage.tensor_files import (
+    fill,
+    fill_transient,
+    named_once,
+    save_tensors,
+    save_transient,
+    transient_shapes,
+)
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
 from memrewrite.report import Report

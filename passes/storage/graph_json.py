@@ -1,7 +1,7 @@
 """Modules that became graphs, as JSON and back: loading a saved model captures nothing and runs no saved code.
 
-Flow of reading: text → JSON → fields (`graph_data/fields`) → graphs, node by node (`graph_data/graph_reader`). The only functions that
-a file can name are operators on tensors and arithmetic on numbers (`graph_data/functions`).
+Flow of reading: text → JSON → fields (`graph_data/fields`) → graphs, node by node (`graph_data/graph_reader`). The only
+functions that a file can name are operators on tensors and arithmetic on numbers (`graph_data/functions`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ GRAPHS = "graphs.json"
 def hosts_to_json(hosts: Mapping[str, GraphHost]) -> str:
     """The graphs of `hosts` as JSON text.
 
-    Raises `ModelError` for a function, value or class of arguments that cannot be written, and for a graph that `hosts_from_json`
-    would refuse, though operators of other libraries, which it refuses without `trust_code`, are written.
+    Raises `ModelError` for a function, value or class of arguments that cannot be written, and for a graph that
+    `hosts_from_json` would refuse even with `trust_code`.
     """
     text = json.dumps({"graphs": FORMATS[-1], "hosts": [_host(host) for host in hosts.values()]}, indent=1)
     try:
@@ -41,9 +41,9 @@ def hosts_to_json(hosts: Mapping[str, GraphHost]) -> str:
 def hosts_from_json(text: str, *, trust_code: bool = False) -> dict[str, GraphHost]:
     """The hosts in a text of `hosts_to_json`, without layers, by path.
 
-    Their constants have a shape and no memory: the values are saved with the buffers, and `refuse_unsaved_constants` says whether
-    all are. `trust_code` allows every operator that is registered in this process; without it, only operators of ATen that compute
-    tensors, and those of memory layers. Raises `CheckpointError` for any other text.
+    Their constants have a shape and no memory: the values are saved with the buffers, and `refuse_unsaved_constants` says
+    whether all are. `trust_code` allows every operator that is registered in this process; without it, only operators of ATen
+    that compute tensors, and those of memory layers. Raises `CheckpointError` for any other text.
     """
     try:
         data = parse_json(text)

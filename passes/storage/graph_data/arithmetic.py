@@ -1,7 +1,7 @@
 """Python's functions of numbers that graphs.json can name, and how large their results can become.
 
-Integers of Python have no limit: a chain of products, or one power, could fill the memory. So every function has a bound for the
-bits of its result, and a graph that exceeds `MAX_BITS` is refused before it runs.
+Integers of Python have no limit: a chain of products, or one power, could fill the memory. So every function has a bound for
+the bits of its result, and a graph that exceeds `MAX_BITS` is refused before it runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_BITS = 2**16  # 64 factors that are floats; a size has 64 bits
 
 
 class NumberFunction(NamedTuple):
-    """A function, its number of arguments (None: one list), and a bound for the bits of its result by those of its arguments."""
+    """A function, its number of arguments (None: one list), and a bound for the bits of its result."""
 
     function: Callable[..., Any]
     arguments: int | None
@@ -60,7 +60,8 @@ def _exponent(value: Any) -> int:
     """An exponent, which must be a number in the file; of a float, the next integer."""
     if type(value) not in (int, float) or not abs(value) <= INT_BITS:
         raise Malformed(f"the exponent {shown(value)} must be a number from -{INT_BITS} to {INT_BITS} in the file")
-    return math.ceil(abs(value))
+    bound: int = math.ceil(abs(value))
+    return bound
 
 
 BOUNDS: tuple[tuple[Callable[[Sequence[int], Sequence[Any]], int], int | None, tuple[Callable[..., Any], ...]], ...] = (
@@ -73,7 +74,7 @@ BOUNDS: tuple[tuple[Callable[[Sequence[int], Sequence[Any]], int], int | None, t
     (_sum, 2, (operator.mod, torch.sym_max, torch.sym_min)),
     (_sum, 1, (operator.neg, operator.pos, operator.abs, operator.invert, torch.sym_int)),
     (_float, 2, (operator.truediv,)),
-    (_float, 1, (math.ceil, math.floor, math.trunc, math.sqrt, torch.sym_float, torch.sym_sqrt)),  # type: ignore[attr-defined]
+    (_float, 1, (math.ceil, math.floor, math.trunc, math.sqrt, torch.sym_float, torch.sym_sqrt)),
     (_truth, 2, (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)),
     (_truth, 1, (operator.not_, torch.sym_not)),
 )
@@ -85,7 +86,10 @@ NUMBER_FUNCTIONS = {
 
 
 def result_of_numbers(function: Callable[..., Any], args: Sequence[Any], known: Mapping[fx.Node, Result]) -> Result:
-    """What a function of `NUMBER_FUNCTIONS` returns. Raises `Malformed` for arguments that are no numbers, or too large a result."""
+    """What a function of `NUMBER_FUNCTIONS` returns.
+
+    Raises `Malformed` for arguments that are no numbers, or too large a result.
+    """
     row = next(row for row in NUMBER_FUNCTIONS.values() if row.function is function)
     if row.arguments is None and len(args) == 1 and isinstance(args[0], (list, tuple)):
         args = args[0]

@@ -6,6 +6,7 @@ A name is looked up in tables and in torch's registry of operators; nothing is i
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,9 @@ from memrewrite.passes.storage.graph_data.results import NUMBER, TENSOR, TENSORS
 
 GETITEM = "_operator.getitem"  # of the results of an operator
 MEMORY = ("sparse_lookup", "product_keys", "product_key_topk")
-# The operators of ATen whose names begin with an underscore and that torch.export writes. The others are parts of kernels, which
-# do not check their arguments, or are of no use in a forward.
-PRIVATE = frozenset(
-    """
+# The operators of ATen whose names begin with an underscore and that torch.export writes. The others are parts of kernels,
+# which do not check their arguments, or are of no use in a forward.
+PRIVATE = """
     __and__ __or__ __xor__ __lshift__ __rshift__ __iand__ __ior__ __ixor__ __ilshift__ __irshift__ _adaptive_avg_pool2d
     _adaptive_avg_pool3d _addmm_activation _aminmax _batch_norm_no_update _batch_norm_with_update _cast_Byte _cast_Char
     _cast_Double _cast_Float _cast_Half _cast_Int _cast_Long _cast_Short _cdist_forward _chunk_cat _conj _conj_physical
@@ -39,22 +39,19 @@ PRIVATE = frozenset(
     _transformer_encoder_layer_fwd _trilinear _unique2 _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa
     _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _weight_int4pack_mm _weight_int8pack_mm
     _weight_norm
-    """.split()
-)
-# Names of operators that change the storage of a tensor, read memory that their arguments describe without a check, differentiate,
-# or are of one library.
+"""
+# Names of operators that change the storage of a tensor, read memory that their arguments describe without a check,
+# differentiate, or are of one library.
 REFUSED = re.compile(
     r"from_file|resize|sparse|nested|jagged|quantized|quantize_per|_backward|mkldnn|fbgemm|cudnn|miopen|mps_|vulkan|qscheme"
     r"|pin_memory|record_stream|requires_grad_|retain_grad|^set_?$|^set_data$|_seed$|^seed$"
 )
 TO_NUMBER = ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "item", "_local_scalar_dense")
-TEXTS = frozenset(  # the arguments that are text: a choice of the operator, or the equation of einsum
-    """
+# The arguments that are text: a choice of the operator, or the equation of einsum.
+TEXTS = """
     equation approximate rounding_mode reduce norm pad_mode mode indexing side ord p UPLO driver padding padding_side
     interpolation backend gradient
-    """.split()
-)
-WRITTEN = ("self", "running_mean", "running_var", "noise")  # arguments that an operator may change; `out` is none
+"""
 
 
 def name_of(target: Any) -> str:
@@ -96,11 +93,8 @@ def _why_not(overload: OpOverload) -> str | None:
         return None if name in MEMORY else "it is no operator of a forward"
     if namespace != "aten":
         return "it is of another library (allowed with --trust-code, load(..., trust_code=True))"
-    if REFUSED.search(name) or (name.startswith("_") and name not in PRIVATE):
+    if REFUSED.search(name) or (name.startswith("_") and name not in PRIVATE.split()):
         return "it is no operator of a forward"
-    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    if not set(written) <= set(WRITTEN):
-        return f"it changes its argument {written[0]!r}"
     returns = [_kind(str(each.real_type)) for each in schema.returns]
     if not returns or None in returns or (NUMBER in returns and name not in TO_NUMBER):
         return "it does not compute tensors"
@@ -146,16 +140,17 @@ def _result_of_operator(
     if twice:
         raise Malformed(f"it has the argument {shown(min(twice))} twice")
     given |= kwargs
+    if any(keyword.iskeyword(name) for name in kwargs):
+        raise Malformed("it has an argument by a keyword of Python, which must be given by position")
     for argument in schema.arguments:
         if argument.name not in given:
             if not argument.has_default_value():
                 raise Malformed(f"it lacks the argument {argument.name!r} of {overload}")
             continue
         value, kind = given.pop(argument.name), str(argument.real_type)
-        one = argument.N is not None and _fits(kind.removeprefix("Optional[").removeprefix("List[").rstrip("]"), value, known)
-        if not one and not _fits(kind, value, known):
+        if not _fits(kind, value, known) and not (getattr(argument, "N", None) and _fits(_item(kind), value, known)):
             raise Malformed(f"the argument {argument.name!r} of {overload} is {shown(value)}, and must be {kind}")
-        if isinstance(value, str) and argument.name not in TEXTS:
+        if isinstance(value, str) and argument.name not in TEXTS.split():
             raise Malformed(f"the argument {argument.name!r} of {overload} may be no text")
     if given:
         raise Malformed(f"{overload} has no argument {shown(min(given))}")
@@ -167,6 +162,11 @@ def _kind(name: str) -> Result | None:
     """What a type of a schema is; None if graphs have no such values."""
     kinds = {"Tensor": TENSOR, "List[Tensor]": TENSORS}
     return kinds.get(name) or (NUMBER if name in ("int", "float", "bool", "number") else None)
+
+
+def _item(kind: str) -> str:
+    """The type of one item, which an operator takes in place of a list of a fixed length."""
+    return kind.removeprefix("Optional[").removeprefix("List[").rstrip("]")
 
 
 def _fits(kind: str, value: Any, known: Mapping[fx.Node, Result]) -> bool:

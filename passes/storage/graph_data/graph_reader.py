@@ -1,7 +1,7 @@
 """Makes the `GraphHost`s of the fields of graphs.json, node by node; nothing of the file becomes a name in the graph.
 
-Each node is made anew, with a name of ours, of an allowed function and of plain values. So the source that torch.fx makes of the
-graph consists of these, and of the names of weights, which `graph_host.put` compares with those of the module.
+Each node is made anew, with a name of ours, of an allowed function and of plain values. So the source that torch.fx makes of
+the graph consists of these, and of the names of weights, which `graph_host.put` compares with those of the module.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class _Reader:
             raise Malformed(
                 f"in: it has {in_spec.num_leaves} arguments, and there are {arguments} placeholders and {len(given)} given"
             )
-        outputs = len(next(reversed(self.graph.nodes)).args[0])  # type: ignore[arg-type]
+        outputs = len(next(reversed(self.graph.nodes)).args[0])
         if outputs != out_spec.num_leaves:
             raise Malformed(f"out: it has {out_spec.num_leaves} results, and the node output has {outputs}")
         return Trace(self.graph, in_spec, out_spec, tuple(given), self._ends())

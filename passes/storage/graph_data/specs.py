@@ -37,13 +37,12 @@ def spec_to_data(spec: TreeSpec) -> Any:
     if spec.is_leaf():
         return LEAF
     children = [spec_to_data(child) for child in spec.children()]
-    for name, kind in SEQUENCES.items():
-        if spec.type is kind:
-            return {name: children}
-    names = {kind: name for name, kind in MAPPINGS.items()}
-    name = names.get(spec.type) or next((n for n, kind in _outputs().items() if kind is spec.type), None)
+    name = next((n for n, kind in {**SEQUENCES, **MAPPINGS, **_outputs()}.items() if kind is spec.type), None)
+    if name in SEQUENCES:
+        return {name: children}
     if name is None or not all(type(key) in (str, int) for key in spec.context):
-        what = f"an argument or output of the class {getattr(spec.type, '__qualname__', spec.type)} cannot be saved in a graph"
+        kind = spec.context if isinstance(spec.context, type) else spec.type  # the context of a named tuple is its class
+        what = f"an argument or output of the class {getattr(kind, '__qualname__', kind)} cannot be saved in a graph"
         raise ModelError(what, hint="use tuples, lists, and dicts whose keys are text")
     return {name: [list(pair) for pair in zip(spec.context, children, strict=True)]}
 
@@ -113,4 +112,8 @@ def _mapping(name: str, keys: Sequence[Any], children: list[TreeSpec]) -> TreeSp
 def _outputs() -> dict[str, type[Any]]:
     """The dataclasses that are dicts (Hugging Face's `ModelOutput`) and that are registered with torch now, by name."""
     registered = _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.items()
-    return {n: kind for n, kind in registered if isinstance(kind, type) and issubclass(kind, dict) and dataclasses.is_dataclass(kind)}
+    return {
+        n: kind
+        for n, kind in registered
+        if isinstance(kind, type) and issubclass(kind, dict) and dataclasses.is_dataclass(kind)
+    }

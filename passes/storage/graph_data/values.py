@@ -15,8 +15,12 @@ from memrewrite.passes.rewrite.graph_host import ANY
 from memrewrite.passes.storage.graph_data.fields import Malformed, shown
 
 KINDS: dict[str, type[Any]] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
-NAMED = {  # by kind and name; `getattr(torch, name)` would import modules for some names
-    kind: {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, class_)}
+NAMED = {  # by kind and name, without quantized dtypes; `getattr(torch, name)` would import modules for some names
+    kind: {
+        str(value).removeprefix("torch."): value
+        for value in vars(torch).values()
+        if isinstance(value, class_) and not str(value).startswith("torch.q")
+    }
     for kind, class_ in KINDS.items()
 }
 NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
