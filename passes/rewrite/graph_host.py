@@ -9,6 +9,8 @@ looked up by name in every call, so that state dicts, `.to()`, optimizers and co
 
 from __future__ import annotations
 
+import keyword
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,6 +66,8 @@ AddUndo = Callable[[Callable[[], object]], None]  # receives a function that und
 def put(model: nn.Module, host: GraphHost, site: Site, layer: nn.Module, placement: Placement, done: AddUndo) -> None:
     """Insert `layer` at a site of a host. Raises `SelectError` where it cannot replace the MLP."""
     module = model.get_submodule(host.path)
+    if not all(site.path in trace.ends for trace in host.traces.values()):
+        raise SelectError(f"the graph of {host.path!r} does not contain the MLP {site.path!r}", where=site.path)
     if not host.placed:
         _add_layers_child(module, host, done)
     name, children = str(len(host.placed)), module.get_submodule(CHILD)
@@ -90,11 +94,14 @@ def _take_out(module: nn.Module, host: GraphHost, site: Site) -> None:
 
 def _drop_weights(model: nn.Module, host: GraphHost, names: Iterable[str], done: AddUndo) -> None:
     """Remove weights of a host that its graphs do not read any more."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         path, _, last = name.rpartition(".")
         if not f"{path}.".startswith(f"{host.path}."):
             continue
-        owner = model.get_submodule(path)
+        owner = modules.get(path)
+        if owner is None:
+            raise SelectError(f"the model has no module {path!r}", hint="the plan was made for another model: plan again")
         for tensors in (owner._parameters, owner._buffers):
             if last in tensors:
                 value = tensors.pop(last)
@@ -109,6 +116,10 @@ def layer_in(model: nn.Module, path: str, number: int) -> nn.Module:
 def _add_layers_child(module: nn.Module, host: GraphHost, done: AddUndo) -> None:
     if hasattr(module, CHILD):
         raise SelectError(f"the module {host.path!r} already has an attribute {CHILD!r}, the name of the layers' container")
+    for name in host.constants:
+        if hasattr(module, name):
+            raise SelectError(f"the module {host.path!r} already has an attribute {name!r}, the name of a constant")
+    _refuse_unknown_weights(module, host)
     host.kind = type(module)
     own = vars(module).pop("forward", None)  # set by a wrapper, for example: its effect is in the graph
     done(lambda: setattr(module, "__class__", host.kind))
@@ -118,6 +129,30 @@ def _add_layers_child(module: nn.Module, host: GraphHost, done: AddUndo) -> None
     for name, value in host.constants.items():
         module.register_buffer(name, value, persistent=False)
         done(lambda name=name: delattr(module, name))  # type: ignore[misc]
+
+
+def _refuse_unknown_weights(module: nn.Module, host: GraphHost) -> None:
+    """Raise `SelectError` unless every name that the graphs read is that of a parameter, a buffer or a constant.
+
+    The names become source code in `_function`, so a part of one may be no other text: no quotation mark, no keyword.
+    """
+    tensors = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    known = {*host.constants, *(name for name, _ in tensors)}
+    for trace in host.traces.values():
+        for node in trace.graph.nodes:
+            if node.op != "get_attr":
+                continue
+            if node.target not in known:
+                raise SelectError(f"the graph of {host.path!r} reads {node.target!r}, which is no parameter or buffer of it")
+            if not all(_can_be_source(part) for part in str(node.target).split(".")):
+                raise SelectError(f"a graph cannot read a weight of the name {node.target!r}", where=host.path)
+
+
+def _can_be_source(part: str) -> bool:
+    """Whether torch.fx can write an access to the attribute `part`: as `.part`, or as `getattr(..., "part")`."""
+    if part.isidentifier():
+        return not keyword.iskeyword(part) and unicodedata.normalize("NFKC", part) == part
+    return part.isprintable() and not set(part) & {'"', "\\"}
 
 
 def _compile(module: nn.Module, host: GraphHost) -> set[str]:

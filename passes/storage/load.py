@@ -21,7 +21,7 @@ from memrewrite.passes.rewrite.graph_host import GraphHost
 from memrewrite.passes.rewrite.undo_log import UndoLog
 from memrewrite.passes.storage.base_model import CONFIG, build_base, saved_architecture
 from memrewrite.passes.storage.exported_program import read_program
-from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json
+from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json, refuse_unsaved_constants
 from memrewrite.passes.storage.manifest import SavedFiles, read_manifest
 from memrewrite.passes.storage.saved_plan import PLAN, REPORT, read_plan, read_report
 from memrewrite.passes.storage.saved_tensors import SavedTensors, refuse_meta, refuse_too_large, saved_tensors, state_of
@@ -62,7 +62,8 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     plan, record, tensors = read_plan(files), _record(files), saved_tensors(files)
     if REPORT in files:
         read_report(files)
-    hosts = _hosts_of(files)
+    hosts = _hosts_of(files, trust_code=trust_code)
+    refuse_unsaved_constants(hosts(), {name: header.shape for name, header in tensors.transient.items()})
     if model is None:
         if files.base.kind == "huggingface":
             outline = saved_architecture(files).outline(len(tensors.state))
@@ -101,10 +102,10 @@ def _record(files: SavedFiles) -> RewriteRecord:
     return RewriteRecord(**{field: files.text(name) for field, name in RECORD.items() if name in files or field == "plan"})
 
 
-def _hosts_of(files: SavedFiles) -> Callable[[], dict[str, GraphHost]]:
+def _hosts_of(files: SavedFiles, *, trust_code: bool) -> Callable[[], dict[str, GraphHost]]:
     """A function that makes the modules that become graphs anew: a substitution changes them."""
     text = files.text(GRAPHS) if GRAPHS in files else None
-    return lambda: hosts_from_json(text) if text is not None else {}
+    return lambda: hosts_from_json(text, trust_code=trust_code) if text is not None else {}
 
 
 def _refuse_misfit(
