@@ -70,10 +70,12 @@ def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.n2 = inputs[3]
 
 
-def backward_grad(ctx: Any, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
+def backward_grad(ctx: Any, grad1: Tensor | None, grad2: Tensor | None) -> tuple[Tensor | None, ...]:
     """Second order: the backward is linear in grad, so its gradient gathers from both halves."""
     (indices,) = ctx.saved_tensors
-    return grad1.gather(-1, indices // ctx.n2) + grad2.gather(-1, indices % ctx.n2), None, None, None, None
+    halves = (grad1, indices // ctx.n2), (grad2, indices % ctx.n2)
+    parts = [grad.gather(-1, places) for grad, places in halves if grad is not None]
+    return torch.stack(parts).sum(0), None, None, None, None
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

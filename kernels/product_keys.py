@@ -183,35 +183,45 @@ def backward_fake(
     return queries.new_empty(queries.shape if need_queries else (0,)), keys.new_empty(keys.shape if need_keys else (0,))
 
 
+def chosen_scores(queries: Tensor, keys: Tensor, slots: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """The scores of given slots [h, T, k] in `dtype`, as sums of both halves; only these keys are read. Differentiable."""
+    (heads, tokens, k), width = slots.shape, keys.shape[-1]
+    reads, unused = _reads(slots.new_zeros(slots.shape, dtype=dtype), slots, keys.shape[1])
+    table, rows = keys.reshape(-1, width), queries.reshape(-1, width)
+    lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
+    scores: Tensor = lookup_backward(rows, table, reads, unused, False, True, None, backend)[1]
+    return scores.view(tokens, heads, 2, k).sum(2).transpose(0, 1)
+
+
 def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Save the inputs, and which of the two gradients were computed."""
     ctx.save_for_backward(*inputs[:4])
     ctx.wanted, ctx.backend = inputs[4:6], inputs[6]
 
 
-def backward_grad(ctx: Any, second_queries: Tensor, second_keys: Tensor) -> tuple[Tensor | None, ...]:
+def backward_grad(ctx: Any, second_queries: Tensor | None, second_keys: Tensor | None) -> tuple[Tensor | None, ...]:
     """Second order: both gradients are bilinear in grad, queries and keys, so their gradients are lookups too."""
     grad, slots, queries, keys = ctx.saved_tensors
     need_grad, _, need_queries, need_keys = ctx.needs_input_grad[:4]
-    has_queries, has_keys = ctx.wanted
-    (heads, tokens, k), width = slots.shape, keys.shape[-1]
+    for_queries, for_keys = ctx.wanted
+    width = keys.shape[-1]
     reads, weights = _reads(grad, slots, keys.shape[1])
-    table, rows = keys.reshape(-1, width), queries.reshape(-1, width)
-    second_table, second_rows = second_keys.reshape(-1, width), second_queries.reshape(-1, width)
-    lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
     d_grad = d_queries = d_keys = None
-    if need_grad:
-        parts = []
-        if has_queries:
-            parts.append(lookup_backward(second_rows, table, reads, weights, False, True, None, ctx.backend)[1])
-        if has_keys:
-            parts.append(lookup_backward(rows, second_table, reads, weights, False, True, None, ctx.backend)[1])
-        d_grad = torch.stack(parts).sum(0).view(tokens, heads, 2, k).sum(2).transpose(0, 1)
-    if need_queries and has_keys:
-        lookup = torch.ops.memrewrite.sparse_lookup
-        d_queries = lookup(second_table, reads, weights, backend=ctx.backend, dtype=queries.dtype).view(queries.shape)
-    if need_keys and has_queries:
-        d_keys = lookup_backward(second_rows, table, reads, weights, True, False, None, ctx.backend)[0].view(keys.shape)
+    if for_queries and second_queries is not None:
+        if need_grad:
+            d_grad = chosen_scores(second_queries, keys, slots, grad.dtype, ctx.backend)
+        if need_keys:
+            table, rows = keys.reshape(-1, width), second_queries.reshape(-1, width)
+            lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
+            d_keys = lookup_backward(rows, table, reads, weights, True, False, None, ctx.backend)[0].view(keys.shape)
+    if for_keys and second_keys is not None:
+        if need_grad:
+            by_keys = chosen_scores(queries, second_keys, slots, grad.dtype, ctx.backend)
+            d_grad = by_keys if d_grad is None else d_grad + by_keys
+        if need_queries:
+            lookup = torch.ops.memrewrite.sparse_lookup
+            second_table = second_keys.reshape(-1, width)
+            d_queries = lookup(second_table, reads, weights, backend=ctx.backend, dtype=queries.dtype).view(queries.shape)
     return d_grad, None, d_queries, d_keys, None, None, None
 
 

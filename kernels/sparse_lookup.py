@@ -159,7 +159,7 @@ def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.wanted, ctx.scaled, ctx.backend = inputs[4:6], inputs[6] is not None, inputs[7]
 
 
-def backward_grad(ctx: Any, grad_gv: Tensor, grad_gw: Tensor) -> tuple[Tensor | None, ...]:
+def backward_grad(ctx: Any, grad_gv: Tensor | None, grad_gw: Tensor | None) -> tuple[Tensor | None, ...]:
     """Second order: both gradients are bilinear in (grad, values, weights), so their gradients are lookups too."""
     if ctx.scaled:
         raise RuntimeError("sparse_lookup: a table with a scale has no second derivatives; use a table without")
@@ -167,7 +167,7 @@ def backward_grad(ctx: Any, grad_gv: Tensor, grad_gw: Tensor) -> tuple[Tensor | 
     lookup = partial(torch.ops.memrewrite.sparse_lookup, backend=ctx.backend, dtype=grad.dtype)
     lookup_backward = partial(torch.ops.memrewrite.sparse_lookup_backward, backend=ctx.backend)
     need_grad, need_values, _, need_weights = ctx.needs_input_grad[:4]
-    has_gv, has_gw = ctx.wanted
+    has_gv, has_gw = (want and grad is not None for want, grad in zip(ctx.wanted, (grad_gv, grad_gw), strict=True))
     d_grad = d_values = d_weights = None
     if need_grad and has_gv:
         d_grad = lookup(grad_gv, indices, weights)
