@@ -118,7 +118,7 @@ def _reads(
         return values, scale, _joined(indices, dims[1], size)
     values, indices = _first(values, dims[0], size), _first(indices, dims[1], size)
     rows = values.shape[1]
-    begins = torch.arange(0, size * rows, max(1, rows), device=indices.device)[:size].view(-1, 1, 1)
+    begins = torch.arange(size, device=indices.device).view(-1, 1, 1) * rows
     moved = indices + begins
     if indices.device.type == "cpu":  # an index outside its own table must not read the next one
         moved = torch.where((indices < 0) | (indices >= rows), -1, moved)

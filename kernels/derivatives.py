@@ -60,10 +60,17 @@ def kernel(op: torch._ops.OpOverload, rules: Rules) -> Callable[..., Any]:
         return (*rules.backward(ctx, *grads), None)
 
     def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        primals = [None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
+        primals = [None if tensor is None else _without_tangent(tensor) for tensor in ctx.saved_tensors]
         count = len(ctx.numbers)
         inputs = [number if tensor is None else tensor for number, tensor in zip(ctx.numbers, primals[:count], strict=True)]
-        return rules.jvp(inputs, primals[count:], tangents[:-1])
+        outputs = primals[count:]
+        with forward_ad._set_fwd_grad_enabled(True):  # torch disables it, and so the tangents of the outer levels
+            found = rules.jvp(inputs, outputs, tangents[:-1])
+        pushed = [
+            torch.zeros_like(out) if tangent is None and out.is_floating_point() else tangent
+            for out, tangent in zip(outputs, found if isinstance(found, tuple) else (found,), strict=True)
+        ]
+        return tuple(pushed) if isinstance(found, tuple) else pushed[0]
 
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "jvp": jvp}
     name = "".join(part.capitalize() for part in op._opname.split("_"))
@@ -106,8 +113,12 @@ def refuse(message: str) -> Callable[..., NoReturn]:
     return raises
 
 
+def _without_tangent(tensor: Tensor) -> Tensor:
+    return forward_ad.unpack_dual(tensor).primal if tensor.is_floating_point() else tensor
+
+
 def _has_tangent(tensor: Tensor) -> bool:
-    return forward_mode() and forward_ad.unpack_dual(tensor).tangent is not None
+    return forward_mode() and tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _below(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, args: Any) -> Any:
