@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memrewrite.kernels import product_keys as _keys
+from memrewrite.kernels.sparse_lookup import NO_SCALE
 
 Tangents = Sequence[Tensor | None]
 _OPS = torch.ops.memrewrite
@@ -111,4 +112,4 @@ def _sum(parts: list[Tensor]) -> Tensor | None:
 
 def _refuse_scale(tangent: Tensor | None) -> None:
     if tangent is not None:
-        raise RuntimeError("sparse_lookup: the scale of a table has no derivative; differentiate with respect to the values")
+        raise RuntimeError(NO_SCALE)

@@ -35,14 +35,6 @@ def _nothing(*_: Any) -> None:
     """The fake implementation of an operator that returns nothing; a context that saves nothing."""
 
 
-_NO_ROWS = (
-    'sparse_lookup: a table with gradient "sparse" has first derivatives in reverse mode only, and none under torch.func; '
-    'use gradient "dense"'
-)
-_NO_KEEP = (
-    'sparse_lookup: a table with gradient "fused" is trained by `loss.backward()` only; use gradient "dense" for torch.func, '
-    "forward mode and second derivatives"
-)
 _NO_UPDATE = "an update of a table has no derivative, and no batch of tables; call it under torch.no_grad(), outside torch.func"
 _LOOKUP = "Tensor values, Tensor indices, Tensor weights"
 _TABLE = "Tensor(a!) values, Tensor(b!)? scale"
@@ -68,15 +60,15 @@ _OPS = (
         "sparse_lookup_rows(Tensor grad, Tensor indices, Tensor weights, SymInt slots, str backend='auto') -> Tensor",
         _lookup.rows,
         _lookup.rows_fake,
-        batching.refuse(_NO_ROWS),
-        Rules(derivatives.refuse(_NO_ROWS), _nothing, derivatives.refuse(_NO_ROWS)),
+        batching.refuse(_lookup.NO_ROWS),
+        Rules(derivatives.refuse(_lookup.NO_ROWS), _nothing, derivatives.refuse(_lookup.NO_ROWS)),
     ),
     _Op(
         "sparse_lookup_keep(Tensor grad, Tensor indices, Tensor weights, Tensor(a!) pending, int handle) -> ()",
         _lookup.keep,
         _nothing,
-        batching.refuse(_NO_KEEP),
-        _NO_KEEP,
+        batching.refuse(_lookup.NO_KEEP),
+        _lookup.NO_KEEP,
         tags=(torch.Tag.cudagraph_unsafe,),  # a replayed CUDA graph would not update the queue
     ),
     _Op(

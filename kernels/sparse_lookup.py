@@ -17,6 +17,15 @@ from memrewrite.kernels.checks import one_device, require
 from memrewrite.kernels.pending import queue_of
 
 GRADIENTS = ("dense", "sparse", "fused")
+NO_ROWS = (
+    'sparse_lookup: a table with gradient "sparse" has first derivatives in reverse mode only, and none under torch.func; '
+    'use gradient "dense"'
+)
+NO_KEEP = (
+    'sparse_lookup: a table with gradient "fused" has no second derivatives, and no gradient under torch.func: '
+    '`loss.backward()` trains it; use gradient "dense"'
+)
+NO_SCALE = "sparse_lookup: the scale of a table has no derivative; differentiate with respect to the values or the weights"
 
 
 def forward(
@@ -70,6 +79,8 @@ def _output_dtype(values: Tensor, weights: Tensor, scale: Tensor | None, dtype: 
 def context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Save the inputs, nothing of size [T, K, D]. Called only if an input requires a gradient."""
     values, indices, weights, scale, ctx.gradient, ctx.backend, pending, ctx.handle, _ = inputs
+    if ctx.needs_input_grad[3]:
+        raise RuntimeError(NO_SCALE)
     if ctx.needs_input_grad[0]:
         _check_gradient(values, ctx.gradient, pending)
     ctx.save_for_backward(values, indices, weights, scale)
@@ -83,10 +94,12 @@ def grad_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_values = None
     if need_values and ctx.gradient == "fused":
         if torch.is_grad_enabled():
-            raise RuntimeError('sparse_lookup: a table with gradient "fused" has no second derivatives; use "dense"')
+            raise RuntimeError(NO_KEEP)
         if _is_wanted(ctx.next_functions[0][0]):
             torch.ops.memrewrite.sparse_lookup_keep(grad, indices, weights, ctx.pending, ctx.handle)
     elif need_values and ctx.gradient == "sparse":
+        if torch._C._are_functorch_transforms_active():  # which cannot wrap a COO tensor
+            raise RuntimeError(NO_ROWS)
         grad_values = torch.ops.memrewrite.sparse_lookup_rows(grad, indices, weights, values.shape[0], ctx.backend)
         grad_values = grad_values.to(values.dtype)
     need_dense = need_values and ctx.gradient == "dense"
