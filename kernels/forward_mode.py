@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memrewrite.kernels import product_keys as _keys
-from memrewrite.kernels.sparse_lookup import NO_SCALE
+from memrewrite.kernels.lookup_checks import NO_SCALE
 
 Tangents = Sequence[Tensor | None]
 _OPS = torch.ops.memrewrite
@@ -33,9 +33,7 @@ def sparse_lookup(inputs: list[Any], outputs: list[Tensor], tangents: Tangents) 
     return _sum(parts)
 
 
-def sparse_lookup_backward(
-    inputs: list[Any], outputs: list[Tensor], tangents: Tangents
-) -> tuple[Tensor | None, Tensor | None]:
+def sparse_lookup_backward(inputs: list[Any], outputs: list[Tensor], tangents: Tangents) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of values is bilinear in grad and weights, that of weights in grad and values."""
     grad, values, indices, weights, need_values, need_weights, *others = inputs
     grad_t, values_t, weights_t = tangents[0], tangents[1], tangents[3]
@@ -83,9 +81,7 @@ def product_keys(inputs: list[Any], outputs: list[Tensor], tangents: Tangents) -
     return _softmax(best, _sum(parts)) if softmax else _sum(parts), None
 
 
-def product_keys_backward(
-    inputs: list[Any], outputs: list[Tensor], tangents: Tangents
-) -> tuple[Tensor | None, Tensor | None]:
+def product_keys_backward(inputs: list[Any], outputs: list[Tensor], tangents: Tangents) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of queries is bilinear in grad and keys, that of keys in grad and queries."""
     grad, slots, queries, keys, need_queries, need_keys, backend = inputs
     grad_t, _, queries_t, keys_t, *_ = tangents

@@ -18,6 +18,7 @@ from memrewrite.kernels import product_key_topk as _topk
 from memrewrite.kernels import product_keys as _keys
 from memrewrite.kernels import sparse_lookup as _lookup
 from memrewrite.kernels.derivatives import Rules
+from memrewrite.kernels.lookup_checks import NO_KEEP, NO_ROWS
 
 
 class _Op(NamedTuple):
@@ -32,7 +33,7 @@ class _Op(NamedTuple):
 
 
 def _nothing(*_: Any) -> None:
-    """The fake implementation of an operator that returns nothing; a context that saves nothing."""
+    """A context that saves nothing."""
 
 
 _NO_UPDATE = "an update of a table has no derivative, and no batch of tables; call it under torch.no_grad(), outside torch.func"
@@ -60,22 +61,22 @@ _OPS = (
         "sparse_lookup_rows(Tensor grad, Tensor indices, Tensor weights, SymInt slots, str backend='auto') -> Tensor",
         _lookup.rows,
         _lookup.rows_fake,
-        batching.refuse(_lookup.NO_ROWS),
-        Rules(derivatives.refuse(_lookup.NO_ROWS), _nothing, derivatives.refuse(_lookup.NO_ROWS)),
+        batching.refuse(NO_ROWS),
+        Rules(derivatives.refuse(NO_ROWS), _nothing, derivatives.refuse(NO_ROWS)),
     ),
     _Op(
         "sparse_lookup_keep(Tensor grad, Tensor indices, Tensor weights, Tensor(a!) pending, int handle) -> ()",
         _lookup.keep,
-        _nothing,
-        batching.refuse(_lookup.NO_KEEP),
-        _lookup.NO_KEEP,
+        _lookup.keep_fake,
+        batching.refuse(NO_KEEP),
+        NO_KEEP,
         tags=(torch.Tag.cudagraph_unsafe,),  # a replayed CUDA graph would not update the queue
     ),
     _Op(
         f"rowwise_adagrad_({_TABLE}, Tensor(c!) total, {_READS}, float lr, float eps, float weight_decay, int seed, "
         "str backend='auto') -> ()",
         _update.adagrad,
-        _nothing,
+        _update.adagrad_fake,
         batching.refuse(_NO_UPDATE),
         _NO_UPDATE,
     ),
@@ -83,7 +84,7 @@ _OPS = (
         f"rowwise_adam_({_TABLE}, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, {_READS}, float lr, float beta1, float beta2, "
         "float eps, float weight_decay, int step, int seed, str backend='auto') -> ()",
         _update.adam,
-        _nothing,
+        _update.adam_fake,
         batching.refuse(_NO_UPDATE),
         _NO_UPDATE,
     ),

@@ -120,9 +120,7 @@ CASES = {
     "product_keys": Case(
         lambda q, k: ops.product_keys(q, k, TOP, softmax=False)[0], plain_product_keys(False), (QUERIES, HALF_KEYS)
     ),
-    "product_keys_softmax": Case(
-        lambda q, k: ops.product_keys(q, k, TOP)[0], plain_product_keys(True), (QUERIES, HALF_KEYS)
-    ),
+    "product_keys_softmax": Case(lambda q, k: ops.product_keys(q, k, TOP)[0], plain_product_keys(True), (QUERIES, HALF_KEYS)),
     "product_keys_backward": Case(
         lambda g, q, k: OPS.product_keys_backward(g, SLOTS, q, k, True, True),
         plain_product_keys_backward,
@@ -250,7 +248,9 @@ def test_a_vjp_after_its_level_has_ended(case: Case) -> None:
     for function in (case.ours, case.plain):
         out, pull = vjp(function, *case.inputs)
         cotangents = tuple(randn(*o.shape, seed=4) for o in out) if isinstance(out, tuple) else randn(*out.shape, seed=4)
-        results.append((pull(cotangents), vmap(pull)(torch.utils._pytree.tree_map(lambda c: torch.stack([c, 2 * c]), cotangents))))
+        results.append(
+            (pull(cotangents), vmap(pull)(torch.utils._pytree.tree_map(lambda c: torch.stack([c, 2 * c]), cotangents)))
+        )
     torch.testing.assert_close(*results)
 
 
@@ -285,18 +285,20 @@ def test_vmap_of_every_subset_of_the_inputs(case: Case, dim: int) -> None:
             got, want = (vmap(make(f), in_dims=dims)(*batched) for f in (case.ours, case.plain))
             torch.testing.assert_close(got, want)
         got, want = (
-            grad(lambda *inputs, f=f, dims=dims: vmap(loss_of(f), in_dims=dims)(*inputs).sum(), tuple(range(len(dims))))(*batched)
+            grad(lambda *inputs, f=f, dims=dims: vmap(loss_of(f), in_dims=dims)(*inputs).sum(), tuple(range(len(dims))))(
+                *batched
+            )
             for f in (case.ours, case.plain)
         )
         torch.testing.assert_close(got, want)
-        got, want = (
-            jvp(vmap(f, in_dims=dims), tuple(batched), tangents_of(tuple(batched))) for f in (case.ours, case.plain)
-        )
+        got, want = (jvp(vmap(f, in_dims=dims), tuple(batched), tangents_of(tuple(batched))) for f in (case.ours, case.plain))
         torch.testing.assert_close(got, want)
 
 
 def test_nested_vmap(case: Case) -> None:
-    inputs = [torch.stack([torch.stack([x, x.sin()]), torch.stack([x.cos(), x.exp()]), torch.stack([x, x])]) for x in case.inputs]
+    inputs = [
+        torch.stack([torch.stack([x, x.sin()]), torch.stack([x.cos(), x.exp()]), torch.stack([x, x])]) for x in case.inputs
+    ]
     got, want = (vmap(vmap(f), in_dims=0)(*inputs) for f in (case.ours, case.plain))
     torch.testing.assert_close(got, want)
     shared = (0, *[None] * (len(case.inputs) - 1))
@@ -333,7 +335,9 @@ def test_empty_calls_under_vmap_and_jvp() -> None:
         out = vmap(ops.sparse_lookup)(values, indices, weights)
         assert out.shape == (2, t, D)
         assert not out.any()
-        out, tangent = jvp(lambda v, w, i=indices[0]: ops.sparse_lookup(v, i, w), (values[0], weights[0]), (values[1], weights[1]))
+        out, tangent = jvp(
+            lambda v, w, i=indices[0]: ops.sparse_lookup(v, i, w), (values[0], weights[0]), (values[1], weights[1])
+        )
         assert out.shape == tangent.shape == (t, D)
 
 
