@@ -228,5 +228,5 @@ def keep(grad: Tensor, indices: Tensor, weights: Tensor, pending: Tensor, handle
 def keep_fake(grad: Tensor, indices: Tensor, weights: Tensor, pending: Tensor, handle: int) -> None:
     """The checks of `keep`."""
     check_reads("sparse_lookup_keep", grad, indices, weights)
-    if pending.dtype != torch.int64 or pending.numel() != 1:
+    if pending.dtype != torch.int64 or pending.layout is not torch.strided or pending.numel() != 1:
         raise ValueError("sparse_lookup_keep: `pending` is not the counter of a queue: it must be int64 with one element")

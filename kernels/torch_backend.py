@@ -61,7 +61,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only if needed, in their dtypes."""
     check_range(indices, values.shape[0])
-    grad = grad.contiguous()  # [T, D]; the gradient of a sum is an expanded tensor
+    grad, indices = grad.contiguous(), indices.contiguous()  # the gradient of a sum is an expanded tensor
     grad_values = _scatter(grad, values, indices, weights) if need_values else None
     grad_weights = _weights_gradient(grad, values, indices, scale, weights.dtype) if need_weights else None
     return grad_values, grad_weights
