@@ -21,6 +21,12 @@ log = logging.getLogger("memrewrite.kernels")
 _logged: set[tuple[str, str, str, str]] = set()
 
 
+def require_known(op: str, requested: str) -> None:
+    """Raise ValueError unless `requested` is "auto" or the name of a backend."""
+    if requested not in NAMES:
+        raise ValueError(f"{op}: there is no backend {requested!r}; try one of {', '.join(NAMES)}")
+
+
 def choose(op: str, requested: str, reason_of: Callable[[ModuleType], str | None]) -> ModuleType:
     """The backend module for one call.
 
@@ -41,8 +47,7 @@ def choose(op: str, requested: str, reason_of: Callable[[ModuleType], str | None
             _log_choice(op, requested, backend.NAME, "; ".join(against))
             return backend
         against.append(f"{backend.NAME} cannot: {reason}")
-    if requested not in NAMES:
-        raise ValueError(f"{op}: there is no backend {requested!r}; try one of {', '.join(NAMES)}")
+    require_known(op, requested)
     raise ValueError(f'{op}: {"; ".join(against)}; try backend="auto"')
 
 

@@ -1,4 +1,8 @@
-"""Checks that the operators share: sizes (integers or symbolic), a single device, indices within the table."""
+"""Checks that the operators share, before a kernel reads memory: sizes, dtypes, layouts, one device, indices within the table.
+
+Implementations and fake implementations call them; sizes are integers or symbolic. Only the values of indices are unknown to a
+fake implementation.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +19,54 @@ def require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None
 
 
 def one_device(op: str, first: Tensor, *others: Tensor | None) -> None:
-    """Raise ValueError unless all tensors are on the device of the first: a kernel would read invalid addresses."""
-    for other in others:
-        if other is not None and other.device != first.device:
+    """Raise ValueError unless all tensors are on the device of the first, TypeError unless they are dense (strided)."""
+    for other in (first, *others):
+        if other is None:
+            continue
+        if other.device != first.device:
             raise ValueError(f"{op}: all tensors must be on one device, not on {first.device} and {other.device}")
+        if other.layout is not torch.strided:
+            raise TypeError(f"{op}: all tensors must be dense (torch.strided), not {other.layout}")
 
 
-def check_range(values: Tensor, indices: Tensor) -> None:
-    """Raise IndexError for an index outside the table, on the CPU only: elsewhere the check would synchronize."""
-    if indices.device.type != "cpu":
+def is_wide(tensor: Tensor) -> bool:
+    """True for a floating dtype of 16 or more bits."""
+    return tensor.is_floating_point() and tensor.itemsize > 1
+
+
+def same_shape(op: str, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Raise ValueError unless the shape of the argument `name` is the wanted one."""
+    if len(found) != len(wanted):
+        raise ValueError(f"{op}: {name} is {found}, not {wanted}")
+    for one, other in zip(found, wanted, strict=True):
+        require(one == other, lambda: f"{op}: {name} is {found}, not {wanted}")
+
+
+def check_reads(op: str, grad: Tensor, indices: Tensor, weights: Tensor) -> None:
+    """Raise ValueError or TypeError unless the three are the gradient and the reads of a lookup: [T, D], [T, K], [T, K]."""
+    if not grad.dim() == indices.dim() == weights.dim() == 2:
+        raise ValueError(
+            f"{op}: a lookup has grad [T, D], indices [T, K] and weights [T, K], "
+            f"not {tuple(grad.shape)}, {tuple(indices.shape)} and {tuple(weights.shape)}"
+        )
+    one_device(op, grad, indices, weights)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: indices must be int32 or int64, not {indices.dtype}")
+    if not is_wide(grad) or not is_wide(weights):
+        raise TypeError(
+            f"{op}: grad and weights must have a floating dtype of 16 or more bits, not {grad.dtype} and {weights.dtype}"
+        )
+    same_shape(op, "weights", tuple(weights.shape), tuple(indices.shape))
+    require(
+        grad.shape[0] == indices.shape[0],
+        lambda: f"{op}: grad {tuple(grad.shape)} and indices {tuple(indices.shape)} have different numbers of tokens",
+    )
+
+
+def check_range(indices: Tensor, size: int, what: str = "a table of {} slots") -> None:
+    """Raise IndexError for an index outside [0, size), on the CPU only: elsewhere the check would synchronize."""
+    if indices.device.type != "cpu" or not indices.numel():
         return
     low, high = (int(bound) for bound in indices.aminmax())
-    if low < 0 or high >= values.shape[0]:
-        raise IndexError(
-            f"sparse_lookup: index {low if low < 0 else high} is out of range for a table of {values.shape[0]} slots"
-        )
+    if low < 0 or high >= size:
+        raise IndexError(f"sparse_lookup: index {low if low < 0 else high} is out of range for {what.format(size)}")

@@ -1,6 +1,7 @@
 """Whether an operator's implementation may be called directly: torch's dispatcher takes longer than a lookup of one token.
 
-A call through the dispatcher and a direct call differ only if autograd, a mode, a transform or a profiler takes part.
+A call through the dispatcher and a direct call differ only if autograd, a mode, a transform or a profiler takes part. Within a
+level of forward mode, tensors may have tangents; asking each of them takes longer than the dispatcher.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey, DispatchKeySet
+
+from memrewrite.kernels.derivatives import forward_mode
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 # With other keys, of a tensor or of the thread, the dispatcher would run something before the implementation: a dispatch mode,
@@ -20,6 +23,8 @@ for _key in (DispatchKey.CPU, DispatchKey.AutogradCPU, DispatchKey.ADInplaceOrVi
 def dispatch_adds_nothing(*tensors: Tensor | None) -> bool:
     """True if the dispatcher would run the implementation on these CPU tensors and nothing else."""
     if torch.compiler.is_compiling() or torch._C._len_torch_function_stack() or torch._C._autograd._profiler_enabled():
+        return False
+    if forward_mode():
         return False
     records = torch.is_grad_enabled()
     live = torch._C._dispatch_tls_local_include_set().raw_repr()

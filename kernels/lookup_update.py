@@ -10,9 +10,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from memrewrite.kernels.backends import choose
-from memrewrite.kernels.checks import check_range, one_device
+from memrewrite.kernels.backends import choose, require_known
+from memrewrite.kernels.checks import check_range, check_reads, one_device, require, same_shape
 
+LARGEST = torch.finfo(torch.float32).max
 MOST_READS = 2**30  # per update: kernels count reads in 32 bits
 
 
@@ -30,12 +31,32 @@ def adagrad(
     backend: str = "auto",
 ) -> None:
     """`memrewrite::rowwise_adagrad_`; the public function is `ops.rowwise_adagrad_`."""
-    _check("rowwise_adagrad_", values, scale, {"total": total}, (grads, indices, weights))
+    adagrad_fake(values, scale, total, grads, indices, weights, lr, eps, weight_decay, seed, backend)
     reads = _with_reads(values, grads, indices, weights)
     if reads is None:
         return
     chosen = _chosen("rowwise_adagrad_", backend, values, scale, reads)
     chosen.adagrad_(values, scale, total, *reads, lr=lr, eps=eps, weight_decay=weight_decay, seed=seed)
+    _were_changed(values, scale, total)
+
+
+def adagrad_fake(
+    values: Tensor,
+    scale: Tensor | None,
+    total: Tensor,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    lr: float,
+    eps: float,
+    weight_decay: float,
+    seed: int,
+    backend: str = "auto",
+) -> None:
+    """The checks of `adagrad`."""
+    op = "rowwise_adagrad_"
+    _check(op, values, scale, {"total": total}, (grads, indices, weights), backend)
+    _check_numbers(op, lr=lr, eps=eps, weight_decay=weight_decay)
 
 
 def adam(
@@ -56,21 +77,56 @@ def adam(
     backend: str = "auto",
 ) -> None:
     """`memrewrite::rowwise_adam_`; the public function is `ops.rowwise_adam_`."""
-    _check("rowwise_adam_", values, scale, {"exp_avg_sq": exp_avg_sq}, (grads, indices, weights))
-    one_device("rowwise_adam_", values, exp_avg)
-    if exp_avg.shape != values.shape or exp_avg.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"rowwise_adam_: exp_avg must be {tuple(values.shape)} in float32 or bfloat16, "
-            f"not {tuple(exp_avg.shape)} in {exp_avg.dtype}"
-        )
-    if step < 1:
-        raise ValueError(f"rowwise_adam_: step={step}: steps count from 1")
+    numbers = (lr, beta1, beta2, eps, weight_decay)
+    adam_fake(values, scale, exp_avg, exp_avg_sq, grads, indices, weights, *numbers, step, seed, backend)
     reads = _with_reads(values, grads, indices, weights)
     if reads is None:
         return
     chosen = _chosen("rowwise_adam_", backend, values, scale, reads)
-    numbers = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
-    chosen.adam_(values, scale, exp_avg, exp_avg_sq, *reads, **numbers, step=step, seed=seed)
+    named = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    chosen.adam_(values, scale, exp_avg, exp_avg_sq, *reads, **named, step=step, seed=seed)
+    _were_changed(values, scale, exp_avg, exp_avg_sq)
+
+
+def adam_fake(
+    values: Tensor,
+    scale: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+    backend: str = "auto",
+) -> None:
+    """The checks of `adam`."""
+    op = "rowwise_adam_"
+    _check(op, values, scale, {"exp_avg_sq": exp_avg_sq}, (grads, indices, weights), backend)
+    one_device(op, values, exp_avg)
+    if exp_avg.shape != values.shape or exp_avg.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"{op}: exp_avg must be {tuple(values.shape)} in float32 or bfloat16, "
+            f"not {tuple(exp_avg.shape)} in {exp_avg.dtype}"
+        )
+    _check_memory(op, values, scale, exp_avg_sq, exp_avg)
+    _check_numbers(op, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    for beta in (beta1, beta2):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{op}: a beta is in [0, 1), not {beta}")
+    if step < 1:
+        raise ValueError(f"{op}: step={step}: steps count from 1")
+
+
+def _were_changed(*tensors: Tensor | None) -> None:
+    """Count the change of each tensor: a backward that needs the old content raises torch's error. Kernels do not count."""
+    changed = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
+    torch.autograd.graph.increment_version(changed)
 
 
 _Reads = tuple[list[Tensor], list[Tensor], list[Tensor]]
@@ -82,7 +138,7 @@ def _with_reads(values: Tensor, grads: list[Tensor], indices: list[Tensor], weig
     if not kept or values.shape[1] == 0:
         return None
     for _, index, _ in kept:
-        check_range(values, index)
+        check_range(index, values.shape[0])
     grads, indices, weights = (list(part) for part in zip(*kept, strict=True))
     return grads, indices, weights
 
@@ -92,7 +148,9 @@ def _chosen(op: str, backend: str, values: Tensor, scale: Tensor | None, reads: 
     return choose(op, backend, lambda b: b.supports(values, indices[0], weights[0], scale))
 
 
-def _check(op: str, values: Tensor, scale: Tensor | None, states: dict[str, Tensor], reads: _Reads) -> None:
+def _check(
+    op: str, values: Tensor, scale: Tensor | None, states: dict[str, Tensor], reads: _Reads, backend: str
+) -> None:
     """Raise TypeError or ValueError, before anything is changed, for inputs that the schema allows but the operators do not."""
     if values.dim() != 2 or not values.is_floating_point() or values.dtype == torch.float64:
         raise TypeError(f"{op}: values must be [N, D] in float32 or fewer bits, not {values.dtype} {tuple(values.shape)}")
@@ -102,14 +160,28 @@ def _check(op: str, values: Tensor, scale: Tensor | None, states: dict[str, Tens
         if state.shape != values.shape[:1] or state.dtype != torch.float32:
             raise ValueError(f"{op}: {name} must be float32 [{values.shape[0]}], not {state.dtype} {tuple(state.shape)}")
     one_device(op, values, scale, *states.values(), *(tensor for part in reads for tensor in part))
-    if sum(index.numel() for index in reads[1]) >= MOST_READS:
-        raise ValueError(f"{op}: one update has {MOST_READS} or more reads of one table; call step() more often")
+    _check_memory(op, values, scale, *states.values())
     if len({len(part) for part in reads}) != 1:
         raise ValueError(f"{op}: {', '.join(str(len(part)) for part in reads)} gradients, indices and weights do not pair up")
     for grad, index, weight in zip(*reads, strict=True):
-        fits = grad.dim() == index.dim() == 2 and index.shape == weight.shape
-        if not fits or grad.shape != (index.shape[0], values.shape[1]):
-            raise ValueError(
-                f"{op}: a lookup has grad [T, D], indices [T, K] and weights [T, K], "
-                f"not {tuple(grad.shape)}, {tuple(index.shape)} and {tuple(weight.shape)}"
-            )
+        check_reads(op, grad, index, weight)
+        same_shape(op, "grad", tuple(grad.shape), (index.shape[0], values.shape[1]))
+    require(
+        sum(index.numel() for index in reads[1]) < MOST_READS,
+        lambda: f"{op}: one update has {MOST_READS} or more reads of one table; call step() more often",
+    )
+    require_known(op, backend)
+
+
+def _check_memory(op: str, *changed: Tensor | None) -> None:
+    """Raise ValueError if elements of a tensor that is changed share memory: each would be updated several times."""
+    for tensor in changed:
+        if tensor is not None and any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(f"{op}: a tensor that is changed must have its own memory for each element, not be expanded")
+
+
+def _check_numbers(op: str, **numbers: float) -> None:
+    """Raise ValueError for a number that float32 cannot represent."""
+    for name, number in numbers.items():
+        if not abs(number) <= LARGEST:
+            raise ValueError(f"{op}: {name}={number} is not a finite float32 number")

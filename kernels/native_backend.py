@@ -144,13 +144,14 @@ def _floats(tensor: Tensor | None) -> bytes:
 
 
 class _Reads:
-    """The struct `Reads`, and the memory that it points to. Gradients of several dtypes are widened to float32."""
+    """The struct `Reads`, and the memory that it points to. Gradients of several dtypes, and float64, become float32."""
 
     def __init__(self, grads: list[Tensor], indices: list[Tensor], weights: list[Tensor], slots: int) -> None:
-        dtype = grads[0].dtype if all(grad.dtype == grads[0].dtype for grad in grads) else torch.float32
+        same = all(grad.dtype == grads[0].dtype for grad in grads)
+        dtype = grads[0].dtype if same and grads[0].dtype in TYPES else torch.float32
         self.slots = slots
         self.tensors = [
-            (_dense(grad.to(dtype)), _dense(index), _dense(weight))
+            (_dense(grad.to(dtype)), _dense(index), _dense(weight if weight.dtype in TYPES else weight.float()))
             for grad, index, weight in zip(grads, indices, weights, strict=True)
         ]
         self.parts = ctypes.create_string_buffer(

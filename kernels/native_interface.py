@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,25 @@ import torch
 
 from memrewrite.kernels import native_library
 
+log = logging.getLogger("memrewrite.kernels")
+
 
 @lru_cache(maxsize=1)
 def loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none."""
+    """The library, or why there is none. A library that is there but cannot be used is also a warning, once."""
     path = native_library.built_library()
     if path is None:
         return None, "it is not built: run `memrewrite build-op`"
+    found, reason = _opened(path)
+    if reason is not None:
+        log.warning("the native kernels are not used: %s", reason)
+    return found, reason
+
+
+def _opened(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
+    damage = native_library.damage(path)
+    if damage is not None:
+        return None, f"{path} is damaged ({damage}); {native_library.BUILD_AGAIN}"
     try:
         found = ctypes.CDLL(str(path))
         for name, arguments in _FUNCTIONS.items():
@@ -26,7 +39,7 @@ def loaded() -> tuple[ctypes.CDLL | None, str | None]:
             setattr(found, name, function)
         found.memrewrite_use_threads(_torch_threads())
     except (OSError, AttributeError) as error:
-        return None, f"{path} cannot be loaded ({error}): run `memrewrite build-op` again"
+        return None, f"{path} cannot be loaded ({error}); {native_library.BUILD_AGAIN}"
     return found, None
 
 

@@ -1,20 +1,11 @@
-"""The operators `torch.ops.memrewrite.*`: schemas, registration, and the Python functions that call them.
-
-Each backward is a separate operator, so that export, compile and the profiler see a gather and a scatter by name; the
-backwards with dense gradients are differentiable too. Importing this module registers the operators, once per process.
-"""
+"""The Python functions that call the operators `torch.ops.memrewrite.*`. Importing this module registers the operators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
 
-from memrewrite.kernels import flops
-from memrewrite.kernels import lookup_update as _update
+from memrewrite.kernels import operators as _operators  # noqa: F401 (registers the operators)
 from memrewrite.kernels import product_key_topk as _topk
 from memrewrite.kernels import product_keys as _keys
 from memrewrite.kernels import sparse_lookup as _lookup
@@ -196,105 +187,3 @@ def rowwise_adam_(
     """
     numbers = (lr, *betas, eps, weight_decay, step, seed, backend)
     torch.ops.memrewrite.rowwise_adam_(values, scale, exp_avg, exp_avg_sq, grads, indices, weights, *numbers)
-
-
-class _Op(NamedTuple):
-    """One operator: schema, implementation, fake implementation, and its gradient if it has one."""
-
-    schema: str
-    run: Callable[..., Any]
-    fake: Callable[..., Any]
-    grad: Callable[..., Any] | None = None
-    context: Callable[..., Any] | None = None
-    tags: tuple[torch.Tag, ...] = ()
-
-
-def _nothing(*_: Any) -> None:
-    """The fake implementation of an operator that returns nothing."""
-
-
-_LOOKUP = "Tensor values, Tensor indices, Tensor weights"
-_TABLE = "Tensor(a!) values, Tensor(b!)? scale"
-_READS = "Tensor[] grads, Tensor[] indices, Tensor[] weights"
-_OPS = (
-    _Op(
-        f"sparse_lookup({_LOOKUP}, Tensor? scale=None, str gradient='dense', str backend='auto', "
-        "Tensor? pending=None, int handle=0, ScalarType? dtype=None) -> Tensor",
-        _lookup.forward,
-        _lookup.forward_fake,
-        _lookup.grad_of,
-        _lookup.context,
-    ),
-    _Op(
-        f"sparse_lookup_backward(Tensor grad, {_LOOKUP}, bool need_values, bool need_weights, Tensor? scale=None, "
-        "str backend='auto') -> (Tensor, Tensor)",
-        _lookup.backward,
-        _lookup.backward_fake,
-        _lookup.backward_grad,
-        _lookup.backward_context,
-    ),
-    _Op(
-        "sparse_lookup_rows(Tensor grad, Tensor indices, Tensor weights, SymInt slots, str backend='auto') -> Tensor",
-        _lookup.rows,
-        _lookup.rows_fake,
-    ),
-    _Op(
-        "sparse_lookup_keep(Tensor grad, Tensor indices, Tensor weights, Tensor(a!) pending, int handle) -> ()",
-        _lookup.keep,
-        _nothing,
-        tags=(torch.Tag.cudagraph_unsafe,),  # a replayed CUDA graph would not update the queue
-    ),
-    _Op(
-        f"rowwise_adagrad_({_TABLE}, Tensor(c!) total, {_READS}, float lr, float eps, float weight_decay, int seed, "
-        "str backend='auto') -> ()",
-        _update.adagrad,
-        _nothing,
-    ),
-    _Op(
-        f"rowwise_adam_({_TABLE}, Tensor(c!) exp_avg, Tensor(d!) exp_avg_sq, {_READS}, float lr, float beta1, float beta2, "
-        "float eps, float weight_decay, int step, int seed, str backend='auto') -> ()",
-        _update.adam,
-        _nothing,
-    ),
-    _Op(
-        "product_key_topk(Tensor scores1, Tensor scores2, int k, bool softmax=False, str backend='auto') -> (Tensor, Tensor)",
-        _topk.forward,
-        _topk.forward_fake,
-        _topk.grad_of,
-        _topk.context,
-    ),
-    _Op(
-        "product_key_topk_backward(Tensor grad, Tensor indices, SymInt n1, SymInt n2, str backend='auto') -> (Tensor, Tensor)",
-        _topk.backward,
-        _topk.backward_fake,
-        _topk.backward_grad,
-        _topk.backward_context,
-    ),
-    _Op(
-        "product_keys(Tensor queries, Tensor keys, int k, bool softmax=True, str backend='auto') -> (Tensor, Tensor)",
-        _keys.forward,
-        _keys.forward_fake,
-        _keys.grad_of,
-        _keys.context,
-    ),
-    _Op(
-        "product_keys_backward(Tensor grad, Tensor slots, Tensor queries, Tensor keys, bool need_queries, bool need_keys, "
-        "str backend='auto') -> (Tensor, Tensor)",
-        _keys.backward,
-        _keys.backward_fake,
-        _keys.backward_grad,
-        _keys.backward_context,
-    ),
-)
-# Opaque to export and compile: the inside of a backend is never traced.
-_LIBRARY = Library("memrewrite", "DEF")  # type: ignore[no-untyped-call]
-for _op in _OPS:
-    _name = _op.schema.partition("(")[0]
-    _LIBRARY.define(_op.schema, tags=_op.tags)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(_name, _op.run, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]  # `run` dispatches by device
-    register_fake(f"memrewrite::{_name}", _op.fake, lib=_LIBRARY)
-    if _op.grad is not None:
-        register_autograd(f"memrewrite::{_name}", _op.grad, setup_context=_op.context, lib=_LIBRARY)
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("product_keys", _keys.autocast(_device), f"Autocast{_device}")  # type: ignore[no-untyped-call]
-flops.register_when_imported()

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from memrewrite.kernels import product_key_topk, sparse_lookup
-from memrewrite.kernels.backends import BACKENDS
-from memrewrite.kernels.checks import one_device, require
+from memrewrite.kernels.backends import BACKENDS, require_known
+from memrewrite.kernels.checks import is_wide, one_device, require, same_shape
 
 
 def forward(queries: Tensor, keys: Tensor, k: int, softmax: bool = True, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """`memrewrite::product_keys`: [T, 2h, d], [2h, n, d] -> [h, T, k] twice; the public function is `ops.product_keys`."""
-    _check(queries, keys, k)
+    _check(queries, keys, k, backend)
     fused = _fused(queries, keys, k, backend)
     if fused is not None:
         best: tuple[Tensor, Tensor] = fused.product_keys(queries, keys, k, softmax)
@@ -52,7 +52,7 @@ def _fused(queries: Tensor, keys: Tensor, k: int, backend: str) -> ModuleType | 
 
 def forward_fake(queries: Tensor, keys: Tensor, k: int, softmax: bool = True, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `forward`."""
-    _check(queries, keys, k)
+    _check(queries, keys, k, backend)
     shape = (keys.shape[0] // 2, queries.shape[0], k)
     weights = queries.new_empty(shape, dtype=torch.promote_types(queries.dtype, torch.float32))
     return weights, queries.new_empty(shape, dtype=torch.int64)
@@ -104,11 +104,16 @@ def backward(
 
     An unneeded gradient is returned as an empty tensor [0], since an operator cannot return None for a tensor.
     """
+    _check_backward(grad, slots, queries, keys, backend)
     (_, n, width), k = keys.shape, slots.shape[-1]
+    product_key_topk.check_slots(slots, n, n)
+    if not (slots.numel() and keys.numel()):
+        return queries.new_zeros(queries.shape if need_queries else 0), keys.new_zeros(keys.shape if need_keys else 0)
+    grad = grad.to(torch.promote_types(keys.dtype, torch.float32))
     if not reads_keys(keys.device.type, n, k, width):
         return _by_products(grad, slots, queries, keys, need_queries, need_keys)
     reads, weights = _reads(grad, slots, n)
-    table, rows = keys.reshape(-1, width), queries.reshape(-1, width)
+    table, rows = keys.flatten(0, 1), queries.flatten(0, 1)
     grad_queries = grad_keys = None
     if need_queries:
         found = sparse_lookup.forward(table, reads, weights, None, "dense", backend, dtype=queries.dtype)
@@ -180,7 +185,18 @@ def backward_fake(
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Shapes and dtypes of `backward`."""
+    _check_backward(grad, slots, queries, keys, backend)
     return queries.new_empty(queries.shape if need_queries else (0,)), keys.new_empty(keys.shape if need_keys else (0,))
+
+
+def chosen_scores(queries: Tensor, keys: Tensor, slots: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """The scores of given slots [h, T, k] in `dtype`, as sums of both halves; only these keys are read. Differentiable."""
+    (heads, tokens, k), width = slots.shape, keys.shape[-1]
+    reads, unused = _reads(slots.new_zeros(slots.shape, dtype=dtype), slots, keys.shape[1])
+    table, rows = keys.flatten(0, 1), queries.flatten(0, 1)
+    lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
+    scores: Tensor = lookup_backward(rows, table, reads, unused, False, True, None, backend)[1]
+    return scores.view(tokens, heads, 2, k).sum(2).transpose(0, 1)
 
 
 def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -189,43 +205,67 @@ def backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.wanted, ctx.backend = inputs[4:6], inputs[6]
 
 
-def backward_grad(ctx: Any, second_queries: Tensor, second_keys: Tensor) -> tuple[Tensor | None, ...]:
+def backward_grad(ctx: Any, second_queries: Tensor | None, second_keys: Tensor | None) -> tuple[Tensor | None, ...]:
     """Second order: both gradients are bilinear in grad, queries and keys, so their gradients are lookups too."""
     grad, slots, queries, keys = ctx.saved_tensors
     need_grad, _, need_queries, need_keys = ctx.needs_input_grad[:4]
-    has_queries, has_keys = ctx.wanted
-    (heads, tokens, k), width = slots.shape, keys.shape[-1]
+    for_queries, for_keys = ctx.wanted
+    width = keys.shape[-1]
     reads, weights = _reads(grad, slots, keys.shape[1])
-    table, rows = keys.reshape(-1, width), queries.reshape(-1, width)
-    second_table, second_rows = second_keys.reshape(-1, width), second_queries.reshape(-1, width)
-    lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
     d_grad = d_queries = d_keys = None
-    if need_grad:
-        parts = []
-        if has_queries:
-            parts.append(lookup_backward(second_rows, table, reads, weights, False, True, None, ctx.backend)[1])
-        if has_keys:
-            parts.append(lookup_backward(rows, second_table, reads, weights, False, True, None, ctx.backend)[1])
-        d_grad = torch.stack(parts).sum(0).view(tokens, heads, 2, k).sum(2).transpose(0, 1)
-    if need_queries and has_keys:
-        lookup = torch.ops.memrewrite.sparse_lookup
-        d_queries = lookup(second_table, reads, weights, backend=ctx.backend, dtype=queries.dtype).view(queries.shape)
-    if need_keys and has_queries:
-        d_keys = lookup_backward(second_rows, table, reads, weights, True, False, None, ctx.backend)[0].view(keys.shape)
+    if for_queries and second_queries is not None:
+        if need_grad:
+            d_grad = chosen_scores(second_queries, keys, slots, grad.dtype, ctx.backend)
+        if need_keys:
+            table, rows = keys.flatten(0, 1), second_queries.flatten(0, 1)
+            lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
+            d_keys = lookup_backward(rows, table, reads, weights, True, False, None, ctx.backend)[0].view(keys.shape)
+    if for_keys and second_keys is not None:
+        if need_grad:
+            by_keys = chosen_scores(queries, second_keys, slots, grad.dtype, ctx.backend)
+            d_grad = by_keys if d_grad is None else d_grad + by_keys
+        if need_queries:
+            lookup = torch.ops.memrewrite.sparse_lookup
+            second_table = second_keys.flatten(0, 1)
+            d_queries = lookup(second_table, reads, weights, backend=ctx.backend, dtype=queries.dtype).view(queries.shape)
     return d_grad, None, d_queries, d_keys, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check(queries: Tensor, keys: Tensor, k: int) -> None:
+def _check(queries: Tensor, keys: Tensor, k: int, backend: str) -> None:
     """Raise ValueError or TypeError for wrong inputs; sizes are checked by `require`, since they may be symbolic."""
+    _check_halves(queries, keys)
+    if k < 1:
+        raise ValueError(f"product_keys: k={k} is below 1")
+    require(k <= keys.shape[1], lambda: f"product_keys: k={k} is more than the {keys.shape[1]} keys of a half")
+    require_known("product_keys", backend)
+
+
+def _check_backward(grad: Tensor, slots: Tensor, queries: Tensor, keys: Tensor, backend: str) -> None:
+    """Raise ValueError or TypeError for wrong inputs of the backward."""
+    op = "product_keys_backward"
+    _check_halves(queries, keys)
+    one_device(op, queries, grad, slots)
+    if slots.dim() != 3:
+        raise ValueError(f"{op}: slots must be [h, T, k], not {tuple(slots.shape)}")
+    if not is_wide(grad) or slots.dtype != torch.int64:
+        raise TypeError(
+            f"{op}: grad must have a floating dtype of 16 or more bits, and slots int64, not {grad.dtype} and {slots.dtype}"
+        )
+    same_shape(op, "grad", tuple(grad.shape), tuple(slots.shape))
+    same_shape(op, "slots", tuple(slots.shape), (keys.shape[0] // 2, queries.shape[0], slots.shape[2]))
+    require_known(op, backend)
+
+
+def _check_halves(queries: Tensor, keys: Tensor) -> None:
     shapes = f"{tuple(queries.shape)} and {tuple(keys.shape)}"
     wanted = "product_keys needs queries [T, 2h, d] and keys [2h, n, d]"
     if queries.dim() != 3 or keys.dim() != 3:
         raise ValueError(f"{wanted}, not {shapes}")
     one_device("product_keys", queries, keys)
-    if not queries.is_floating_point() or queries.dtype != keys.dtype or keys.itemsize == 1:
+    if not is_wide(queries) or queries.dtype != keys.dtype:
         raise TypeError(
             "product_keys: queries and keys must share a floating dtype of 16 or more bits, "
             f"not {queries.dtype} and {keys.dtype}"
@@ -233,6 +273,3 @@ def _check(queries: Tensor, keys: Tensor, k: int) -> None:
     require(queries.shape[1] == keys.shape[0], lambda: f"{wanted}, not {shapes}")
     require(queries.shape[2] == keys.shape[2], lambda: f"{wanted}, not {shapes}")
     require(keys.shape[0] % 2 == 0, lambda: f"{wanted} with two halves per head, not {shapes}")
-    if k < 1:
-        raise ValueError(f"product_keys: k={k} is below 1")
-    require(k <= keys.shape[1], lambda: f"product_keys: k={k} is more than the {keys.shape[1]} keys of a half")

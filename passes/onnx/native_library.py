@@ -1,7 +1,7 @@
 """Compiles the native library: C++ kernels for torch and ONNX Runtime, and CUDA for the latter if its compiler is installed.
 
 The sources are in `kernels/cpu/` and `kernels/onnxruntime/`. They are compiled in parallel and linked in a temporary directory,
-and the library is moved to its path, where `kernels/native_library.py` finds it.
+sealed (its size and hash are appended) and moved to its path, where `kernels/native_library.py` finds it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def build_op(
             list(pool.map(_run, commands.values()))
         linked = Path(folder, target.name)
         _run([*_link(compiler, nvcc, sanitize=sanitize), *commands, "-o", str(linked)])
+        library.seal(linked)
         _move(linked, target)
     return target
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from memrewrite.errors import ExportError, in_one_line
-from memrewrite.kernels.native_library import built_library
+from memrewrite.kernels.native_library import BUILD_AGAIN, built_library, damage
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.onnx.file import read_graph
 
@@ -51,7 +51,7 @@ def onnx_session(
 
     Raises:
         ExportError: onnxruntime is not installed or has no such provider, the provider does not start, the file or the library
-            is missing or cannot be loaded, or the file has no functions and no library can run its operators.
+            is missing, damaged or cannot be loaded, or the file has no functions and no library can run its operators.
     """
     provider = first_of(providers)
     _require_provider(provider, path)
@@ -84,13 +84,17 @@ def _require_provider(provider: str, path: str | Path) -> None:
 def _opened(
     path: str | Path, providers: Sequence[Provider], native: Path | None, options: SessionOptions | None
 ) -> InferenceSession:
-    """A session that runs on the first of `providers`. Raises `ExportError` if the file or the provider cannot be loaded."""
+    """A session that runs on the first of `providers`. Raises `ExportError` if file, library or provider cannot be loaded."""
     import onnxruntime
 
     settings = options or onnxruntime.SessionOptions()
-    try:
-        if native is not None:
+    if native is not None:
+        try:
             settings.register_custom_ops_library(os.fspath(native))
+        except Exception as error:  # onnxruntime has a class of exception for every kind of damage
+            what = f"onnxruntime cannot load the native library: {in_one_line(error, kind=False)}"
+            raise ExportError(what, where=str(native), hint=BUILD_AGAIN) from error
+    try:
         session = onnxruntime.InferenceSession(os.fspath(path), settings, providers=list(providers))
     except Exception as error:  # onnxruntime has a class of exception for every kind of damage
         raise ExportError(
@@ -126,21 +130,30 @@ def _memory_operators(path: Path) -> tuple[dict[str, int], bool]:
 
 
 def unserved(library: Path | None, provider: str) -> str:
-    """Why native kernels cannot run on `provider`, or "". Raises `ExportError` if `library` is missing or cannot be loaded."""
+    """Why native kernels cannot run on `provider`, or "". Raises `ExportError` if `library` is missing, damaged or unloadable."""
     if library is None:
         return "the native library is not built (memrewrite build-op)"
-    if not library.is_file():
+    if not library.exists():
         raise ExportError(f"there is no library {str(library)!r}", hint="memrewrite build-op")
+    _require_intact(library)
     if provider == CUDA and not _loaded(library).memrewrite_has_cuda():
         return "the native library was built without CUDA kernels"
     return "" if provider in (CPU, CUDA) else f"the native library has no kernels for {provider}"
 
 
+def _require_intact(library: Path) -> None:
+    """Raise `ExportError` if the file is not as `build-op` wrote it: loading a file that was cut short ends the process."""
+    why = damage(library)
+    if why is not None:
+        raise ExportError(f"the native library is damaged: {why}", where=str(library), hint=BUILD_AGAIN)
+
+
 def _loaded(library: Path) -> ctypes.CDLL:
+    _require_intact(library)
     try:
         return ctypes.CDLL(os.fspath(library.resolve()))
     except OSError as error:
-        raise ExportError(f"the native library cannot be loaded: {error}", hint="memrewrite build-op") from error
+        raise ExportError(f"the native library cannot be loaded: {error}", where=str(library), hint=BUILD_AGAIN) from error
 
 
 def _library(given: str | Path | None, provider: str, op: Kernels) -> Path | None:

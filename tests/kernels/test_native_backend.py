@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-from memrewrite.kernels import native_backend, native_interface, ops, reference
+from memrewrite.kernels import native_backend, native_interface, native_library, ops, reference
 from memrewrite.kernels.direct import dispatch_adds_nothing
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
@@ -207,15 +207,17 @@ def test_memory_does_not_grow_with_reads_times_width(library: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- the library
 
 
-@pytest.mark.parametrize("content", ["nothing", "corrupt", "foreign"])
+@pytest.mark.parametrize("content", ["nothing", "corrupt", "foreign", "foreign and sealed"])
 def test_without_a_usable_library_torch_runs(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = None if content == "nothing" else tmp_path / "lib.so"
     if content == "corrupt" and path is not None:
         path.write_bytes(b"not a library")
-    if content == "foreign" and path is not None:
+    if content.startswith("foreign") and path is not None:
         subprocess.run(["g++", "-shared", "-x", "c", "/dev/null", "-o", str(path)], check=True)
+    if content == "foreign and sealed" and path is not None:
+        native_library.seal(path)
     monkeypatch.setattr("memrewrite.kernels.native_library.built_library", lambda: path)
     monkeypatch.setattr("memrewrite.kernels.backends._logged", set())
     native_interface.loaded.cache_clear()
@@ -224,7 +226,8 @@ def test_without_a_usable_library_torch_runs(
         out = ops.sparse_lookup(values, indices, weights)
     native_interface.loaded.cache_clear()
     assert_norm_close(out, reference.sparse_lookup(values.double(), indices, weights.double()), 7)
-    reason = "it is not built: run `memrewrite build-op`" if path is None else f"{path} cannot be loaded ("
+    kind = "cannot be loaded" if content == "foreign and sealed" else "is damaged"
+    reason = "it is not built: run `memrewrite build-op`" if path is None else f"{path} {kind} ("
     assert (
         f"on the backend 'torch' (triton cannot: the tensors are not on a CUDA device; native cannot: {reason}" in caplog.text
     )
