@@ -11,14 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memrewrite.atomic_write import recover
 from memrewrite.errors import CheckpointError
 from memrewrite.frozen import Frozen
+from memrewrite.output_target import MANIFEST as MANIFEST
 from memrewrite.passes.storage.base_model import Base, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MANIFEST = "memrewrite.json"
 FORMAT = 1
 
 
@@ -75,6 +76,7 @@ def read_manifest(directory: str | Path, *, every_bit: bool = False) -> dict[str
     Raises `CheckpointError` for a directory that `save` did not write, or with a truncated, changed, missing or added file.
     """
     folder = Path(directory)
+    recover(folder)
     if not is_saved(folder):
         raise CheckpointError(
             f"{str(folder)!r} is not a directory that memrewrite saved",
