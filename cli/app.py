@@ -116,8 +116,14 @@ def _apply(
         for file in source.neighbours if emit is Emit.module else ():
             current.log.warning("%s imports %s, which is not saved with the result", source.code, file.name)
         base = source.base if emit is Emit.module else None
-        allowed = {"overwrite": output.overwrite, "overwrite_any": output.overwrite_any}
-        saved = checkpoint.save(report.model, output.path, source=base, **allowed, step=current.step)
+        saved = checkpoint.save(
+            report.model,
+            output.path,
+            source=base,
+            overwrite=output.overwrite,
+            overwrite_any=output.overwrite_any,
+            step=current.step,
+        )
     document = {"report": report.model_dump(mode="json"), "ok": report.ok, "emit": emit.value}
     document["saved"] = None if saved is None else str(saved)
     current.show(document, lambda out: text_output.show_report(out, report, saved))

@@ -19,6 +19,7 @@ import logging
 import mmap
 import os
 import re
+import secrets
 import shutil
 import stat
 import tempfile
@@ -27,7 +28,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from memrewrite.output_target import Target
-from memrewrite.renames import exchange, move_new, sync, sync_directory
+from memrewrite.renames import UNSUPPORTED, exchange, move_new, sync, sync_directory
 
 try:
     import fcntl
@@ -97,7 +98,7 @@ def side_file(file: Path) -> Path:
     A new name, because the old file and the old weights are in use together until one rename replaces the file.
     """
     plain = file.with_name(f"{file.name}.data")
-    return file.with_name(f"{file.name}.{os.urandom(4).hex()}.data") if os.path.lexists(plain) else plain
+    return file.with_name(f"{file.name}.{secrets.randbelow(10**8):08}.data") if os.path.lexists(plain) else plain
 
 
 # ------------------------------------------------------------------------------------------------------------ replacing
@@ -142,10 +143,8 @@ def _put_in_place(draft: Path, path: Path, target: Target) -> None:
             continue  # it was deleted just now
         if exchanged:
             _check_exchanged(draft, path, target)
-        elif target.directory:
-            _replace_in_two_steps(draft, path, target)
         else:
-            draft.replace(path)
+            _replace_without_exchange(draft, path, target)
         return
 
 
@@ -158,10 +157,19 @@ def _check_exchanged(found: Path, path: Path, target: Target) -> None:
         raise
 
 
-def _replace_in_two_steps(draft: Path, path: Path, target: Target) -> None:
-    """Move the old directory away, then the draft to its place. After an error `_dispose` moves the old one back."""
+def _replace_without_exchange(draft: Path, path: Path, target: Target) -> None:
+    """Replace a file in one step, a directory in two: after an error between them `_dispose` moves the old one back."""
     old = draft.parent.with_name(OLD) / path.name
     old.parent.mkdir()
+    if not target.directory:
+        try:
+            os.link(path, old)  # for its side files
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            log.warning("the weights of the replaced %s may be left next to it: this file system has no hard links", path)
+        draft.replace(path)
+        return
     path.rename(old)
     target.may_replace(old)
     draft.rename(path)
@@ -230,6 +238,8 @@ def _dispose(folder: Path) -> None:
         path = folder.parent / old.name
         if not os.path.lexists(folder / NEW / old.name):
             continue  # the new output has taken its place
+        if os.path.lexists(path) and path.samefile(old):
+            continue  # a file, which is replaced in one step
         if os.path.lexists(path):
             log.warning("a save of %s did not finish, and its previous content is in %s: move or delete it", path, old)
             return
@@ -239,7 +249,7 @@ def _dispose(folder: Path) -> None:
             log.warning("a save of %s did not finish, and its previous content is in %s (%s)", path, old, error)
             return
         log.warning("a save of %s did not finish: its previous content is back", path)
-    for file in (folder / NEW).glob("*"):
+    for file in folder.glob("*/*"):
         _remove_side_files(file, folder.parent / file.name)
     for directory, _, _ in os.walk(folder):
         with suppress(OSError):
@@ -249,10 +259,11 @@ def _dispose(folder: Path) -> None:
 
 def _remove_side_files(gone: Path, path: Path) -> None:
     """Delete the side files at `path` that the file `gone` names, and the file at `path` does not."""
-    pattern = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.data")
+    pattern = re.compile(re.escape(path.name) + r"(\.[0-9]{8})?\.data")
     for side in path.parent.glob(glob.escape(path.name) + ".*data"):
-        unplaced = os.path.lexists(gone.with_name(side.name))  # what has its name is not from this run
-        if pattern.fullmatch(side.name) and not unplaced and _names(gone, side.name) and not _names(path, side.name):
+        draft = gone.with_name(side.name)
+        foreign = os.path.lexists(draft) and not draft.samefile(side)  # the draft was not put in place: the name was in use
+        if pattern.fullmatch(side.name) and not foreign and _names(gone, side.name) and not _names(path, side.name):
             side.unlink()
 
 

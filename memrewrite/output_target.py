@@ -95,7 +95,7 @@ class Target:
         kind, shown = next((name for test, name in _KINDS if test(mode)), "of an unknown kind"), repr(str(self.path))
         if not (stat.S_ISDIR(mode) if self.directory else stat.S_ISREG(mode)):
             wanted = "a directory" if self.directory else "a file, such as model.onnx"
-            link = f", to {os.readlink(found)!r}" if stat.S_ISLNK(mode) else ""
+            link = f", to {str(found.readlink())!r}" if stat.S_ISLNK(mode) else ""
             raise self._error(f"the output {shown} is {kind}{link}", f"give a path that is not in use, or {wanted}")
         if not self.directory:
             if not self.overwrite:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of linux/fcntl.h and linux/fs.h
-# EPERM: containers refuse calls that they do not know; an ordinary rename then reports a missing permission as such
-_UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP}
+# What a call that is not known raises. EPERM: containers refuse calls that they do not know; an ordinary rename then reports a missing permission as such
+UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -28,7 +28,10 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def move_new(file: Path, target: Path) -> None:
-    """Rename a file to a path that is not in use. Raises `FileExistsError` if it is, whatever is there."""
+    """Give a file a path that is not in use. Raises `FileExistsError` if it is, whatever is there.
+
+    Without `renameat2` the file keeps its old path too, which is in a temporary directory.
+    """
     if _renameat2(file, target, _NOREPLACE):
         return
     try:
@@ -36,13 +39,11 @@ def move_new(file: Path, target: Path) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        if error.errno not in (*_UNSUPPORTED, errno.EMLINK):
+        if error.errno not in (*UNSUPPORTED, errno.EMLINK):
             raise
         if os.path.lexists(target):  # without hard links a file that appears after this line is replaced
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target)) from error
         file.replace(target)
-    else:
-        file.unlink()
 
 
 def sync(path: Path) -> None:
@@ -69,7 +70,7 @@ def sync_directory(path: Path) -> None:
     try:
         _fsync(path)
     except OSError as error:
-        if error.errno not in _UNSUPPORTED and error.errno not in (errno.EBADF, errno.EACCES):
+        if error.errno not in UNSUPPORTED and error.errno not in (errno.EBADF, errno.EACCES):
             raise  # some network file systems have no fsync of directories; a directory may be writable and not readable
 
 
@@ -102,6 +103,6 @@ def _renameat2(old: Path, new: Path, flag: int) -> bool:
     if call(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flag) == 0:
         return True
     number = ctypes.get_errno()
-    if number in _UNSUPPORTED:
+    if number in UNSUPPORTED:
         return False
     raise OSError(number, os.strerror(number), str(old), None, str(new))

@@ -24,8 +24,8 @@ from memrewrite.passes.onnx.file import (
     inputs_of,
     memory_nodes,
     of_rewrite,
-    outputs_of,
     output,
+    outputs_of,
     weights_of,
     write,
 )
@@ -92,8 +92,8 @@ def export_onnx(
         The paths, inputs, outputs, operators, data type and size of what was written.
 
     Raises:
-        ExportError: The target exists or its directory does not, it is no regular file, the disk is full, inputs are missing, torch cannot export the model or
-            translate it, its numbers cannot be converted, or it has no cache as `with_past` needs.
+        ExportError: The target exists or its directory does not, it cannot be written, inputs are missing, torch cannot export
+            the model or translate it, its numbers cannot be converted, or it has no cache as `with_past` needs.
         ModelError: The model does not run on the example inputs, or none can be generated.
     """
     report, target = step or (lambda _: None), output(Path(path), overwrite=overwrite)
