@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of linux/fcntl.h and linux/fs.h
-# What a call that is not known raises. EPERM: containers refuse calls that they do not know; an ordinary rename then reports a missing permission as such
+# What a call raises that is not known. Containers raise EPERM; an ordinary rename then reports a missing permission as such.
 UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 

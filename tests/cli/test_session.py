@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,12 +64,7 @@ def test_what_the_models_code_prints_goes_to_stderr(how: str, tmp_path: Path) ->
     assert "noise" in err
 
 
-@pytest.fixture
-def real_stdout(capfd: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
-    yield capfd
-
-
-def test_the_descriptor_is_restored_where_stdout_is_another_object(real_stdout: pytest.CaptureFixture[str]) -> None:
+def test_the_descriptor_is_restored_where_stdout_is_another_object(capfd: pytest.CaptureFixture[str]) -> None:
     """pytest's and CliRunner's stdout have other descriptors, or none."""
     before = os.fstat(1), sys.stdout, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)
     with session(None, as_json=True) as current:
@@ -80,7 +74,7 @@ def test_the_descriptor_is_restored_where_stdout_is_another_object(real_stdout: 
     os.write(1, b"later")
     assert os.path.samestat(before[0], os.fstat(1))
     assert before[1:] == (sys.stdout, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP))
-    out, err = real_stdout.readouterr()
+    out, err = capfd.readouterr()
     assert "noise" in err
     assert "more" in err
     assert out.endswith("later")
