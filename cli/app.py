@@ -16,8 +16,10 @@ import typer
 from memrewrite.cli import onnx, recipes
 from memrewrite.cli.arguments import Json, ModelArgument, RecipeArgument, Trust, load_model, read_recipe
 from memrewrite.cli.session import EXIT_CODES, Session, Settings, session
+from memrewrite.cli.streams import silence_stdout
 
 if TYPE_CHECKING:
+    from memrewrite.output_target import Target
     from memrewrite.passes.storage.source import ModelSource
     from memrewrite.recipes.schema import Recipe
 
@@ -69,33 +71,39 @@ def apply(
     ] = None,
     emit: Annotated[Emit | None, typer.Option(help="module: edit the live model; graph: rewrite its exported program.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan; change nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if it is not empty.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DIR if `apply -o` wrote it.")] = False,
+    overwrite_any: Annotated[
+        Path | None,
+        typer.Option("--overwrite-any", metavar="DIR", help="The DIR of -o again: replace it, whatever it contains."),
+    ] = None,
     allow_large: Annotated[bool, typer.Option("--allow-large", help="Continue if a pool exceeds free memory.")] = False,
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
     """Rewrite MODEL with RECIPE, check the result, and save it with -o."""
     with session(context.obj, as_json) as current:
+        target = None
         if output is not None:
-            from memrewrite.cli.output_path import refuse_output
+            from memrewrite.cli.output_path import refuse
+            from memrewrite.output_target import saved_directory
 
-            refuse_output(output, overwrite=overwrite, read=[model, recipe])
+            target = saved_directory(output, overwrite=overwrite, overwrite_any=overwrite_any)
+            refuse(target, read=[model, recipe])
         loaded = read_recipe(current, recipe)
         source = load_model(current, model, trust_code, with_tokenizer=output is not None and not dry_run)
         if dry_run:
             _show_plan(current, source, loaded)
         else:
-            _apply(current, source, loaded, output, _emit_for(emit, source), overwrite=overwrite, allow_large=allow_large)
+            _apply(current, source, loaded, target, _emit_for(emit, source), allow_large=allow_large)
 
 
 def _apply(
     current: Session,
     source: ModelSource,
     recipe: Recipe,
-    output: Path | None,
+    output: Target | None,
     emit: Emit,
     *,
-    overwrite: bool,
     allow_large: bool,
 ) -> None:
     from memrewrite.cli import text_output
@@ -108,7 +116,14 @@ def _apply(
         for file in source.neighbours if emit is Emit.module else ():
             current.log.warning("%s imports %s, which is not saved with the result", source.code, file.name)
         base = source.base if emit is Emit.module else None
-        saved = checkpoint.save(report.model, output, source=base, overwrite=overwrite, step=current.step)
+        saved = checkpoint.save(
+            report.model,
+            output.path,
+            source=base,
+            overwrite=output.overwrite,
+            overwrite_any=output.overwrite_any,
+            step=current.step,
+        )
     document = {"report": report.model_dump(mode="json"), "ok": report.ok, "emit": emit.value}
     document["saved"] = None if saved is None else str(saved)
     current.show(document, lambda out: text_output.show_report(out, report, saved))
@@ -141,13 +156,13 @@ def inspect(
     with session(context.obj, as_json) as current:
         from memrewrite.cli import inspect_command
 
-        inspect_command.refuse(why, html, recipe, overwrite=overwrite, read=[model])
+        inspect_command.refuse_options(why, html, recipe, overwrite=overwrite, read=[model])
         loaded = None if recipe is None else read_recipe(current, recipe)
         source = load_model(current, model, trust_code)
         if why is not None:
             inspect_command.why(current, source, why)
         elif html is not None:
-            inspect_command.page(current, source, html, loaded)
+            inspect_command.page(current, source, html, loaded, overwrite=overwrite)
         else:
             inspect_command.tables(current, source)
 
@@ -225,4 +240,7 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    app(prog_name="memrewrite")
+    try:
+        app(prog_name="memrewrite")
+    finally:
+        silence_stdout()

@@ -53,9 +53,11 @@ def export(
     """Write MODEL as one ONNX file. Every runtime can run it; with the native kernels of `build-op` it runs faster."""
     with session(context.obj, as_json) as current:
         from memrewrite.cli import text_output
-        from memrewrite.cli.output_path import refuse_file
+        from memrewrite.cli.output_path import refuse
+        from memrewrite.errors import ExportError
+        from memrewrite.output_target import Target
 
-        refuse_file(output, overwrite=overwrite, read=[model])
+        refuse(Target(output, overwrite=overwrite, error=ExportError), read=[model])
         source = load_model(current, model, trust_code)
         current.step("preparing")
         from memrewrite.passes.onnx.export import export_onnx
@@ -94,11 +96,12 @@ def build_op(
     """Build the native kernels of the memory operators, for torch on the CPU and for onnxruntime 1.17 and later."""
     with session(context.obj, as_json) as current:
         from memrewrite.cli import text_output
-        from memrewrite.cli.output_path import refuse_file
+        from memrewrite.cli.output_path import refuse
+        from memrewrite.output_target import Target
         from memrewrite.passes.onnx.native_library import build_op as build
 
         if output is not None:
-            refuse_file(output, overwrite=overwrite, read=[])
+            refuse(Target(output, overwrite=overwrite), read=[])
         library = build(output, cuda=cuda, step=current.step)
         current.show({"library": str(library)}, lambda out: text_output.line(out, f"built {library}"))
 
@@ -154,4 +157,4 @@ def check(
         )
         if not checked.ok:
             current.log.error("%s does not compute the same as the model", file)
-            raise typer.Exit(VerificationError.exit_code)
+            current.exit_code = VerificationError.exit_code

@@ -1,30 +1,31 @@
-"""Checks whether a result may be written to a path, before any expensive work; and writes the HTML page atomically."""
+"""Checks whether a result may be written to a path, before any expensive work; and writes the HTML page.
+
+The rules of what may be replaced are `Target`'s, for the library and the command line alike. The command line adds one: its own
+inputs are never replaced.
+"""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
+from memrewrite.atomic_write import prepare, replacing
 from memrewrite.errors import CheckpointError
+from memrewrite.output_target import Target
 
 
-def refuse_output(directory: Path, *, overwrite: bool, read: list[str]) -> None:
-    """Raise `CheckpointError` for a directory that is not empty, cannot be created, or contains the inputs `read`."""
-    where = str(directory)
-    if directory.is_file():
-        raise CheckpointError(f"the output {where!r} is a file", where=where, hint="use a directory")
-    if directory.is_dir() and any(directory.iterdir()):
-        if not overwrite:
-            hint = "use a new directory, or --overwrite to replace the whole directory"
-            raise CheckpointError(f"the output directory {where!r} is not empty", where=where, hint=hint)
-        inside = [spec for spec in [*read, "."] if _existing(spec) and _existing(spec).is_relative_to(directory.resolve())]
-        if inside:
-            what = f"--overwrite would delete {'the working directory' if inside[0] == '.' else repr(inside[0])}"
-            raise CheckpointError(what, where=where, hint="use another output directory")
-    parent = next(p for p in directory.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{where!r} cannot be created", where=str(parent), hint="use a directory with write permission")
+def refuse(target: Target, *, read: list[str]) -> None:
+    """Raise `CheckpointError` for an output that may not or cannot be written, or that would replace an input in `read`."""
+    with target.errors():
+        target.check_name()
+        output = target.path.resolve()
+        for spec in read:
+            source = _existing(spec)
+            if source == output or (target.directory and source.is_relative_to(output)):
+                what = f"{str(target.path)!r} is an input of this command"
+                if source != output:
+                    what = f"{str(target.path)!r} contains an input of this command, {spec!r}, which it would delete"
+                raise CheckpointError(what, where=str(target.path), hint="use another name for the output")
+    prepare(target)
 
 
 def _existing(spec: str) -> Path:
@@ -33,29 +34,7 @@ def _existing(spec: str) -> Path:
     return (path if path.exists() else Path(spec.rpartition(":")[0] or spec)).resolve()
 
 
-def refuse_file(file: Path, *, overwrite: bool, read: list[str]) -> None:
-    """Raise `CheckpointError` for a file that exists, is an input in `read`, or cannot be written."""
-    where = str(file)
-    if file.is_dir():
-        raise CheckpointError(
-            f"{where!r} is a directory", where=where, hint="use a file name, such as model.html or model.onnx"
-        )
-    if any(_existing(spec) == file.resolve() for spec in read):
-        raise CheckpointError(f"{where!r} is an input of this command", where=where, hint="use another file name")
-    if file.exists() and not overwrite:
-        raise CheckpointError(f"the file {where!r} exists", where=where, hint="use a new name, or --overwrite to replace it")
-    if not file.absolute().parent.is_dir() or not os.access(file.absolute().parent, os.W_OK | os.X_OK):
-        raise CheckpointError(f"{where!r} cannot be written", where=where, hint="use a directory with write permission")
-
-
-def write_page(page: Path, text: str) -> None:
-    """Write to a temporary file in the same directory and rename it: readers see the old or the new file, never a part."""
-    handle, name = tempfile.mkstemp(prefix=f".{page.name}.", dir=page.absolute().parent)
-    draft = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        draft.chmod(0o644)
-        draft.replace(page)
-    finally:
-        draft.unlink(missing_ok=True)
+def write_page(target: Target, text: str) -> None:
+    """Write an HTML page: readers see the old or the new file, never a part."""
+    with replacing(target) as draft:
+        draft.write_text(text, encoding="utf-8")

@@ -1,6 +1,7 @@
 """Shared by all commands: progress and logs on stderr, the result on stdout, and errors turned into exit codes.
 
 Flow: `session` opens → steps are reported → `show` prints one result → an exception becomes one message and one exit code.
+The model's code runs inside a session, so every exception that Python has may arrive here.
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import typer
 from rich.console import Console
 
 from memrewrite.cli.progress import Steps
-from memrewrite.errors import MemrewriteError, VerificationError
+from memrewrite.cli.streams import Stopped, result_stream, stopping
+from memrewrite.errors import MemrewriteError, ModelError, UserError, VerificationError, in_one_line
+from memrewrite.output_target import HINTS
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a check failed, or an error in memrewrite or the machine; 2 the input cannot be used: the message"
-    " states what to try; 130 interrupted."
+    " states what to try; 130 interrupted; 129 and 143 ended by SIGHUP and SIGTERM."
 )
 INTERRUPTED = 130
 
@@ -37,10 +41,10 @@ class Settings:
 
 
 class Session:
-    """One command: its output stream, its progress steps, and whether it prints JSON."""
+    """One command: its output stream, its progress steps, whether it prints JSON, and its exit code if no error occurs."""
 
     def __init__(self, out: TextIO, steps: Steps, as_json: bool) -> None:
-        self.out, self.step, self.as_json = out, steps, as_json
+        self.out, self.step, self.as_json, self.exit_code = out, steps, as_json, 0
         self.log = logging.getLogger("memrewrite")
 
     def show(self, document: dict[str, Any], draw: Callable[[Console], None]) -> None:
@@ -49,12 +53,33 @@ class Session:
         if self.as_json:
             self.write(json.dumps(document, indent=2))
         else:
-            draw(_console(self.out))
+            with _printing(self.out):
+                draw(_console(self.out))
 
     def write(self, text: str) -> None:
         """Print text unchanged."""
         self.step.close()
-        print(text, file=self.out)
+        with _printing(self.out):
+            print(text, file=self.out)
+
+
+class _ReaderEndedError(Exception):
+    """The program that reads the result has ended, as `head` does; nobody reads a message either."""
+
+
+@contextlib.contextmanager
+def _printing(out: TextIO) -> Iterator[None]:
+    """Write at once, so that a full disk or a closed pipe is known here and not when the process ends."""
+    try:
+        yield
+        out.flush()
+    except BrokenPipeError:
+        raise _ReaderEndedError from None
+    except OSError as error:
+        raise UserError(
+            f"the result cannot be written to stdout: {error.strerror}",
+            hint=HINTS.get(error.errno or 0, "send stdout to another file"),
+        ) from error
 
 
 @contextlib.contextmanager
@@ -66,42 +91,67 @@ def session(settings: Settings | None, as_json: bool = False) -> Iterator[Sessio
     settings = settings or Settings()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     os.environ.setdefault("TQDM_DISABLE", "1")  # the steps show progress
-    out, errors = sys.stdout, _console(sys.stderr)
-    with contextlib.redirect_stdout(sys.stderr), Steps(errors) as steps, _logging(errors, settings):
-        current = Session(out, steps, as_json)
-        try:
-            yield current
-        except (typer.Exit, BrokenPipeError):
-            raise
-        except KeyboardInterrupt:
-            steps.close(failed=True)
-            _print(errors, "interrupted")
-            raise typer.Exit(INTERRUPTED) from None
-        except Exception as error:  # noqa: BLE001 - the outermost handler: every error becomes an exit code
-            steps.close(failed=True)
-            raise typer.Exit(_report(error, current, errors, settings)) from None
+    with stopping(), result_stream() as out:
+        errors = _console(sys.stderr)
+        with Steps(errors) as steps, _logging(errors, settings):
+            current = Session(out, steps, as_json)
+            try:
+                _check_working_directory()
+                yield current
+            except BaseException as error:  # noqa: BLE001 - the outermost handler: whatever the model's code raised
+                with contextlib.suppress(OSError):  # nobody reads stderr
+                    steps.close(failed=True)
+                current.exit_code = _report(error, current, errors, settings)
+    if current.exit_code:
+        raise typer.Exit(current.exit_code)
 
 
-def _report(error: Exception, current: Session, errors: Console, settings: Settings) -> int:
-    """Print the error on stderr, with --json also on stdout; return the exit code."""
-    document: dict[str, Any] = {"kind": type(error).__name__, "what": str(error), "where": None, "hint": None}
+def _check_working_directory() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UserError("the working directory was deleted", hint="change to a directory that exists") from None
+
+
+def _explain(error: BaseException) -> tuple[MemrewriteError, str]:
+    """The error as one of ours, and the name of its kind."""
+    name = type(error).__name__
     if isinstance(error, MemrewriteError):
-        code = error.exit_code
-        document |= {"what": error.what, "where": error.where, "hint": error.hint}
-    else:
-        code = 1
-        document["hint"] = "please report it, with the traceback: memrewrite --debug COMMAND ..."
-        document["what"] = f"this is a bug in memrewrite: {type(error).__name__}: {error}".rstrip(": ")
+        return error, name
+    if isinstance(error, MemoryError):
+        return MemrewriteError("there is not enough memory", hint="use a smaller model or batch, or a larger machine"), name
+    if isinstance(error, OSError) and error.errno in HINTS:
+        return MemrewriteError(f"the system reports an error: {error}", hint=HINTS[error.errno]), name
+    if isinstance(error, Exception):
+        hint = "please report it, with the traceback: memrewrite --debug COMMAND ..."
+        return MemrewriteError(f"this is a bug in memrewrite: {name}: {error}".rstrip(": "), hint=hint), name
+    hint = "remove it from the code that runs with the model, such as sys.exit(); memrewrite --debug COMMAND shows where"
+    return ModelError(f"the model's code ended the command: {in_one_line(error)}", hint=hint), ModelError.__name__
+
+
+def _report(error: BaseException, current: Session, errors: Console, settings: Settings) -> int:
+    """Print the error on stderr, with --json also on stdout; return the exit code."""
+    if isinstance(error, _ReaderEndedError):
+        return 1
+    if isinstance(error, Stopped) or type(error) is KeyboardInterrupt:
+        _print(errors, str(error) if isinstance(error, Stopped) else "interrupted")
+        return error.exit_code if isinstance(error, Stopped) else INTERRUPTED
+    ours, kind = _explain(error)
+    code, document = ours.exit_code, {"kind": kind, "what": ours.what, "where": ours.where, "hint": ours.hint}
     whole: dict[str, Any] = {"error": {**document, "exit_code": code}}
     report = error.report if isinstance(error, VerificationError) else None
     if report is not None:
         whole["report"] = report.model_dump(mode="json")
-    if current.as_json:
-        current.write(json.dumps(whole, indent=2))
-    elif report is not None:
-        from memrewrite.cli import text_output
+    try:
+        if current.as_json:
+            current.write(json.dumps(whole, indent=2))
+        elif report is not None:
+            from memrewrite.cli import text_output
 
-        text_output.show_checks(_console(current.out), report)
+            with _printing(current.out):
+                text_output.show_checks(_console(current.out), report)
+    except (_ReaderEndedError, UserError) as unwritten:
+        _print(errors, in_one_line(unwritten, kind=False))
     if settings.debug:
         _print(errors, "".join(traceback.format_exception(error)).rstrip())
     for label, key in (("error", "what"), ("   at", "where"), ("  try", "hint")):
@@ -142,4 +192,5 @@ def _console(stream: TextIO) -> Console:
 
 
 def _print(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True)
+    with contextlib.suppress(OSError):  # nobody reads stderr: the exit code says the rest
+        console.print(text, soft_wrap=True)

@@ -24,8 +24,8 @@ from memrewrite.passes.onnx.file import (
     inputs_of,
     memory_nodes,
     of_rewrite,
+    output,
     outputs_of,
-    refuse_existing,
     weights_of,
     write,
 )
@@ -74,7 +74,8 @@ def export_onnx(
 
     Args:
         model: A module, rewritten or not, or an exported program. It is not changed.
-        path: The file to write. Weights of more than 1 GiB go to a second file next to it, `path` + ".data".
+        path: The file to write. Weights of more than 1 GiB go to a second file next to it, `path` + ".data",
+            or with a unique part before ".data" if that name is in use.
         inputs: Example inputs: a tensor (the only argument), a tuple of positional arguments, a dict of keyword arguments, or
             `(args, kwargs)`. If None, the inputs of an exported or rewritten graph are used, or random ones are generated from
             the config of a Hugging Face model. With `with_past` they are always generated.
@@ -83,7 +84,7 @@ def export_onnx(
         dtype: Converts a copy of the model. If None, float32 and float16 models keep their type, and models of other types
             are converted to float32, with a warning in the log.
         with_past: Export one step of a causal language model, whose cache is an input and an output.
-        overwrite: Replace an existing file, after the new one was written and checked.
+        overwrite: Replace an existing regular file, and delete its weights, after the new one was written and checked.
         notes: Entries to add to the file's metadata, under the prefix `memrewrite.`.
         step: Receives a short message before each stage.
 
@@ -91,12 +92,11 @@ def export_onnx(
         The paths, inputs, outputs, operators, data type and size of what was written.
 
     Raises:
-        ExportError: The target exists or its directory does not, inputs are missing, torch cannot export the model or
-            translate it, its numbers cannot be converted, or it has no cache as `with_past` needs.
+        ExportError: The target exists or its directory does not, it cannot be written, inputs are missing, torch cannot export
+            the model or translate it, its numbers cannot be converted, or it has no cache as `with_past` needs.
         ModelError: The model does not run on the example inputs, or none can be generated.
     """
-    report, target = step or (lambda _: None), Path(path)
-    refuse_existing(target, overwrite=overwrite)
+    report, target = step or (lambda _: None), output(Path(path), overwrite=overwrite)
     with evaluating(model):
         ready = prepared(model, inputs, dtype, with_past=with_past)
         report("tracing the model")
@@ -108,7 +108,7 @@ def export_onnx(
     form = {"op": op, "dtype": ready.dtype, "with_past": str(with_past).lower(), "selections": str(selections)}
     describe(graph, {**of_rewrite(model), **form, **(notes or {})})
     report("writing the file")
-    exported = _summary(graph, target, write(graph, target), op, ready.dtype)
+    exported = _summary(graph, target.path, write(graph, target), op, ready.dtype)
     _warn_of_fixed_axes(exported.inputs)
     return exported
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from memrewrite.atomic_write import replacing
+from memrewrite.atomic_write import prepare, replacing, side_file
 from memrewrite.errors import ExportError, in_one_line
 from memrewrite.frozen import Frozen
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.layers.pool import record_of
+from memrewrite.output_target import Target
 from memrewrite.plans import Plan
 
 if TYPE_CHECKING:
@@ -54,21 +55,11 @@ def of_rewrite(model: object) -> dict[str, str]:
     return {**recipe, "plan": Plan.model_validate_json(record.plan).digest()}
 
 
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise `ExportError` if the target exists and may not be replaced, or if its directory does not exist."""
-    where = str(target)
-    if target.is_dir():
-        raise ExportError(f"{where!r} is a directory", where=where, hint="give a file, such as model.onnx")
-    if not target.absolute().parent.is_dir():
-        raise ExportError(f"the directory of {where!r} does not exist", where=where, hint="create it, or give another file")
-    for file in (target, data_of(target)):
-        if file.exists() and not overwrite:
-            raise ExportError(f"the file {str(file)!r} exists", where=where, hint="give a new name, or allow --overwrite")
-
-
-def data_of(target: Path) -> Path:
-    """The file with the weights of a large model, next to it."""
-    return target.with_name(target.name + ".data")
+def output(path: Path, *, overwrite: bool) -> Target:
+    """The file as an output. Raises `ExportError` if it exists and may not be replaced, or cannot be written."""
+    target = Target(path, overwrite=overwrite, error=ExportError)
+    prepare(target)
+    return target
 
 
 def weights_of(model: onnx_ir.Model) -> int:
@@ -76,17 +67,19 @@ def weights_of(model: onnx_ir.Model) -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
 
-def write(model: onnx_ir.Model, target: Path) -> Path | None:
+def write(model: onnx_ir.Model, target: Target) -> Path | None:
     """Write `model`, check it, and rename it to `target`; returns the file of weights, if there is one.
 
-    Raises `ExportError` if `onnx.checker` refuses the file; the target is then unchanged.
+    The weights of a model that is replaced are deleted after it was replaced.
+
+    Raises `ExportError` if `onnx.checker` refuses the file, or it cannot be written; everything is then unchanged.
     """
     import onnx_ir
 
-    data = data_of(target) if weights_of(model) > LARGE else None
-    with replacing(data_of(target), target) as (_, draft):  # the file of weights of a replaced model is removed
+    data = side_file(target.path) if weights_of(model) > LARGE else None
+    with replacing(target) as draft:
         onnx_ir.save(model, draft, external_data=data.name if data else None)
-        _check(draft, target)
+        _check(draft, target.path)
     return data
 
 

@@ -19,6 +19,7 @@ from memrewrite.atomic_write import replacing
 from memrewrite.errors import MemrewriteError, UserError
 from memrewrite.kernels import native_library as library
 from memrewrite.kernels.native_library import ARCHITECTURES, CUDA_FLAGS, FLAGS
+from memrewrite.output_target import Target
 
 NVCC_PLACES = ("/usr/local/cuda/bin", "/opt/cuda/bin")
 
@@ -141,7 +142,9 @@ def _run(command: Sequence[str]) -> None:
 
 def _move(made: Path, target: Path) -> None:
     """Copy the library next to the target, then rename it: a process that loads it gets the old or the new file."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as (draft,):
+    output = Target(target, overwrite=True)
+    with output.errors():
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output) as draft:
         shutil.copyfile(made, draft)
         draft.chmod(0o755)

@@ -1,12 +1,12 @@
 """Saves a rewritten model to a directory, which `load` reads again.
 
 Flow: weights to safetensors, the base's config, tokenizer and code, the recipe, plan and report, and a manifest of every
-file → all in a temporary directory, which is renamed at the end.
+file → all in a temporary directory next to the target, which takes its place in one step.
 """
 
 from __future__ import annotations
 
-import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,13 +14,14 @@ import torch
 from torch import fx, nn
 
 from memrewrite.atomic_write import replacing
-from memrewrite.errors import CheckpointError, ModelError
+from memrewrite.errors import ModelError
+from memrewrite.output_target import saved_directory
 from memrewrite.passes.capture.torch_export import export_program
 from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.storage.base_model import Base, base_of
 from memrewrite.passes.storage.load import GRAPH, RECORD
-from memrewrite.passes.storage.manifest import write_manifest
+from memrewrite.passes.storage.manifest import MANIFEST, write_manifest
 from memrewrite.passes.storage.tensor_files import named_once, save_tensors, save_transient
 from memrewrite.record import RewriteRecord
 
@@ -31,6 +32,7 @@ def save(
     *,
     source: Base | None = None,
     overwrite: bool = False,
+    overwrite_any: str | Path | None = None,
     step: Callable[[str], None] | None = None,
 ) -> Path:
     """Save a rewritten model so that `load(directory)` returns it again.
@@ -46,7 +48,8 @@ def save(
             error everything is as before.
         source: how `load` builds the base again. Without it, a Hugging Face model is built from its config, and any other
             base must be passed to `load`. `memrewrite apply` passes it.
-        overwrite: replace a directory that is not empty, with all files in it.
+        overwrite: replace a directory that `save` wrote, with all files in it.
+        overwrite_any: the same directory again: replace it with all files in it, whatever they are.
         step: receives a line before each step.
 
     Returns:
@@ -54,15 +57,14 @@ def save(
 
     Raises:
         ModelError: the model was not rewritten by memrewrite.
-        CheckpointError: the directory is in use and `overwrite` is not set, or a tensor cannot be saved (on `meta`).
+        CheckpointError: the directory is in use and may not be replaced; the path is no directory (a file, link or device); it
+            cannot be written (disk full, no permission, ...); or a tensor cannot be saved (on `meta`).
     """
-    target, report_step = Path(directory), step or (lambda _: None)
+    target, report_step = saved_directory(directory, overwrite=overwrite, overwrite_any=overwrite_any), step or (lambda _: None)
     record = _record(model)
-    refuse_used(target, overwrite)
     base = source or base_of(model)
     tied: dict[str, str] = {}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as (folder,):
+    with replacing(target) as folder:
         folder.mkdir()
         report_step("writing the weights")
         if isinstance(model, fx.GraphModule):
@@ -80,7 +82,7 @@ def save(
         report_step("writing the manifest")
         write_manifest(folder, base, tied)
         _set_default_permissions(folder)
-    return target
+    return target.path
 
 
 def _record(model: nn.Module) -> RewriteRecord:
@@ -91,22 +93,14 @@ def _record(model: nn.Module) -> RewriteRecord:
     return record
 
 
-def refuse_used(target: Path, overwrite: bool) -> None:
-    """Raise `CheckpointError` for a file, and, unless `overwrite` is set, for a directory that is not empty."""
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not overwrite):
-        raise CheckpointError(
-            f"the output directory {str(target)!r} is in use",
-            where=str(target),
-            hint="give a new directory, or --overwrite to replace the whole directory",
-        )
-
-
 def _set_default_permissions(folder: Path) -> None:
-    """Give the files the permissions of new files here: safetensors creates files that only their owner can read."""
-    umask = os.umask(0)
-    os.umask(umask)
+    """Give the files the permissions of new files here: safetensors creates files that only their owner can read.
+
+    The manifest is such a new file. `os.umask` can only be read by changing it, for all threads.
+    """
+    permissions = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
     for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
+        file.chmod(permissions)
 
 
 def _save_graph(model: fx.GraphModule, inputs: Inputs, file: Path) -> None:

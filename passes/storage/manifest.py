@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 from pydantic import Field, ValidationError, model_validator
 
+from memrewrite.atomic_write import recover
 from memrewrite.errors import CheckpointError, in_one_line
 from memrewrite.frozen import Frozen
+from memrewrite.output_target import MANIFEST as MANIFEST
 from memrewrite.passes.storage.base_model import Base, Kind
 from memrewrite.passes.storage.json_text import parse_json
 from memrewrite.passes.storage.python_file import require_trust
@@ -28,7 +30,6 @@ from memrewrite.passes.storage.python_file import require_trust
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-MANIFEST = "memrewrite.json"
 FORMAT = 1
 MAX_TEXT = 256 * 2**20  # bytes of a file that is read whole; the largest tokenizers have 40 MiB
 WEIGHTS = (".safetensors", ".pt2")
@@ -217,6 +218,7 @@ def read_manifest(directory: str | Path, *, every_bit: bool = False) -> SavedFil
     Raises `CheckpointError` for a directory that `save` did not write, or with a truncated, changed, missing or added file.
     """
     folder = Path(directory)
+    recover(folder)
     if not is_saved(folder):
         raise CheckpointError(
             f"{str(folder)!r} is not a directory that memrewrite saved",

@@ -25,6 +25,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from memrewrite.atomic_write import recover
 from memrewrite.errors import ModelError
 from memrewrite.passes.models.example_inputs import example_inputs
 from memrewrite.passes.models.forward import Inputs
@@ -92,7 +93,7 @@ def load_source(spec: str, *, trust_code: bool = False, with_tokenizer: bool = T
     """
     path = Path(spec).expanduser()
     before, _, name = spec.rpartition(":")
-    if _is(path, Path.is_dir):
+    if _is(path, Path.is_dir) or _is(path, recover):
         return _from_directory(path, trust_code, with_tokenizer)
     if _is(path, Path.is_file):
         return _from_file(path, trust_code, with_tokenizer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from memrewrite.cli.app import app
@@ -226,7 +229,8 @@ def test_inspect_draws_a_page(run: Callable[..., Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--html", "."], "is a directory"),
+        (["--html", "."], "has no name"),
+        (["--html", "folder"], "is a directory"),
         (["--html", "model.py", "--overwrite"], "is an input of this command"),
         (["--html", "no/where.html"], "cannot be written"),
         (["--html", "out.html", "--why", "blocks"], "cannot be combined"),
@@ -236,6 +240,7 @@ def test_inspect_draws_a_page(run: Callable[..., Any], tmp_path: Path) -> None:
 )
 def test_refused_page_requests(run: Callable[..., Any], tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "bad.yaml").write_text(RECIPE.replace("[0, 2]", "[0, 9]"))
+    (tmp_path / "folder").mkdir()
     before = listing(tmp_path)
     done = run("inspect", "model.py", *arguments)
     assert done.exit_code == 2, done.output
@@ -405,8 +410,15 @@ def test_a_nonempty_output_is_refused_before_the_model_is_loaded(run: Callable[.
 def test_overwrite(run: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("")
-    assert run("apply", "model.py", "r.yaml", "-o", "out", "--overwrite").exit_code == 0
-    assert "old" not in listing(tmp_path / "out")
+    for options in (["--overwrite"], ["--overwrite-any", "."], ["--overwrite", "--overwrite-any", "other"]):
+        refused = run("apply", "missing.py", "r.yaml", "-o", "out", *options)
+        assert refused.exit_code == 2
+        assert "--overwrite-any" in refused.stderr
+    assert listing(tmp_path / "out") == ["old"]
+    for options in (["--overwrite-any", "./out"], ["--overwrite"]):
+        assert run("apply", "model.py", "r.yaml", "-o", "out", *options).exit_code == 0
+        assert "old" not in listing(tmp_path / "out")
+        (tmp_path / "out" / "old").write_text("")
 
 
 def test_a_pool_that_does_not_fit_in_memory(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -442,10 +454,31 @@ def test_a_failed_check_shows_the_checks_and_exits_1(run: Callable[..., Any], mo
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize(("raised", "code"), [(ZeroDivisionError("odd"), 1), (KeyboardInterrupt(), 130)])
+class _Interrupt(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (ZeroDivisionError("odd"), 1),
+        (KeyboardInterrupt(), 130),
+        (_Interrupt("mine"), 2),
+        (SystemExit(0), 2),
+        (SystemExit("why"), 2),
+        (GeneratorExit(), 2),
+        (typer.Exit(0), 1),
+        (BrokenPipeError(errno.EPIPE, "a socket of the model"), 1),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 1),
+        (MemoryError(), 1),
+    ],
+    ids=repr,
+)
 def test_bugs_and_interrupts(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int
 ) -> None:
+    """Whatever the model's code raises: one message, and the exit code is never the one that it asks for."""
+
     def fail(*_: Any, **__: Any) -> None:
         raise raised
 
@@ -454,7 +487,14 @@ def test_bugs_and_interrupts(
     assert done.exit_code == code
     assert not done.stdout
     assert "Traceback" not in done.stderr
-    if code == 1:
+    assert ("this is a bug" in done.stderr) == isinstance(raised, ZeroDivisionError | typer.Exit)
+    if code != 130:
+        error = json.loads(run("inspect", "model.py", "--json").stdout)["error"]
+        assert error["exit_code"] == code
+        assert error["hint"]
+    if code == 2:
+        assert f"the model's code ended the command: {type(raised).__name__}" in done.stderr
+    if isinstance(raised, ZeroDivisionError):
         assert "a bug in memrewrite: ZeroDivisionError: odd" in done.stderr
         assert "Traceback" in run("--debug", "inspect", "model.py").stderr
 

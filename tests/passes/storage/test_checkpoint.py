@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 import memrewrite
+from memrewrite import atomic_write
 from memrewrite.errors import CheckpointError, ModelError
 from memrewrite.passes import pipeline
 from memrewrite.passes.capture import capture
@@ -317,7 +318,13 @@ def test_a_used_directory_is_refused_and_overwritten_whole(out: Path) -> None:
     (out / "mine.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="--overwrite"):
         memrewrite.save(model, out)
+    for other in ({}, {"overwrite_any": out.parent}):
+        with pytest.raises(CheckpointError, match="--overwrite-any"):
+            memrewrite.save(model, out, overwrite=True, **other)
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
+    memrewrite.save(model, out, overwrite_any=out.parent / ".." / out.parent.name / "out")
+    assert not (out / "mine.txt").exists()
+    (out / "mine.txt").write_text("mine")
     memrewrite.save(model, out, overwrite=True)
     assert not (out / "mine.txt").exists()
     assert_same(model, memrewrite.load(out), inputs)
@@ -337,7 +344,7 @@ def test_a_failure_changes_nothing(at: str, out: Path, monkeypatch: pytest.Monke
     model, inputs = rewritten("llama")
     memrewrite.save(model, out)
     monkeypatch.setattr(checkpoint, at, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match=r"'.*out' cannot be written: .*disk full"):
         memrewrite.save(model, out, overwrite=True)
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     assert_same(model, memrewrite.load(out), inputs)
@@ -346,15 +353,17 @@ def test_a_failure_changes_nothing(at: str, out: Path, monkeypatch: pytest.Monke
 def test_after_a_failing_rename_the_old_directory_is_back(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = rewritten("llama")
     memrewrite.save(model, out)
-    real = Path.replace
+    real, renamed = Path.rename, []
 
-    def replace(self: Path, target: Path) -> Path:
-        if Path(target) == out and not self.parent.name.endswith(".old"):
+    def rename(self: Path, target: Path) -> Path:
+        renamed.append(self)
+        if len(renamed) == 3:  # after the attempt to rename onto nothing, and the move of the old directory
             raise OSError("no")
         return real(self, target)
 
-    monkeypatch.setattr(Path, "replace", replace)
-    with pytest.raises(OSError, match="no"):
+    monkeypatch.setattr(atomic_write, "exchange", lambda *_: False)
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(CheckpointError, match="no"):
         memrewrite.save(model, out, overwrite=True)
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     assert_same(model, memrewrite.load(out), inputs)
