@@ -15,7 +15,7 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def _children(value: object) -> Iterator[object]:
         yield from value
     elif isinstance(value, Tensor):
         yield from parts_of(value)
-    if _has_attributes(value):
+    if _has_attributes(type(value)):
         yield from vars_of(value).values()
         yield from (found for _, found in _slot_values(value))
     if isinstance(value, torch.jit.ScriptModule):
@@ -72,11 +72,12 @@ def _children(value: object) -> Iterator[object]:
         yield from _script_attributes(value).values()
 
 
-def _has_attributes(value: object) -> bool:
-    """True for modules, tensors, and instances of classes that are not `FOREIGN`."""
-    if isinstance(value, (nn.Module, Tensor, *RECORDS)):
+@lru_cache(maxsize=1024)
+def _has_attributes(kind: type) -> bool:
+    """Whether instances have attributes to restore: modules, tensors, and classes that are not `FOREIGN`."""
+    if issubclass(kind, (nn.Module, Tensor, *RECORDS)):
         return True
-    return not isinstance(value, (type, types.ModuleType)) and type(value).__module__.partition(".")[0] not in FOREIGN
+    return not issubclass(kind, (type, types.ModuleType)) and kind.__module__.partition(".")[0] not in FOREIGN
 
 
 def vars_of(value: object) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def vars_of(value: object) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _slots(kind: type) -> tuple[Any, ...]:
     classes = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]
     return tuple(v for names in classes for v in names.values() if isinstance(v, types.MemberDescriptorType))
@@ -110,7 +111,7 @@ def _slot_values(value: object) -> list[tuple[Any, object]]:
 
 def _restorers(value: object) -> list[Restorer]:
     found: list[Restorer] = []
-    if _has_attributes(value):
+    if _has_attributes(type(value)):
         attributes = vars_of(value)
         found.append(partial(_restore_attributes, value, type(value), attributes, dict(attributes)))
         found += [partial(_restore_slot, value, slot, before) for slot, before in _slot_values(value)]
@@ -123,7 +124,8 @@ def _restorers(value: object) -> list[Restorer]:
 def _restorer(value: Any) -> Restorer | None:
     """A function that restores the elements of a container, or the state of a generator of random numbers."""
     if isinstance(value, dict):
-        return partial(_restore_dict, value, list(dict.items(value)))
+        kind = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict  # not the class's own methods
+        return partial(_restore_dict, value, kind, list(kind.items(value)))
     if isinstance(value, (list, collections.deque)):
         return partial(_restore_sequence, value, list(value))
     if isinstance(value, set):
@@ -160,9 +162,8 @@ def _restore_slot(value: object, slot: Any, before: object) -> None:
         slot.__delete__(value)
 
 
-def _restore_dict(value: Any, before: list[tuple[Any, Any]]) -> None:
-    if not _same(dict.items(value), before):
-        kind = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict  # not the class's own methods
+def _restore_dict(value: Any, kind: Any, before: list[tuple[Any, Any]]) -> None:
+    if not _same(kind.items(value), before):
         kind.clear(value)
         for key, item in before:
             kind.__setitem__(value, key, item)
