@@ -5,6 +5,7 @@ Every object that the model refers to is described by its identity, its class, a
 
 from __future__ import annotations
 
+import collections
 import random
 from typing import Any
 
@@ -67,7 +68,7 @@ def _inside(value: Any) -> list[tuple[str, Any]]:  # noqa: PLR0911 - one case af
         return [*_tensor(value), *_attributes(value)]
     if isinstance(value, dict):
         items = [(f"[{key!r}]", inside) for key, inside in value.items()]
-        return [("#keys", tuple(map(repr, value)) and repr([repr(k) for k in value])), *items, *_attributes(value)]
+        return [("#keys", repr([repr(k) for k in value])), *items, *_attributes(value)]
     if isinstance(value, (set, frozenset)):
         return [("#elements", repr(sorted(map(repr, value)))), *_attributes(value)]
     if isinstance(value, np.ndarray):
@@ -84,11 +85,8 @@ def _inside(value: Any) -> list[tuple[str, Any]]:  # noqa: PLR0911 - one case af
         return [*_script(value), *_attributes(value)]
     if isinstance(value, bytearray):
         return [("#bytes", bytes(value))]
-    try:
-        elements = [(f"[{number}]", inside) for number, inside in enumerate(value)] if hasattr(type(value), "__len__") else []
-    except Exception:  # a class of the user's
-        elements = []
-    return [*elements, *_attributes(value)]
+    is_sequence = isinstance(value, (list, tuple, collections.deque))
+    return [*((f"[{number}]", inside) for number, inside in enumerate(value if is_sequence else ())), *_attributes(value)]
 
 
 def _tensor(value: Tensor) -> list[tuple[str, Any]]:
