@@ -90,6 +90,8 @@ def _inside(value: Any) -> list[tuple[str, Any]]:  # noqa: PLR0911 - one case af
 
 
 def _tensor(value: Tensor) -> list[tuple[str, Any]]:
+    if torch.nn.parameter.is_lazy(value):
+        return []
     facts: list[tuple[str, Any]] = [("#type", f"{value.dtype}{value.shape}{value.layout}{value.device}{value.requires_grad}")]
     facts.append(("#hooks", repr({k: id(v) for k, v in (value._backward_hooks or {}).items()})))
     facts.append(("#post", repr({k: id(v) for k, v in (value._post_accumulate_grad_hooks or {}).items()})))
@@ -97,7 +99,7 @@ def _tensor(value: Tensor) -> list[tuple[str, Any]]:
         facts.append((".grad", value.grad))
     if value.layout == torch.strided and not value.is_meta:
         facts.append(("#place", f"{value.untyped_storage()._cdata} {value.storage_offset()} {value.stride()}"))
-    if not value.is_meta and not isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+    if not value.is_meta:
         dense = value.detach().to_dense() if value.layout != torch.strided else value.detach()
         facts.append(("#bits", dense.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()))
     return facts

@@ -14,6 +14,7 @@ from operator import getitem
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -79,7 +80,7 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _of(self, leaf: Any) -> Any:
         """The node of a tensor: the operator that returned it, or the `get_attr` of a weight or constant."""
         if not isinstance(leaf, Tensor):
-            return leaf
+            return None if isinstance(leaf, torch.Generator) else leaf  # a graph has no generators: its code cannot name them
         if leaf not in self._node:
             name = self._names.get(id(leaf), f"_constant_{len(self._tensors)}")
             self._tensors[name] = leaf

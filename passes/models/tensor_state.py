@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch._ops import OpOverload
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -20,7 +21,12 @@ HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # dictionaries or No
 
 
 def storage_of(tensor: Tensor) -> UntypedStorage | None:
-    """The storage of a tensor's values; None for tensors on `meta`, of other layouts, and of classes that dispatch themselves."""
+    """The storage of a tensor's values.
+
+    None for tensors on `meta`, of other layouts, without a shape yet, and of classes that dispatch their operators themselves.
+    """
+    if is_lazy(tensor):
+        return None
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
     return tensor.untyped_storage() if tensor.layout == torch.strided and not tensor.is_meta else None
