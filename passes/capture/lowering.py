@@ -22,6 +22,7 @@ from memrewrite.errors import CaptureError, in_one_line
 from memrewrite.passes.graphs.copying import copied
 from memrewrite.passes.graphs.provenance import clean
 from memrewrite.passes.models.forward import Inputs
+from memrewrite.passes.models.state_guard import StateGuard
 
 STACK = "nn_module_stack"
 
@@ -54,7 +55,7 @@ def lower(module: fx.GraphModule, inputs: Inputs) -> Lowered:
             return functional_call(interpreter, state, tuple(args))
 
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with StateGuard(module), torch.inference_mode(False), torch.no_grad():
             copies = [t.detach().clone() for t in lifted]
             traced = make_fx(flat, pre_dispatch=True)(*copies)
     except Exception as error:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from contextlib import ExitStack
 from operator import getitem
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from memrewrite.passes.graphs.provenance import TORCH
+from memrewrite.passes.models.call_recorder import hookable_modules
 from memrewrite.passes.models.forward import Inputs, run
 from memrewrite.passes.models.tensors import first_names
 
@@ -58,12 +61,10 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 out = self.module(*args, **kwargs)
             return out
 
-        handles = [h for path, m in self.module.named_modules() for h in self._hooks(path, m)]
-        try:
+        with ExitStack() as hooks:
+            for module, path in {m: path for path, m in reversed(hookable_modules(self.module))}.items():  # by first name
+                self._add_hooks(path, module, hooks)
             run(_CallThrough(self.module, forward), inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
         self.graph.output(tuple(self._of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
         self.graph.eliminate_dead_code(is_impure_node=_mutates_used)  # values that only Python code read
         return fx.GraphModule(dict(self._tensors), self.graph)
@@ -79,7 +80,7 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _of(self, leaf: Any) -> Any:
         """The node of a tensor: the operator that returned it, or the `get_attr` of a weight or constant."""
         if not isinstance(leaf, Tensor):
-            return leaf
+            return None if isinstance(leaf, torch.Generator) else leaf  # a graph has no generators: its code cannot name them
         if leaf not in self._node:
             name = self._names.get(id(leaf), f"_constant_{len(self._tensors)}")
             self._tensors[name] = leaf
@@ -104,7 +105,7 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _shape(self, value: Any) -> Any:
         return self._fake.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value
 
-    def _hooks(self, path: str, module: nn.Module) -> list[Any]:
+    def _add_hooks(self, path: str, module: nn.Module, hooks: ExitStack) -> None:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             count = self._calls[path] = self._calls.get(path, -1) + 1
             self._stack.append((f"{path}@{count}" if count else path, path, type(module).__name__))
@@ -118,10 +119,8 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._record_value(tuple(leaves), self.graph.call_function(captured_separately, (path, *operands)))
             self._stack.pop()
 
-        return [
-            module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-            module.register_forward_hook(leave, with_kwargs=True, always_call=False),
-        ]
+        hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+        hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
 
 
 def captured_separately(path: str, *tensors: Tensor) -> Any:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from memrewrite.errors import in_one_line
 from memrewrite.passes.models.call_recorder import Recorder
 from memrewrite.passes.models.forward import Inputs
+from memrewrite.passes.models.state_guard import StateGuard
 
 log = logging.getLogger("memrewrite")
 PLAIN = (type(None), bool, int, float, str)  # the leaves of an output that torch can trace, with tensors
@@ -61,7 +62,7 @@ def export_program(
         outputs = nullcontext() if strict else _traceable_outputs(model, omitted)
         recording = recorder if recorder and not strict else nullcontext()
         try:
-            with torch.no_grad(), quiet(), recording, outputs:
+            with StateGuard(model), torch.no_grad(), quiet(), recording, outputs:
                 dynamic_shapes = None if dims is None else _by_argument(model, dims)
                 program = torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
             _refuse_nested_weights(program)

@@ -1,14 +1,14 @@
 """Example inputs and one forward of a model with them.
 
-Flow: example inputs as `(args, kwargs)` → moved to the model's device → one forward from a fixed seed, which changes neither
-the caller's inputs nor the RNG state, so that the outputs of two forwards can be compared.
+Flow: example inputs as `(args, kwargs)` → moved to the model's device → one forward from fixed seeds, which changes neither
+the caller's inputs nor the model nor the RNG states, so that the outputs of two forwards can be compared.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
 from memrewrite.errors import ModelError
+from memrewrite.passes.models.process_state import seeded
+from memrewrite.passes.models.state_guard import StateGuard
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-SEED = 0
 
 
 def as_inputs(inputs: Any) -> Inputs:
@@ -52,33 +53,45 @@ def on_meta(model: nn.Module) -> bool:
 
 
 @contextmanager
-def evaluating(model: nn.Module | ExportedProgram) -> Iterator[None]:
-    """Context manager: every module is in eval mode inside, and has its own mode again after it."""
-    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
-    try:
-        for module in modes:
-            module.training = False
+def in_mode(model: nn.Module | ExportedProgram, *, training: bool) -> Iterator[None]:
+    """Context manager: every module is in train or eval mode inside. Afterwards the model is as it was on entry."""
+    with StateGuard(model):
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            module.training = training
         yield
-    finally:
-        if isinstance(model, nn.Module):
-            for module in model.modules():
-                module.training = modes.get(module, modes[model])  # a new layer gets the mode of the whole model
+
+
+def evaluating(model: nn.Module | ExportedProgram) -> AbstractContextManager[None]:
+    """Context manager: every module is in eval mode inside. Afterwards the model is as it was on entry."""
+    return in_mode(model, training=False)
 
 
 def run(model: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Any:
-    """The outputs of one forward from a fixed seed, on copies of the inputs; the RNG state is restored afterwards."""
+    """The outputs of one forward from fixed seeds, on copies of the inputs. Model and generators are as before afterwards.
+
+    Raises `ModelError` where the model's code raises an error, or calls `sys.exit`.
+    """
     args, kwargs = copy.deepcopy(inputs)
-    cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(SEED)
-        return model(*args, **kwargs)
+    with StateGuard(model) as state, seeded(), torch.set_grad_enabled(gradients), _users_code(model):
+        return state.apart(model(*args, **kwargs))
 
 
-def first_run(model: nn.Module, inputs: Inputs) -> Any:
-    """`run` for the first time: raises `ModelError` when the model does not run on the inputs."""
+def warm_up(model: nn.Module, inputs: Inputs) -> None:
+    """One forward whose changes to the model's state stay, up to the end of the guard around it.
+
+    Some models fill caches or initialise themselves in their first forward. After it, every `run` starts from this state, and
+    `torch.export` sees the code that runs from then on. Raises `ModelError`, as `run` does.
+    """
+    args, kwargs = copy.deepcopy(inputs)
+    with seeded(), torch.no_grad(), _users_code(model):
+        model(*args, **kwargs)
+
+
+@contextmanager
+def _users_code(model: nn.Module) -> Iterator[None]:
     try:
-        return run(model, inputs)
-    except Exception as error:
+        yield
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"the model does not run on its example inputs: {type(error).__name__}: {error}",
             where=f"{type(model).__name__}.forward",
