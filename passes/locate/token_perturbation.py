@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memrewrite.passes.models.forward import SEED
+from memrewrite.passes.models.forward import fixed_seed
 
 TRIED = 8  # tokens changed at most: the first, the last, and evenly between; at least one in every row if so many suffice
 Call = Callable[[Tensor], Tensor]
@@ -51,8 +51,7 @@ def run_repeatable(call: Call, x: Tensor) -> Tensor:
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
     """Context manager: no gradients, and a fixed RNG state of the CPU and of `device`, which is restored on exit."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[device.index or 0] if device.type == "cuda" else []):
-        torch.manual_seed(SEED)
+    with torch.no_grad(), fixed_seed([device]):
         yield
 
 

@@ -20,6 +20,7 @@ from memrewrite.atomic_write import replacing
 from memrewrite.errors import CheckpointError, MemrewriteError, ModelError
 from memrewrite.frozen import Frozen
 from memrewrite.passes.capture.torch_export import export_program
+from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.edit_module import substitute
@@ -123,6 +124,7 @@ def _set_default_permissions(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- load
 
 
+@exclusive
 def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
     """Load a rewritten model: build its base, apply the saved plan to it, and load the weights. Nothing is captured.
 
