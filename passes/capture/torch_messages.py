@@ -13,17 +13,15 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
-import torch.export._trace
-import torch.fx.graph_module
-
-PRINTING = (torch.export._trace, torch.fx.graph_module)  # print the graph or code in which an error was raised
+PRINT = "print"
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx_ir")  # whose loggers are suppressed
 
 
 class _QuietThreads(logging.Filter):
-    """Rejects the messages of some threads: a filter of handlers and of `warnings`, and the `print` of two modules of torch.
+    """Rejects the messages of some threads: a filter of handlers and of `warnings`, and of what two modules of torch print.
 
     It is in place while there is such a thread, and passes the messages of all others on.
     """
@@ -43,10 +41,10 @@ class _QuietThreads(logging.Filter):
         """Whether a warning is ignored: `warnings` calls this in place of a regular expression."""
         return threading.get_ident() in self.threads
 
-    def print(self, *values: Any, **options: Any) -> None:
-        """The builtin `print`, for other threads."""
+    def write(self, *values: Any, **options: Any) -> None:
+        """What the builtin function of that name does, for other threads."""
         if threading.get_ident() not in self.threads:
-            builtins.print(*values, **options)
+            vars(builtins)[PRINT](*values, **options)
 
     def begin(self) -> None:
         """Reject the messages of this thread."""
@@ -70,8 +68,8 @@ class _QuietThreads(logging.Filter):
         self.handlers = list(dict.fromkeys([*handlers, *last]))
         for handler in self.handlers:
             handler.addFilter(self)
-        for module in PRINTING:
-            vars(module)["print"] = self.print
+        for module in _printing():
+            vars(module)[PRINT] = self.write
         # Not `warnings.catch_warnings`: it replaces the filters of all threads, and two that overlap leave one's in place.
         warnings.filters.insert(0, self._entry())  # type: ignore[attr-defined]
 
@@ -79,13 +77,21 @@ class _QuietThreads(logging.Filter):
         for handler in self.handlers:
             handler.removeFilter(self)
         self.handlers = []
-        for module in PRINTING:
-            del vars(module)["print"]
+        for module in _printing():
+            del vars(module)[PRINT]
         if self._entry() in warnings.filters:  # another thread may have replaced the list
             warnings.filters.remove(self._entry())  # type: ignore[attr-defined]
 
     def _entry(self) -> tuple[Any, ...]:
         return ("ignore", self, Warning, None, 0)
+
+
+def _printing() -> tuple[ModuleType, ...]:
+    """The modules of torch that print the graph or the code in which an error was raised."""
+    import torch.export._trace
+    import torch.fx.graph_module
+
+    return torch.export._trace, torch.fx.graph_module
 
 
 _QUIET = _QuietThreads()

@@ -48,7 +48,8 @@ def exclusive(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def untraced(*args: P.args, **kwargs: P.kwargs) -> R:
-        call = torch.compiler.disable(alone) if "torch._dynamo" in sys.modules else alone  # else nobody compiles
+        compiling = "torch._dynamo" in sys.modules
+        call = torch.compiler.disable(alone) if compiling else alone  # type: ignore[no-untyped-call]
         result: R = call(*args, **kwargs)
         return result
 

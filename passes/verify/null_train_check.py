@@ -69,7 +69,7 @@ def _reference(before: BeforeEdit, guard: StateGuard) -> Any:
         outputs, again = (_run_once(before, guard) for _ in range(2))
     except Exception as error:
         log.debug("the model does not run in train mode", exc_info=True)
-        raise _Skip(f"the model does not run in train mode: {in_one_line(error)}") from error
+        raise _Skip(f"the model does not run in train mode: {in_one_line(error.__cause__ or error)}") from error
     different = differing(outputs, again)
     if different:
         raise _Skip(f"the model's own outputs in train mode differ between two runs from one seed, in {different} elements")
