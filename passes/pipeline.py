@@ -25,6 +25,7 @@ from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import evaluating
+from memrewrite.passes.models.state_guard import StateGuard
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
 from memrewrite.passes.rewrite.build_layers import pools_of, refuse_rewritten
@@ -166,20 +167,28 @@ def apply(
         >>> report = memrewrite.apply(model, "memory-plus", {"input_ids": torch.arange(8)[None]})
         >>> memrewrite.save(report.model, "rewritten")
     """
-    begun, report_step = time.perf_counter(), step or _ignore
-    wanted = read_recipe(recipe)
+    wanted, report_step = read_recipe(recipe), step or _ignore
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
-    with evaluating(model), torch.enable_grad():
-        if emit == "graph" and not is_traced(model):
-            model, look = _look_at_export(model, inputs, report_step)
-        else:
-            look = _look(model, inputs, report_step)
-        planned = _planned(model, look, wanted)
-        if not allow_large:
-            refuse_too_large(planned)
-        size = _size(model)
-        done, graphs = _rewrite(model, planned, look, wanted, report_step)
+    with StateGuard(model) as state, torch.enable_grad():
+        report = _applied(model, wanted, inputs, emit, allow_large, report_step)
+        if report.model is model:
+            state.release()  # the edit stays
+    return report
+
+
+def _applied(model: Model, wanted: Recipe, inputs: Any, emit: Emit, allow_large: bool, step: Step) -> Report:
+    """`apply`, in a guard of the model's state."""
+    begun = time.perf_counter()
+    if emit == "graph" and not is_traced(model):
+        model, look = _look_at_export(model, inputs, step)
+    else:
+        look = _look(model, inputs, step)
+    planned = _planned(model, look, wanted)
+    if not allow_large:
+        refuse_too_large(planned)
+    size = _size(model)
+    done, graphs = _rewrite(model, planned, look, wanted, step)
     if isinstance(model, nn.Module) and done.model is not model:
         _copy_modes(model, done.model)
     report = Report(
@@ -234,11 +243,12 @@ def _look(model: Model, inputs: Any, step: Step) -> _Look:
 def _look_at_export(model: Model, inputs: Any, step: Step) -> tuple[Model, _Look]:
     """Export a live module with dynamic shapes, and locate the MLPs in its graph. Returns the graph's program, too."""
     step("capturing the model with dynamic shapes")
-    captured = capture(model, inputs, dynamic=True)
-    if not captured.is_whole:
-        raise SelectError(f"there is no one graph of this model: {captured.how}", hint="use --emit module")
-    step("locating its MLPs")
-    return captured.segments[0].program, _located(as_graph(captured))
+    with evaluating(model):
+        captured = capture(model, inputs, dynamic=True)
+        if not captured.is_whole:
+            raise SelectError(f"there is no one graph of this model: {captured.how}", hint="use --emit module")
+        step("locating its MLPs")
+        return captured.segments[0].program, _located(as_graph(captured))
 
 
 def _located(captured: Capture) -> _Look:
@@ -259,7 +269,8 @@ def _rewrite(model: Model, planned: Plan, look: _Look, recipe: Recipe, step: Ste
         locations = look.given.bound(s.site.path for s in planned.substitutions)
         return rewrite_graph(planned, look.capture, locations, with_checks=with_checks, step=step), None
     module = cast(nn.Module, model)  # an exported program is a graph
-    hosts = trace_hosts(module, planned, look.capture)
+    with evaluating(module):
+        hosts = trace_hosts(module, planned, look.capture)
     graphs = hosts_to_json(hosts) if hosts else None  # before the edit: it raises an error for what cannot be saved
     return rewrite_module(module, planned, look.capture, look.locations, hosts, with_checks=with_checks, step=step), graphs
 

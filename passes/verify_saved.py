@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from memrewrite.passes.models.exclusive import exclusive
-from memrewrite.passes.models.forward import first_run
+from memrewrite.passes.models.forward import run
 from memrewrite.passes.rewrite.edit_module import layers_of
 from memrewrite.passes.storage.checkpoint import read_plan, read_report
 from memrewrite.passes.storage.manifest import read_manifest
@@ -52,7 +52,7 @@ def verify_saved(directory: str | Path, *, trust_code: bool = False, step: Calla
     report_step("running it")
     if isinstance(source.model, nn.Module):
         model, plan, inputs = source.model, read_plan(directory), source.inputs
-        checks.append(_finite(first_run(model, inputs)))
+        checks.append(_finite(run(model, inputs)))
         if manifest["base"]["kind"] != "graph":
             rewritten = RewrittenModel(model, plan, inputs, layers_of(model, plan))
             checks += [check(rewritten) for check in (coverage, sharing, tokenwise, gradient)]

@@ -1,8 +1,9 @@
 """What the model computes, as graphs: a live module or a graph in, a `Capture` out.
 
-Flow: record one forward (reference outputs, how every module is called) → `torch.export` of the whole model, non-strict,
-then strict → when torch refuses both, each block separately, and a trace of the operators that ran for the blocks that torch
-refuses and for the code around them → an error that names the submodule and quotes torch.
+Flow: one forward, in which models fill their caches → record a second one (reference outputs, how every module is called) →
+`torch.export` of the whole model, non-strict, then strict → when torch refuses both, each block separately, and a trace of the
+operators that ran for the blocks that torch refuses and for the code around them → an error that names the submodule and quotes
+torch. The caller guards the model's state (`forward.evaluating`): what the first forward changes stays until the capture is used.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from memrewrite.passes.capture.segment import Capture, Segment, graph_segment, s
 from memrewrite.passes.capture.torch_export import Refused, export_program, log
 from memrewrite.passes.models.block_stacks import outermost_lists
 from memrewrite.passes.models.call_recorder import Recorder
-from memrewrite.passes.models.forward import Inputs, as_inputs, first_run, on_device_of, on_meta
+from memrewrite.passes.models.forward import Inputs, as_inputs, on_device_of, on_meta, run, warm_up
 
 
 def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = False, as_module_tree: bool = False) -> Capture:
@@ -47,8 +48,9 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
     arguments, recorder = on_device_of(model, as_inputs(inputs)), Recorder(model)
     outputs = None
     if not on_meta(model):  # many forwards read values of tensors, which on meta works only while torch traces them
+        warm_up(model, arguments)
         with recorder:
-            outputs = first_run(model, arguments)
+            outputs = run(model, arguments)
     try:
         program, how = export_program(model, arguments, dynamic, recorder if on_meta(model) else None)
         captured = Capture((segment_of("", program, arguments),), arguments, f"whole model, torch.export {how}")
@@ -91,7 +93,7 @@ def _without_guards(module: fx.GraphModule) -> fx.GraphModule:
 def _given_graph(module: nn.Module, inputs: Any, how: str) -> Capture:
     """The capture of a model that is a graph already."""
     arguments = on_device_of(module, as_inputs(inputs))
-    outputs = first_run(module, arguments)
+    outputs = run(module, arguments)
     is_lowered = not isinstance(module, fx.GraphModule) or _is_aten(module)
     segment = graph_segment(module, arguments) if is_lowered else lowered_segment(module, arguments)
     return Capture((segment,), arguments, how, outputs=outputs)

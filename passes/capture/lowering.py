@@ -23,6 +23,7 @@ from memrewrite.passes.graphs.copying import copied
 from memrewrite.passes.graphs.provenance import clean
 from memrewrite.passes.models.exclusive import tracing_alone
 from memrewrite.passes.models.forward import Inputs
+from memrewrite.passes.models.state_guard import StateGuard
 
 STACK = "nn_module_stack"
 
@@ -55,7 +56,7 @@ def lower(module: fx.GraphModule, inputs: Inputs) -> Lowered:
             return functional_call(interpreter, state, tuple(args))
 
     try:
-        with torch.inference_mode(False), torch.no_grad(), tracing_alone():
+        with tracing_alone(), StateGuard(module), torch.inference_mode(False), torch.no_grad():
             copies = [t.detach().clone() for t in lifted]
             traced = make_fx(flat, pre_dispatch=True)(*copies)
     except (Exception, SystemExit) as error:

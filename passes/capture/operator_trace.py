@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from contextlib import ExitStack
 from operator import getitem
 from types import FrameType
 from typing import Any
@@ -20,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from memrewrite.errors import CaptureError, in_one_line
 from memrewrite.passes.graphs.provenance import TORCH
+from memrewrite.passes.models.call_recorder import hookable_modules
 from memrewrite.passes.models.forward import Inputs, run
 from memrewrite.passes.models.tensors import first_names
 
@@ -37,7 +40,8 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.module, self.opaque = module, opaque
         self.graph = fx.Graph()
-        self._tensors: dict[str, Tensor] = {}  # targets of get_attr nodes: weights and constants
+        self._objects: dict[int, str] = {}  # names of the targets that are no tensors
+        self._tensors: dict[str, Any] = {}  # targets of get_attr nodes: weights and constants
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._node: Any = WeakTensorKeyDictionary()
         self._names = first_names(module)
@@ -58,12 +62,11 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 out = self.module(*args, **kwargs)
             return out
 
-        handles = [h for path, m in self.module.named_modules() for h in self._hooks(path, m)]
-        try:
-            run(_CallThrough(self.module, forward), inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks:
+            for module, path in {m: path for path, m in reversed(hookable_modules(self.module))}.items():  # by first name
+                self._add_hooks(path, module, hooks)
+            called = type(type(self.module).__name__, (_CallThrough,), {})  # the name is in error messages
+            run(called(self.module, forward), inputs)
         self.graph.output(tuple(self._of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
         self.graph.eliminate_dead_code(is_impure_node=_mutates_used)  # values that only Python code read
         return fx.GraphModule(dict(self._tensors), self.graph)
@@ -78,6 +81,10 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _of(self, leaf: Any) -> Any:
         """The node of a tensor: the operator that returned it, or the `get_attr` of a weight or constant."""
+        if isinstance(leaf, torch.ScriptObject):  # packed weights of a quantized module
+            name = self._objects.setdefault(id(leaf), f"_object_{len(self._objects)}")
+            self._tensors[name] = leaf
+            return self.graph.get_attr(name)
         if not isinstance(leaf, Tensor):
             return leaf
         if leaf not in self._node:
@@ -102,9 +109,17 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._record_value(item, self.graph.call_function(getitem, (node, number)))
 
     def _shape(self, value: Any) -> Any:
-        return self._fake.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        try:
+            return self._fake.from_tensor(value.detach(), static_shapes=True)
+        except Exception as error:  # torch raises many classes for tensors of which it cannot make a fake one
+            form = f"{value.dtype}, {value.layout}".replace("torch.", "")
+            path = next((path for _, path, _ in reversed(self._stack) if path), type(self.module).__name__)
+            hint = "convert it before the model, or in a module of its own that returns a plain tensor"
+            raise CaptureError(f"torch cannot trace a tensor ({form}): {in_one_line(error)}", where=path, hint=hint) from error
 
-    def _hooks(self, path: str, module: nn.Module) -> list[Any]:
+    def _add_hooks(self, path: str, module: nn.Module, hooks: ExitStack) -> None:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
             count = self._calls[path] = self._calls.get(path, -1) + 1
             self._stack.append((f"{path}@{count}" if count else path, path, type(module).__name__))
@@ -118,10 +133,8 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._record_value(tuple(leaves), self.graph.call_function(captured_separately, (path, *operands)))
             self._stack.pop()
 
-        return [
-            module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-            module.register_forward_hook(leave, with_kwargs=True, always_call=False),
-        ]
+        hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+        hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
 
 
 def captured_separately(path: str, *tensors: Tensor) -> Any:

@@ -24,6 +24,7 @@ from memrewrite.passes.capture.torch_messages import quiet
 from memrewrite.passes.models.call_recorder import Recorder
 from memrewrite.passes.models.exclusive import tracing_alone
 from memrewrite.passes.models.forward import Inputs, copied
+from memrewrite.passes.models.state_guard import StateGuard
 from memrewrite.passes.models.surroundings import callers_device
 
 log = logging.getLogger("memrewrite")
@@ -61,7 +62,7 @@ def export_program(
         outputs = nullcontext() if strict else _traceable_outputs(model, omitted)
         recording = recorder if recorder and not strict else nullcontext()
         try:
-            with torch.no_grad(), tracing_alone(), quiet(), callers_device(), recording, outputs:
+            with tracing_alone(), StateGuard(model), torch.no_grad(), quiet(), callers_device(), recording, outputs:
                 dynamic_shapes = None if dims is None else _by_argument(model, dims)
                 program = torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
             _refuse_nested_weights(program)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memrewrite.passes.models.forward import fixed_seed
+from memrewrite.passes.models.process_state import seeded
 
 TRIED = 8  # tokens changed at most: the first, the last, and evenly between; at least one in every row if so many suffice
 Call = Callable[[Tensor], Tensor]
@@ -44,14 +44,14 @@ class Trial:
 
 def run_repeatable(call: Call, x: Tensor) -> Tensor:
     """The result of `call` on a copy of `x`, without gradients; ops that consume random numbers get the same every time."""
-    with repeatable(x.device):
+    with repeatable():
         return call(x.clone())
 
 
 @contextmanager
-def repeatable(device: torch.device) -> Iterator[None]:
-    """Context manager: no gradients, and a fixed RNG state of the CPU and of `device`, which is restored on exit."""
-    with torch.no_grad(), fixed_seed([device]):
+def repeatable() -> Iterator[None]:
+    """Context manager: no gradients, and fixed states of the random number generators, which are restored on exit."""
+    with torch.no_grad(), seeded():
         yield
 
 

@@ -80,7 +80,7 @@ def _example_values(recorded: RecordedGraph, wanted: Collection[RecordedNode]) -
         return value.clone()  # in-place ops, through views too, must not change the model's own
 
     inputs: dict[fx.Node, Any] = {node: segment.example(node) for node in recorded.nodes if node.op == "placeholder"}
-    with repeatable(torch.device("cpu")):
+    with repeatable():
         return evaluate(nodes, inputs, source=weight)
 
 

@@ -7,6 +7,7 @@ of the first call of each repeated block, with which the block can be exported s
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,21 +41,21 @@ class Recorder:
         self.model, self.also = model, frozenset(also)
         self.calls: dict[str, tuple[Call, ...]] = {}
         self.block_inputs: dict[str, Inputs] = {}
-        self._handles: list[Any] = []
 
     def __enter__(self) -> Recorder:
         self.calls.clear()  # a second forward starts from nothing: the first may have failed half way
         self.block_inputs.clear()
         lists = {path for path, _ in outermost_lists(self.model)}
-        for path, module in self.model.named_modules(remove_duplicate=False):
-            self._handles.append(module.register_forward_hook(self._call_hook(path), with_kwargs=True))
-            if path.rpartition(".")[0] in lists or path in self.also:
-                self._handles.append(module.register_forward_pre_hook(self._inputs_hook(path), with_kwargs=True))
+        with ExitStack() as hooks:  # removes them where one of them cannot be registered
+            for path, module in hookable_modules(self.model):
+                hooks.callback(module.register_forward_hook(self._call_hook(path), with_kwargs=True).remove)
+                if path.rpartition(".")[0] in lists or path in self.also:
+                    hooks.callback(module.register_forward_pre_hook(self._inputs_hook(path), with_kwargs=True).remove)
+            self._hooks = hooks.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        self._hooks.close()
 
     def _call_hook(self, path: str) -> Any:
         def record(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -68,6 +69,12 @@ class Recorder:
                 self.block_inputs[path] = tree_map(_copied, (args, kwargs))
 
         return record
+
+
+def hookable_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module by all of its paths, without those of TorchScript: they run outside of Python, and refuse hooks."""
+    named = model.named_modules(remove_duplicate=False)
+    return [(path, module) for path, module in named if not isinstance(module, torch.jit.RecursiveScriptModule)]
 
 
 def _copied(leaf: Any) -> Any:

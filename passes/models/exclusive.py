@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from memrewrite.errors import ModelError
 from memrewrite.passes.models.surroundings import neutral_surroundings
@@ -37,11 +38,17 @@ def exclusive(function: Callable[P, R]) -> Callable[P, R]:
     `ModelError` when it is running already, and a forward that another thread begins meanwhile raises `ModelError` there. The
     function runs outside of the caller's inference mode, autocast and default device (`neutral_surroundings`).
     """
-    names = list(inspect.signature(function).parameters)
-    position = names.index("model") if "model" in names else len(names)
+    parameters = inspect.signature(function).parameters
+    position = list(parameters).index("model") if "model" in parameters else len(parameters)
+    needs_model = "model" in parameters and parameters["model"].default is inspect.Parameter.empty
 
     def alone(*args: P.args, **kwargs: P.kwargs) -> R:
         model = kwargs.get("model", args[position] if position < len(args) else None)
+        if needs_model and not isinstance(model, (nn.Module, ExportedProgram)):
+            kind = (
+                "None" if model is None else f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+            )
+            raise ModelError(f"the model is {kind}, not an nn.Module", hint="give an nn.Module or an exported program")
         module = model if isinstance(model, nn.Module) else None
         with _LOCK, neutral_surroundings(module), _in_this_thread_only(module):
             return function(*args, **kwargs)

@@ -1,16 +1,14 @@
 """Example inputs and one forward of a model with them.
 
-Flow: example inputs as `(args, kwargs)` → moved to the model's device → one forward from a fixed seed, which changes neither
-the caller's inputs nor the RNG state, so that the outputs of two forwards can be compared. An exception or `sys.exit` in a
-forward becomes a `ModelError`.
+Flow: example inputs as `(args, kwargs)` → moved to the model's device → one forward from fixed seeds, which changes neither
+the caller's inputs nor the model nor the RNG states, so that the outputs of two forwards can be compared.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
-from memrewrite.errors import MemrewriteError, ModelError, in_one_line
+from memrewrite.errors import CaptureError, ModelError, in_one_line
+from memrewrite.passes.models.process_state import seeded
+from memrewrite.passes.models.state_guard import StateGuard
 from memrewrite.passes.models.surroundings import callers_device
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-SEED = 0
 
 
 def as_inputs(inputs: Any) -> Inputs:
@@ -76,7 +75,7 @@ def _usable(leaf: Any, device: torch.device | None) -> Any:
 def copied(inputs: Inputs) -> Inputs:
     """A deep copy: a forward may mutate its inputs. Raises `ModelError` for an object that cannot be copied."""
     try:
-        return copy.deepcopy(inputs)
+        return copy.deepcopy(inputs, {id(leaf): leaf.detach().clone() for leaf in tree_leaves(inputs) if _is_special(leaf)})
     except Exception as error:  # a class decides itself how it is copied
         kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves(inputs)))
         raise ModelError(
@@ -89,98 +88,57 @@ def on_meta(model: nn.Module) -> bool:
     return any(p.is_meta for p in model.parameters())
 
 
-@contextmanager
-def evaluating(model: nn.Module | ExportedProgram) -> Iterator[None]:
-    """Context manager: every module is in eval mode inside, and has its own mode again after it."""
-    modes = {m: m.training for m in model.modules()} if isinstance(model, nn.Module) else {}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        if isinstance(model, nn.Module):
-            for module in model.modules():
-                module.training = modes.get(module, modes[model])  # a new layer gets the mode of the whole model
-
-
-class _SharedRandomState:
-    """torch's random state, which all threads of a process share, while several threads set it to a fixed seed.
-
-    A thread that is alone restores what it found, at every level of nesting. Where forwards of two threads overlap, the last
-    one to end restores the state before the first one.
-    """
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()  # held only while states are read and written: no model runs under it
-        self.levels: dict[int, int] = {}  # by thread
-        self.first: dict[torch.Generator, Tensor] = {}  # the states before the first of the forwards that overlap
-
-    def seed(self, generators: Iterable[torch.Generator]) -> dict[torch.Generator, Tensor]:
-        """Seed `generators`; the states that they had."""
-        with self.lock:
-            found = {generator: generator.get_state() for generator in generators}
-            self.first = {**found, **self.first} if self.levels else found
-            self.levels[threading.get_ident()] = self.levels.get(threading.get_ident(), 0) + 1
-            for generator in found:
-                generator.manual_seed(SEED)
-        return found
-
-    def restore(self, found: Mapping[torch.Generator, Tensor]) -> None:
-        """End what `seed` began and returned `found` for."""
-        with self.lock:
-            level = self.levels.pop(threading.get_ident()) - 1
-            if level:
-                self.levels[threading.get_ident()] = level
-            elif not self.levels:
-                found = self.first
-            else:
-                return
-            for generator, state in found.items():
-                generator.set_state(state)
-
-
-_RANDOM = _SharedRandomState()
+def _is_special(leaf: Any) -> bool:
+    """True for tensors that torch can clone, but not copy with `copy.deepcopy`."""
+    plain = type(leaf) in (Tensor, nn.Parameter) and leaf.layout == torch.strided and not leaf.is_nested
+    return isinstance(leaf, Tensor) and not plain
 
 
 @contextmanager
-def fixed_seed(devices: Iterable[torch.device]) -> Iterator[None]:
-    """Context manager: the default generators of the CPU and of CUDA `devices` have a fixed seed; restored on exit.
-
-    torch has one default generator for all threads. Random numbers that another thread takes from it meanwhile follow from
-    this seed, and a seed that it sets meanwhile is lost.
-    """
-    cuda = sorted({device.index or 0 for device in devices if device.type == "cuda"})
-    found = _RANDOM.seed([torch.default_generator, *(torch.cuda.default_generators[index] for index in cuda)])
-    try:
+def in_mode(model: nn.Module | ExportedProgram, *, training: bool) -> Iterator[None]:
+    """Context manager: every module is in train or eval mode inside. Afterwards the model is as it was on entry."""
+    with StateGuard(model):
+        for module in model.modules() if isinstance(model, nn.Module) else ():
+            module.training = training
         yield
-    finally:
-        _RANDOM.restore(found)
+
+
+def evaluating(model: nn.Module | ExportedProgram) -> AbstractContextManager[None]:
+    """Context manager: every module is in eval mode inside. Afterwards the model is as it was on entry."""
+    return in_mode(model, training=False)
 
 
 def run(model: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Any:
-    """The outputs of one forward from a fixed seed, on copies of the inputs; the RNG state is restored afterwards.
+    """The outputs of one forward from fixed seeds, on copies of the inputs. Model and generators are as before afterwards.
 
-    Raises `ModelError` when the forward raises an exception, or ends the program. The model ran on its inputs before.
+    Raises `ModelError` where the model's code raises an error, or calls `sys.exit`.
     """
-    hint = "memrewrite calls a forward several times with the same inputs: it must work, and do the same, each time"
-    return _run(model, inputs, "a forward failed after others with the same inputs", hint, gradients)
-
-
-def first_run(model: nn.Module, inputs: Inputs) -> Any:
-    """`run` for the first time: raises `ModelError` when the model does not run on the inputs."""
-    hint = "call the model with these inputs yourself; give inputs that fit as a tuple, a dict or (args, kwargs)"
-    return _run(model, inputs, "the model does not run on its example inputs", hint, gradients=False)
-
-
-def _run(model: nn.Module, inputs: Inputs, what: str, hint: str, gradients: bool) -> Any:
     args, kwargs = copied(inputs)
-    devices = [parameter.device for parameter in model.parameters()]
-    with torch.set_grad_enabled(gradients), fixed_seed(devices), callers_device():
-        try:
-            return model(*args, **kwargs)
-        except MemrewriteError:
-            raise
-        except (Exception, SystemExit) as error:
-            raise ModelError(
-                f"{what}: {type(error).__name__}: {error}", where=f"{type(model).__name__}.forward", hint=hint
-            ) from error
+    with StateGuard(model) as state, seeded(), torch.set_grad_enabled(gradients), _users_code(model):
+        return state.apart(model(*args, **kwargs))
+
+
+def warm_up(model: nn.Module, inputs: Inputs) -> None:
+    """One forward whose changes to the model's state stay, up to the end of the guard around it.
+
+    Some models fill caches or initialise themselves in their first forward. After it, every `run` starts from this state, and
+    `torch.export` sees the code that runs from then on. Raises `ModelError`, as `run` does.
+    """
+    args, kwargs = copied(inputs)
+    with seeded(), torch.no_grad(), _users_code(model):
+        model(*args, **kwargs)
+
+
+@contextmanager
+def _users_code(model: nn.Module) -> Iterator[None]:
+    try:
+        with callers_device():
+            yield
+    except CaptureError:  # a tensor that a recorder inside of the forward cannot describe
+        raise
+    except (Exception, SystemExit) as error:
+        raise ModelError(
+            f"the model does not run on its example inputs: {type(error).__name__}: {error}",
+            where=f"{type(model).__name__}.forward",
+            hint="call the model with these inputs yourself, several times: each call must work; give inputs that fit",
+        ) from error

@@ -1,145 +1,76 @@
-"""Forwards without side effects: the state of a module tree and the RNG states are restored, bit for bit.
+"""Everything that code of a model may change is as before afterwards, bit for bit and by identity.
 
-A forward in train mode may mutate state: batch norms update statistics, some models count steps or change their own weights.
-Flow: copy buffers and remember attributes → during forwards, copy every storage before an op mutates it → restore all of them.
+Flow: the state of the model's objects, its tensors and the process at entry → code runs: forwards, exports, checks → the state
+is restored, whatever happened. What is kept and what is not: `object_state`, `tensor_state`, `process_state`.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import logging
+from collections.abc import Iterable
+from types import TracebackType
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, UntypedStorage, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from memrewrite.passes.models.forward import SEED
+from memrewrite.errors import ModelError, in_one_line
+from memrewrite.passes.models.object_state import reachable, restorers
+from memrewrite.passes.models.process_state import Restorer, process_restorers
+from memrewrite.passes.models.tensor_state import TensorState
+
+log = logging.getLogger("memrewrite")
 
 
 class StateGuard:
-    """The state of a module tree at construction: every attribute, mode and tensor.
+    """Context manager: on exit the model and the process are as they were on entry, also after an error of any class.
 
-    Buffers are copied at once: kernels of norms mutate them although their op schemas do not declare it. All other tensors are
-    copied just before they are mutated.
+    `release` keeps the model as it is then; the random number generators and the switches of torch are restored in any case.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        tensors = _tensors_in(model)
-        self.aliases = [(tensor, tensor.data) for tensor in tensors]  # `tensor.data = other` gives a tensor another storage
-        self.copies = _Copies({s._cdata: s for s in (tensor.untyped_storage() for tensor in tensors)})
-        for buffer in model.buffers():
-            self.copies.keep(buffer)
+    def __init__(self, model: nn.Module | ExportedProgram) -> None:
+        self._model = model
 
-    @contextmanager
-    def forwards(self) -> Iterator[None]:
-        """Context manager: forwards of the tree as it is now may run inside; their changes to its state are undone on exit."""
-        restorers = [_attribute_restorer(module) for module in self.model.modules()]
+    def __enter__(self) -> StateGuard:
+        model = self._model
+        roots = (model,) if isinstance(model, nn.Module) else (model.state_dict, model.constants)
+        self._process = process_restorers()
+        found = reachable(roots)
+        self._objects = restorers(found)
+        self._tensors: TensorState | None = TensorState(value for value in found if isinstance(value, Tensor))
+        self._tensors.__enter__()
+        self._mode = self._tensors
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._mode.__exit__(kind, error, trace)
+        tensors = self._tensors.restorers() if self._tensors is not None else []
+        problems = _all_run([*self._objects, *tensors, *self._process])
+        self.release()
+        for problem in problems:
+            log.error("a part of the model's state could not be restored: %s", in_one_line(problem), exc_info=problem)
+        if problems and error is None:
+            raise ModelError(
+                f"the model's state could not be restored: {in_one_line(problems[0])}",
+                where=type(self._model).__name__,
+                hint="load the model again: a part of it may be changed",
+            ) from problems[0]
+
+    def release(self) -> None:
+        """Keep the model as it is: its state is not restored on exit."""
+        self._objects, self._tensors = [], None
+
+    def apart(self, outputs: Any) -> Any:
+        """Outputs of the model without memory in common with what will be restored."""
+        return outputs if self._tensors is None else self._tensors.apart(outputs)
+
+
+def _all_run(steps: Iterable[Restorer]) -> list[BaseException]:
+    """Run every function, also after one that raises; returns what was raised."""
+    problems: list[BaseException] = []
+    for step in steps:
         try:
-            with self.copies:
-                yield
-        finally:
-            for restore in restorers:
-                restore()
-            for tensor, alias in self.aliases:
-                if tensor.untyped_storage()._cdata != alias.untyped_storage()._cdata:
-                    tensor.data = alias
-            self.copies.restore()
-
-
-@contextmanager
-def in_train_mode(model: nn.Module) -> Iterator[StateGuard]:
-    """Context manager: every module is in train mode inside; all attributes and modes are restored on exit."""
-    restorers = [_attribute_restorer(module) for module in model.modules()]
-    guard = StateGuard(model)
-    try:
-        for module in model.modules():
-            module.training = True
-        yield guard
-    finally:
-        for restore in restorers:
-            restore()
-
-
-@contextmanager
-def seeded() -> Iterator[None]:
-    """Context manager: fixed seeds for Python's and NumPy's RNGs, as `run` does for torch's; restores both states on exit."""
-    python, numpy = random.getstate(), np.random.get_state()
-    random.seed(SEED)
-    np.random.seed(SEED)
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-def _tensors_in(model: nn.Module) -> list[Tensor]:
-    """Every strided tensor with values that the modules contain: parameters, buffers, and plain attributes."""
-    attributes = [leaf for module in model.modules() for value in vars(module).values() for leaf in _shallow(value)]
-    tensors = [*model.parameters(), *model.buffers(), *(leaf for leaf in attributes if isinstance(leaf, Tensor))]
-    return [tensor for tensor in dict.fromkeys(tensors) if not tensor.is_meta and tensor.layout == torch.strided]
-
-
-def _shallow(value: Any) -> list[Any]:
-    return tree_leaves(value) if isinstance(value, (Tensor, list, tuple, dict)) else []
-
-
-class _Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While entered, copies a watched storage before an op mutates it."""
-
-    def __init__(self, watched: Mapping[int, UntypedStorage]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.watched = watched
-        self.copies: dict[int, UntypedStorage] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func._schema.is_mutable:
-            for number, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    mutated = args[number] if number < len(args) else kwargs.get(argument.name)
-                    for leaf in tree_leaves(mutated):
-                        self.keep(leaf)
-        return func(*args, **kwargs)
-
-    def keep(self, value: Any) -> None:
-        """Copy a tensor's storage if it is watched and was not copied before."""
-        if type(value) in (Tensor, nn.Parameter) and not value.is_meta and value.layout == torch.strided:
-            storage = value.untyped_storage()
-            if storage._cdata in self.watched and storage._cdata not in self.copies:
-                self.copies[storage._cdata] = storage.clone()
-
-    def restore(self) -> None:
-        """Write the copies back where the bits changed; other storages may be in read-only memory."""
-        for key, copy in self.copies.items():
-            if not torch.equal(_bytes(self.watched[key]), _bytes(copy)):
-                self.watched[key].copy_(copy)
-
-
-def _bytes(storage: UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _attribute_restorer(module: nn.Module) -> Callable[[], None]:
-    """A function that restores the module's attributes as they are now, and the content of its dicts, lists and sets."""
-    before = dict(vars(module))
-    inside = [(value, value.copy()) for value in before.values() if isinstance(value, (dict, list, set))]
-
-    def restore() -> None:
-        now = vars(module)
-        for name in now.keys() - before.keys():
-            del now[name]
-        now.update(before)
-        for value, copy in inside:
-            if isinstance(value, list):
-                value[:] = copy
-            else:
-                value.clear()
-                value.update(copy)
-
-    return restore
+            step()
+        except BaseException as problem:  # noqa: BLE001 - an interrupt must not leave the rest changed
+            problems.append(problem)
+    return problems

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
 from memrewrite.errors import ModelError
 
@@ -30,8 +31,7 @@ def neutral_surroundings(model: nn.Module | None) -> Iterator[None]:
     parameters are inference tensors or fake tensors.
     """
     _refuse_transforms()
-    tensors = [] if model is None else [*model.parameters(), *model.buffers()]
-    _refuse_unusable(tensors)
+    tensors = [] if model is None else _tensors(model)
     device = torch.get_default_device()
     before = getattr(_caller, "device", None)
     with ExitStack() as stack:
@@ -63,11 +63,20 @@ def _refuse_transforms() -> None:
         raise ModelError(f"memrewrite was called inside of {within}, where tensors have no values", hint="call it outside")
 
 
-def _refuse_unusable(tensors: list[Tensor]) -> None:
-    for tensor in tensors:
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a model. Raises `ModelError` for one that cannot be trained or computed with."""
+    if "_modules" not in vars(model):
+        raise ModelError(
+            f"{type(model).__name__} is not initialised", hint="its `__init__` must call `super().__init__()` first"
+        )
+    named = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in named:
+        if is_lazy(tensor):
+            raise ModelError(f"the weight {name!r} of a lazy module has no shape yet", hint="call the model once, then this")
         if isinstance(tensor, FakeTensor):
             hint = 'create the model outside of the FakeTensorMode, or with `torch.device("meta")`'
-            raise ModelError("a weight of the model is a fake tensor", hint=hint)
+            raise ModelError(f"the weight {name!r} is a fake tensor", hint=hint)
         if tensor.is_inference():
             hint = "create and load the model outside of `torch.inference_mode()`; `torch.no_grad()` has no such effect"
-            raise ModelError("a weight of the model is an inference tensor, through which nothing can be trained", hint=hint)
+            raise ModelError(f"the weight {name!r} is an inference tensor, through which nothing can be trained", hint=hint)
+    return [tensor for _, tensor in named]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memrewrite.errors import ExportError
 from memrewrite.passes.models.example_inputs import example_inputs
-from memrewrite.passes.models.forward import Inputs, first_run
+from memrewrite.passes.models.forward import Inputs, run
 
 BATCH, PAST, NEW = 2, 5, 3  # sizes of the example; distinct, so that axes can be distinguished by size
 LENGTHS = {PAST: "past_sequence", PAST + NEW: "past_sequence + sequence"}
@@ -60,7 +60,7 @@ def step_of(model: Any) -> tuple[DecoderStep, Inputs]:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise _refused(model, "it is an encoder and a decoder, which are two files with two caches")
     ids = example_inputs(model)[1]["input_ids"][:BATCH, :PAST].to(model.device)
-    output = first_run(model, ((), {"input_ids": ids, "use_cache": True}))
+    output = run(model, ((), {"input_ids": ids, "use_cache": True}))
     cache_argument, past = _cache_of(model, output, accepted)
     mask = torch.ones(BATCH, PAST + NEW, dtype=torch.int64, device=ids.device)
     inputs: dict[str, Any] = {"input_ids": ids[:, :NEW].contiguous(), "attention_mask": mask, "past_key_values": past}

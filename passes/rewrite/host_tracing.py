@@ -18,7 +18,7 @@ from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.call_recorder import Recorder
-from memrewrite.passes.models.forward import Inputs, first_run
+from memrewrite.passes.models.forward import Inputs, in_mode, run
 from memrewrite.passes.models.tensors import tensors_of
 from memrewrite.passes.rewrite.graph_host import ANY, CONSTANT, GraphHost, Trace
 from memrewrite.plans import Plan
@@ -33,7 +33,7 @@ def trace_hosts(model: nn.Module, plan: Plan, before: Capture) -> dict[str, Grap
     if not paths:
         return {}
     with Recorder(model, paths) as recorder:
-        first_run(model, before.inputs)
+        run(model, before.inputs)
     return {path: _host(model, path, plan, recorder.block_inputs[path], before) for path in paths}
 
 
@@ -41,16 +41,12 @@ def _host(model: nn.Module, path: str, plan: Plan, inputs: Inputs, before: Captu
     module = model.get_submodule(path)
     sites = {s.site.path: s.site.parameters for s in plan.substitutions if any(b.exit == path for b in s.site.bindings)}
     traces, constants, skewed = {}, dict[str, Tensor](), set[str]()
-    modes = {m: m.training for m in module.modules()}
     for training in (False, True):
         try:
-            module.train(training)
-            program = export_program(module, inputs, dynamic=True).program
+            with in_mode(module, training=training):
+                program = export_program(module, inputs, dynamic=True).program
         except Refused as refusal:
             raise SelectError(f"the module {path!r} cannot become a graph: {refusal}", hint="leave its MLPs out") from refusal
-        finally:
-            for each, mode in modes.items():
-                each.training = mode
         segment = segment_of(path, program, inputs)
         found = locate(Capture((segment,), inputs, before.how, before.calls), fragment=True)
         ends = _ends(model, found, sites)

@@ -20,6 +20,13 @@ from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.locate.recorded_graph import of_sizes_alone
 
 
+class _Returned:
+    """Keeps what an `OriginalMLP` returned: a list of the module would be restored after a forward."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+
 class OriginalMLP(nn.Module):
     """The MLP at one site, to be called as often as the site is: the n-th call runs the nodes recorded for the n-th call.
 
@@ -30,8 +37,13 @@ class OriginalMLP(nn.Module):
         super().__init__()
         # a plain list: the weights stay registered in `model` alone
         self.calls = [extract(model, call, train_noise=train_noise) for call in calls]
-        self.outputs: list[Tensor] = []  # with gradients on: leaves, to find out what depends on them
+        self._returned = _Returned()
         self.replaced: list[nn.Module] = []  # the modules in whose place it is called: it has their attributes
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """What it returned so far; with gradients on: leaves, to find out what depends on them."""
+        return self._returned.outputs
 
     def __getattr__(self, name: str) -> Any:
         """An attribute of a replaced module: the code of some models reads the weights of its submodules."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from memrewrite.passes.locate.token_perturbation import Tokens
-from memrewrite.passes.models.forward import SEED
+from memrewrite.passes.models.process_state import SEED
 from memrewrite.passes.rewrite.hooks import UseStoredInput
 from memrewrite.passes.verify.evidence import RewrittenModel, checked, skipped
 from memrewrite.passes.verify.gradient_flow import nonzero_layers

@@ -22,7 +22,7 @@ from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph
 from memrewrite.passes.locate.token_perturbation import Call, Tokens, run_repeatable, trial
 from memrewrite.passes.locate.token_probe import mixes
-from memrewrite.passes.models.forward import SEED
+from memrewrite.passes.models.process_state import SEED
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.rewrite.original_mlp import extract
 from memrewrite.passes.verify.evidence import BeforeEdit, checked, skipped

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memrewrite.errors import CaptureError, in_one_line
+from memrewrite.errors import CaptureError, ModelError, in_one_line
 from memrewrite.passes.capture.capture import recapture
 from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
 from memrewrite.passes.locate.binding import BoundRegion
@@ -23,8 +23,7 @@ from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, recorded_graph
 from memrewrite.passes.models.fingerprints import differing
-from memrewrite.passes.models.forward import run
-from memrewrite.passes.models.state_guard import StateGuard, in_train_mode, seeded
+from memrewrite.passes.models.forward import in_mode, run
 from memrewrite.passes.verify.evidence import BeforeEdit, checked, skipped
 from memrewrite.passes.verify.null_check import Calls, originals_placed
 from memrewrite.report import Check
@@ -41,18 +40,18 @@ def null_train(before: BeforeEdit) -> Check:
     """The *null* check in train mode, from one seed. The model is as before afterwards: buffers, attributes, modes."""
     if before.on_meta:
         return skipped("null_train", "the model is on meta: there are no values to compare")
-    with in_train_mode(before.model) as guard:
+    with in_mode(before.model, training=True):
         try:
-            return _compared_in_train_mode(before, guard)
+            return _compared_in_train_mode(before)
         except _Skip as why:
             return skipped("null_train", str(why))
 
 
-def _compared_in_train_mode(before: BeforeEdit, guard: StateGuard) -> Check:
-    reference = _reference(before, guard)
-    different = differing(reference, _run_in_train_mode(before, guard, before.locations.found, train_noise=True))
+def _compared_in_train_mode(before: BeforeEdit) -> Check:
+    reference = _reference(before)
+    different = differing(reference, _run_in_train_mode(before, before.locations.found, train_noise=True))
     if different:
-        different = differing(reference, _run_in_train_mode(before, guard, _found_in_train_mode(before)))
+        different = differing(reference, _run_in_train_mode(before, _found_in_train_mode(before)))
     calls = [call for s in before.plan.substitutions for call in before.locations.found[s.site.path]]
     if different and any(call.segment.own_segments is not None for call in calls):
         raise _Skip("some MLPs were recorded as they ran in eval mode, which is valid for the values of that run alone")
@@ -63,11 +62,11 @@ def _compared_in_train_mode(before: BeforeEdit, guard: StateGuard) -> Check:
     return checked("null_train", True, 0, sentence + (" (and the same as in eval mode)" if same_as_eval else ""))
 
 
-def _reference(before: BeforeEdit, guard: StateGuard) -> Any:
+def _reference(before: BeforeEdit) -> Any:
     """The model's own outputs in train mode. Raises `_Skip` when it does not run, or its outputs do not repeat."""
     try:
-        outputs, again = (_run_once(before, guard) for _ in range(2))
-    except Exception as error:
+        outputs, again = (run(before.model, before.capture.inputs) for _ in range(2))
+    except ModelError as error:
         log.debug("the model does not run in train mode", exc_info=True)
         raise _Skip(f"the model does not run in train mode: {in_one_line(error.__cause__ or error)}") from error
     different = differing(outputs, again)
@@ -76,14 +75,9 @@ def _reference(before: BeforeEdit, guard: StateGuard) -> Any:
     return outputs
 
 
-def _run_once(before: BeforeEdit, guard: StateGuard) -> Any:
-    with guard.forwards(), seeded():
-        return run(before.model, before.capture.inputs)
-
-
-def _run_in_train_mode(before: BeforeEdit, guard: StateGuard, found: Calls, *, train_noise: bool = False) -> Any:
+def _run_in_train_mode(before: BeforeEdit, found: Calls, *, train_noise: bool = False) -> Any:
     with originals_placed(before, found, train_noise=train_noise):
-        return _run_once(before, guard)
+        return run(before.model, before.capture.inputs)
 
 
 # ------------------------------------------------------------------------------------------ MLPs in train mode

@@ -14,6 +14,7 @@ from torch import nn
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import fingerprints
+from memrewrite.passes.models.forward import evaluating, warm_up
 from memrewrite.passes.rewrite.edit_graph import emit_graph
 from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.rewrite.graph_host import GraphHost
@@ -53,24 +54,28 @@ def rewrite_module(
     prints = fingerprints(model)
     step("checking the plan with the original MLPs wrapped")
     before = BeforeEdit(model, plan, capture, locations, hosts)
-    first, reached = before_editing(before, lambda gradients: run_with_originals(before, gradients=gradients), null_train)
+    with evaluating(model):
+        if not before.on_meta:
+            warm_up(model, capture.inputs)
+        first, reached = before_editing(before, lambda gradients: run_with_originals(before, gradients=gradients), null_train)
     if failed(first):
         return Rewrite(model, first)
     step("substituting")
     edit = substitute(model, plan, hosts=hosts)
+    after = AfterEdit(
+        model=model,
+        plan=plan,
+        inputs=capture.inputs,
+        layers=dict(edit.layers),
+        reached=reached,
+        capture=capture,
+        locations=locations,
+        fingerprints=prints,
+    )
     step("verifying")
     try:
-        after = AfterEdit(
-            model=model,
-            plan=plan,
-            inputs=capture.inputs,
-            layers=dict(edit.layers),
-            reached=reached,
-            capture=capture,
-            locations=locations,
-            fingerprints=prints,
-        )
-        checks = (*first, *verify(after))
+        with evaluating(model):
+            checks = (*first, *verify(after))
     except BaseException:
         edit.revert()
         raise

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from memrewrite.errors import ModelError
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import fingerprints
-from memrewrite.passes.models.forward import run
+from memrewrite.passes.models.forward import run, warm_up
 from memrewrite.passes.rewrite.edit_graph import copy_of, emit_originals, graph_module_of
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
-from memrewrite.passes.verify.checks import CHECKS
+from memrewrite.passes.verify.checks import CHECKS, untouched
 from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, checked, skipped
 from memrewrite.passes.verify.gradient_flow import reached
 from memrewrite.passes.verify.mlp_locality import locality
@@ -26,9 +27,13 @@ log = logging.getLogger("memrewrite")
 
 
 def verify(after: AfterEdit) -> tuple[Check, ...]:
-    """All checks after the edit, in order; only a failed *coverage* for a model that does not run any more."""
+    """All checks after the edit, in order; only a failed *coverage* for a model that does not run any more.
+
+    The caller guards the model's state: as in `capture`, what the first forward changes stays for the checks.
+    """
+    same = untouched(after)  # before the first forward, in which a model may change its own tensors
     broken = _broken(after)
-    return (broken,) if broken else tuple(check(after) for check in CHECKS)
+    return (broken,) if broken else tuple(same if check is untouched else check(after) for check in CHECKS)
 
 
 def _broken(after: AfterEdit) -> Check | None:
@@ -36,9 +41,10 @@ def _broken(after: AfterEdit) -> Check | None:
     if after.on_meta:
         return None
     try:
-        run(after.model, after.inputs)
-    except Exception as error:  # any error of the model's code is a finding
+        warm_up(after.model, after.inputs)
+    except ModelError as refused:  # any error of the model's code is a finding
         log.debug("the rewritten model does not run", exc_info=True)
+        error = refused.__cause__
         hint = "where its code uses the replaced module, add the layer to the MLP (`placement: parallel`)"
         cause = error.__cause__ or error
         return checked("coverage", False, 0, f"the rewritten model does not run: {type(cause).__name__}: {cause}; {hint}")

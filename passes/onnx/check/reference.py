@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflat
 from memrewrite.kernels import ops  # noqa: F401 - registers the operators
 from memrewrite.passes.models.example_inputs import example_inputs
 from memrewrite.passes.models.forward import Inputs, run
-from memrewrite.passes.models.state_guard import StateGuard
 from memrewrite.passes.onnx.check.slot_choices import Choices
 from memrewrite.passes.onnx.names import argument_names, input_name
 from memrewrite.passes.onnx.prepare import Float, prepared
@@ -48,7 +47,6 @@ class Reference:
         positional = argument_names(ready.model, args)
         self._names = [input_name(path, positional) for path, _ in leaves]
         self.model = ready.model.module(check_guards=False) if isinstance(ready.model, ExportedProgram) else ready.model
-        self._state = StateGuard(self.model)  # a forward may mutate buffers, such as a counter
         tensors = zip(self._names, self._leaves, strict=True)
         self.example: Mapping[str, Tensor] = {name: leaf for name, leaf in tensors if isinstance(leaf, Tensor)}
         generated = example_inputs(model)[1] if with_past else {}  # more token ids than the 3 of the example
@@ -63,6 +61,6 @@ class Reference:
             for name, leaf in zip(self._names, self._leaves, strict=True)
         ]
         inputs: Inputs = tree_unflatten(leaves, self._spec)
-        with Choices(forced, tolerance) as choices, self._state.forwards():
+        with Choices(forced, tolerance) as choices:
             outputs = run(self.model, inputs)
         return [leaf.detach().cpu() for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)], choices
