@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 D = 8
 
@@ -63,6 +64,10 @@ class Unpicklable:
 
 def seeded(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+def _quantized(x: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(x, 0.1, 0, torch.qint8)
 
 
 X = (2, 3, D)
@@ -137,8 +142,8 @@ _simple("CSR input, not densified", lambda: (seeded(6, D).to_sparse_csr(),))
 _simple("CSC input", lambda: (seeded(6, D).to_sparse_csc(),), lambda m, x: x.to_dense())
 _simple("BSR input", lambda: (seeded(6, D).to_sparse_bsr((2, 2)),), lambda m, x: x.to_dense())
 _simple("mkldnn input", lambda: (seeded(*X).to_mkldnn(),), lambda m, x: x.to_dense())
-_simple("quantized input", lambda: (torch.quantize_per_tensor(seeded(*X), 0.1, 0, torch.qint8),), lambda m, x: x.dequantize())
-_simple("quantized input, not dequantized", lambda: (torch.quantize_per_tensor(seeded(*X), 0.1, 0, torch.qint8),))
+_simple("quantized input", lambda: (_quantized(seeded(*X)),), lambda m, x: x.dequantize())
+_simple("quantized input, not dequantized", lambda: (_quantized(seeded(*X)),))
 _simple("meta input", lambda: (torch.empty(X, device="meta"),))
 _simple("subclass input", lambda: (seeded(*X).as_subclass(Wrapped),))
 _simple("8-bit float input", lambda: (seeded(*X).to(torch.float8_e4m3fn),), lambda m, x: x.float())
@@ -242,7 +247,7 @@ _simple("returns a set", lambda: (seeded(*X),), None, lambda m, x: {1})
 _simple("returns a named tuple", lambda: (seeded(*X),), None, lambda m, x: Pair(x, x))
 _simple("returns a sparse tensor", lambda: (seeded(*X),), None, lambda m, x: x.relu().to_sparse())
 _simple("returns a complex tensor", lambda: (seeded(*X),), None, lambda m, x: torch.complex(x, x))
-_simple("returns a quantized tensor", lambda: (seeded(*X),), None, lambda m, x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8))
+_simple("returns a quantized tensor", lambda: (seeded(*X),), None, lambda m, x: _quantized(x))
 _simple("returns a nested tensor", lambda: (seeded(*X),), None, lambda m, x: torch.nested.nested_tensor([x[0], x[1, :2]]))
 _simple("returns integers", lambda: (seeded(*X),), None, lambda m, x: x.argmax(-1))
 _simple("returns a boolean", lambda: (seeded(*X),), None, lambda m, x: x > 0)
@@ -345,7 +350,8 @@ def _changed(name: str, change: Callable[[Net], Any], inputs: Callable[[], Any] 
     def build() -> tuple[Any, Any]:
         torch.manual_seed(0)
         model = Net().eval()
-        return change(model) or model, inputs()
+        changed = change(model)
+        return model if changed is None else changed, inputs()
 
     STRANGE[name] = build
 
@@ -361,8 +367,12 @@ def _weight(convert: Callable[[Tensor], Tensor]) -> Callable[[Net], None]:
     return change
 
 
+def _compiled(model: Net) -> Any:
+    return torch.compile(model, backend="eager")
+
+
 _changed("dynamically quantized", _dynamic)
-_changed("quantized weight", _weight(lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)))
+_changed("quantized weight", _weight(lambda w: _quantized(w)))
 _changed("COO weight", _weight(lambda w: w.to_sparse()))
 _changed("CSR weight", _weight(lambda w: w.to_sparse_csr()))
 _changed("mkldnn weight", _weight(lambda w: w.to_mkldnn()))
@@ -380,7 +390,7 @@ _changed("all on meta", lambda m: m.to("meta"))
 _changed("buffer on meta", lambda m: m.register_buffer("b", torch.empty(2, device="meta")))
 _changed("sparse buffer", lambda m: m.register_buffer("b", torch.eye(3).to_sparse()))
 _changed("CSR buffer", lambda m: m.register_buffer("b", torch.eye(3).to_sparse_csr()))
-_changed("quantized buffer", lambda m: m.register_buffer("b", torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.quint8)))
+_changed("quantized buffer", lambda m: m.register_buffer("b", _quantized(torch.eye(3))))
 _changed("nested buffer", lambda m: m.register_buffer("b", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])))
 _changed("complex buffer", lambda m: m.register_buffer("b", torch.ones(2, dtype=torch.complex64)))
 _changed("conjugate buffer", lambda m: m.register_buffer("b", torch.ones(2, dtype=torch.complex64).conj()))
@@ -395,11 +405,11 @@ _changed("frozen", lambda m: m.requires_grad_(False))
 _changed("weight norm", lambda m: (nn.utils.parametrizations.weight_norm(m.blocks[0].up), None)[1])
 _changed("spectral norm", lambda m: (nn.utils.parametrizations.spectral_norm(m.blocks[0].up), None)[1])
 _changed("old weight norm", lambda m: (torch.nn.utils.weight_norm(m.blocks[0].up), None)[1])
-_changed("pruned", lambda m: (__import__("torch.nn.utils.prune").nn.utils.prune.l1_unstructured(m.blocks[0].up, "weight", 0.5), None)[1])
+_changed("pruned", lambda m: (prune.l1_unstructured(m.blocks[0].up, "weight", 0.5), None)[1])
 _changed("scripted", lambda m: torch.jit.script(Scripted()))
 _changed("traced by jit", lambda m: torch.jit.trace(m, (seeded(*X),), check_trace=False))
 _changed("scripted block", lambda m: (m.blocks.__setitem__(0, torch.jit.script(m.blocks[0])), None)[1])
-_changed("compiled", lambda m: torch.compile(m, backend="eager"))
+_changed("compiled", _compiled)
 _changed("compiled block", lambda m: (m.blocks.__setitem__(0, torch.compile(m.blocks[0], backend="eager")), None)[1])
 _changed("DataParallel", nn.DataParallel)
 _changed("a block twice", lambda m: (m.blocks.__setitem__(1, m.blocks[0]), None)[1])

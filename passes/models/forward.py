@@ -66,6 +66,10 @@ def _usable(leaf: Any, device: torch.device | None) -> Any:
         return leaf
     if isinstance(leaf, FakeTensor) or (leaf.is_meta and device is not None and device.type != "meta"):
         raise ModelError("an example input has no values, and the model has", hint="give tensors with values as inputs")
+    if leaf.is_nested:
+        raise ModelError(
+            "an example input is a nested tensor, whose rows differ in size", hint="give a padded tensor and a mask"
+        )
     if leaf.is_inference():
         leaf = leaf.clone()  # a normal tensor
     leaf = leaf if leaf.is_leaf else leaf.detach().requires_grad_()
