@@ -23,6 +23,7 @@ from memrewrite.passes.explain.explain import explained
 from memrewrite.passes.explain.module_tree import outline
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites
+from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.models.state_guard import StateGuard
 from memrewrite.passes.plan.memory_budget import refuse_too_large
@@ -44,6 +45,7 @@ Model = nn.Module | ExportedProgram
 Emit = Literal["module", "graph"]
 
 
+@exclusive
 def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> Inspection:
     """Find every MLP of a model.
 
@@ -66,6 +68,7 @@ def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> In
     return _look(model, inputs, step or _ignore).locations.located
 
 
+@exclusive
 def survey(
     model: Model, inputs: Any = None, recipe: RecipeLike | None = None, *, step: Step | None = None
 ) -> tuple[Inspection, ModuleNode, Plan | None]:
@@ -78,6 +81,7 @@ def survey(
     return look.locations.located, tree, None if wanted is None else _planned(model, look, wanted)
 
 
+@exclusive
 def explain(model: Model, path: str, inputs: Any = None, *, step: Step | None = None) -> Explanation:
     """Explain why a part of a model is an MLP, or why it is not.
 
@@ -101,6 +105,7 @@ def explain(model: Model, path: str, inputs: Any = None, *, step: Step | None = 
     return explained(model, look.capture, look.locations, path)
 
 
+@exclusive
 def plan(model: Model, recipe: RecipeLike, inputs: Any = None, *, step: Step | None = None) -> Plan:
     """Compute what `apply` would do, without doing it.
 
@@ -128,6 +133,7 @@ def plan(model: Model, recipe: RecipeLike, inputs: Any = None, *, step: Step | N
     return _planned(model, _look(model, inputs, step or _ignore), wanted)
 
 
+@exclusive
 def apply(
     model: Model,
     recipe: RecipeLike,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.rewrite.edit_module import layers_of
 from memrewrite.passes.storage.manifest import read_manifest
@@ -26,6 +27,7 @@ from memrewrite.passes.verify.layer_locality import tokenwise
 from memrewrite.report import Check, Report
 
 
+@exclusive
 def verify_saved(directory: str | Path, *, trust_code: bool = False, step: Callable[[str], None] | None = None) -> Report:
     """The saved report, its checks replaced by those that can run without the original model.
 

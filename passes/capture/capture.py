@@ -3,7 +3,7 @@
 Flow: one forward, in which models fill their caches → record a second one (reference outputs, how every module is called) →
 `torch.export` of the whole model, non-strict, then strict → when torch refuses both, each block separately, and a trace of the
 operators that ran for the blocks that torch refuses and for the code around them → an error that names the submodule and quotes
-torch. The caller guards the model's state (`forward.evaluating`): what the first forward changes stays until the capture is used.
+torch. The caller guards the model's state (`forward.evaluating`): what the first forward changes stays inside of it.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def recapture(model: nn.Module, segment: Segment) -> Segment:
         return _recorded_segment(model, segment.path, segment.inputs, segment.own_segments)
     if segment.is_given:
         return lowered_segment(model, segment.inputs) if segment.values else graph_segment(model, segment.inputs)
-    block = model.get_submodule(segment.path)
+    block = model.get_submodule(segment.path) if segment.path else model
     try:
         program = export_program(block, segment.inputs, dynamic=False).program
     except Refused as refusal:
@@ -182,7 +182,8 @@ def recapture(model: nn.Module, segment: Segment) -> Segment:
 
 def _recorded_segment(model: nn.Module, path: str, inputs: Inputs, own_segments: tuple[str, ...]) -> Segment:
     """The operators that run in one forward of a block or the model; the graph is valid for these inputs only."""
-    segment = graph_segment(record(model.get_submodule(path), inputs, own_segments), inputs)
+    module = model.get_submodule(path) if path else model  # a ScriptModule has no `get_submodule`
+    segment = graph_segment(record(module, inputs, own_segments), inputs)
     prefix = f"{path}." if path else ""
     weights = {node: prefix + name for node, name in segment.weights.items()}
     return with_names_of(model, replace(segment, path=path, weights=weights, own_segments=own_segments))

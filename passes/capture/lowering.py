@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from memrewrite.errors import CaptureError, in_one_line
 from memrewrite.passes.graphs.copying import copied
 from memrewrite.passes.graphs.provenance import clean
+from memrewrite.passes.models.exclusive import tracing_alone
 from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.models.state_guard import StateGuard
 
@@ -55,10 +56,10 @@ def lower(module: fx.GraphModule, inputs: Inputs) -> Lowered:
             return functional_call(interpreter, state, tuple(args))
 
     try:
-        with StateGuard(module), torch.inference_mode(False), torch.no_grad():
+        with tracing_alone(), StateGuard(module), torch.inference_mode(False), torch.no_grad():
             copies = [t.detach().clone() for t in lifted]
             traced = make_fx(flat, pre_dispatch=True)(*copies)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"the graph could not be lowered to ATen: {in_one_line(error)}"
         raise CaptureError(what, where=interpreter.at, hint="does the graph module run on these inputs?") from error
     placeholders = [node.name for node in traced.graph.nodes if node.op == "placeholder"]

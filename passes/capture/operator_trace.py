@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from memrewrite.errors import CaptureError, in_one_line
 from memrewrite.passes.graphs.provenance import TORCH
 from memrewrite.passes.models.call_recorder import hookable_modules
 from memrewrite.passes.models.forward import Inputs, run
@@ -40,7 +41,8 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.module, self.opaque = module, opaque
         self.graph = fx.Graph()
-        self._tensors: dict[str, Tensor] = {}  # targets of get_attr nodes: weights and constants
+        self._objects: dict[int, str] = {}  # names of the targets that are no tensors
+        self._tensors: dict[str, Any] = {}  # targets of get_attr nodes: weights and constants
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._node: Any = WeakTensorKeyDictionary()
         self._names = first_names(module)
@@ -64,7 +66,8 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with ExitStack() as hooks:
             for module, path in {m: path for path, m in reversed(hookable_modules(self.module))}.items():  # by first name
                 self._add_hooks(path, module, hooks)
-            run(_CallThrough(self.module, forward), inputs)
+            called = type(type(self.module).__name__, (_CallThrough,), {})  # the name is in error messages
+            run(called(self.module, forward), inputs)
         self.graph.output(tuple(self._of(leaf) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)))
         self.graph.eliminate_dead_code(is_impure_node=_mutates_used)  # values that only Python code read
         return fx.GraphModule(dict(self._tensors), self.graph)
@@ -79,6 +82,10 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _of(self, leaf: Any) -> Any:
         """The node of a tensor: the operator that returned it, or the `get_attr` of a weight or constant."""
+        if isinstance(leaf, torch.ScriptObject):  # packed weights of a quantized module
+            name = self._objects.setdefault(id(leaf), f"_object_{len(self._objects)}")
+            self._tensors[name] = leaf
+            return self.graph.get_attr(name)
         if not isinstance(leaf, Tensor):
             return None if isinstance(leaf, torch.Generator) else leaf  # a graph has no generators: its code cannot name them
         if leaf not in self._node:
@@ -103,7 +110,15 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._record_value(item, self.graph.call_function(getitem, (node, number)))
 
     def _shape(self, value: Any) -> Any:
-        return self._fake.from_tensor(value.detach(), static_shapes=True) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        try:
+            return self._fake.from_tensor(value.detach(), static_shapes=True)
+        except Exception as error:  # torch raises many classes for tensors of which it cannot make a fake one
+            form = f"{value.dtype}, {value.layout}".replace("torch.", "")
+            path = next((path for _, path, _ in reversed(self._stack) if path), type(self.module).__name__)
+            hint = "convert it before the model, or in a module of its own that returns a plain tensor"
+            raise CaptureError(f"torch cannot trace a tensor ({form}): {in_one_line(error)}", where=path, hint=hint) from error
 
     def _add_hooks(self, path: str, module: nn.Module, hooks: ExitStack) -> None:
         def enter(_: nn.Module, args: Any, kwargs: Any) -> None:

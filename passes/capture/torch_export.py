@@ -6,14 +6,11 @@ attempt that works, and how it was exported → otherwise `Refused` with the rea
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
-import io
 import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +20,12 @@ from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memrewrite.errors import in_one_line
+from memrewrite.passes.capture.torch_messages import quiet
 from memrewrite.passes.models.call_recorder import Recorder
-from memrewrite.passes.models.forward import Inputs
+from memrewrite.passes.models.exclusive import tracing_alone
+from memrewrite.passes.models.forward import Inputs, copied
 from memrewrite.passes.models.state_guard import StateGuard
+from memrewrite.passes.models.surroundings import callers_device
 
 log = logging.getLogger("memrewrite")
 PLAIN = (type(None), bool, int, float, str)  # the leaves of an output that torch can trace, with tensors
@@ -52,7 +52,7 @@ def export_program(
     `recorder` is entered during each non-strict attempt. Raises `Refused` with the reasons of all attempts.
     """
     model = _as_plain_module(model)
-    args, kwargs = copy.deepcopy(inputs)
+    args, kwargs = copied(inputs)
     shapes = _auto_dims((args, kwargs), axes) if dynamic else None
     attempts = [(strict, dims) for dims in ((shapes, None) if shapes else (None,)) for strict in (False, True)]
     reasons: dict[str, list[str]] = {}  # the reason, and the attempts that failed with it
@@ -62,11 +62,11 @@ def export_program(
         outputs = nullcontext() if strict else _traceable_outputs(model, omitted)
         recording = recorder if recorder and not strict else nullcontext()
         try:
-            with StateGuard(model), torch.no_grad(), quiet(), recording, outputs:
+            with tracing_alone(), StateGuard(model), torch.no_grad(), quiet(), callers_device(), recording, outputs:
                 dynamic_shapes = None if dims is None else _by_argument(model, dims)
                 program = torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
             _refuse_nested_weights(program)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.debug("torch.export %s refused %s", how, type(model).__name__, exc_info=True)
             reasons.setdefault(in_one_line(error, limit=REASONS // len(attempts)), []).append(how)
         else:
@@ -119,19 +119,6 @@ def _traceable_outputs(model: nn.Module, omitted: set[str]) -> Iterator[None]:
             model.forward = original
         else:
             del model.forward
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Suppresses warnings, logs and prints of one attempt of torch; the caller reports its exception in one line."""
-    before, nowhere = logging.root.manager.disable, io.StringIO()
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(nowhere), redirect_stderr(nowhere):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _auto_dims(inputs: Inputs, axes: int) -> Inputs:

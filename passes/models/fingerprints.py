@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from memrewrite.passes.models.tensors import tensors_of
+from memrewrite.passes.models.tensors import strided_parts, tensors_of
 
 
 class Fingerprint(NamedTuple):
@@ -41,14 +41,22 @@ def hashed(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Fingerprint]:
 def _hash(tensor: Tensor) -> str:
     kind = f"{tensor.dtype}{tuple(tensor.shape)}{tensor.requires_grad}"
     digest = hashlib.blake2b(kind.encode(), digest_size=16)
-    if not tensor.is_meta and tensor.numel():
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    for part in () if tensor.is_meta else strided_parts(tensor.detach()):
+        if part.numel():
+            digest.update(part.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def differing(one: Any, other: Any) -> int:
     """The number of elements in which two outputs differ, NaN equal to NaN; with another structure, all of `other`'s."""
     a, b = ([leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)] for out in (one, other))
-    if [(t.shape, t.dtype) for t in a] != [(t.shape, t.dtype) for t in b]:
+    if [_form(t) for t in a] != [_form(t) for t in b]:
         return max(1, sum(t.numel() for t in b))
-    return sum(int((~((x == y) | ((x != x) & (y != y)))).sum()) for x, y in zip(a, b, strict=True))
+    parts = ((x, y) for pair in zip(a, b, strict=True) for x, y in zip(*map(strided_parts, pair), strict=True))
+    return sum(y.numel() if x.shape != y.shape else int((~((x == y) | ((x != x) & (y != y)))).sum()) for x, y in parts)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """What must be the same before values can be compared; of nested tensors the sizes of every row."""
+    shapes = [row.shape for row in tensor.unbind()] if tensor.is_nested else [tensor.shape]
+    return shapes, tensor.dtype, tensor.layout

@@ -12,13 +12,15 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from memrewrite.errors import ModelError
+from memrewrite.errors import CaptureError, ModelError, in_one_line
 from memrewrite.passes.models.process_state import seeded
 from memrewrite.passes.models.state_guard import StateGuard
+from memrewrite.passes.models.surroundings import callers_device
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -39,17 +41,61 @@ def as_inputs(inputs: Any) -> Inputs:
 
 
 def on_device_of(model: nn.Module, inputs: Inputs) -> Inputs:
-    """The inputs with every tensor on the device of the model's first parameter (`meta` included)."""
-    device = next((p.device for p in model.parameters()), None)
-    if device is None:
-        return inputs
-    moved: Inputs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, inputs)
-    return moved
+    """The inputs with every tensor on the device of the model's first parameter (`meta` included), without autograd history.
+
+    Raises `ModelError` for inputs that cannot be used for several forwards, and for a model with only a part on `meta`.
+    """
+    parameters = list(model.named_parameters())
+    without = next((name for name, p in parameters if p.is_meta), None)
+    having = next((name for name, p in parameters if not p.is_meta), None)
+    if without is not None and having is not None:
+        raise ModelError(
+            f"a part of the model is on meta, without values: {without!r} is, {having!r} is not",
+            hint="load all weights, or move the whole model to meta",
+        )
+    device = parameters[0][1].device if parameters else None
+    usable: Inputs = tree_map(lambda leaf: _usable(leaf, device), inputs)
+    return usable
+
+
+def _usable(leaf: Any, device: torch.device | None) -> Any:
+    if isinstance(leaf, Iterator):
+        kind = type(leaf).__name__
+        raise ModelError(f"an example input is a {kind}, which can be read only once", hint="give a list or a tensor")
+    if not isinstance(leaf, Tensor):
+        return leaf
+    if isinstance(leaf, FakeTensor) or (leaf.is_meta and device is not None and device.type != "meta"):
+        raise ModelError("an example input has no values, and the model has", hint="give tensors with values as inputs")
+    if leaf.is_nested:
+        raise ModelError(
+            "an example input is a nested tensor, whose rows differ in size", hint="give a padded tensor and a mask"
+        )
+    if leaf.is_inference():
+        leaf = leaf.clone()  # a normal tensor
+    leaf = leaf if leaf.is_leaf else leaf.detach().requires_grad_()
+    return leaf if device is None else leaf.to(device)
+
+
+def copied(inputs: Inputs) -> Inputs:
+    """A deep copy: a forward may mutate its inputs. Raises `ModelError` for an object that cannot be copied."""
+    try:
+        return copy.deepcopy(inputs, {id(leaf): leaf.detach().clone() for leaf in tree_leaves(inputs) if _is_special(leaf)})
+    except Exception as error:  # a class decides itself how it is copied
+        kinds = ", ".join(dict.fromkeys(type(leaf).__name__ for leaf in tree_leaves(inputs)))
+        raise ModelError(
+            f"the example inputs ({kinds}) cannot be copied: {in_one_line(error)}", hint="give tensors, numbers and strings"
+        ) from error
 
 
 def on_meta(model: nn.Module) -> bool:
     """True if a parameter is on `meta`: it has a shape and no values."""
     return any(p.is_meta for p in model.parameters())
+
+
+def _is_special(leaf: Any) -> bool:
+    """True for tensors that torch can clone, but not copy with `copy.deepcopy`."""
+    plain = type(leaf) in (Tensor, nn.Parameter) and leaf.layout == torch.strided and not leaf.is_nested
+    return isinstance(leaf, Tensor) and not plain
 
 
 @contextmanager
@@ -71,7 +117,7 @@ def run(model: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Any:
 
     Raises `ModelError` where the model's code raises an error, or calls `sys.exit`.
     """
-    args, kwargs = copy.deepcopy(inputs)
+    args, kwargs = copied(inputs)
     with StateGuard(model) as state, seeded(), torch.set_grad_enabled(gradients), _users_code(model):
         return state.apart(model(*args, **kwargs))
 
@@ -82,7 +128,7 @@ def warm_up(model: nn.Module, inputs: Inputs) -> None:
     Some models fill caches or initialise themselves in their first forward. After it, every `run` starts from this state, and
     `torch.export` sees the code that runs from then on. Raises `ModelError`, as `run` does.
     """
-    args, kwargs = copy.deepcopy(inputs)
+    args, kwargs = copied(inputs)
     with seeded(), torch.no_grad(), _users_code(model):
         model(*args, **kwargs)
 
@@ -90,10 +136,13 @@ def warm_up(model: nn.Module, inputs: Inputs) -> None:
 @contextmanager
 def _users_code(model: nn.Module) -> Iterator[None]:
     try:
-        yield
+        with callers_device():
+            yield
+    except CaptureError:  # a tensor that a recorder inside of the forward cannot describe
+        raise
     except (Exception, SystemExit) as error:
         raise ModelError(
             f"the model does not run on its example inputs: {type(error).__name__}: {error}",
             where=f"{type(model).__name__}.forward",
-            hint="call the model with these inputs yourself; give inputs that fit as a tuple, a dict or (args, kwargs)",
+            hint="call the model with these inputs yourself, several times: each call must work; give inputs that fit",
         ) from error

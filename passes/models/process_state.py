@@ -60,7 +60,10 @@ def _generators() -> list[torch.Generator]:
 
 
 def _switch_restorers() -> list[Restorer]:
-    deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     restorers: list[Restorer] = [
         partial(torch._C._set_grad_enabled, torch.is_grad_enabled()),
         partial(torch.set_default_dtype, torch.get_default_dtype()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -16,3 +17,22 @@ def first_names(model: nn.Module) -> dict[int, str]:
     for name, tensor in tensors_of(model):
         names.setdefault(id(tensor), name)
     return names
+
+
+def strided_parts(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors of which a tensor consists: of a sparse one its indices and values; else itself, without lazy views.
+
+    Two tensors of the same class, layout and shape are equal if these are.
+    """
+    if tensor.is_nested:
+        return [part for row in tensor.unbind() for part in strided_parts(row)]
+    if tensor.layout == torch.sparse_coo:
+        joined = tensor.coalesce()
+        return [joined.indices(), joined.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if tensor.is_mkldnn:
+        return [tensor.to_dense()]
+    return [tensor.resolve_conj().resolve_neg()]

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from memrewrite.errors import ExportError
 from memrewrite.frozen import Frozen
 from memrewrite.passes.capture.torch_export import Refused, export_program
+from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.onnx.file import (
     Port,
@@ -53,6 +54,7 @@ class Exported(Frozen):
     weights: int  # bytes
 
 
+@exclusive
 def export_onnx(
     model: nn.Module | ExportedProgram,
     path: str | Path,

@@ -14,7 +14,8 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import ExportError, in_one_line
 from memrewrite.kernels.onnx_functions import DOMAIN, functions
-from memrewrite.passes.capture.torch_export import quiet
+from memrewrite.passes.capture.torch_messages import quiet
+from memrewrite.passes.models.exclusive import tracing_alone
 from memrewrite.passes.onnx.attention import prepare_attention
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _translated(program: ExportedProgram) -> onnx_ir.Model:
             _drop_arguments(node, ARGUMENTS[node.target])
     program = prepare_attention(program)
     try:
-        with quiet():
+        with tracing_alone(), quiet():
             translated = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=TRANSLATIONS
             )

@@ -23,7 +23,12 @@ def build_layers(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 
 def refuse_rewritten(model: nn.Module) -> None:
-    """Raise `ModelError` for a model that was rewritten before."""
+    """Raise `ModelError` for a model that was rewritten before, or is the compiled form of one."""
+    if "_orig_mod" in model._modules:
+        raise ModelError(
+            "the model is the result of torch.compile, which runs without its modules",
+            hint="rewrite the model that was compiled (`_orig_mod`), then compile it again",
+        )
     if find_pools(model) is not None:
         raise ModelError(
             "this model was already rewritten: it contains a memory pool",

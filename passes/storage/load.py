@@ -15,6 +15,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from memrewrite.errors import CheckpointError, MemrewriteError, in_one_line
+from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.rewrite.graph_host import GraphHost
@@ -32,6 +33,7 @@ GRAPH = "model.pt2"
 RECORD = {"recipe": "recipe.yaml", "plan": PLAN, "report": REPORT, "graphs": GRAPHS}  # fields and their files
 
 
+@exclusive
 def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: bool = False) -> nn.Module:
     """Load a rewritten model: build its base, apply the saved plan to it, and load the weights. Nothing is captured.
 

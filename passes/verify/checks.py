@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from memrewrite.errors import CaptureError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.passes.capture.capture import recapture
@@ -86,7 +88,7 @@ def sharing(after: RewrittenModel) -> Check:
     for name in after.plan.pools:
         pool = pools[name]
         storage = pool.values.untyped_storage()._cdata
-        names = [n for n, t in tensors if t.untyped_storage()._cdata == storage]
+        names = [n for n, t in tensors if t.layout == torch.strided and t.untyped_storage()._cdata == storage]
         if names != [f"{after.plan.root}.{name}.values"]:
             return checked("sharing", False, len(names), f"pool {name!r} has {len(names)} names: {', '.join(names[:3])}")
         for substitution in after.plan.substitutions:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from memrewrite.errors import ModelError
 from memrewrite.passes.graphs.dataflow import nodes_between
 from memrewrite.passes.graphs.evaluate import evaluate
 from memrewrite.passes.graphs.nodes import CanonicalNode, RecordedNode, inputs_of
@@ -42,16 +43,23 @@ class Outcome:
 
 
 def locality(evidence: BeforeEdit) -> Check:
-    """Check that a token's output of every selected MLP depends on that token, and on no other."""
+    """Check that a token's output of every selected MLP depends on that token, and on no other.
+
+    Raises `ModelError` where no MLP gets a token from the example inputs.
+    """
     if evidence.on_meta:
         return skipped("locality", "the model is on meta: there are no values to change")
     tried: set[Any] = set()
+    idle: list[str] = []  # MLPs that get no token from these inputs
     constant, moved, sites = 0, 0.0, [s.site.path for s in evidence.plan.substitutions]
     for path in sites:
         for found in evidence.locations.found[path]:
             if isinstance(found.region, Mixture) and not mixes(found.recorded, found.region):
                 tried.add(path)
                 continue  # its choice of experts may depend on other tokens: on how full the experts are
+            if 0 in sizes_of(found.bound.x.meta["val"], SAMPLE):
+                idle.append(path)
+                continue
             call = extract(evidence.model, found)
             key = _key(call, found)
             if key in tried:
@@ -61,8 +69,12 @@ def locality(evidence: BeforeEdit) -> Check:
             if outcome.wrong:
                 return checked("locality", False, outcome.moved, f"in the MLP {path!r} {outcome.wrong}")
             constant, moved = constant + outcome.constant, max(moved, outcome.moved)
+    if idle and not tried:
+        hint = "give inputs with a batch and a length of at least 1"
+        raise ModelError("the MLPs get no token from the example inputs: nothing can be verified", where=idle[0], hint=hint)
     exactly = "keeps every bit" if not moved else f"moves by {moved:.0e} of its size at most, rows being regrouped by routing"
     sentence = f"one token changed, every other {exactly}: {len(sites)} MLPs, {len(tried)} of them distinct"
+    sentence += f"; {len(idle)} get no token from these inputs" if idle else ""
     return checked("locality", True, moved, sentence + (f"; {constant} give the same for every input" if constant else ""))
 
 

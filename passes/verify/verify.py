@@ -46,7 +46,8 @@ def _broken(after: AfterEdit) -> Check | None:
         log.debug("the rewritten model does not run", exc_info=True)
         error = refused.__cause__
         hint = "where its code uses the replaced module, add the layer to the MLP (`placement: parallel`)"
-        return checked("coverage", False, 0, f"the rewritten model does not run: {type(error).__name__}: {error}; {hint}")
+        cause = error.__cause__ or error
+        return checked("coverage", False, 0, f"the rewritten model does not run: {type(cause).__name__}: {cause}; {hint}")
     return None
 
 

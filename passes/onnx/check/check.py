@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import ExportError, ModelError, in_one_line
 from memrewrite.frozen import Frozen
+from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.onnx.check.input_sets import PAST, InputSet, following, input_sets, real_inputs, text_inputs
 from memrewrite.passes.onnx.check.reference import Reference
@@ -55,6 +56,7 @@ class Checked(Frozen):
         return all(route.ok for route in self.routes)
 
 
+@exclusive
 def check_onnx(
     path: str | Path,
     model: nn.Module | ExportedProgram | str | Path | None = None,
