@@ -62,7 +62,8 @@ def narrowed(sites: Sequence[Site], recipe: Recipe, towers: dict[int, str]) -> d
         chosen = fitting(sites, rule.where, f"replace[{index}].where", index, towers)
         if chosen:
             paths = "|".join(re.escape(site.path) for site in chosen)
-            found[index] = rule.model_copy(update={"where": Where(regex=f"^(?:{paths})$")})
+            exactly = Where.model_construct(regex=f"^(?:{paths})$")  # of many sites, longer than a recipe may write
+            found[index] = rule.model_copy(update={"where": exactly})
     return found
 
 
