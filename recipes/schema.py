@@ -42,7 +42,7 @@ Text = Annotated[str, Field(strict=True, min_length=1, max_length=10_000)]
 class PoolEntry(Frozen):
     """A value table that the layers of one or more rules share."""
 
-    keys: Whole = Field(ge=1, le=MAX_KEYS, description="Keys per half; the pool has keys × keys slots.")
+    keys: Whole = Field(ge=2, le=MAX_KEYS, description="Keys per half, at least 2; the pool has keys × keys slots.")
     value_dim: Count | None = Field(default=None, description="Width of one value. Default: the d_model of the MLPs.")
     init: Literal["paper"] = Field(default="paper", description="Initialization of the values: 'paper': N(0, value_dim^-1/2).")
     seed: Whole = Field(default=0, ge=0, lt=2**63, description="Seed of the initial values.")
@@ -236,6 +236,7 @@ def _buildable(rule: Rule, loc: tuple[str | int, ...], entry: PoolEntry | None) 
     pool = None if entry is None else _spec(entry, width)
     try:
         rule.kind.check(width, width, rule.layer_options(), pool)
+        rule.kind.check_trainable(width, rule.layer_options(), pool)
     except UserError as error:
         at = next((name for name in rule.options if f"`{name}" in error.what), None)
         return [_line(loc if at is None else (*loc, at), error.what, error.hint or "see the options of this kind")]

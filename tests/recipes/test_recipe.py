@@ -165,7 +165,7 @@ def test_for_a_missing_key_the_caret_is_under_the_enclosing_key() -> None:
         "  at: r.yaml:3:3",
         "    3 |   shared: {init: paper, seed: 0}",
         "      |   ^^^^^^",
-        "  try: add `keys:` · Keys per half; the pool has keys × keys slots.",
+        "  try: add `keys:` · Keys per half, at least 2; the pool has keys × keys slots.",
     ]
 
 
@@ -235,7 +235,7 @@ BAD = {  # case → (old text in the valid recipe, new text, two parts of the er
     "bad option": ("heads: 4", "heads: 0", "`heads` must be more than 0, not 0", "r.yaml:9:22"),
     "topk over keys": ("keys: 1024", "keys: 31", "`topk: 32` is more than the pool's 31 keys", "r.yaml:9:31"),
     "odd key_dim": ("topk: 32", "key_dim: 7", "`key_dim: 7` is odd", "r.yaml:9:34"),
-    "no keys": ("keys: 1024", "keys: 0", "`keys` must be at least 1, not 0", "Keys per half"),
+    "no keys": ("keys: 1024", "keys: 0", "`keys` must be at least 2, not 0", "Keys per half"),
     "absurd keys": ("keys: 1024", f"keys: {MAX_KEYS + 1}", f"`keys` must be at most {MAX_KEYS}", "r.yaml:3:18"),
     "negative seed": ("seed: 0", "seed: -1", "`seed` must be at least 0, not -1", "r.yaml:3:43"),
     "dtype": ("seed: 0", "dtype: float23", "`dtype` cannot be 'float23'", "did you mean 'float32'?"),
@@ -379,7 +379,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         {"where": selectors, "with": st.just("memory_plus")},
         optional={
             "placement": st.sampled_from(["replace", "parallel"]),
-            "options": st.fixed_dictionaries({}, optional={"heads": st.integers(1, 16), "topk": st.integers(1, 64)}),
+            "options": st.fixed_dictionaries({}, optional={"heads": st.integers(1, 16), "topk": st.integers(2, 64)}),
         },
     )
     rules = [{**draw(rule), "pool": pool} for pool in pools]  # each pool is used
