@@ -24,12 +24,14 @@ class Check(Frozen):
         outcome: "passed", "failed" or "skipped".
         number: The measured number that decided it.
         sentence: The result in words; for "skipped", the reason.
+        hint: For "failed": what to try where the model, its inputs or the recipe is the cause. Empty: a defect of memrewrite.
     """
 
     name: str
     outcome: Outcome
     number: float
     sentence: str
+    hint: str = ""
 
 
 class Report(Frozen):

@@ -16,7 +16,9 @@ from memrewrite.errors import RecipeError
 from memrewrite.recipes.gallery_index import gallery
 from memrewrite.recipes.schema import Recipe
 from memrewrite.recipes.validation_errors import Loc, Problem, did_you_mean, one_of, problems_of
-from memrewrite.recipes.yaml_source import MAX_BYTES, Document, Source, decode, read_document
+from memrewrite.recipes.yaml_source import MAX_BYTES, MOST_QUOTED, Document, Source, decode, read_document
+
+LISTED = 20  # problems after the first that an error lists
 
 RecipeLike = str | os.PathLike[str] | Mapping[str, Any] | Recipe  # gallery name or path, path, mapping, recipe
 Place = Callable[[Problem], tuple[str, str]]  # problem → its location, and an excerpt of the text there
@@ -111,11 +113,17 @@ def _error_of(problems: Sequence[Problem], place: Place) -> RecipeError:
     """All problems in one error: the first with its line and a caret, the others one line each."""
     first, *others = problems
     where, excerpt = place(first)
-    hint = first.hint
+    what, hint = _short(first.what), first.hint
     if others:
-        listed = [f"    {place(problem)[0]} · {problem.what} · {problem.hint}" for problem in others]
+        listed = [f"    {_short(place(problem)[0])} · {_short(problem.what)} · {problem.hint}" for problem in others[:LISTED]]
+        listed += [f"    and {len(others) - LISTED} more"] if len(others) > LISTED else []
         hint += "\n" + "\n".join([f"  and {len(others)} more:", *listed])
-    return RecipeError(first.what, where=f"{where}\n{excerpt}" if excerpt else where, hint=hint)
+    return RecipeError(what, where=f"{_short(where)}\n{excerpt}" if excerpt else _short(where), hint=hint)
+
+
+def _short(text: str) -> str:
+    """Text that may quote a recipe at length, cut."""
+    return text if len(text) <= MOST_QUOTED else text[: MOST_QUOTED - 3] + "..."
 
 
 def _place_in_mapping(problem: Problem) -> tuple[str, str]:

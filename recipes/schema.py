@@ -9,6 +9,7 @@ import hashlib
 import json
 import keyword
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -21,24 +22,27 @@ from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
 from memrewrite.layers.pool import Backend, Gradient, Pools, PoolSpec, ValueType, needs_fused
 from memrewrite.plans import Placement
-from memrewrite.recipes.validation_errors import did_you_mean, one_of, refused
+from memrewrite.recipes.regex_limits import too_slow
+from memrewrite.recipes.validation_errors import did_you_mean, one_of, refused, shown
+from memrewrite.recipes.yaml_scalars import Writer
 
 VERSIONS = (1,)  # the format versions this package reads
 MAX_KEYS = 2**16  # per half: 2**32 slots, 64 times the paper's largest pool
+MAX_SIZE = 2**31 - 1  # of every other number that counts something
 _ANY_WIDTH = 2**12 * 3 * 5 * 7
 
-# strict: YAML 1.1 reads `yes` and `on` as true, which would otherwise be accepted as the number 1
+# strict: otherwise `true` would be accepted as the number 1, and text as a number
 Whole = Annotated[int, Field(strict=True)]
-Index = Annotated[int, Field(strict=True, ge=0)]
-Count = Annotated[int, Field(strict=True, ge=1)]
+Index = Annotated[int, Field(strict=True, ge=0, le=MAX_SIZE)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
 Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(strict=True, min_length=1)]
+Text = Annotated[str, Field(strict=True, min_length=1, max_length=10_000)]
 
 
 class PoolEntry(Frozen):
     """A value table that the layers of one or more rules share."""
 
-    keys: Whole = Field(ge=1, le=MAX_KEYS, description="Keys per half; the pool has keys × keys slots.")
+    keys: Whole = Field(ge=2, le=MAX_KEYS, description="Keys per half, at least 2; the pool has keys × keys slots.")
     value_dim: Count | None = Field(default=None, description="Width of one value. Default: the d_model of the MLPs.")
     init: Literal["paper"] = Field(default="paper", description="Initialization of the values: 'paper': N(0, value_dim^-1/2).")
     seed: Whole = Field(default=0, ge=0, lt=2**63, description="Seed of the initial values.")
@@ -76,9 +80,9 @@ class Where(Frozen):
     @field_validator("layers")
     @classmethod
     def _each_once(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        twice = sorted({index for index in layers or () if (layers or ()).count(index) > 1})
+        twice = [index for index, times in Counter(layers or ()).items() if times > 1]
         if twice:
-            raise refused(f"block {twice[0]} is listed twice", "list every block once")
+            raise refused(f"block {min(twice)} is listed twice", "list every block once")
         return layers
 
     @field_validator("regex")
@@ -86,9 +90,13 @@ class Where(Frozen):
     def _compiles(cls, regex: str | None) -> str | None:
         try:
             re.compile(regex or "")
+            slow = too_slow(regex or "")
         except (re.error, RecursionError, OverflowError) as error:
             hint = "correct the expression, or use `path` with a glob such as '*.mlp'"
-            raise refused(f"{regex!r} is not a regular expression: {error}", hint) from None
+            raise refused(f"{shown(regex)} is not a regular expression: {error}", hint) from None
+        if slow:
+            hint = "use at most three repeats, not inside one another, or `path` with a glob such as '*.mlp'"
+            raise refused(f"{shown(regex)} may take too long: {slow}", hint)
         return regex
 
     @property
@@ -135,7 +143,7 @@ class Rule(Frozen):
     @classmethod
     def _known_kind(cls, name: str) -> str:
         if name not in _kinds():
-            raise refused(f"unknown layer kind {name!r}", did_you_mean(name, _kinds()) or one_of(_kinds()))
+            raise refused(f"unknown layer kind {shown(name)}", did_you_mean(name, _kinds()) or one_of(_kinds()))
         return name
 
     @field_validator("options")
@@ -144,11 +152,8 @@ class Rule(Frozen):
         kind = _kinds().get(info.data.get("with_", ""))
         if kind is None:  # the kind was refused already, so its options cannot be checked
             return given
-        options = kind.Options.model_validate(given).model_dump(mode="json")
-        for name, value in given.items():  # `heads: yes` must not become one head
-            if isinstance(value, bool) and not isinstance(options.get(name), bool):
-                _raise_at((name,), f"`{name}` cannot be {str(value).lower()}", "YAML reads yes, no, on, off as booleans")
-        return options
+        # strict: neither `heads: true` nor `heads: '1'` may become one head
+        return kind.Options.model_validate(given, strict=True).model_dump(mode="json")
 
     @model_validator(mode="after")
     def _pool_fits_kind(self) -> Rule:
@@ -172,13 +177,13 @@ class Recipe(Frozen):
     def _readable(cls, version: Any) -> Any:
         if type(version) is not int or version not in VERSIONS:
             read = ", ".join(map(str, VERSIONS))
-            raise refused(f"recipe format version {version!r} cannot be read", f"supported versions: {read}")
+            raise refused(f"recipe format version {shown(version)} cannot be read", f"supported versions: {read}")
         return version
 
     @field_validator("verify", mode="before")
     @classmethod
     def _off(cls, verify: Any) -> Any:
-        return "off" if verify is False else verify  # YAML 1.1 reads a bare `off` as false
+        return "off" if verify is False else verify  # a reader of YAML 1.1 gives False for a bare `off`
 
     @model_validator(mode="after")
     def _pools_meet_rules(self) -> Recipe:
@@ -186,17 +191,17 @@ class Recipe(Frozen):
         for index, rule in enumerate(self.replace):
             if rule.pool is not None and rule.pool not in self.pools:
                 hint = did_you_mean(rule.pool, self.pools) or f"define it: `pools: {{{rule.pool}: {{keys: 1024}}}}`"
-                lines.append(_line(("replace", index, "pool"), f"there is no pool {rule.pool!r}", hint))
+                lines.append(_line(("replace", index, "pool"), f"there is no pool {shown(rule.pool)}", hint))
             else:
                 lines += _buildable(rule, ("replace", index, "options"), self.pools.get(rule.pool or ""))
         used = {rule.pool for rule in self.replace}
         for name in self.pools:
             if not _can_be_attribute(name):
                 hint = "a pool becomes `model.memory.<name>`: use letters, digits, _, and no attribute name of torch modules"
-                lines.append(_line(("pools", name), f"a pool cannot be named {name!r}", hint, key=True))
+                lines.append(_line(("pools", name), f"a pool cannot be named {shown(name)}", hint, key=True))
             elif name not in used:
                 hint = f"name it in a rule (`pool: {name}`) or remove it"
-                lines.append(_line(("pools", name), f"pool {name!r} is not used by any rule", hint, key=True))
+                lines.append(_line(("pools", name), f"pool {shown(name)} is not used by any rule", hint, key=True))
         if lines:
             raise ValidationError.from_exception_data("Recipe", lines)
         return self
@@ -212,7 +217,7 @@ class Recipe(Frozen):
     def to_yaml(self) -> str:
         """The recipe as YAML; reading it gives an equal recipe."""
         # non-ASCII is escaped: PyYAML writes a bare U+0085 and reads it back as a space
-        text: str = yaml.safe_dump(self.to_data(), sort_keys=False, width=120)
+        text: str = yaml.dump(self.to_data(), Dumper=Writer, sort_keys=False, width=120)
         return text
 
     def digest(self) -> str:
@@ -231,6 +236,7 @@ def _buildable(rule: Rule, loc: tuple[str | int, ...], entry: PoolEntry | None) 
     pool = None if entry is None else _spec(entry, width)
     try:
         rule.kind.check(width, width, rule.layer_options(), pool)
+        rule.kind.check_trainable(width, rule.layer_options(), pool)
     except UserError as error:
         at = next((name for name in rule.options if f"`{name}" in error.what), None)
         return [_line(loc if at is None else (*loc, at), error.what, error.hint or "see the options of this kind")]

@@ -16,6 +16,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 Loc = tuple[str | int, ...]
 
+_LARGE = 192  # bits: 58 digits
+_WORDS_FOR_BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}  # in YAML 1.1
+
 _REFUSED = "recipe"  # the error type of our own validators
 _SHAPES = {  # first word of pydantic's error type → what was expected
     "int": "an integer",
@@ -100,6 +103,8 @@ def _problem(line: ErrorDetails, model: type[BaseModel], data: Mapping[str, Any]
         words = [str(word) for word in _literals(context["expected"])]
         hint = did_you_mean(str(line["input"]), words) or one_of(words)
         return Problem(loc, f"`{name}` cannot be {shown(line['input'])}", hint)
+    if kind == "bool_type" and (word := _WORDS_FOR_BOOLEANS.get(str(line["input"]).lower())):
+        about = f"write `{word}`"
     return Problem(loc, f"`{name}` {_complaint(line)}", about or "see the recipe's schema", at_key=at_key)
 
 
@@ -113,6 +118,8 @@ def _complaint(line: ErrorDetails) -> str:
         return "has a key that is not text"
     if kind == "string_too_short":
         return "must not be empty"
+    if kind == "string_too_long":
+        return f"must have at most {context['max_length']} characters, not {len(line['input'])}"
     if kind == "too_short":
         return f"needs at least {context['min_length']} item(s)"
     if kind.partition("_")[0] in _SHAPES:
@@ -130,6 +137,8 @@ def shown(value: Any) -> str:
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
+    if isinstance(value, int) and value.bit_length() > _LARGE:  # Python refuses to write more than 4300 digits
+        return f"a number of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import yaml
-from yaml.constructor import SafeConstructor
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from memrewrite.errors import RecipeError
 from memrewrite.recipes.validation_errors import Loc
+from memrewrite.recipes.yaml_scalars import AMBIGUOUS, RESOLVERS, scalar
+from memrewrite.recipes.yaml_scalars import TAG as _TAG
 
-MAX_BYTES = 1_000_000
-MAX_NODES = 10_000  # with aliases expanded: a few lines of aliases can expand to billions of nodes
+MAX_BYTES = 2**18  # the largest recipe of the gallery has 2**10
+MAX_NODES = 10_000  # as written, and with aliases expanded: a few lines of aliases can expand to billions of nodes
+MAX_DEPTH = 20  # a recipe needs 6
+_MERGE = _TAG + "merge"
 _WIDTH = 100  # of an excerpt, in characters
-_TAG = "tag:yaml.org,2002:"
+MOST_QUOTED = 300  # characters of a message that quotes the text
 _BREAKS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # line ends as PyYAML counts them
 
 
@@ -55,6 +58,7 @@ class Source:
 
     def fail(self, span: Span, what: str, hint: str) -> NoReturn:
         """Raise `RecipeError` for a problem at `span`."""
+        what = what if len(what) <= MOST_QUOTED else what[: MOST_QUOTED - 3] + "..."
         raise RecipeError(what, where=f"{self.at(span)}\n{self.excerpt(span)}", hint=hint) from None
 
 
@@ -80,8 +84,7 @@ class Document:
 
 def decode(name: str, raw: bytes) -> Source:
     """The bytes of a file as text. Raises `RecipeError` if they are too many or not UTF-8."""
-    if len(raw) > MAX_BYTES:
-        raise RecipeError("the file is too large for a recipe", where=name, hint=f"at most {MAX_BYTES} bytes are read")
+    _refuse_large(name, len(raw))
     try:
         return Source(name, raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -90,11 +93,19 @@ def decode(name: str, raw: bytes) -> Source:
         raise RecipeError("the file is not UTF-8 text", where=f"{name}:{line}:{column}", hint=hint) from None
 
 
+def _refuse_large(name: str, size: int) -> None:
+    if size > MAX_BYTES:
+        hint = f"a recipe has at most {MAX_BYTES} bytes"
+        raise RecipeError("the file is too large for a recipe", where=name, hint=hint)
+
+
 def read_document(source: Source) -> Document:
     """Read YAML, plain data only: mappings with text keys, lists, text, numbers, booleans and null. Raises `RecipeError`."""
+    _refuse_large(source.name, len(source.text))
     start = Span(1, 1)
     try:
-        root = yaml.compose(source.text, Loader=yaml.SafeLoader)
+        loader = _Composer(source)
+        root = loader.get_single_node()
         if root is None:
             source.fail(start, "the recipe is empty", "begin with `memrewrite: 1`")
         if not isinstance(root, MappingNode):
@@ -103,9 +114,33 @@ def read_document(source: Source) -> Document:
         data = reader.read(root, ())
     except yaml.YAMLError as error:
         _fail_yaml(source, error)
-    except RecursionError:
-        source.fail(start, "the recipe is nested too deeply", "a recipe needs no more than six levels")
     return Document(source, data, reader.keys, reader.values)
+
+
+class _Composer(yaml.SafeLoader):
+    """Composes the nodes of a text. It raises `RecipeError` at the first node beyond `MAX_NODES` or `MAX_DEPTH`."""
+
+    yaml_implicit_resolvers = RESOLVERS
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source.text)
+        self.source, self.left, self.depth = source, MAX_NODES, 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        """The next node of the text."""
+        self.left -= 1
+        self.depth += 1
+        if self.left < 0:
+            self.source.fail(self._next(), "the recipe is too large", f"at most {MAX_NODES} values")
+        if self.depth > MAX_DEPTH:
+            self.source.fail(self._next(), "the recipe is nested too deeply", "a recipe needs no more than six levels")
+        node: Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self.depth -= 1
+        return node
+
+    def _next(self) -> Span:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        return Span(mark.line + 1, mark.column + 1)
 
 
 class _NodeReader:
@@ -140,11 +175,16 @@ class _NodeReader:
         return data
 
     def _mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
+        """The data of a mapping. Merged keys (`<<: *defaults`) are read first: keys written here override them."""
+        merged: dict[str, Any] = {}
+        for other in reversed([other for key, value in node.value if key.tag == _MERGE for other in _merged(value)]):
+            if not isinstance(other, MappingNode):
+                self.source.fail(_span(other), "`<<` needs a mapping", "name an anchored mapping: `<<: *defaults`")
+            merged |= self.read(other, loc)
+        self.values[loc] = _span(node)
         data: dict[str, Any] = {}
-        merged: list[Node] = []
         for key_node, value_node in node.value:
-            if key_node.tag == _TAG + "merge":
-                merged += value_node.value if isinstance(value_node, SequenceNode) else [value_node]
+            if key_node.tag == _MERGE:
                 continue
             key, span = self._key(key_node), _span(key_node)
             here = (*loc, key)
@@ -153,17 +193,7 @@ class _NodeReader:
                 self.source.fail(span, f"key {key!r} appears twice", f"keep one; the first is in line {first}")
             self.keys[here] = span
             data[key] = self.read(value_node, here)
-        for other in merged:  # `<<: *defaults`: keys written here override merged ones
-            data = self._merge(other, loc) | data
-        return data
-
-    def _merge(self, other: Node, loc: Loc) -> dict[str, Any]:
-        if not isinstance(other, MappingNode):
-            self.source.fail(_span(other), "`<<` needs a mapping", "name an anchored mapping: `<<: *defaults`")
-        keys, values = dict(self.keys), dict(self.values)
-        data: dict[str, Any] = self.read(other, loc)
-        self.keys, self.values = self.keys | keys, self.values | values
-        return data
+        return merged | data
 
     def _key(self, node: Node) -> str:
         key = self._scalar(node) if isinstance(node, ScalarNode) else None
@@ -173,21 +203,29 @@ class _NodeReader:
         return key
 
     def _scalar(self, node: ScalarNode) -> Any:
-        tag = node.tag.removeprefix(_TAG)
-        if tag in ("str", "timestamp", "value"):  # a bare date or `=` is text here
+        if node.tag == AMBIGUOUS:
+            what = f"`{node.value}` has more than one meaning: YAML 1.1 and 1.2 read it differently"
+            hint = "write a number in decimal digits, without a leading zero, `_` or `:`; write text in quotes"
+            self.source.fail(_span(node), what, hint)
+        kind = node.tag.removeprefix(_TAG)
+        if kind == "str":
             return node.value
-        construct = {"null": "yaml_null", "bool": "yaml_bool", "int": "yaml_int", "float": "yaml_float"}.get(tag)
-        if construct is None:
+        if kind not in ("null", "bool", "int", "float"):
             self._refuse_tag(node)
         try:
-            return getattr(SafeConstructor(), f"construct_{construct}")(node)
-        except (ValueError, KeyError, IndexError, OverflowError):
+            return scalar(node.tag, node.value)
+        except ValueError as error:
             shown = node.value if len(node.value) <= 40 else node.value[:37] + "..."
-            self.source.fail(_span(node), f"`{shown}` cannot be read as {tag}", "write a plain value")
+            self.source.fail(_span(node), f"`{shown}` cannot be read as {kind}: {error}", "write a plain value")
 
     def _refuse_tag(self, node: Node) -> NoReturn:
         tag = node.tag.replace(_TAG, "!!")
         self.source.fail(_span(node), f"tag '{tag}' is not allowed in recipes", "write plain values, without tags")
+
+
+def _merged(node: Node) -> list[Node]:
+    """The values of `<<`: of a list, its items."""
+    return list(node.value) if isinstance(node, SequenceNode) else [node]
 
 
 def _span(node: Node) -> Span:

@@ -84,6 +84,21 @@ class MemoryLayer(nn.Module, ABC):
         """Raise `UserError` if no layer can be built with these options and this pool (odd `key_dim`, `topk` > keys, ...)."""
 
     @classmethod
+    def check_trainable(cls, d_model: int, options: LayerOptions, pool: PoolSpec | None) -> None:
+        """Raise `UserError` if a parameter of the layer could not get a gradient with these options; by default none."""
+
+    @classmethod
+    def check_device(cls, options: LayerOptions, pool: PoolSpec | None, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise `UserError` if the layer, with parameters of `dtype`, cannot run on `device`; by default it can.
+
+        Args:
+            options: Options of this kind.
+            pool: The pool to read, with its `backend`.
+            device: A device of this machine, not meta.
+            dtype: Dtype of the layer's parameters.
+        """
+
+    @classmethod
     @abstractmethod
     def cost(
         cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None, itemsize: int, *, zero_output: bool

@@ -9,10 +9,14 @@ from torch.nn import functional as F
 
 from memrewrite.cost import Cost, dense_cost
 from memrewrite.errors import UserError
-from memrewrite.layers.contract import LayerOptions, MemoryLayer
+from memrewrite.kernels.backends import BACKENDS
+from memrewrite.layers.contract import LayerOptions, MemoryLayer, options_as
 from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.product_keys import ProductKeys
 from memrewrite.site import itemsize_of
+
+
+MAX_HEADS, MAX_WIDTH = 2**12, 2**16  # the paper: 4 heads, 32 slots, keys of at most 1024; larger numbers are mistakes
 
 
 class ProductKeyOptions(LayerOptions):
@@ -27,11 +31,12 @@ class ProductKeyOptions(LayerOptions):
         dropout: Dropout probability on the values read (y) in training, in [0, 1).
     """
 
-    heads: int = Field(4, gt=0, description="Independent queries per token; the values they read are summed.")
-    topk: int = Field(32, gt=0, description="Slots that each head reads (k); at most the pool's keys per half.")
+    heads: int = Field(4, gt=0, le=MAX_HEADS, description="Independent queries per token; the values they read are summed.")
+    topk: int = Field(32, gt=0, le=MAX_WIDTH, description="Slots that each head reads (k); at most the pool's keys per half.")
     key_dim: int | None = Field(
         None,
         gt=0,
+        le=MAX_WIDTH,
         description="Width of a query, both halves together; even. Default: half of d_model, as in Memory+.",
     )
     qk_norm: bool = Field(
@@ -74,6 +79,37 @@ class ProductKeyLayer(MemoryLayer):
             device=device,
             dtype=dtype,
         )
+
+    @classmethod
+    def check_trainable(cls, d_model: int, options: LayerOptions, pool: PoolSpec | None) -> None:
+        """Raise `UserError` where the weights or the normalized queries are constant, so that queries and keys do not learn."""
+        mine = options_as(ProductKeyOptions, options)
+        if mine.topk == 1:
+            what = "`topk: 1` cannot be trained: the softmax over one slot is always 1, so queries and keys get no gradient"
+            raise UserError(what, hint="topk: 2 or more; 32, as in the paper")
+        key_dim = mine.query_width(d_model)
+        if mine.qk_norm and key_dim == 2:
+            what = f"`qk_norm` with `key_dim: {key_dim}` cannot be trained: of a half key with one entry, a norm keeps only the sign"
+            raise UserError(what, hint="key_dim: 4 or more, or qk_norm: false")
+
+    @classmethod
+    def check_device(cls, options: LayerOptions, pool: PoolSpec | None, device: torch.device, dtype: torch.dtype) -> None:
+        """Raise `UserError` if the pool names a backend that does not support this layer's calls on `device`."""
+        mine, spec = options_as(ProductKeyOptions, options), needed(pool)
+        backend = next((one for one in BACKENDS if one.NAME == spec.backend), None)
+        if backend is None:  # "auto"
+            return
+        one = torch.empty(1, 1, device=device)  # expanded: the shapes of a call without its memory
+        stored = dtype if spec.dtype is None else getattr(torch, spec.dtype)
+        values, scale = one.to(stored).expand(spec.slots, spec.value_dim), one[0].expand(spec.slots)
+        indices = one.long().expand(1, mine.heads * mine.topk)
+        weights = one.to(torch.float64 if stored == torch.float64 else torch.float32).expand_as(indices)
+        scores = one.to(dtype).expand(mine.heads, spec.keys)
+        reason = backend.supports(values, indices, weights, scale if stored.itemsize == 1 else None)
+        reason = reason or backend.supports_topk(scores, scores, mine.topk)
+        if reason:
+            what = f"`backend: {spec.backend}` cannot run this layer on {device}: {reason}"
+            raise UserError(what, hint="backend: auto, which selects the fastest that can")
 
     def read(self, tokens: Tensor) -> Tensor:
         """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; one lookup sums the rows of all heads."""

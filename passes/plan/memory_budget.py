@@ -1,4 +1,4 @@
-"""Whether a plan's pools fit into the free memory of their devices."""
+"""Whether a plan's pools and layers fit into the free memory of their devices."""
 
 from __future__ import annotations
 
@@ -7,25 +7,33 @@ from pathlib import Path
 import torch
 
 from memrewrite.errors import SelectError
-from memrewrite.plans import Plan
+from memrewrite.plans import Plan, Substitution
 
 MEMINFO = Path("/proc/meminfo")
 
 
 def refuse_too_large(plan: Plan) -> None:
-    """Raise `SelectError` when the plan's pools on one device need more than its free memory."""
+    """Raise `SelectError` when the plan's pools and layers on one device need more than its free memory."""
     devices = {s.pool: s.site.device for s in plan.substitutions if s.pool}
-    for device in dict.fromkeys(devices.values()):
+    for device in dict.fromkeys(s.site.device for s in plan.substitutions):
         pools = {name: pool for name, pool in plan.pools.items() if devices[name] == device}
-        needed = sum(pool.cost().parameter_bytes for pool in pools.values())
+        tables = sum(pool.cost().parameter_bytes for pool in pools.values())
+        layers = sum(_bytes_of(s, plan) for s in plan.substitutions if s.site.device == device)
         free = free_memory(torch.device(device))
-        if free is not None and needed > free:
+        if free is not None and tables + layers > free:
             sizes = ", ".join(f"{n}: {p.slots:,} × {p.value_dim} {p.dtype}" for n, p in pools.items())
             raise SelectError(
-                f"the pools need {needed / 2**30:.1f} GiB ({sizes}), and {device} has {free / 2**30:.1f} GiB free",
-                where=f"pools.{next(iter(pools))}",
-                hint="fewer `keys`, a smaller `dtype`, or allow it: --allow-large",
+                f"the pools need {tables / 2**30:.1f} GiB ({sizes}), the layers {layers / 2**30:.1f} GiB, and {device} has "
+                f"{free / 2**30:.1f} GiB free",
+                where=f"pools.{next(iter(pools))}" if pools else f"the layer at {plan.substitutions[0].site.path!r}",
+                hint="fewer `keys` or `heads`, a smaller `dtype`, or allow it: --allow-large",
             )
+
+
+def _bytes_of(substitution: Substitution, plan: Plan) -> int:
+    """Bytes of one new layer: its cost, without that of an MLP that stays."""
+    kept = substitution.site.cost().parameter_bytes if substitution.placement == "parallel" else 0
+    return substitution.cost(plan.pools).parameter_bytes - kept
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -1,7 +1,7 @@
 """Decides which layer is placed at which site: located sites and a recipe in, a frozen Plan out. No model is used.
 
 Flow: each rule's `where` selects sites → two rules that select one site, or a rule that selects nothing, are errors → options
-and pools are completed from the sites → every layer kind checks that it can be built with them.
+and pools are completed from the sites → pools and layers that cannot be built, run or trained there are refused (`feasible`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from memrewrite.errors import SelectError, UserError
 from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import PoolSpec
+from memrewrite.passes.plan.feasible import COMPUTED, refuse_layer, refuse_pool
 from memrewrite.passes.plan.selectors import fitting, matching
 from memrewrite.plans import Plan, Substitution
 from memrewrite.recipes.schema import Recipe, Rule, Where
@@ -22,8 +23,8 @@ def select(located: Inspection, recipe: Recipe, *, live: bool = True) -> Plan:
     """The plan of `recipe` for the located sites. In a `live` module tree, every selected site must have a binding.
 
     Raises `SelectError` when the model has no MLP, a selector matches nothing or names a block or tower that does not exist,
-    two rules select one site, the sites of one pool have different widths or dtypes, or a layer cannot be built with its
-    options.
+    two rules select one site, the sites of one pool have different widths, dtypes or devices, or a layer or pool cannot be
+    built, run or trained with its options: everything that `apply` would find later, as far as the plan's data tell it.
     """
     if not located.sites:
         near = "; ".join(f"{miss.path or 'the root'}: {miss.reason}" for miss in located.near_misses[:3])
@@ -62,7 +63,8 @@ def narrowed(sites: Sequence[Site], recipe: Recipe, towers: dict[int, str]) -> d
         chosen = fitting(sites, rule.where, f"replace[{index}].where", index, towers)
         if chosen:
             paths = "|".join(re.escape(site.path) for site in chosen)
-            found[index] = rule.model_copy(update={"where": Where(regex=f"^(?:{paths})$")})
+            exactly = Where.model_construct(regex=f"^(?:{paths})$")  # of many sites, longer than a recipe may write
+            found[index] = rule.model_copy(update={"where": exactly})
     return found
 
 
@@ -79,7 +81,7 @@ def _within(site: Site, chosen: Sequence[Site]) -> Site:
 def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec], live: bool) -> Substitution:
     kind, options = kind_named(rule.with_), rule.layer_options()
     try:
-        kind.check(site.d_in, site.d_model, options, pools[rule.pool] if rule.pool else None)
+        refuse_layer(kind, site, options, pools[rule.pool] if rule.pool else None, rule.placement == "parallel")
     except UserError as error:
         raise SelectError(error.what, where=f"replace[{index}] at {site.path!r}", hint=error.hint) from error
     unreachable = next((b for b in site.bindings if b.kind == "none"), None)
@@ -109,5 +111,10 @@ def _pool(recipe: Recipe, name: str, sites: Sequence[Site]) -> PoolSpec:
             where=f"pools.{name}",
             hint="give the pool a `dtype`",
         )
+    if requested.dtype is None and dtypes[0] not in COMPUTED:
+        what = f"the sites of pool {name!r} have weights of {dtypes[0]}, which is no dtype of a new table"
+        raise SelectError(what, where=f"pools.{name}", hint="give the pool a `dtype`")
     completed = {"value_dim": requested.value_dim or widths[0], "dtype": requested.dtype or dtypes[0]}
-    return PoolSpec.model_validate(requested.model_dump() | completed)
+    pool = PoolSpec.model_validate(requested.model_dump() | completed)
+    refuse_pool(name, pool, sites)
+    return pool

@@ -120,16 +120,21 @@ def centred(depth: int, count: int, stride: int, place: str = "centred") -> list
         strides = [s for s in range(1, depth + 1) if _inside(_around_the_middle(depth, count, s), depth)]
         change = f"a stride of at most {strides[-1]}" if strides else "fewer blocks"
         raise SelectError(
-            f"{count} blocks {stride} apart do not fit around the middle of {depth} blocks: {chosen}",
+            f"{count} blocks {stride} apart do not fit around the middle of {depth} blocks: {_listed(chosen)}",
             where=f"{place}.centred",
             hint=f"{change}, or name the blocks: `layers: [...]`",
         )
-    return chosen
+    return list(chosen)
 
 
-def _around_the_middle(depth: int, count: int, stride: int) -> list[int]:
+def _listed(blocks: range) -> str:
+    return str(list(blocks)) if blocks[-1] - blocks[0] < 100 * blocks.step else f"{blocks[0]} to {blocks[-1]}"
+
+
+def _around_the_middle(depth: int, count: int, stride: int) -> range:
+    """The blocks, which may be outside of the stack: a range takes no memory, however many they are."""
     first = depth // 2 - (count // 2) * stride + (0 if count % 2 else stride // 2)
-    return [first + i * stride for i in range(count)]
+    return range(first, first + count * stride, stride)
 
 
 def _inside(blocks: Sequence[int], depth: int) -> bool:

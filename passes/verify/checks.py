@@ -19,11 +19,17 @@ from memrewrite.passes.models.forward import run
 from memrewrite.passes.models.tensors import tensors_of
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.verify.evidence import AfterEdit, RewrittenModel, checked, skipped
-from memrewrite.passes.verify.gradient_flow import gradient
+from memrewrite.passes.verify.gradient_flow import gradient, not_finite
 from memrewrite.passes.verify.graph_equivalence import Differs, compare
 from memrewrite.passes.verify.layer_locality import tokenwise
 from memrewrite.plans import Substitution
 from memrewrite.report import Check
+
+
+DECIDES = (
+    "this model's forward cannot be captured as one graph: if it decides by values it computes which modules it calls, select "
+    "MLPs that always run, or add the layer to the MLP (`placement: parallel`)"
+)
 
 
 def coverage(after: RewrittenModel) -> Check:
@@ -44,7 +50,8 @@ def coverage(after: RewrittenModel) -> Check:
         site = substitution.site
         if seen[site.path] != [site.d_in] * site.calls:
             sentence = f"the layer at {site.path!r} ran {len(seen[site.path])} times, its MLP {site.calls} times"
-            return checked("coverage", False, len(seen[site.path]), sentence)
+            by_block = isinstance(after, AfterEdit) and not after.capture.is_whole
+            return checked("coverage", False, len(seen[site.path]), sentence, DECIDES if by_block else "")
     return checked("coverage", True, len(seen), f"{len(seen)} of {len(seen)} layers run as often as their MLPs did")
 
 
@@ -110,7 +117,9 @@ def identity(after: AfterEdit) -> Check:
     sentence = "the rewritten model's outputs are bit-equal to the original's"
     if different:
         sentence = f"{different} output elements of the rewritten model differ from the original's"
-    return checked("identity", different == 0, different, sentence)
+        cause, hint = not_finite(after)
+        return checked("identity", False, different, sentence + cause, hint)
+    return checked("identity", True, 0, sentence)
 
 
 CHECKS: tuple[Callable[[AfterEdit], Check], ...] = (coverage, untouched, frame, sharing, tokenwise, gradient, identity)

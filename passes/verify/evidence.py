@@ -15,7 +15,7 @@ from memrewrite.passes.models.forward import Inputs, on_meta
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.graph_host import GraphHost
 from memrewrite.plans import Plan
-from memrewrite.report import Check, Report
+from memrewrite.report import Check, Outcome, Report
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ class AfterEdit(RewrittenModel):
     fingerprints: Mapping[str, Fingerprint]  # of the original's tensors
 
 
-def checked(name: str, good: bool, number: float, sentence: str) -> Check:
-    """The outcome of a check that ran."""
-    return Check(name=name, outcome="passed" if good else "failed", number=number, sentence=sentence)
+def checked(name: str, good: bool, number: float, sentence: str, hint: str = "") -> Check:
+    """The outcome of a check that ran; `hint`: what to try if it failed because of the model, its inputs or the recipe."""
+    outcome: Outcome = "passed" if good else "failed"
+    return Check(name=name, outcome=outcome, number=number, sentence=sentence, hint="" if good else hint)
 
 
 def skipped(name: str, why: str) -> Check:
@@ -79,8 +80,11 @@ def failed(checks: Iterable[Check]) -> bool:
 
 
 def refuse_failed(checks: Iterable[Check], *, where: str, hint: str, report: Report | None = None) -> None:
-    """Raise `VerificationError` for the first check that failed, with the `report` of all checks where there is one."""
+    """Raise `VerificationError` for the first check that failed, with the `report` of all checks where there is one.
+
+    `hint` is for a check that names no cause outside of memrewrite.
+    """
     first = next((check for check in checks if check.outcome == "failed"), None)
     if first is not None:
-        error = VerificationError(f"the check {first.name!r} failed: {first.sentence}", where=where, hint=hint)
+        error = VerificationError(f"the check {first.name!r} failed: {first.sentence}", where=where, hint=first.hint or hint)
         raise error if report is None else error.with_report(report)

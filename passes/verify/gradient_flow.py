@@ -32,7 +32,7 @@ def gradient(after: RewrittenModel) -> Check:
         for p in required:
             p.requires_grad_()
         with nonzero_layers(after), _without_updates(after) as queues:
-            unreached, found, idle = _gradients(after, list(new))
+            unreached, found, idle, read = _gradients(after, list(new))
             grads = [_entries(g, queues.get(p)) for p, g in zip(new, found, strict=True)]
     finally:
         for p, before in required.items():
@@ -44,7 +44,8 @@ def gradient(after: RewrittenModel) -> Check:
         sentence = f"no output depends on {len(unreached)} layers, and some did on their MLPs: {', '.join(unreached[:3])}"
         return checked("gradient", False, len(unreached), sentence)
     if bad:
-        return checked("gradient", False, len(bad), f"{len(bad)} new parameters get none: {', '.join(bad[:3])}")
+        cause, hint = _cause(read)
+        return checked("gradient", False, len(bad), f"{len(bad)} new parameters get none: {', '.join(bad[:3])}{cause}", hint)
     note = f"; {len(idle)} layers get no token from these inputs, or run where the model keeps no gradients" if idle else ""
     if not pairs:
         return skipped("gradient", f"no new parameter can be checked{note}")
@@ -95,23 +96,15 @@ def nonzero_layers(after: RewrittenModel) -> Iterator[None]:
 
 def _gradients(
     after: RewrittenModel, parameters: list[nn.Parameter]
-) -> tuple[list[str], tuple[Tensor | None, ...], frozenset[str]]:
+) -> tuple[list[str], tuple[Tensor | None, ...], frozenset[str], dict[str, list[Tensor]]]:
     """Runs the model once with gradients.
 
     Returns the sites that outputs depended on before and do not depend on now; the parameters' gradients of the layers'
-    outputs in a random direction; and the sites whose layers cannot have gradients, because no token is routed to them or
-    because the model runs them without gradients.
+    outputs in a random direction; the sites whose layers cannot have gradients, because no token is routed to them or
+    because the model runs them without gradients; and what each layer read and returned, by site.
     """
-    outputs_of: dict[str, list[Tensor]] = {path: [] for path in after.layers}
-    hooks = [
-        layer.register_forward_hook(lambda _, args, out, path=path: outputs_of[path].append(out), prepend=True)
-        for path, layer in after.layers.items()
-    ]
-    try:
+    with _recording(after) as (inputs_of, outputs_of):
         outputs = run(after.model, after.inputs, gradients=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
     flat = [(path, out) for path, outs in outputs_of.items() for out in outs]
     reach = _gradients_at(outputs, [out for _, out in flat])
     now = {path for (path, _), grad in zip(flat, reach, strict=True) if grad is not None}
@@ -120,7 +113,52 @@ def _gradients(
     grads = torch.autograd.grad(_random_sum(live), parameters, allow_unused=True) if live else none
     without = {path for path, outs in outputs_of.items() if outs and not any(out.requires_grad for out in outs)} - after.reached
     empty = {path for path, outs in outputs_of.items() if outs and not any(out.numel() for out in outs)}
-    return sorted(after.reached - now), grads, frozenset(without | empty)
+    return sorted(after.reached - now), grads, frozenset(without | empty), inputs_of
+
+
+@contextmanager
+def _recording(after: RewrittenModel) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]]:
+    """Inside, what each layer reads and returns is recorded, by site."""
+    read: dict[str, list[Tensor]] = {path: [] for path in after.layers}
+    returned: dict[str, list[Tensor]] = {path: [] for path in after.layers}
+
+    def record(path: str, args: tuple[Any, ...], out: Tensor) -> None:
+        read[path] += [arg.detach() for arg in args[:1]]
+        returned[path].append(out)
+
+    hooks = [
+        layer.register_forward_hook(lambda _, args, out, path=path: record(path, args, out), prepend=True)
+        for path, layer in after.layers.items()
+    ]
+    try:
+        yield read, returned
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _cause(read: Mapping[str, list[Tensor]]) -> tuple[str, str]:
+    """Why parameters have no gradient, by what their layers read; and what to try. Empty if the model is not the cause."""
+    for path, inputs in read.items():
+        bad = sum(int((~x.isfinite()).sum()) for x in inputs)
+        if bad:
+            cause = f"; the model itself computes {bad} values that are not finite as the input of the MLP {path!r}"
+            return cause, "run the original model with these inputs: its weights, its dtype or the inputs give NaN or infinity"
+    for path, inputs in read.items():
+        if inputs and not any(x.any() for x in inputs):
+            return f"; with these inputs the input of the MLP {path!r} is all zeros", "give other example inputs"
+    return "", ""
+
+
+def not_finite(after: RewrittenModel) -> tuple[str, str]:
+    """Where a layer's input or output is not finite, and what to try; both empty if nothing is."""
+    with _recording(after) as (read, returned):
+        run(after.model, after.inputs)
+    cause, hint = _cause({path: inputs for path, inputs in read.items() if not all(bool(x.isfinite().all()) for x in inputs)})
+    path = next((path for path, outs in returned.items() if not all(bool(out.isfinite().all()) for out in outs)), None)
+    if cause or path is None:
+        return cause, hint
+    return f"; the layer at {path!r} returns values that are not finite", "convert the model to bfloat16 or float32"
 
 
 def _gradients_at(outputs: Any, inner: list[Tensor]) -> tuple[Tensor | None, ...]:

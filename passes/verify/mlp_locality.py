@@ -33,6 +33,12 @@ from memrewrite.report import Check
 ROUTED = 64
 
 
+NOT_TOKENWISE = (
+    "a layer sees one token at a time, so it cannot take the place of what mixes tokens: leave this MLP out of `where`; that it "
+    "was located is a defect of memrewrite: please report the model"
+)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What is wrong with one MLP or "", how far other tokens moved, and whether all inputs give the same output."""
@@ -67,7 +73,7 @@ def locality(evidence: BeforeEdit) -> Check:
             tried.add(key)
             outcome = _outcome(call, found)
             if outcome.wrong:
-                return checked("locality", False, outcome.moved, f"in the MLP {path!r} {outcome.wrong}")
+                return checked("locality", False, outcome.moved, f"in the MLP {path!r} {outcome.wrong}", NOT_TOKENWISE)
             constant, moved = constant + outcome.constant, max(moved, outcome.moved)
     if idle and not tried:
         hint = "give inputs with a batch and a length of at least 1"

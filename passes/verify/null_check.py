@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memrewrite.errors import ModelError
 from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.models.fingerprints import differing
 from memrewrite.passes.models.forward import run
@@ -55,6 +56,23 @@ def null(before: BeforeEdit, outputs: Any) -> Check:
     if different:
         sentence = f"with the original MLPs in the layers' places, {different} output elements differ"
     return checked("null", different == 0, different, sentence)
+
+
+def refuse_unrepeatable(before: BeforeEdit) -> None:
+    """Raise `ModelError` if the model itself, which nothing has edited, gives other outputs when it runs again.
+
+    Called when *null* failed: then this is the cause, and no rewrite of the model could be checked.
+    """
+    for _ in range(2):  # a forward may alternate
+        different = differing(before.capture.outputs, run(before.model, before.capture.inputs))
+        if different:
+            raise ModelError(
+                f"the model is not deterministic: in eval mode, on the same inputs and from one seed, {different} output elements "
+                "differ between two runs",
+                where=before.capture.how,
+                hint="remove what changes from call to call: other random numbers than torch's, a clock, state that the forward "
+                "writes; or rewrite without checks: `verify: off`",
+            )
 
 
 # ------------------------------------------------------------------------------- random numbers, between entry and exit

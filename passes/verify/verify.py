@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from memrewrite.errors import ModelError
+from memrewrite.errors import ModelError, in_one_line
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import fingerprints
@@ -19,7 +19,7 @@ from memrewrite.passes.verify.checks import CHECKS, untouched
 from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, checked, skipped
 from memrewrite.passes.verify.gradient_flow import reached
 from memrewrite.passes.verify.mlp_locality import locality
-from memrewrite.passes.verify.null_check import null
+from memrewrite.passes.verify.null_check import null, refuse_unrepeatable
 from memrewrite.plans import Plan
 from memrewrite.report import Check
 
@@ -44,10 +44,8 @@ def _broken(after: AfterEdit) -> Check | None:
         warm_up(after.model, after.inputs)
     except ModelError as refused:  # any error of the model's code is a finding
         log.debug("the rewritten model does not run", exc_info=True)
-        error = refused.__cause__
-        hint = "where its code uses the replaced module, add the layer to the MLP (`placement: parallel`)"
-        cause = error.__cause__ or error
-        return checked("coverage", False, 0, f"the rewritten model does not run: {type(cause).__name__}: {cause}; {hint}")
+        hint = "where the model's code uses the replaced module, add the layer to the MLP (`placement: parallel`)"
+        return checked("coverage", False, 0, f"the rewritten model does not run: {in_one_line(refused.__cause__ or refused)}", hint)
     return None
 
 
@@ -66,6 +64,7 @@ def before_editing(
     else:
         check = null(before, run_wrapped(False)[0])
         if check.outcome == "failed":
+            refuse_unrepeatable(before)
             return (check,), sites
         sites = reached(*run_wrapped(True))
     return (check, in_train_mode(before), locality(before)), sites

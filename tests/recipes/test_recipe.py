@@ -16,7 +16,7 @@ from memrewrite.layers.kinds import KINDS
 from memrewrite.recipes.gallery_index import describe, gallery
 from memrewrite.recipes.json_schema import json_schema
 from memrewrite.recipes.reader import parse_recipe, read_recipe
-from memrewrite.recipes.schema import MAX_KEYS, Centred, PoolEntry, Recipe, Rule, Where
+from memrewrite.recipes.schema import MAX_KEYS, MAX_SIZE, Centred, PoolEntry, Recipe, Rule, Where
 from memrewrite.recipes.yaml_source import MAX_BYTES
 
 GOOD = """\
@@ -93,8 +93,8 @@ def test_every_kind_is_accepted_and_a_kind_without_pool_refuses_one() -> None:
             read_recipe(bad)
 
 
-@pytest.mark.parametrize("bare", ["off", "'off'", "no", "false"])
-def test_verify_off_is_accepted_as_yaml_boolean(bare: str) -> None:
+@pytest.mark.parametrize("bare", ["off", "'off'", "false"])
+def test_verify_off_is_accepted_as_text_and_as_a_boolean(bare: str) -> None:
     assert parse_recipe(edited("verify: full", f"verify: {bare}")).verify == "off"
 
 
@@ -165,7 +165,7 @@ def test_for_a_missing_key_the_caret_is_under_the_enclosing_key() -> None:
         "  at: r.yaml:3:3",
         "    3 |   shared: {init: paper, seed: 0}",
         "      |   ^^^^^^",
-        "  try: add `keys:` · Keys per half; the pool has keys × keys slots.",
+        "  try: add `keys:` · Keys per half, at least 2; the pool has keys × keys slots.",
     ]
 
 
@@ -230,12 +230,12 @@ BAD = {  # case → (old text in the valid recipe, new text, two parts of the er
     "negative": ("[4, 12, 20]", "[-1]", "`layers` must be at least 0, not -1", "r.yaml:5:22"),
     "no layers": ("[4, 12, 20]", "[]", "`layers` needs at least 1 item(s)", "r.yaml:5:21"),
     "twice": ("[4, 12, 20]", "[4, 4]", "block 4 is listed twice", "r.yaml:5:21"),
-    "boolean number": ("keys: 1024", "keys: yes", "`keys` must be an integer, not true", "r.yaml:3:18"),
-    "boolean option": ("heads: 4", "heads: yes", "`heads` cannot be true", "booleans"),
+    "boolean number": ("keys: 1024", "keys: true", "`keys` must be an integer, not true", "r.yaml:3:18"),
+    "boolean option": ("heads: 4", "heads: true", "`heads` must be an integer, not true", "r.yaml:9:22"),
     "bad option": ("heads: 4", "heads: 0", "`heads` must be more than 0, not 0", "r.yaml:9:22"),
     "topk over keys": ("keys: 1024", "keys: 31", "`topk: 32` is more than the pool's 31 keys", "r.yaml:9:31"),
     "odd key_dim": ("topk: 32", "key_dim: 7", "`key_dim: 7` is odd", "r.yaml:9:34"),
-    "no keys": ("keys: 1024", "keys: 0", "`keys` must be at least 1, not 0", "Keys per half"),
+    "no keys": ("keys: 1024", "keys: 0", "`keys` must be at least 2, not 0", "Keys per half"),
     "absurd keys": ("keys: 1024", f"keys: {MAX_KEYS + 1}", f"`keys` must be at most {MAX_KEYS}", "r.yaml:3:18"),
     "negative seed": ("seed: 0", "seed: -1", "`seed` must be at least 0, not -1", "r.yaml:3:43"),
     "dtype": ("seed: 0", "dtype: float23", "`dtype` cannot be 'float23'", "did you mean 'float32'?"),
@@ -254,7 +254,7 @@ BAD = {  # case → (old text in the valid recipe, new text, two parts of the er
     "missing version": ("memrewrite: 1\n", "", "`memrewrite` is missing", "Version of the recipe format: 1"),
     "wrong version": ("memrewrite: 1", "memrewrite: 2", "version 2 cannot be read", "supported versions: 1"),
     "text version": ("memrewrite: 1", "memrewrite: '1'", "version '1' cannot be read", "supported versions: 1"),
-    "true version": ("memrewrite: 1", "memrewrite: yes", "version True cannot be read", "supported versions: 1"),
+    "true version": ("memrewrite: 1", "memrewrite: true", "version true cannot be read", "supported versions: 1"),
     "duplicate key": ("verify: full", "verify: full\nverify: off", "key 'verify' appears twice", "r.yaml:11:1"),
     "tab": ("  shared:", "\tshared:", "a tab is used where YAML allows only spaces", "indent with spaces"),
     "not YAML": ("{heads: 4, topk: 32}", "{heads: 4", "this is not YAML", "check quotes"),
@@ -263,7 +263,7 @@ BAD = {  # case → (old text in the valid recipe, new text, two parts of the er
     "alias to nothing": ("{heads: 4, topk: 32}", "*gone", "undefined alias 'gone'", "r.yaml:9:14"),
     "cycle": ("{heads: 4, topk: 32}", "&o {heads: *o}", "contains itself through an alias", "r.yaml:9:14"),
     "number as key": ("heads: 4", "4: 4", "`4` cannot be a key", "r.yaml:9:15"),
-    "boolean as key": ("heads: 4", "on: 4", "`on` cannot be a key", "put the key in quotes"),
+    "boolean as key": ("heads: 4", "true: 4", "`true` cannot be a key", "put the key in quotes"),
     "list as key": ("heads: 4", "[a]: 4", "this cannot be a key", "r.yaml:9:15"),
     "merge of text": ("heads: 4", "<<: x", "`<<` needs a mapping", "r.yaml:9:19"),
     "bad date": ("keys: 1024", "keys: 2024-13-45", "must be an integer, not '2024-13-45'", "r.yaml:3:18"),
@@ -345,7 +345,7 @@ def test_an_object_that_is_not_a_source_is_refused() -> None:
 # --- properties ---------------------------------------------------------------------------------------------------
 
 words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12)
-counts = st.integers(1, 2**40)
+counts = st.integers(1, MAX_SIZE)
 selectors = st.fixed_dictionaries(
     {},
     optional={
@@ -379,7 +379,7 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
         {"where": selectors, "with": st.just("memory_plus")},
         optional={
             "placement": st.sampled_from(["replace", "parallel"]),
-            "options": st.fixed_dictionaries({}, optional={"heads": st.integers(1, 16), "topk": st.integers(1, 64)}),
+            "options": st.fixed_dictionaries({}, optional={"heads": st.integers(1, 16), "topk": st.integers(2, 64)}),
         },
     )
     rules = [{**draw(rule), "pool": pool} for pool in pools]  # each pool is used

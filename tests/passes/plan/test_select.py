@@ -19,6 +19,8 @@ from memrewrite.recipes.schema import Recipe
 from memrewrite.site import Binding, Inspection, NearMiss, Site
 
 SMALL = {"heads": 2, "topk": 4}
+TABLE = 16 * 16 * 64 * 4  # bytes of 16 × 16 slots of 64 floats
+LAYER = 4 * (64 * 64 + 64 + 2 * 2 * 16 * 16 + 2 * (64 * 64 + 64))  # query of 2 heads × 32, half keys, gate and projection
 
 
 def site(number: int | None, tower: str = "layers", depth: int = 24, **changes: Any) -> Site:
@@ -276,12 +278,12 @@ def test_a_block_without_an_mlp() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "fits"), [(2 * 16 * 16 * 64 * 4 - 1, False), (2 * 16 * 16 * 64 * 4, True), (None, True)], ids=str
+    ("free", "fits"), [(2 * (TABLE + LAYER) - 1, False), (2 * (TABLE + LAYER), True), (None, True)], ids=str
 )
 def test_pools_must_fit_into_thefree_memory_of_their_device(
     free: int | None, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two pools of 16 × 16 slots of 64 floats: exactly their size is enough, and an unknown size is not tested."""
+    """Two pools of 16 × 16 slots of 64 floats and two layers: exactly their size is enough; an unknown size is not tested."""
     wanted = recipe({"layers": [0]}, {"layers": [1]}).to_data()
     wanted["pools"]["other"] = dict(wanted["pools"]["shared"])
     wanted["replace"][1]["pool"] = "other"
