@@ -131,18 +131,19 @@ def main(arguments: list[str]) -> None:
 
 
 def _warm_up(kind: Kind, folders: Folders) -> None:
-    """Read every seed unchanged with every target: it imports what reading needs. Seeds that are refused are fine."""
+    """Read unchanged seeds, each with one target and one with all: it imports what reading needs. Refused ones are fine."""
     import contextlib
     import shutil
 
     from memrewrite.errors import MemrewriteError
 
-    for file in kind.files(folders.seeds):
-        for target in dict.fromkeys(kind.targets):
-            shutil.rmtree(folders.case, ignore_errors=True)
-            shutil.copytree(file.parent, folders.case)
-            with contextlib.suppress(MemrewriteError):
-                target(folders.case, folders.case / file.name)
+    first, *others = kind.files(folders.seeds)
+    pairs = [*((first, target) for target in dict.fromkeys(kind.targets)), *((other, kind.targets[0]) for other in others)]
+    for file, target in pairs:
+        shutil.rmtree(folders.case, ignore_errors=True)
+        shutil.copytree(file.parent, folders.case)
+        with contextlib.suppress(MemrewriteError):
+            target(folders.case, folders.case / file.name)
 
 
 if __name__ == "__main__":

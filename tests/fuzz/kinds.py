@@ -235,19 +235,27 @@ def command_check_inputs(case: Path, file: Path) -> None:
 
     from memrewrite.passes.onnx.check.check import check_onnx
 
-    onnx_file = case.parent / "seeds" / "files" / "both" / "model.onnx"
-    check_onnx(onnx_file, *_model_and_inputs(onnx_files), real=[file], routes=["standard"])
+    check_onnx(case / "model.onnx", *_model_and_inputs(onnx_files), real=[file], routes=["standard"])
 
 
 def read_inputs(case: Path, file: Path) -> None:
     """The archive alone."""
     import torch
 
-    from memrewrite.passes.onnx.check.input_sets import real_inputs
+    from memrewrite.passes.onnx.check.given_inputs import real_inputs
     from memrewrite.passes.onnx.file import Port
 
     port = Port(name="x", dtype="float", shape=("batch", "sequence", 16))
     real_inputs([file], [port], {"x": torch.zeros(2, 5, 16)})
+
+
+def encode_texts(case: Path, file: Path) -> None:
+    """The sentences that `memrewrite check` encodes with the tokenizer of a directory."""
+    from memrewrite.passes.onnx.check.given_inputs import text_inputs
+    from memrewrite.passes.onnx.file import Port
+
+    names = ("input_ids", "attention_mask")
+    text_inputs(case, [Port(name=name, dtype="int64", shape=("batch", "sequence")) for name in names])
 
 
 def _model_and_inputs(onnx_files: Any) -> Any:
@@ -267,16 +275,18 @@ def load_file(case: Path, file: Path) -> None:
     _forward(source.model, source.inputs)
 
 
-SAVED = (load_saved,) * 4 + (command_source,) * 2 + (command_verify, read_records, command_inspect)
-GRAPHS = (load_into_base,) * 6 + (load_saved, command_verify, read_records)
-HF = (command_source,) * 8 + (command_inspect,)
+# Commands that take long are tried less often.
+SAVED = (load_saved,) * 16 + (command_source,) * 8 + (read_records,) * 2 + (command_verify,) * 2 + (command_inspect,)
+GRAPHS = (load_into_base,) * 24 + (load_saved,) * 2 + (read_records, command_verify)
+HF = (command_source,) * 30 + (command_inspect,)
+RECIPE = (read_recipe,) * 24 + (command_plan,) * 16 + (command_apply,)
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind("manifest", "saved", "*/memrewrite.json", change_json, (*SAVED, command_export)),
         Kind("plan", "saved", "*/plan.json", change_json, SAVED, hashed=True),
-        Kind("report", "saved", "*/report.json", change_json, (read_records,) * 4 + (command_verify,), hashed=True),
+        Kind("report", "saved", "*/report.json", change_json, (read_records,) * 12 + (command_verify,), hashed=True),
         Kind("graphs", "graphs", "*/graphs.json", change_json, GRAPHS, hashed=True),
         Kind("graphs-plan", "graphs", "*/plan.json", change_json, GRAPHS, hashed=True),
         Kind("config", "saved", "*/config.json", change_json, SAVED, hashed=True),
@@ -288,9 +298,11 @@ KINDS: dict[str, Kind] = {
         Kind("hf-generation-config", "pretrained", "*/generation_config.json", change_json, HF),
         Kind("hf-weights", "pretrained", "*/*.safetensors", change_safetensors, HF),
         Kind("hf-index", "pretrained", "shards/*.index.json", change_json, HF),
-        Kind("recipe", "recipes", "*/recipe.yaml", change_yaml, (read_recipe,) * 6 + (command_plan,) * 4 + (command_apply,)),
+        Kind("recipe", "recipes", "*/recipe.yaml", change_yaml, RECIPE),
         Kind("onnx", "onnx", "*/model.onnx", change_onnx, (open_session, open_session, command_check, command_check_recorded)),
         Kind("npz", "arrays", "*/inputs.npz", change_npz, (*(read_inputs,) * 8, command_check_inputs)),
+        Kind("tokenizer", "tokenizers", "*/tokenizer.json", change_json, (encode_texts,)),
+        Kind("tokenizer-config", "tokenizers", "*/tokenizer_config.json", change_json, (encode_texts,)),
         Kind("pt2", "programs", "*/model.pt2", change_bytes, (load_file, command_source), unread=True),
         Kind("gguf", "gguf", "*/model.gguf", change_bytes, (load_file,)),
     )

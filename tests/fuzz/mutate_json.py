@@ -203,14 +203,30 @@ def _copy(rng: Random, slots: list[Slot], gifts: list[Slot], words: Hostile, raw
 
 
 def _insert(rng: Random, slots: list[Slot], gifts: list[Slot], words: Hostile, raw: dict[str, str]) -> None:
-    node, key = rng.choice(slots)
-    value = _plain(rng.choice(words.values))
+    fitting = [(value, slot) for value in words.values for slot in slots if _is_like(slot[0], value)]
+    if fitting and rng.random() < 0.8:  # where an object or list of this form belongs
+        value, (node, key) = rng.choice(fitting)
+    else:
+        value, (node, key) = rng.choice(words.values), rng.choice(slots)
+    value = _plain(value)
     if isinstance(node, list) and rng.random() < 0.7:
         node.insert(key, value)
-    elif isinstance(node, dict) and isinstance(value, dict) and rng.random() < 0.5:
+    elif isinstance(node, dict) and isinstance(value, dict) and rng.random() < 0.8:
         node.update(value)
     else:
         node[key] = value
+
+
+def _is_like(node: Any, value: Any) -> bool:
+    """Whether `node` is an object with some of the keys of `value`, or a list of such objects or of lists of its length."""
+    if isinstance(node, dict) and isinstance(value, dict):
+        return len(node.keys() & value.keys()) * 2 > len(value)
+    if not isinstance(node, list) or not node:
+        return False
+    first = node[0]
+    if isinstance(value, list):
+        return isinstance(first, list) and len(first) == len(value)
+    return isinstance(first, dict) and bool(first.keys() & value.keys())
 
 
 def _raw(rng: Random, slots: list[Slot], gifts: list[Slot], words: Hostile, raw: dict[str, str]) -> None:

@@ -26,14 +26,14 @@ def change_onnx(rng: Random, data: bytes, other: bytes, words: Hostile) -> bytes
         donor.ParseFromString(other)
     except DecodeError:
         return change_bytes(rng, data, other, words)
-    chance = rng.random()
-    if chance < 0.1:
+    chance, places = rng.random(), places_of(model)
+    if chance < 0.1 or not places:
         return change_bytes(rng, data, other, words)
     try:
         if chance < 0.35:
             rng.choice(ADDITIONS)(rng, model, words)
         else:
-            _change_field(rng, places_of(model), places_of(donor), words)
+            _change_field(rng, places, places_of(donor), words)
         return bytes(model.SerializeToString())
     except (EncodeError, UnicodeError, ValueError, RecursionError):  # what protobuf itself refuses to write
         return change_bytes(rng, data, other, words)

@@ -72,33 +72,52 @@ def pretrained(folder: Path) -> None:
 
 
 def onnx(folder: Path) -> None:
-    """Exported files: of memory layers alone, in each form; and one whose weights are a second file."""
+    """Exported files: of memory layers alone, in each form; one whose weights are a second file; one that names its source."""
     import onnx
     import onnx_files
+    import tiny
 
     import memrewrite
-    from memrewrite.passes.onnx.native_library import built_library  # noqa: F401
 
     model, inputs = onnx_files.layers()
     for op in ("both", "standard"):
         (folder / op).mkdir(parents=True)
-        memrewrite.export_onnx(model, folder / op / "model.onnx", inputs, op=op, notes={"source": "saved"})
+        memrewrite.export_onnx(model, folder / op / "model.onnx", inputs, op=op, notes={"source": "zqx_evil.py"})
     (folder / "external").mkdir()
     loaded = onnx.load(folder / "both" / "model.onnx")
     onnx.save(
         loaded, folder / "external" / "model.onnx", save_as_external_data=True, location="model.onnx.data", size_threshold=256
     )
+    named = _opened(tiny.rewritten("llama")[0])
+    (folder / "named").mkdir()
+    memrewrite.save(named, folder / "named" / "saved")
+    memrewrite.export_onnx(named, folder / "named" / "model.onnx", notes={"source": "saved"})
 
 
 def arrays(folder: Path) -> None:
-    """Archives of arrays, as `check --inputs` takes them, and the ONNX file that they belong to."""
+    """Archives of arrays, as `check --inputs` takes them, each with the ONNX file that it belongs to."""
     import numpy
+    import onnx_files
 
-    onnx(folder / "files")
+    import memrewrite
+
     for name, save in (("stored", numpy.savez), ("packed", numpy.savez_compressed)):
         (folder / name).mkdir()
         generator = numpy.random.default_rng(0)
         save(folder / name / "inputs.npz", x=generator.standard_normal((2, 5, 16)).astype("float32"))
+        memrewrite.export_onnx(onnx_files.layers()[0], folder / name / "model.onnx", onnx_files.layers()[1])
+
+
+def tokenizers(folder: Path) -> None:
+    """A tokenizer, as Hugging Face directories contain it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {chr(32 + number): number for number in range(64)}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    for name, special in (("padded", {"pad_token": " ", "padding_side": "left"}), ("plain", {})):
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", **special).save_pretrained(folder / name)
 
 
 def recipes(folder: Path) -> None:
@@ -173,6 +192,7 @@ GROUPS: dict[str, Callable[[Path], None]] = {
     "pretrained": pretrained,
     "onnx": onnx,
     "arrays": arrays,
+    "tokenizers": tokenizers,
     "recipes": recipes,
     "programs": programs,
     "gguf": gguf,
