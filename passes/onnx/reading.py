@@ -30,7 +30,7 @@ Function = tuple[str, str, str]  # domain, name, overload
 def read_graph(path: Path) -> onnx.ModelProto:
     """A file without its external weights.
 
-    Raises `ExportError` if the file is missing, damaged, or refused for one of the reasons above; or if its weights are missing.
+    Raises `ExportError` if the file or its weights are missing, or it is damaged or refused for one of the reasons above.
     """
     try:
         import onnx
@@ -62,7 +62,7 @@ def _bytes_of(path: Path) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ExportError("it is no file, and cannot be read as ONNX", where=str(path), hint="give a file, such as model.onnx")
+            raise ExportError("it is no file, and cannot be read as ONNX", where=str(path), hint="give an ONNX file")
         if status.st_size > MOST_BYTES:
             raise ExportError("the file is larger than 2 GiB: it cannot be read as ONNX", where=str(path), hint=AGAIN)
         return path.read_bytes()

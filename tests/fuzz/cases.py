@@ -57,7 +57,7 @@ def make_case(kind: Kind, folders: Folders, seed: int, number: int, steps: Colle
     rng = Random(f"{kind.name}:{seed}:{number}")
     words: Hostile = hostile(folders.decoy)
     files = kind.files(folders.seeds)
-    source, other = rng.choice(files), rng.choice(files).read_bytes()
+    source, other = files[number % len(files)], rng.choice(files).read_bytes()
     target, count = rng.choice(kind.targets), min(MOST_STEPS, 1 + int(rng.expovariate(0.9)))
     shutil.rmtree(folders.case, ignore_errors=True)
     shutil.copytree(source.parent, folders.case)

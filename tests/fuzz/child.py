@@ -1,7 +1,7 @@
 """The process of one kind: it runs cases one after another and writes a line of JSON about each to its standard output.
 
-`python -m tests.fuzz.child KIND FOLDER SEED FIRST SECONDS CASES`, which `runner` starts again after a crash. SECONDS counts from
-the first case; with CASES = 0 their number is not limited.
+`python -m tests.fuzz.child KIND FOLDER SEED FIRST SECONDS CASES`, which `runner` starts again after a crash. SECONDS counts
+from the first case; with CASES = 0 their number is not limited.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .cases import Case, Folders, make_case
 from .guard import ROOT, Blocked, Guard, Hang, limit_memory, words_of
 from .kinds import Kind
 
-DEADLINE = 10.0  # seconds for one case
+DEADLINE = float(os.environ.get("MEMREWRITE_FUZZ_DEADLINE", "10"))  # seconds for one case
 MEMORY = 3 * 2**30  # bytes beyond what the process has when it is warm
 
 
@@ -137,6 +137,7 @@ def _warm_up(kind: Kind, folders: Folders) -> None:
 
     from memrewrite.errors import MemrewriteError
 
+    loaded = 0
     first, *others = kind.files(folders.seeds)
     pairs = [*((first, target) for target in dict.fromkeys(kind.targets)), *((other, kind.targets[0]) for other in others)]
     for file, target in pairs:
@@ -144,6 +145,9 @@ def _warm_up(kind: Kind, folders: Folders) -> None:
         shutil.copytree(file.parent, folders.case)
         with contextlib.suppress(MemrewriteError):
             target(folders.case, folders.case / file.name)
+            loaded += 1
+    if not loaded and not kind.unread:
+        raise RuntimeError("no file is read without an error before it is changed: the cases would show nothing")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 from .hostile import MARK
 
@@ -49,6 +49,7 @@ NEVER = (  # events that reading a file never causes
     "shutil.unpack_archive",
 )
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate")
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 LISTS = ("os.listdir", "os.scandir")
 WORD = re.compile(rb"[A-Za-z_]\w*(?:\.\w+)*")
 DEVICES = ("/dev/null", "/dev/urandom", "/proc", "/sys", "/etc/localtime", "/usr/share/zoneinfo", "/etc/nsswitch.conf")
@@ -149,7 +150,9 @@ class Guard:
         path, mode, flags = args
         if not isinstance(path, (str, bytes, os.PathLike)):
             return
-        writes = bool(set(mode or "") & set("wax+")) or bool(int(flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+        writes = bool(set(mode or "") & set("wax+")) or bool(
+            int(flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        )
         full = _full(path)
         if full in self._unread:
             self._found(f"{full} is opened, which is refused")
@@ -173,9 +176,9 @@ class Guard:
         return self._is_installed(full) or full.startswith(DEVICES)
 
     def _is_installed(self, path: str) -> bool:
-        return path.startswith(self._installed) or path.startswith("<frozen ")
+        return path.startswith((*self._installed, "<frozen "))
 
-    _HANDLERS: dict[str, Callable[[Guard, str, tuple[Any, ...]], None]] = {
+    _HANDLERS: ClassVar[dict[str, Callable[[Guard, str, tuple[Any, ...]], None]]] = {
         "compile": _compile,
         "exec": _exec,
         "import": _import,
@@ -224,17 +227,18 @@ def limit_memory(more: int) -> None:
 
 def _state() -> dict[str, Any]:
     """What of a process a reader may not leave changed."""
-    state: dict[str, Any] = {"stdout": sys.stdout, "stderr": sys.stderr, "the working directory": _cwd(), "sys.path": list(sys.path)}
+    state: dict[str, Any] = {
+        "stdout": sys.stdout,
+        "stderr": sys.stderr,
+        "the working directory": str(Path.cwd()),
+        "sys.path": list(sys.path),
+    }
     torch = sys.modules.get("torch")
     if torch is not None:
         state["torch's default dtype"] = torch.get_default_dtype()
         state["torch's grad mode"] = torch.is_grad_enabled()
         state["torch's inference mode"] = torch.is_inference_mode_enabled()
     return state
-
-
-def _cwd() -> str:
-    return str(Path.cwd())
 
 
 def _pairs(old: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -271,7 +271,7 @@ def load_file(case: Path, file: Path) -> None:
     """A file as MODEL."""
     from memrewrite.passes.storage.source import load_source
 
-    source = load_source(str(file))
+    source = load_source(str(file), with_tokenizer=False)
     _forward(source.model, source.inputs)
 
 
@@ -279,6 +279,7 @@ def load_file(case: Path, file: Path) -> None:
 SAVED = (load_saved,) * 16 + (command_source,) * 8 + (read_records,) * 2 + (command_verify,) * 2 + (command_inspect,)
 GRAPHS = (load_into_base,) * 24 + (load_saved,) * 2 + (read_records, command_verify)
 HF = (command_source,) * 30 + (command_inspect,)
+ONNX = (open_session,) * 12 + (command_check, command_check_recorded, command_check_recorded)
 RECIPE = (read_recipe,) * 24 + (command_plan,) * 16 + (command_apply,)
 
 KINDS: dict[str, Kind] = {
@@ -299,8 +300,8 @@ KINDS: dict[str, Kind] = {
         Kind("hf-weights", "pretrained", "*/*.safetensors", change_safetensors, HF),
         Kind("hf-index", "pretrained", "shards/*.index.json", change_json, HF),
         Kind("recipe", "recipes", "*/recipe.yaml", change_yaml, RECIPE),
-        Kind("onnx", "onnx", "*/model.onnx", change_onnx, (open_session, open_session, command_check, command_check_recorded)),
-        Kind("npz", "arrays", "*/inputs.npz", change_npz, (*(read_inputs,) * 8, command_check_inputs)),
+        Kind("onnx", "onnx", "*/model.onnx", change_onnx, ONNX),
+        Kind("npz", "arrays", "*/inputs.npz", change_npz, (*(read_inputs,) * 30, command_check_inputs)),
         Kind("tokenizer", "tokenizers", "*/tokenizer.json", change_json, (encode_texts,)),
         Kind("tokenizer-config", "tokenizers", "*/tokenizer_config.json", change_json, (encode_texts,)),
         Kind("pt2", "programs", "*/model.pt2", change_bytes, (load_file, command_source), unread=True),

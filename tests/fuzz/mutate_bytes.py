@@ -79,7 +79,7 @@ def change_npz(rng: Random, data: bytes, other: bytes, words: Hostile) -> bytes:
     elif change == 2:
         del members[number]
     elif change == 3:
-        members[number] = (name, content + b"\0" * 50_000_000)
+        members[number] = (name, content + b"\0" * 2_000_000)
         method = zipfile.ZIP_DEFLATED
     elif change == 4:
         members[number] = (name, change_bytes(rng, content, other, words))
@@ -92,7 +92,19 @@ def change_npz(rng: Random, data: bytes, other: bytes, words: Hostile) -> bytes:
     return out.getvalue()
 
 
-SHAPES = ("()", "(0,)", "(-1,)", "(2, 5)", "(2**40,)", "(99999999999,)", "(1" + "0" * 400 + ",)", "(1.5,)", "'x'", "(" * 500, "(2,)*9")
+SHAPES = (
+    "()",
+    "(0,)",
+    "(-1,)",
+    "(2, 5)",
+    "(2**40,)",
+    "(99999999999,)",
+    "(1" + "0" * 400 + ",)",
+    "(1.5,)",
+    "'x'",
+    "(" * 500,
+    "(2,)*9",
+)
 TYPES = ("'|O'", "'<U9'", "'<c16'", "'<f8'", "'<i8'", "'|b1'", "'<M8[s]'", "[('a', '<f4')]", "'zqy'", "'<f4', 'zqy': 1", "None")
 
 

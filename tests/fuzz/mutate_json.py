@@ -69,7 +69,9 @@ def change_yaml(rng: Random, data: bytes, other: bytes, words: Hostile) -> bytes
         return change_bytes(rng, data, other, words)
     tree = change_tree(rng, tree, donor, words, YAML_TEXT)
     try:
-        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True) if rng.random() < 0.5 else json.dumps(tree, default=str)
+        text = (
+            yaml.safe_dump(tree, sort_keys=False, allow_unicode=True) if rng.random() < 0.5 else json.dumps(tree, default=str)
+        )
     except (yaml.YAMLError, TypeError, RecursionError, ValueError):
         return change_bytes(rng, data, other, words)
     return _written(text, YAML_TEXT)

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, EncodeError, Message
 from .hostile import Hostile
 from .mutate_bytes import change_bytes
 
+AXES = ("batch * 99999999999", "sequence*" * 100 + "sequence", "9" * 6_000, "-1", "batch", "zqy")
 Place = tuple[Any, FieldDescriptor, int]  # a message, one of its set fields, the number of a repeated value (-1: not repeated)
 INTEGERS = (0, 1, -1, 2, 7, 16, 255, 2**31 - 1, -(2**31), 2**40, 2**62, 2**63 - 1, -(2**63))
 
@@ -167,7 +168,7 @@ def _large(rng: Random, model: Any, words: Hostile) -> None:
     elif change == 1:
         dims = rng.choice([*model.graph.input, *model.graph.output]).type.tensor_type.shape.dim
         for dim in dims:
-            dim.dim_param = rng.choice(["batch * 99999999999", "sequence*" * 100 + "sequence", "9" * 6_000, "-1", "batch", "zqy"])
+            dim.dim_param = rng.choice(AXES)
     else:
         shape = model.graph.node.add(op_type="Constant", output=["zqy_shape"])
         attribute = shape.attribute.add(name="value_ints", type=7)

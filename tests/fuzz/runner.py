@@ -34,6 +34,7 @@ class Result:
     seed: int
     counts: Counter[str] = field(default_factory=Counter)
     failures: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    outcomes: dict[int, str] = field(default_factory=dict)  # of each case, by number
     seconds: float = 0.0
 
     @property
@@ -48,6 +49,7 @@ class Result:
     def add(self, line: dict[str, Any]) -> None:
         """Count one case."""
         self.counts[line["outcome"]] += 1
+        self.outcomes[line["number"]] = f"{line['outcome']} {line['what']}".strip()
         if line["outcome"] == "failed":
             cause = (str(line["what"]).partition(":")[0], line["where"])
             self.failures.setdefault(cause, {**line, "count": 0})["count"] += 1
@@ -103,7 +105,13 @@ class _Process:
 
     def __init__(self, command: Sequence[str], deadline: float) -> None:
         self.complete, self.end, self._deadline = False, "", deadline
-        own = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+        own = {
+            "MEMREWRITE_FUZZ_DEADLINE": str(deadline),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TQDM_DISABLE": "1",
+        }
         path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             command,

@@ -124,7 +124,7 @@ def recipes(folder: Path) -> None:
     """The recipes of the gallery, and of the tests."""
     from memrewrite.recipes.gallery_index import gallery
 
-    texts = {name: text for name, text in gallery().items()}
+    texts = dict(gallery().items())
     texts["test"] = (SAVED / "huggingface" / "recipe.yaml").read_text()
     texts["many"] = (
         "memrewrite: 1\npools:\n  a: {keys: 8, dtype: float32}\n  b: {keys: 4}\nreplace:\n"
