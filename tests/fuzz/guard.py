@@ -68,6 +68,16 @@ def words_of(data: bytes) -> set[str]:
     return {word.decode() for word in WORD.findall(data)}
 
 
+class _Imports:
+    """A finder that finds nothing: it reports the name of each module that is imported and not yet loaded."""
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        self._report(name)
+
+
 class Guard:
     """The hook of this process. It observes only inside `watching`."""
 
@@ -81,6 +91,7 @@ class Guard:
         self._installed = _installed()
         signal.signal(signal.SIGALRM, _on_alarm)
         sys.addaudithook(self._hook)
+        sys.meta_path.insert(0, _Imports(self._import))  # `importlib.import_module` has no audit event
 
     @contextlib.contextmanager
     def watching(self, case: Path, new: set[str], seconds: float, unread: set[str] = frozenset()) -> Iterator[None]:  # type: ignore[assignment]
@@ -137,14 +148,11 @@ class Guard:
             if not self._is_installed(file) and any(MARK in name for name in _names(code)):
                 self._found(f"code that contains text of the file runs: {[n for n in _names(code) if MARK in n][:3]}")
 
-    def _import(self, event: str, args: tuple[Any, ...]) -> None:
-        """A name that only the damage contains is not imported; and nothing outside the installed packages is."""
-        name, filename = str(args[0]), args[1]
+    def _import(self, name: str) -> None:
+        """A name that only the damage contains is not imported. (`_exec` finds code outside of the installed packages.)"""
         parts = name.split(".")
-        if any(".".join(parts[:count]) in self._new for count in range(1, len(parts) + 1)):
+        if self._active and any(".".join(parts[:count]) in self._new for count in range(1, len(parts) + 1)):
             self._found(f"the module {name} is imported, which the file names")
-        if isinstance(filename, str) and not self._is_installed(filename):
-            self._found(f"the module {name} is imported from {filename}")
 
     def _open(self, event: str, args: tuple[Any, ...]) -> None:
         path, mode, flags = args
@@ -181,7 +189,6 @@ class Guard:
     _HANDLERS: ClassVar[dict[str, Callable[[Guard, str, tuple[Any, ...]], None]]] = {
         "compile": _compile,
         "exec": _exec,
-        "import": _import,
         "open": _open,
         **dict.fromkeys(CHANGES, _changes),
         **dict.fromkeys(LISTS, _lists),

@@ -73,7 +73,7 @@ def change_npz(rng: Random, data: bytes, other: bytes, words: Hostile) -> bytes:
     name, content = members[number]
     change, method = rng.randrange(8), zipfile.ZIP_STORED
     if change == 0:
-        members[number] = (rng.choice(words.words)[:60_000].encode("utf-8", "replace").decode(), content)
+        members[number] = (rng.choice(words.words)[:60_000].encode("utf-8", "replace").decode().strip("\0") or "zqy", content)
     elif change == 1:
         members.append((name, change_bytes(rng, content, other, words)))
     elif change == 2:
