@@ -279,7 +279,7 @@ def load_file(case: Path, file: Path) -> None:
 SAVED = (load_saved,) * 16 + (command_source,) * 8 + (read_records,) * 2 + (command_verify,) * 2 + (command_inspect,)
 GRAPHS = (load_into_base,) * 24 + (load_saved,) * 2 + (read_records, command_verify)
 HF = (command_source,) * 30 + (command_inspect,)
-ONNX = (open_session,) * 12 + (command_check, command_check_recorded, command_check_recorded)
+ONNX = (open_session,) * 30 + (command_check, command_check_recorded)
 RECIPE = (read_recipe,) * 24 + (command_plan,) * 16 + (command_apply,)
 
 KINDS: dict[str, Kind] = {

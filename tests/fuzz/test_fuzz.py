@@ -16,6 +16,7 @@ import yaml
 
 from . import planted
 from .cases import Folders
+from .guard import ROOT
 from .hostile import Hostile, hostile
 from .kinds import KINDS, Kind
 from .mutate_bytes import change_bytes, change_npz, change_safetensors
@@ -70,6 +71,11 @@ def test_hostile_text_is_recognised(tmp_path: Path) -> None:
     folders = Folders(tmp_path)
     folders.make()
     assert (folders.decoy / "secret.bin").stat().st_size
+
+
+def test_the_documentation_has_a_row_for_each_kind() -> None:
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    assert not [name for name in KINDS if f"\n| {name} | " not in text]
 
 
 @pytest.fixture(params=list(KINDS.values()), ids=list(KINDS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,17 +103,17 @@ def test_damaged_metadata_are_refused(notes: dict[str, str], message: str, file:
         check_onnx(file(**notes), model, inputs, routes=["standard"])
 
 
-AXES = [
-    ["batch", "sequence * 99999999999"],
-    ["batch", " * ".join(["sequence"] * 200)],
-    ["batch", "9" * 5_000],
-    ["batch", "sequence + " * 50_000 + "1"],
-]
+AXES = {
+    "times": (["batch", "sequence * 99999999999"], "too large to compare"),
+    "power": (["batch", " * ".join(["sequence"] * 100)], "too large to compare"),
+    "digits": (["batch", "9" * 5_000], ""),  # no axis: its length in the example is kept
+    "long": (["batch", "sequence + " * 50_000 + "1"], ""),
+}
 
 
-@pytest.mark.parametrize("axes", AXES, ids=["times", "power", "digits", "long"])
-def test_axes_of_any_length_allocate_nothing(axes: list[str], file: Callable[..., Path]) -> None:
-    """A longer input would have more elements than the memory: it is refused, or keeps the length of the example."""
+@pytest.mark.parametrize("name", AXES)
+def test_axes_of_any_length_allocate_nothing(name: str, file: Callable[..., Path]) -> None:
+    axes, refusal = AXES[name]
     path = file()
     edited = onnx.load(path)
     for port in edited.graph.input:
@@ -120,10 +121,8 @@ def test_axes_of_any_length_allocate_nothing(axes: list[str], file: Callable[...
             dim.dim_param = text
     onnx.save(edited, path)
     model, inputs = onnx_files.model_of("llama")
-    try:
+    with pytest.raises(ExportError, match=refusal) if refusal else contextlib.nullcontext():
         check_onnx(path, model, inputs, routes=["standard"])
-    except ExportError as error:
-        assert "too large to compare" in error.what
 
 
 @pytest.mark.parametrize("change", ["sequence", "none", "type"])
