@@ -1,7 +1,8 @@
-"""ONNX files of any author are data: what would read another file, run code or never end is refused before a runtime sees it."""
+"""ONNX files are data: what would read another file, run code or never end is refused before a runtime sees it."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -155,7 +156,7 @@ def chain(count: int, calls: int) -> list[onnx.FunctionProto]:
     made = []
     for number in range(count):
         values = ["x", *(f"v{step}" for step in range(1, calls)), "y"]
-        made.append(function(f"f{number}", *(call(f"f{number + 1}", *pair) for pair in zip(values, values[1:], strict=False))))
+        made.append(function(f"f{number}", *(call(f"f{number + 1}", *pair) for pair in itertools.pairwise(values))))
     return [*made, function(f"f{count}", helper.make_node("Identity", ["x"], ["y"]))]
 
 

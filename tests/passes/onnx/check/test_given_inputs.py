@@ -99,7 +99,7 @@ def test_an_archive_that_expands_to_more_than_memory_is_refused(tmp_path: Path) 
     content[entry + 24 : entry + 28] = (2**32 - 2).to_bytes(4, "little")  # its size when it is expanded
     double = tmp_path / "b.npz"
     double.write_bytes(content)
-    with pytest.raises(ExportError, match="the inputs cannot be read|at most"):
+    with pytest.raises(ExportError, match=r"the inputs cannot be read|at most"):
         arrays_of(double)
 
 

@@ -79,7 +79,7 @@ def test_a_recorded_directory_of_data_is_loaded(source: str, file: Callable[...,
 
 
 def test_with_trust_the_recorded_code_runs(file: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(MemrewriteError, match="defines neither|build"):
+    with pytest.raises(MemrewriteError, match=r"build"):
         check_onnx(file(source="model.py"), trust_code=True)
     assert (tmp_path / "out" / "ran").exists()
 
@@ -116,9 +116,8 @@ def test_axes_of_any_length_allocate_nothing(name: str, file: Callable[..., Path
     axes, refusal = AXES[name]
     path = file()
     edited = onnx.load(path)
-    for port in edited.graph.input:
-        for dim, text in zip(port.type.tensor_type.shape.dim, axes, strict=True):
-            dim.dim_param = text
+    for dim, text in zip(edited.graph.input[1].type.tensor_type.shape.dim, axes, strict=True):
+        dim.dim_param = text
     onnx.save(edited, path)
     model, inputs = onnx_files.model_of("llama")
     with pytest.raises(ExportError, match=refusal) if refusal else contextlib.nullcontext():
