@@ -1,6 +1,6 @@
 """The process of one kind: it runs cases one after another and writes a line of JSON about each to its standard output.
 
-`python -m tests.fuzz.child KIND FOLDER SEED FIRST SECONDS CASES`, which `runner` starts again after a crash. SECONDS counts
+`python -m fuzz.child KIND FOLDER SEED FIRST SECONDS CASES`, which `runner` starts again after a crash. SECONDS counts
 from the first case; with CASES = 0 their number is not limited.
 """
 
@@ -97,7 +97,7 @@ def smallest(kind: Kind, guard: Guard, folders: Folders, key: tuple[int, int], c
 def main(arguments: list[str]) -> None:
     """Run cases until the time is over."""
     module, _, name = arguments[0].rpartition(":")
-    kinds = importlib.import_module(module or "tests.fuzz.kinds").KINDS
+    kinds = importlib.import_module(module or "fuzz.kinds").KINDS
     kind: Kind = kinds[name]
     folders, seed, number = Folders(Path(arguments[1])), int(arguments[2]), int(arguments[3])
     seconds, most = float(arguments[4]), int(arguments[5])

@@ -21,9 +21,10 @@ from .cases import Folders, make_case
 from .child import DEADLINE
 from .guard import ROOT
 
+TESTS = ROOT / "tests"
 REPORTS = ROOT / "build" / "fuzz"
 START = 300.0  # seconds that seeds and imports may take
-PYTHON = (sys.executable, "-X", "faulthandler", "-m", "tests.fuzz.child")
+PYTHON = (sys.executable, "-X", "faulthandler", "-m", "fuzz.child")
 
 
 @dataclass
@@ -112,12 +113,12 @@ class _Process:
             "HF_HUB_OFFLINE": "1",
             "TQDM_DISABLE": "1",
         }
-        path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+        path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            cwd=ROOT,
+            cwd=TESTS,  # not the root: its folder `memrewrite` is not the installed package
             env={**os.environ, **own, "PYTHONPATH": path},
             start_new_session=True,
         )

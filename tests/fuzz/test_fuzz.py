@@ -30,7 +30,7 @@ SEED = int(os.environ.get("MEMREWRITE_FUZZ_SEED", "0"))
 @pytest.fixture(scope="module")
 def reported() -> Result:
     """What the fuzzer reports about the planted reader, one case for each act."""
-    return fuzz("tests.fuzz.planted:acts", seconds=60, cases=len(planted.ACTS), deadline=0.3)
+    return fuzz("fuzz.planted:acts", seconds=60, cases=len(planted.ACTS), deadline=0.3)
 
 
 @pytest.mark.parametrize("number", [pytest.param(n, id=name) for n, (name, _, _) in enumerate(planted.ACTS)])
@@ -42,7 +42,7 @@ def test_whatever_a_reader_must_not_do_is_reported(reported: Result, number: int
 def test_a_kind_that_nothing_reads_is_an_error() -> None:
     """Otherwise a fuzzer whose cases are all refused for one reason would find nothing for ever."""
     with pytest.raises(RuntimeError, match="did not start"):
-        fuzz("tests.fuzz.planted:broken", seconds=1)
+        fuzz("fuzz.planted:broken", seconds=1)
 
 
 SAMPLES: dict[str, tuple[Any, bytes]] = {
