@@ -1,4 +1,4 @@
-"""Reads and writes ONNX files and their metadata. A file is replaced as a whole or not at all.
+"""Writes ONNX files and their metadata. A file is replaced as a whole or not at all.
 
 Flow of writing: into a temporary directory next to the target, large weights in a second file → checked by `onnx.checker` →
 renamed.
@@ -24,7 +24,6 @@ from memrewrite.output_target import Target
 from memrewrite.plans import Plan
 
 if TYPE_CHECKING:
-    import onnx
     import onnx_ir
 
 LARGE = 2**30  # bytes of weights; more go to a second file: a protobuf is limited to 2 GiB, and is in memory twice when loaded
@@ -92,27 +91,6 @@ def _check(draft: Path, target: Path) -> None:
         hint = "please report it, with the model: the exported graph is not valid ONNX"
         what = f"onnx.checker refuses the file: {in_one_line(error, kind=False)}"
         raise ExportError(what, where=str(target), hint=hint) from error
-
-
-def read_graph(path: Path) -> onnx.ModelProto:
-    """A file without its external weights. Raises `ExportError` if the file or these weights are missing, or it is damaged."""
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ImportError as error:
-        raise ExportError(f"reading ONNX needs onnx ({error})", hint="pip install 'memrewrite[onnx]'") from error
-    try:
-        model = onnx.load(os.fspath(path), load_external_data=False)
-    except FileNotFoundError as error:
-        raise ExportError(f"there is no file {str(path)!r}", hint="memrewrite export MODEL -o model.onnx") from error
-    except (DecodeError, OSError) as error:
-        raise ExportError(f"the file cannot be read as ONNX: {error}", where=str(path), hint="export it again") from error
-    locations = {entry.value for value in model.graph.initializer for entry in value.external_data if entry.key == "location"}
-    for name in sorted(locations):
-        if not (path.parent / name).is_file():
-            hint = "a large model is two files: move and copy them together"
-            raise ExportError(f"the file's weights are missing: {name!r} is not next to it", where=str(path), hint=hint)
-    return model
 
 
 def inputs_of(model: onnx_ir.Model) -> tuple[Port, ...]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from memrewrite.errors import ExportError, in_one_line
 from memrewrite.kernels.native_library import BUILD_AGAIN, built_library, damage
 from memrewrite.kernels.onnx_functions import DOMAIN
-from memrewrite.passes.onnx.file import read_graph
+from memrewrite.passes.onnx.reading import read_graph
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, SessionOptions
@@ -51,7 +51,8 @@ def onnx_session(
 
     Raises:
         ExportError: onnxruntime is not installed or has no such provider, the provider does not start, the file or the library
-            is missing, damaged or cannot be loaded, or the file has no functions and no library can run its operators.
+            is missing, damaged or cannot be loaded, the file has no functions and no library can run its operators, or it is not
+            data alone: weights outside of its directory, nodes that run code, functions that call themselves.
     """
     provider = first_of(providers)
     _require_provider(provider, path)
@@ -88,6 +89,7 @@ def _opened(
     import onnxruntime
 
     settings = options or onnxruntime.SessionOptions()
+    settings.add_session_config_entry("session.load_model_format", "ONNX")  # what was checked, whatever the file's name
     if native is not None:
         try:
             settings.register_custom_ops_library(os.fspath(native))

@@ -19,7 +19,8 @@ from memrewrite.errors import ExportError, ModelError, in_one_line
 from memrewrite.frozen import Frozen
 from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import evaluating
-from memrewrite.passes.onnx.check.input_sets import PAST, InputSet, following, input_sets, real_inputs, text_inputs
+from memrewrite.passes.onnx.check.given_inputs import real_inputs, text_inputs
+from memrewrite.passes.onnx.check.input_sets import PAST, InputSet, following, input_sets
 from memrewrite.passes.onnx.check.reference import Reference
 from memrewrite.passes.onnx.check.routes import ROUTES, OnnxFile, Route, RouteChecked, RouteName, opened, read_file
 from memrewrite.passes.onnx.check.slot_choices import Ties, same_sets
@@ -78,7 +79,8 @@ def check_onnx(
 
     Args:
         path: A file that `export_onnx` wrote.
-        model: The model, or a path or text that `load_source` accepts; if None, the source named in the file's metadata.
+        model: The model, or a path or text that `load_source` accepts. If None, the source named in the file's metadata, if it
+            is a directory inside that of the file or the working directory, or `trust_code` is set.
         inputs: The example inputs of the export: a tensor, a tuple, a dict, or `(args, kwargs)`; if None, those of the model's
             source, or generated ones.
         real: More inputs: dicts of arrays by input name, or `.npz` files of such arrays.
@@ -88,7 +90,8 @@ def check_onnx(
             sum below the k-th best sum relative to the range of the sums. If None, 1e-4 for float32: summation in another order
             causes about 1e-6, which grows with each layer. With float16, whose rounding is 5e-4, it is 1e-2.
         library: The native library; if None, the one that `memrewrite build-op` built.
-        trust_code: Allow running Python code to load `model`.
+        trust_code: Allow running Python code to load the model, also a file that the metadata name. A Python file or module
+            that `model` names always runs.
         step: Receives a short message before each stage.
 
     Returns:
@@ -101,9 +104,9 @@ def check_onnx(
     begin, report, file = time.perf_counter(), step or (lambda _: None), read_file(Path(path))
     if not isinstance(model, (nn.Module, ExportedProgram)):
         report("loading the model")
-        model = _source(file, trust_code) if model is None else model
-        real = [*real, *text_inputs(model, file.inputs, trust_code=trust_code)]
-        model, inputs = _loaded(str(model), inputs, trust_code)
+        source = recorded_source(file, trust_code) if model is None else model
+        model, inputs = _loaded(str(source), inputs, trust_code)
+        real = [*real, *text_inputs(source, file.inputs)]
     _require_same_plan(file, model)
     bound = TOLERANCES.get(file.dtype or "", max(TOLERANCES.values())) if tolerance is None else tolerance
     with evaluating(model):
@@ -125,15 +128,29 @@ def check_onnx(
     )
 
 
-def _source(file: OnnxFile, trust_code: bool) -> Path:
-    """The source in the file's metadata. Raises `ExportError` if there is none, it does not exist, or it may be code."""
-    source = file.path.resolve().parent / file.notes["source"] if "source" in file.notes else None
-    if source is None or not source.exists():
-        what = "the file's metadata name no source" if source is None else f"the file's source {str(source)!r} does not exist"
-        raise ExportError(what, where=str(file.path), hint="give the model")
-    if source.is_file() and not trust_code:
-        what = f"the file was exported from {file.notes['source']!r}, which may be code and was not run"
-        raise ExportError(what, where=str(file.path), hint="give the model yourself, or --trust-code")
+def recorded_source(file: OnnxFile, trust_code: bool) -> Path:
+    """The source in the file's metadata, which is the text of a file that may be hostile.
+
+    Without `trust_code` it is a relative path of a directory, inside the directory of the file or the working directory:
+    loading a directory runs nothing. Raises `ExportError` for any other, or if there is none.
+    """
+    hint = "name the model: memrewrite check FILE MODEL"
+    text, where = file.notes.get("source"), str(file.path)
+    if text is None:
+        raise ExportError("the file's metadata name no source", where=where, hint=hint)
+    folder = file.path.resolve().parent
+    try:
+        source = (folder / text).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as error:  # also a name that the system refuses; a circle of links
+        raise ExportError(f"the file's source {text[:200]!r} does not exist", where=where, hint=hint) from error
+    if trust_code:
+        return source
+    if not source.is_dir():
+        what = f"the file was exported from {text[:200]!r}, which may be code and was not run"
+        raise ExportError(what, where=where, hint=f"{hint}; if you trust the file, add --trust-code")
+    if Path(text).is_absolute() or not any(source.is_relative_to(place) for place in (folder, Path.cwd())):
+        what = f"the file names {text[:200]!r} as its source, which is neither next to it nor in the working directory"
+        raise ExportError(what, where=where, hint=hint)
     return source
 
 

@@ -11,26 +11,18 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from memrewrite.errors import ExportError
 from memrewrite.passes.onnx.file import Port
-from memrewrite.passes.storage.pretrained import tokenizer_of
 
 PLAIN = re.compile(r"[^\s+*/()-]+")  # one symbolic axis; others, such as "past_sequence + sequence", are computed from these
 PAST, NEW = "past_sequence", "sequence"  # axes of a decoder that is exported with its cache
 STEP = 16  # largest increase of an axis: attention over a text twice as long might not fit into memory
-SENTENCES = (
-    "A memory layer reads a few rows.",
-    "Short.",
-    "Where is the river, and why?",
-    "x = [1, 2, 3]; print(sum(x))",
-)
+MOST_TEXT = 1_000  # characters of an axis: longer ones are damaged
+MOST = 2**28  # elements of one input: axes are formulas in the file, which may be damaged
 Feeds = Mapping[str, Tensor]  # a value for every input of a file
 
 
@@ -106,6 +98,9 @@ def _sampled(
             size if (length := evaluated(dim, lengths)) is None else length
             for dim, size in zip(port.shape, known.shape, strict=True)
         ]
+        if math.prod(shape) > MOST:
+            axes = ", ".join(str(dim)[:100] for dim in port.shape)
+            raise ExportError(f"{port.name} is [{axes}] in the file, which is too large to compare", hint="export it again")
         if port.name.endswith("position_ids"):
             feeds[port.name] = (torch.arange(shape[-1]) + lengths.get(PAST, 0)).expand(shape).to(known.dtype).contiguous()
         elif PAST in port.shape:
@@ -166,64 +161,7 @@ def evaluated(dim: int | str, lengths: Mapping[str, int]) -> int | None:
     if dim in lengths:
         return lengths[dim]
     terms = [[factor.strip() for factor in term.split("*")] for term in dim.split("+")]
-    if not all(factor in lengths or factor.isdecimal() for term in terms for factor in term):
+    if len(dim) > MOST_TEXT or not all(factor in lengths or factor.isdecimal() for term in terms for factor in term):
         return None
-    return sum(math.prod(lengths.get(factor) or int(factor.isdecimal() and factor) for factor in term) for term in terms)
-
-
-def real_inputs(real: Sequence[str | Path | Mapping[str, Any]], ports: Sequence[Port], example: Feeds) -> list[InputSet]:
-    """The user's inputs: arrays by input name, or `.npz` files of arrays. Raises `ExportError` if they do not fit the file."""
-    found = []
-    for number, source in enumerate(real):
-        where = f"real input {number}" if isinstance(source, Mapping) else str(source)
-        arrays = source if isinstance(source, Mapping) else _from_file(Path(source))
-        feeds = {name: torch.as_tensor(array) for name, array in arrays.items()}
-        lengths = lengths_of(ports, feeds, where)
-        for name, known in example.items():
-            if feeds[name].is_floating_point() != known.is_floating_point():
-                raise ExportError(f"{name} is {known.dtype} in the file, and {feeds[name].dtype} in {where}")
-        converted = {name: feeds[name].to(example[name].dtype) for name in example}
-        found.append(InputSet(where, lengths, converted, required=True))
-    return found
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays) if isinstance(arrays, np.lib.npyio.NpzFile) else {}
-    except (OSError, ValueError) as error:
-        hint = "numpy.savez(path, input_ids=..., ...)"
-        raise ExportError(f"the inputs cannot be read: {error}", where=str(path), hint=hint) from error
-
-
-def text_inputs(directory: str | Path, ports: Sequence[Port], *, trust_code: bool = False) -> list[dict[str, Tensor]]:
-    """Built-in sentences, encoded by the tokenizer in `directory`, for a file whose inputs are only texts and a cache.
-
-    One batch padded to the longest sentence, or one set for each sentence if padding is not possible. `[]` if the file has
-    other inputs or the directory has no tokenizer.
-    """
-    names = {port.name for port in ports if not port.name.startswith("past_key_values.")}
-    known = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
-    if "input_ids" not in names or not names <= known or not (Path(directory) / "tokenizer_config.json").is_file():
-        return []
-    tokenizer = tokenizer_of(Path(directory), trust_code=trust_code)
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    can_pad = tokenizer.pad_token is not None and "attention_mask" in names
-    batches = [list(SENTENCES)] if can_pad else [[sentence] for sentence in SENTENCES]
-    return [_as_text(tokenizer(batch, padding=can_pad, return_tensors="pt"), ports) for batch in batches]
-
-
-def _as_text(encoded: Mapping[str, Tensor], ports: Sequence[Port]) -> dict[str, Tensor]:
-    """All inputs of a file for a tokenized batch: positions count the tokens that are not padding, and the cache is empty."""
-    ids = encoded["input_ids"]
-    mask = encoded.get("attention_mask", torch.ones_like(ids))
-    values = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(-1) - 1).clamp_min(0),
-        "token_type_ids": encoded.get("token_type_ids", torch.zeros_like(ids)),
-    }
-    lengths = {"batch": len(ids), NEW: ids.shape[1], PAST: 0}
-    empty = {port.name: torch.zeros([evaluated(dim, lengths) or 0 for dim in port.shape]) for port in ports}
-    return {port.name: values.get(port.name, empty[port.name]) for port in ports}
+    numbers = [[lengths[factor] if factor in lengths else int(factor) for factor in term] for term in terms]
+    return sum(math.prod(term) for term in numbers)

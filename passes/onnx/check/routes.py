@@ -7,6 +7,7 @@ it for each route → keep the largest difference of every output.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,19 +25,21 @@ from memrewrite.kernels.native_library import built_library
 from memrewrite.kernels.onnx_functions import DOMAIN
 from memrewrite.passes.onnx.check.input_sets import InputSet
 from memrewrite.passes.onnx.check.slot_choices import Ties
-from memrewrite.passes.onnx.file import PREFIX, Port, port_of, read_graph
+from memrewrite.passes.onnx.file import PREFIX, Port
 from memrewrite.passes.onnx.graph import SELECTION
 from memrewrite.passes.onnx.prepare import Float
+from memrewrite.passes.onnx.reading import read_graph
 from memrewrite.passes.onnx.session import Provider, first_of, onnx_session, unserved
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, ValueInfoProto
     from onnxruntime import InferenceSession
 
 RouteName = Literal["standard", "native"]
 Tensors = tuple[list[Tensor], list[Tensor]]  # outputs, and the slots of every top-k
 HUGE = 1e4  # times the median magnitude: such a value is not computed like the others, but set, for example by a mask
 ROUTES: tuple[RouteName, ...] = ("standard", "native")
+NOTES = {"dtype": r"[\w, ]{1,100}", "with_past": "true|false", "selections": r"[0-9]{1,6}"}  # metadata that `check` needs
 
 
 class Compared(Frozen):
@@ -110,15 +113,27 @@ def read_file(path: Path) -> OnnxFile:
     """A file without its weights. Raises `ExportError` if it cannot be read or was not written by `export_onnx`."""
     model = read_graph(path)
     notes = {p.key.removeprefix(PREFIX): p.value for p in model.metadata_props if p.key.startswith(PREFIX)}
-    if missing := {"dtype", "with_past", "selections"} - notes.keys():
+    if missing := NOTES.keys() - notes.keys():
         what = (
             f"the file's metadata have no {min(missing)!r}: it was not exported by memrewrite, or a tool removed its metadata"
         )
         raise ExportError(what, where=str(path), hint="memrewrite export MODEL -o model.onnx")
-    from onnx_ir.serde import deserialize_value_info_proto
-
-    inputs = tuple(port_of(deserialize_value_info_proto(value, None)) for value in model.graph.input)
+    if wrong := [key for key, form in NOTES.items() if not re.fullmatch(form, notes[key])]:
+        what = f"the file's metadata are damaged: {wrong[0]!r} is {notes[wrong[0]][:100]!r}"
+        raise ExportError(what, where=str(path), hint="export it again")
+    inputs = tuple(_port(value, path) for value in model.graph.input)
     return OnnxFile(path, model, notes, inputs, tuple(value.name for value in model.graph.output))
+
+
+def _port(value: ValueInfoProto, path: Path) -> Port:
+    """An input of a file. Raises `ExportError` if it is no tensor."""
+    from onnx import TensorProto
+
+    kind = value.type.tensor_type
+    if value.type.WhichOneof("value") != "tensor_type" or kind.elem_type not in TensorProto.DataType.values():
+        raise ExportError(f"the input {value.name[:100]!r} of the file is no tensor", where=str(path), hint="export it again")
+    shape = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in kind.shape.dim]
+    return Port(name=value.name, dtype=TensorProto.DataType.Name(kind.elem_type).lower(), shape=tuple(shape))
 
 
 @contextmanager

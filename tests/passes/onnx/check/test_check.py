@@ -26,7 +26,8 @@ from memrewrite.kernels import ops
 from memrewrite.kernels.product_keys import half_scores
 from memrewrite.passes.onnx import file as onnx_file
 from memrewrite.passes.onnx.check.check import Checked, check_onnx
-from memrewrite.passes.onnx.check.input_sets import evaluated, input_sets, lengths_of, text_inputs
+from memrewrite.passes.onnx.check.given_inputs import text_inputs
+from memrewrite.passes.onnx.check.input_sets import evaluated, input_sets, lengths_of
 from memrewrite.passes.onnx.check.routes import RouteChecked, compared
 from memrewrite.passes.onnx.check.slot_choices import Choices
 from memrewrite.passes.onnx.export import export_onnx
