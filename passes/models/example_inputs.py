@@ -7,16 +7,18 @@ that its forward needs.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memrewrite.errors import ModelError
+from memrewrite.errors import ModelError, in_one_line
 from memrewrite.passes.models.forward import Inputs
 
 BATCH, SEQUENCE, DECODER_SEQUENCE, SAMPLES = 2, 16, 12, 8000  # distinct, so that every axis can be recognized by its size
 SEED = 0
+LARGEST = 2**28  # elements of an input: a config may come from a file that is damaged
 
 
 def example_inputs(model: Any) -> Inputs:
@@ -28,9 +30,20 @@ def example_inputs(model: Any) -> Inputs:
     if config is None or main is None:
         hint = "write a model.py with `build()` and `inputs()`"
         raise ModelError(f"no example inputs can be created for a {type(model).__name__}", hint=hint)
-    accepted = inspect.signature(model.forward).parameters
+    try:
+        return (), _inputs(model, config, main)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # numbers of a config file that are no sizes
+        what, hint = (
+            f"no example inputs can be created from the model's config: {in_one_line(error)}",
+            "correct its config.json",
+        )
+        raise ModelError(what, where=type(config).__name__, hint=hint) from error
+
+
+def _inputs(model: Any, config: Any, main: str) -> dict[str, Any]:
     make = _Maker(model, config)
     inputs: dict[str, Any] = {main: make.tensor(main)}
+    accepted = inspect.signature(model.forward).parameters
     both = hasattr(config, "vision_config") and not make.special_names("image_token")
     if both and "pixel_values" in accepted:  # two towers, which run only together
         inputs["pixel_values"] = make.tensor("pixel_values")
@@ -38,7 +51,7 @@ def example_inputs(model: Any) -> Inputs:
         inputs["decoder_input_ids"] = make.ids(DECODER_SEQUENCE, decoder=True)
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    return (), inputs
+    return inputs
 
 
 class _Maker:
@@ -76,7 +89,7 @@ class _Maker:
         vocabulary = int(getattr(text, "vocab_size", None) or self._number("vocab_size", 2))
         length = min(length, int(getattr(text, "max_position_embeddings", None) or length))
         special = [i for i in self.special_names("").values() if i < vocabulary]
-        allowed = torch.ones(vocabulary, dtype=torch.bool)
+        allowed = torch.ones(_sized(vocabulary), dtype=torch.bool)
         allowed[special] = False
         usable = allowed.nonzero().flatten() if allowed.any() else torch.arange(vocabulary)
         return usable[torch.randint(len(usable), (BATCH, length), generator=self.random)]
@@ -88,7 +101,16 @@ class _Maker:
         return {n: v for n, v in named.items() if n.startswith(start) and isinstance(v, int) and v >= 0}
 
     def _floats(self, *shape: int) -> Tensor:
+        _sized(*shape)
         return torch.randn(shape, generator=self.random).to(self.model.dtype)
 
     def _number(self, name: str, default: Any) -> Any:
         return next((value for c in self.configs if (value := getattr(c, name, None)) is not None), default)
+
+
+def _sized(*shape: int) -> int:
+    """The elements of a tensor of this shape. Raises ValueError where there are more than `LARGEST`."""
+    count = math.prod(shape)
+    if not 0 < count <= LARGEST or min(shape) < 1:
+        raise ValueError(f"an input of the shape {shape}")
+    return count

@@ -66,7 +66,8 @@ def substitute(
             layer = layers[substitution.site.path].train(model.training)
             place(model, substitution.site, layer, substitution.placement, edit)
             verb = "replaces" if substitution.placement == "replace" else "is added to"
-            log.info("%s %s the MLP %s", substitution.kind, verb, substitution.site.path)
+            level = logging.INFO if device is None else logging.DEBUG  # on meta it is a trial
+            log.log(level, "%s %s the MLP %s", substitution.kind, verb, substitution.site.path)
     except BaseException:
         edit.revert()
         raise

@@ -293,6 +293,13 @@ def test_tensors_that_do_not_fit_into_memory(name: str, out: Path, monkeypatch: 
     assert "GiB free" in message
 
 
+def test_each_replacement_is_logged_once(name: str, out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="memrewrite")
+    memrewrite.load(out, base_of(name))
+    sites = tiny.plan_of(name, "parallel" if name == "shared" else "replace").substitutions
+    assert len([record for record in caplog.records if "the MLP" in record.message]) == len(sites)
+
+
 def test_the_plan_that_is_read_is_the_plan_that_was_saved(name: str, out: Path) -> None:
     plan = Plan.model_validate_json((out / "plan.json").read_text())
     assert json.loads(plan.model_dump_json()) == json.loads((out / "plan.json").read_text())
