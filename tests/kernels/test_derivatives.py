@@ -449,11 +449,11 @@ def test_updates_and_queues_refuse_derivatives() -> None:
         lambda: update(values.clone().requires_grad_(), g),
         lambda: jvp(keep, (g,), (g,)),
     ):
-        with pytest.raises(RuntimeError, match="has no derivative|has no second"):
+        with pytest.raises(RuntimeError, match=r"has no derivative|has no second"):
             call()
     with pytest.raises(RuntimeError, match="no batch of tables"):
         vmap(update)(values.expand(2, N, D).clone(), g.expand(2, T, D))
-    with pytest.raises(RuntimeError, match="`loss.backward"):
+    with pytest.raises(RuntimeError, match=r"`loss\.backward"):
         vmap(keep)(g.expand(2, T, D))
     assert torch.equal(values, before)
     with torch.no_grad():
