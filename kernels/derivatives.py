@@ -32,8 +32,13 @@ class Rules(NamedTuple):
 
 
 def forward_mode() -> bool:
-    """True within a level of forward-mode differentiation: tensors may have tangents."""
-    return forward_ad._current_level >= 0
+    """True within a level of forward mode or of `torch.func`: tensors may have tangents."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _may_have_tangents() -> bool:
+    """The same while a graph is traced, too: traced code enters levels that `torch.autograd.forward_ad` does not know of."""
+    return forward_mode() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def kernel(op: torch._ops.OpOverload, rules: Rules) -> Callable[..., Any]:
@@ -49,7 +54,7 @@ def kernel(op: torch._ops.OpOverload, rules: Rules) -> Callable[..., Any]:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)  # a rule computes nothing for gradients and tangents that are not there
         rules.context(ctx, inputs[:-1], output)
-        if forward_mode():
+        if _may_have_tangents():
             outputs = output if isinstance(output, tuple) else (output,)
             ctx.numbers = [None if isinstance(value, Tensor) else value for value in inputs[:-1]]
             ctx.save_for_forward(*(value if isinstance(value, Tensor) else None for value in (*inputs[:-1], *outputs)))
@@ -80,7 +85,7 @@ def kernel(op: torch._ops.OpOverload, rules: Rules) -> Callable[..., Any]:
 
     def run(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         records = torch.is_grad_enabled()
-        if not (forward_mode() or (records and torch._C._any_requires_grad(*args))):
+        if not (_may_have_tangents() or (records and torch._C._any_requires_grad(*args))):
             return _below(op, keys, args)
         given, _ = fill_defaults(op._schema, args, {})  # type: ignore[no-untyped-call]
         call = (keys, records, torch._C._is_fwd_grad_enabled())
@@ -118,7 +123,7 @@ def _without_tangent(tensor: Tensor) -> Tensor:
 
 
 def _unpacked(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-    primal, tangent = forward_ad.unpack_dual(tensor)  # type: ignore[no-untyped-call]
+    primal, tangent = forward_ad.unpack_dual(tensor, level=0)  # type: ignore[no-untyped-call]
     return primal, tangent
 
 
