@@ -27,8 +27,9 @@ def sparse_lookup(
     """Weighted sum of table rows: `y_t = sum_j weights[t, j] * values[indices[t, j]]` (eq. 1 of arXiv 2412.09764).
 
     Differentiable in `weights` and, depending on `gradient`, in `values`; in forward mode in both, for every `gradient`. Under
-    `torch.func`, the gradient of `values` is "dense" only. The backward saves only the inputs: O(T·K) memory, never O(T·K·D). CUDA kernels do not check indices: an index outside the table reads, and in the backward writes, memory
-    that does not belong to the table. Product keys never produce such an index.
+    `torch.func`, the gradient of `values` is "dense" only. The backward saves only the inputs: O(T·K) memory, never O(T·K·D).
+    CUDA kernels do not check indices: an index outside the table reads, and in the backward writes, memory that does not belong
+    to the table. Product keys never produce such an index.
 
     Args:
         values: Table [N, D], floating-point.
