@@ -138,7 +138,8 @@ def _joined(tensor: Tensor, dim: int | None, size: int, at: int = 0) -> Tensor:
 
 def _parts(tensor: Tensor, size: int, at: int = 0) -> Tensor:
     """The opposite: dimension `at` becomes the batch and the part of each call."""
-    return tensor.unflatten(at, (size, tensor.shape[at] // size))
+    shape = tensor.shape
+    return tensor.reshape(*shape[:at], size, shape[at] // size, *shape[at + 1 :])
 
 
 def _halves(both: tuple[Tensor, Tensor], needed: tuple[bool, bool], at: tuple[int, int], size: int) -> Halves:

@@ -32,8 +32,13 @@ class Rules(NamedTuple):
 
 
 def forward_mode() -> bool:
-    """True within a level of forward-mode differentiation: tensors may have tangents."""
-    return forward_ad._current_level >= 0
+    """True within a level of forward mode or of `torch.func`: tensors may have tangents."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _may_have_tangents() -> bool:
+    """The same while a graph is traced, too: traced code enters levels that `torch.autograd.forward_ad` does not know of."""
+    return forward_mode() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def kernel(op: torch._ops.OpOverload, rules: Rules) -> Callable[..., Any]:
@@ -49,7 +54,7 @@ def kernel(op: torch._ops.OpOverload, rules: Rules) -> Callable[..., Any]:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)  # a rule computes nothing for gradients and tangents that are not there
         rules.context(ctx, inputs[:-1], output)
-        if forward_mode():
+        if _may_have_tangents():
             outputs = output if isinstance(output, tuple) else (output,)
             ctx.numbers = [None if isinstance(value, Tensor) else value for value in inputs[:-1]]
             ctx.save_for_forward(*(value if isinstance(value, Tensor) else None for value in (*inputs[:-1], *outputs)))
@@ -67,7 +72,7 @@ def kernel(op: torch._ops.OpOverload, rules: Rules) -> Callable[..., Any]:
         with forward_ad._set_fwd_grad_enabled(True):  # torch disables it, and so the tangents of the outer levels
             found = rules.jvp(inputs, outputs, tangents[:-1])
         pushed = [
-            torch.zeros_like(out) if tangent is None and out.is_floating_point() else tangent
+            torch.zeros_like(out) if tangent is None and out is not None and out.is_floating_point() else tangent
             for out, tangent in zip(outputs, found if isinstance(found, tuple) else (found,), strict=True)
         ]
         return tuple(pushed) if isinstance(found, tuple) else pushed[0]
@@ -76,13 +81,13 @@ def kernel(op: torch._ops.OpOverload, rules: Rules) -> Callable[..., Any]:
     name = "".join(part.capitalize() for part in op._opname.split("_"))
     function = type(name, (Function,), {key: staticmethod(method) for key, method in methods.items()})
     # `Function.apply` itself would call `torch.func` again, which has already called this kernel.
-    apply = super(Function, function).apply  # type: ignore[attr-defined]
+    apply = super(Function, function).apply  # type: ignore[misc]
 
     def run(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         records = torch.is_grad_enabled()
-        if not (forward_mode() or (records and torch._C._any_requires_grad(*args))):
+        if not (_may_have_tangents() or (records and torch._C._any_requires_grad(*args))):
             return _below(op, keys, args)
-        given, _ = fill_defaults(op._schema, args, {})
+        given, _ = fill_defaults(op._schema, args, {})  # type: ignore[no-untyped-call]
         call = (keys, records, torch._C._is_fwd_grad_enabled())
         if not torch._C._are_functorch_transforms_active():
             return apply(*given, call)
@@ -93,7 +98,7 @@ def kernel(op: torch._ops.OpOverload, rules: Rules) -> Callable[..., Any]:
 
 
 def refusing_kernel(op: torch._ops.OpOverload, why: str) -> Callable[..., Any]:
-    """The same for an operator without derivatives, which changes its arguments. It raises RuntimeError for tensors with one."""
+    """The same for an operator that has no derivatives. It raises RuntimeError for tensors that record or have one."""
 
     def run(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         flat = [tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg]) if isinstance(tensor, Tensor)]
@@ -114,11 +119,16 @@ def refuse(message: str) -> Callable[..., NoReturn]:
 
 
 def _without_tangent(tensor: Tensor) -> Tensor:
-    return forward_ad.unpack_dual(tensor).primal if tensor.is_floating_point() else tensor
+    return _unpacked(tensor)[0] if tensor.is_floating_point() else tensor
+
+
+def _unpacked(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    primal, tangent = forward_ad.unpack_dual(tensor, level=0)  # type: ignore[no-untyped-call]
+    return primal, tangent
 
 
 def _has_tangent(tensor: Tensor) -> bool:
-    return forward_mode() and tensor.is_floating_point() and forward_ad.unpack_dual(tensor).tangent is not None
+    return forward_mode() and tensor.is_floating_point() and _unpacked(tensor)[1] is not None
 
 
 def _below(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, args: Any) -> Any:

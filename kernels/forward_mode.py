@@ -52,7 +52,7 @@ def sparse_lookup_backward(inputs: list[Any], outputs: list[Tensor], tangents: T
 
 def product_key_topk(inputs: list[Any], outputs: list[Tensor], tangents: Tangents) -> tuple[Tensor | None, None]:
     """The tangents of the two scores of each chosen sum."""
-    scores1, scores2, _, softmax, _ = inputs
+    _, scores2, _, softmax, _ = inputs
     best, slots = outputs
     n2 = scores2.shape[-1]
     places = slots // n2, slots % n2

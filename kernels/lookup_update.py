@@ -111,8 +111,7 @@ def adam_fake(
     one_device(op, values, exp_avg)
     if exp_avg.shape != values.shape or exp_avg.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
-            f"{op}: exp_avg must be {tuple(values.shape)} in float32 or bfloat16, "
-            f"not {tuple(exp_avg.shape)} in {exp_avg.dtype}"
+            f"{op}: exp_avg must be {tuple(values.shape)} in float32 or bfloat16, not {tuple(exp_avg.shape)} in {exp_avg.dtype}"
         )
     _check_memory(op, values, scale, exp_avg_sq, exp_avg)
     _check_numbers(op, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
@@ -148,9 +147,7 @@ def _chosen(op: str, backend: str, values: Tensor, scale: Tensor | None, reads: 
     return choose(op, backend, lambda b: b.supports(values, indices[0], weights[0], scale))
 
 
-def _check(
-    op: str, values: Tensor, scale: Tensor | None, states: dict[str, Tensor], reads: _Reads, backend: str
-) -> None:
+def _check(op: str, values: Tensor, scale: Tensor | None, states: dict[str, Tensor], reads: _Reads, backend: str) -> None:
     """Raise TypeError or ValueError, before anything is changed, for inputs that the schema allows but the operators do not."""
     if values.dim() != 2 or not values.is_floating_point() or values.dtype == torch.float64:
         raise TypeError(f"{op}: values must be [N, D] in float32 or fewer bits, not {values.dtype} {tuple(values.shape)}")

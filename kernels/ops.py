@@ -26,14 +26,16 @@ def sparse_lookup(
 ) -> Tensor:
     """Weighted sum of table rows: `y_t = sum_j weights[t, j] * values[indices[t, j]]` (eq. 1 of arXiv 2412.09764).
 
-    Differentiable in `weights` and, depending on `gradient`, in `values`. The backward saves only the inputs: O(T·K) memory,
-    never O(T·K·D). CUDA kernels do not check indices: an index outside the table reads, and in the backward writes, memory
-    that does not belong to the table. Product keys never produce such an index.
+    Differentiable in `weights` and, depending on `gradient`, in `values`; in forward mode in both, for every `gradient`. Under
+    `torch.func`, the gradient of `values` is "dense" only. The backward saves only the inputs: O(T·K) memory, never O(T·K·D).
+    CUDA kernels do not check indices: an index outside the table reads, and in the backward writes, memory that does not belong
+    to the table. Product keys never produce such an index.
 
     Args:
         values: Table [N, D], floating-point.
         indices: Rows to read [T, K], int32 or int64.
-        weights: Weights [T, K] in the dtype of `values` or in float32; with `scale`, any floating-point dtype.
+        weights: Weights [T, K] in the dtype of `values` or in float32; with `scale`, any floating-point dtype of 16
+            or more bits.
         scale: Row scales [N], float32: row n is `scale[n] * values[n]`. `values` may then be 8-bit (float8_e4m3fn).
         dtype: Dtype of the output, with 16 or more bits. Default: that of `values`; with `scale`, that of `weights`.
         gradient: "dense": gradient [N, D] of `values`. "sparse": a COO tensor of the rows that were read, not coalesced

@@ -191,7 +191,7 @@ def backward_fake(
 
 def chosen_scores(queries: Tensor, keys: Tensor, slots: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
     """The scores of given slots [h, T, k] in `dtype`, as sums of both halves; only these keys are read. Differentiable."""
-    (heads, tokens, k), width = slots.shape, keys.shape[-1]
+    heads, tokens, k = slots.shape
     reads, unused = _reads(slots.new_zeros(slots.shape, dtype=dtype), slots, keys.shape[1])
     table, rows = keys.flatten(0, 1), queries.flatten(0, 1)
     lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
@@ -210,7 +210,6 @@ def backward_grad(ctx: Any, second_queries: Tensor | None, second_keys: Tensor |
     grad, slots, queries, keys = ctx.saved_tensors
     need_grad, _, need_queries, need_keys = ctx.needs_input_grad[:4]
     for_queries, for_keys = ctx.wanted
-    width = keys.shape[-1]
     reads, weights = _reads(grad, slots, keys.shape[1])
     d_grad = d_queries = d_keys = None
     if for_queries and second_queries is not None:

@@ -132,7 +132,7 @@ def _memory_operators(path: Path) -> tuple[dict[str, int], bool]:
 
 
 def unserved(library: Path | None, provider: str) -> str:
-    """Why native kernels cannot run on `provider`, or "". Raises `ExportError` if `library` is missing, damaged or unloadable."""
+    """Why native kernels cannot run on `provider`, or "". Raises `ExportError` if it is missing or cannot be loaded."""
     if library is None:
         return "the native library is not built (memrewrite build-op)"
     if not library.exists():

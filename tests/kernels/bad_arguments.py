@@ -63,7 +63,13 @@ def calls(backend: str) -> dict[str, Call]:
         "rowwise_adam_": {"values": wide, "scale": None, **moments, **lists, **adam},
         "rowwise_adam_ with a scale": {**eight, **moments, **lists, **adam},
         "product_key_topk": {"scores1": randn(T, KEYS), "scores2": randn(T, KEYS + 1), "k": TOP, "backend": backend},
-        "product_key_topk_backward": {"grad": randn(T, TOP), "indices": indices(42, T, TOP), "n1": 6, "n2": 7, "backend": backend},
+        "product_key_topk_backward": {
+            "grad": randn(T, TOP),
+            "indices": indices(42, T, TOP),
+            "n1": 6,
+            "n2": 7,
+            "backend": backend,
+        },
         "product_keys": {"queries": halves["queries"], "keys": halves["keys"], "k": TOP, "backend": backend},
         "product_keys_backward by reading": {**both, **halves},
         "product_keys_backward by products": {**both, **few},
@@ -105,7 +111,15 @@ def others(x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "infinite", torch.full_like(x, float("inf"))
     if not x.is_floating_point():
         for dtype in (torch.int32, torch.int64):
-            for number in (-1, N, 6 * 7, KEYS**2, 2**31 - 1, -(2**31), *((2**63 - 1, -(2**63)) if dtype == torch.int64 else ())):
+            for number in (
+                -1,
+                N,
+                6 * 7,
+                KEYS**2,
+                2**31 - 1,
+                -(2**31),
+                *((2**63 - 1, -(2**63)) if dtype == torch.int64 else ()),
+            ):
                 wrong = x.to(dtype, copy=True)
                 wrong.view(-1)[-1] = number
                 yield f"{number} in {dtype}", wrong
@@ -226,7 +240,8 @@ def agrees_with_fake(op: Callable[..., Any], call: Call, found: Any) -> None:
         with torch.no_grad(), mode:
             fake = op(**fakes)
     except Exception as error:
-        assert type(error) is type(found), f"{found!r}, but the fake implementation raises {error!r}"
+        if type(error) is not type(found):
+            raise AssertionError(f"{found!r}, but the fake implementation raises {error!r}") from error
         return
     assert not isinstance(found, Exception), f"{found!r}, but the fake implementation returns"
     if fake is not None:
@@ -251,7 +266,7 @@ def main(backend: str, library: str | None = None) -> int:
                 if "pending" in call and "pending" in change.split(" ")[0]:
                     own["pending"] = varied["pending"]
                 counts[check(op, own, right if is_same else None)] += 1
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (all of them are reported)
                 counts["wrong"] += 1
                 print(f"WRONG {name}: {change}: {type(error).__name__}: {error}", flush=True)
     print(counts)

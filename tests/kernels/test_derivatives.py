@@ -369,6 +369,33 @@ def test_tangents_of_half_types(dtypes: tuple[torch.dtype, torch.dtype]) -> None
     torch.testing.assert_close(tangent, best)  # the sums are linear
 
 
+@pytest.mark.parametrize("name", ["lookup", "product_keys_softmax"])
+def test_compiled(name: str) -> None:
+    """Compiled code enters levels of forward mode that `torch.autograd.forward_ad` does not know of."""
+    case = CASES[name]
+    tangents = tangents_of(case.inputs)
+
+    def by_duals(*inputs: Tensor) -> Tensor:
+        with fwAD.dual_level():
+            return fwAD.unpack_dual(case.ours(*map(fwAD.make_dual, inputs, tangents))).tangent
+
+    def by_jvp(*inputs: Tensor) -> Tensor:
+        return jvp(case.ours, inputs, tangents)[1]
+
+    want = jvp(case.plain, case.inputs, tangents)[1]
+    for function in (by_duals, by_jvp):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(*case.inputs), want)
+    first, second = case.inputs
+    for transform, inputs in (
+        (lambda f: grad(loss_of(f)), case.inputs),
+        (lambda f: vmap(grad(loss_of(f)), in_dims=(0, None)), (torch.stack([first, first.sin()]), second)),
+    ):
+        torch._dynamo.reset()
+        got = torch.compile(transform(case.ours), fullgraph=True, backend="aot_eager")(*inputs)
+        torch.testing.assert_close(got, transform(case.plain)(*inputs))
+
+
 # --------------------------------------------------------------------------------------------- kinds of gradient of the table
 
 
@@ -449,13 +476,58 @@ def test_updates_and_queues_refuse_derivatives() -> None:
         lambda: update(values.clone().requires_grad_(), g),
         lambda: jvp(keep, (g,), (g,)),
     ):
-        with pytest.raises(RuntimeError, match="has no derivative|has no second"):
+        with pytest.raises(RuntimeError, match=r"has no derivative|has no second"):
             call()
     with pytest.raises(RuntimeError, match="no batch of tables"):
         vmap(update)(values.expand(2, N, D).clone(), g.expand(2, T, D))
-    with pytest.raises(RuntimeError, match="`loss.backward"):
+    with pytest.raises(RuntimeError, match=r"`loss\.backward"):
         vmap(keep)(g.expand(2, T, D))
     assert torch.equal(values, before)
     with torch.no_grad():
         update(values.requires_grad_(), g.requires_grad_())
     assert not torch.equal(values, before)
+
+
+# --------------------------------------------------------------------------- around the operators: changes, checkpoints
+
+
+@pytest.mark.parametrize("changed", ["values", "weights", "indices", "by an update"])
+def test_a_change_between_forward_and_backward_is_an_error(changed: str) -> None:
+    values, weights = randn(N, D).float().requires_grad_(), randn(T, K).float().requires_grad_()
+    indices = INDICES.clone()
+    out = ops.sparse_lookup(values, indices, weights)
+    with torch.no_grad():
+        if changed == "by an update":
+            reads = [randn(T, D).float()], [INDICES], [weights.detach()]
+            ops.rowwise_adagrad_(values, None, torch.ones(N), *reads, lr=0.1, eps=1e-8, weight_decay=0.0, seed=0)
+        else:
+            {"values": values, "weights": weights, "indices": indices}[changed].mul_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_an_update_by_the_native_kernels_is_counted() -> None:
+    test_a_change_between_forward_and_backward_is_an_error("by an update")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints(reentrant: bool) -> None:
+    results = []
+    for function in (CASES["lookup"].ours, CASES["lookup"].plain):
+        leaves = [tensor.clone().requires_grad_() for tensor in CASES["lookup"].inputs]
+        torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=reentrant).square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["jacobian", "hessian", "hvp", "vhp", "jvp", "vjp"])
+def test_autograd_functional(name: str) -> None:
+    case = CASES["lookup"]
+    scalar = name in ("hessian", "hvp", "vhp")
+    more = {"jacobian": (), "hessian": (), "vjp": (randn(T, D),)}.get(name, (tangents_of(case.inputs),))
+    got, want = (
+        getattr(torch.autograd.functional, name)(loss_of(f) if scalar else f, case.inputs, *more)
+        for f in (case.ours, case.plain)
+    )
+    torch.testing.assert_close(got, want)

@@ -121,7 +121,7 @@ def test_torch_runs_without_it_and_warns_once(
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert str(path) in warning
     assert "memrewrite build-op --overwrite" in warning
-    with pytest.raises(ValueError, match="native cannot: .*memrewrite build-op --overwrite"):
+    with pytest.raises(ValueError, match=r"native cannot: .*memrewrite build-op --overwrite"):
         ops.sparse_lookup(*LOOKUP, backend="native")
 
 
