@@ -118,7 +118,10 @@ def check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `export` wrote.", show_default=False)],
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="The model it was exported from. Default: the path recorded in the file."),
+        typer.Argument(
+            metavar="MODEL",
+            help="The model it was exported from. Default: the recorded directory; a recorded file only with --trust-code.",
+        ),
     ] = None,
     route: Annotated[
         list[RouteName] | None, typer.Option(help="Check only this route; it must be available. Default: all available.")

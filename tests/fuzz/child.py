@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .cases import Case, Folders, make_case
-from .guard import ROOT, Blocked, Guard, Hang, limit_memory, words_of
+from .guard import ROOT, WAIT, Blocked, Guard, Hang, limit_memory, words_of
 from .kinds import Kind
 
-DEADLINE = float(os.environ.get("MEMREWRITE_FUZZ_DEADLINE", "10"))  # seconds for one case
+DEADLINE = float(os.environ.get("MEMREWRITE_FUZZ_DEADLINE", "10"))  # seconds of CPU time for one case
 MEMORY = 3 * 2**30  # bytes beyond what the process has when it is warm
 
 
@@ -55,7 +55,7 @@ def run_case(kind: Kind, guard: Guard, folders: Folders, case: Case) -> Outcome:
         blames_us = "please report" in str(caught)
         outcome, error = Outcome("failed", "blames memrewrite: " + caught.what) if blames_us else Outcome("refused"), caught
     except Hang as caught:
-        outcome, error = Outcome("failed", f"hang: more than {DEADLINE:g} s"), caught
+        outcome, error = Outcome("failed", f"hang: more than {DEADLINE:g} s of CPU time, or {WAIT * DEADLINE:g} s"), caught
     except Blocked as caught:
         outcome, error = Outcome("failed", f"violation: {caught}"), caught
     except BaseException as caught:  # noqa: BLE001 - whatever else a reader raises is what is looked for

@@ -52,6 +52,7 @@ CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.syml
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 LISTS = ("os.listdir", "os.scandir")
 WORD = re.compile(rb"[A-Za-z_]\w*(?:\.\w+)*")
+WAIT = 3  # a case may take so many times its CPU time
 DEVICES = ("/dev/null", "/dev/urandom", "/proc", "/sys", "/etc/localtime", "/usr/share/zoneinfo", "/etc/nsswitch.conf")
 
 
@@ -90,6 +91,7 @@ class Guard:
         self._decoy = _Decoy(decoy)
         self._installed = _installed()
         signal.signal(signal.SIGALRM, _on_alarm)
+        signal.signal(signal.SIGPROF, _on_alarm)
         sys.addaudithook(self._hook)
         sys.meta_path.insert(0, _Imports(self._import))  # `importlib.import_module` has no audit event
 
@@ -103,12 +105,14 @@ class Guard:
         self._decoy.events()
         self._case, self._new, self._unread = os.path.realpath(case), new, {os.path.realpath(p) for p in unread}
         state = _state()
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # of this process, so that a busy machine makes no failures
+        signal.setitimer(signal.ITIMER_REAL, WAIT * seconds)
         self._active = True
         try:
             yield
         finally:
             self._active = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             self.violations += [f"native code or a child touched the decoy: {event}" for event in self._decoy.events()]
             self.violations += [f"{name} was left changed" for name, old, new_ in _pairs(state, _state()) if old != new_]

@@ -58,7 +58,7 @@ def _hang(case: Path) -> None:
 
 
 def _hang_natively(case: Path) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})  # as native code, which no signal interrupts
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGPROF})  # as native code, which no signal interrupts
     time.sleep(3_600)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from .cases import Folders, make_case
 from .child import DEADLINE
-from .guard import ROOT
+from .guard import ROOT, WAIT
 
 TESTS = ROOT / "tests"
 REPORTS = ROOT / "build" / "fuzz"
@@ -142,7 +142,7 @@ class _Process:
                 for text in whole:
                     line = json.loads(text)
                     self.complete |= "done" in line
-                    patience = self._deadline * 1.5 + 2 if "start" in line else self._deadline * 12 + 2
+                    patience = self._deadline * (WAIT + 1) + 1 if "start" in line else self._deadline * 12 * WAIT + 2
                     yield line
         code = self._process.wait()
         stream.close()

@@ -30,7 +30,7 @@ SEED = int(os.environ.get("MEMREWRITE_FUZZ_SEED", "0"))
 @pytest.fixture(scope="module")
 def reported() -> Result:
     """What the fuzzer reports about the planted reader, one case for each act."""
-    return fuzz("fuzz.planted:acts", seconds=60, cases=len(planted.ACTS), deadline=0.3)
+    return fuzz("fuzz.planted:acts", seconds=60, cases=len(planted.ACTS), deadline=0.2)
 
 
 @pytest.mark.parametrize("number", [pytest.param(n, id=name) for n, (name, _, _) in enumerate(planted.ACTS)])
@@ -88,7 +88,7 @@ def test_a_damaged_file_is_read_or_refused(kind: Kind, capsys: pytest.CaptureFix
     result = fuzz(kind.name, seconds=SECONDS, seed=SEED)
     with capsys.disabled():
         print(f"\n{result.line()}")
-    assert result.tried > SECONDS
+    assert result.tried > SECONDS / 2
     assert not result.failures, "\n".join(
         f"{f['count']} × {f['what']} at {f['where']}: {f.get('path')}" for f in result.failures.values()
     )
