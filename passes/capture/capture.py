@@ -3,7 +3,7 @@
 Flow: one forward, in which models fill their caches → record a second one (reference outputs, how every module is called) →
 `torch.export` of the whole model, non-strict, then strict → when torch refuses both, each block separately, and a trace of the
 operators that ran for the blocks that torch refuses and for the code around them → an error that names the submodule and quotes
-torch. The caller guards the model's state (`forward.evaluating`): what the first forward changes stays until the capture is used.
+torch. The caller guards the model's state (`forward.evaluating`): what the first forward changes stays until then.
 """
 
 from __future__ import annotations

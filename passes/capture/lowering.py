@@ -58,7 +58,7 @@ def lower(module: fx.GraphModule, inputs: Inputs) -> Lowered:
         with StateGuard(module), torch.inference_mode(False), torch.no_grad():
             copies = [t.detach().clone() for t in lifted]
             traced = make_fx(flat, pre_dispatch=True)(*copies)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"the graph could not be lowered to ATen: {in_one_line(error)}"
         raise CaptureError(what, where=interpreter.at, hint="does the graph module run on these inputs?") from error
     placeholders = [node.name for node in traced.graph.nodes if node.op == "placeholder"]

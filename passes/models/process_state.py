@@ -49,7 +49,7 @@ def _numpy_state() -> Any:
 
 
 def _generators() -> list[torch.Generator]:
-    """The default generators of all devices that are in use. `torch.manual_seed` would also seed devices that are used later."""
+    """The default generators of the devices in use. `torch.manual_seed` would also seed devices that are used later."""
     found: list[torch.Generator] = [torch.default_generator]
     for device in (torch.cuda, torch.xpu):
         if device.is_initialized():
@@ -60,7 +60,10 @@ def _generators() -> list[torch.Generator]:
 
 
 def _switch_restorers() -> list[Restorer]:
-    deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     restorers: list[Restorer] = [
         partial(torch._C._set_grad_enabled, torch.is_grad_enabled()),
         partial(torch.set_default_dtype, torch.get_default_dtype()),
