@@ -63,7 +63,7 @@ class Snapshot:
             self._describe(f"{place}{name}", inside, found, seen)
 
 
-def _inside(value: Any) -> list[tuple[str, Any]]:  # noqa: PLR0911 - one case after another
+def _inside(value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, Tensor):
         return [*_tensor(value), *_attributes(value)]
     if isinstance(value, dict):
@@ -123,9 +123,8 @@ def _attributes(value: Any) -> list[tuple[str, Any]]:
     found = [*((f".{name}", inside) for name, inside in own.items()), ("#attributes", repr(list(own)))]
     for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if not name.startswith("__"):
-                found.append((f".{name}", _raw(value, name)))
+        names = (slots,) if isinstance(slots, str) else slots
+        found += [(f".{name}", _raw(value, name)) for name in names if not name.startswith("__")]
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from memrewrite.errors import ModelError, in_one_line
 from memrewrite.kernels.pending import Pending
 from memrewrite.layers.pool import Pool
 from memrewrite.passes.models.forward import run
@@ -167,7 +168,11 @@ def _gradients_at(outputs: Any, inner: list[Tensor]) -> tuple[Tensor | None, ...
     live = [t for t in inner if t.requires_grad]
     grads: dict[int, Tensor | None] = {}
     if ends and live:
-        found = torch.autograd.grad(_random_sum(ends), live, allow_unused=True, retain_graph=True)
+        try:
+            found = torch.autograd.grad(_random_sum(ends), live, allow_unused=True, retain_graph=True)
+        except RuntimeError as error:
+            what = f"the model's outputs cannot be differentiated: {in_one_line(error)}"
+            raise ModelError(what, hint="does its forward mutate a tensor that its gradient needs?") from error
         grads = {id(t): grad for t, grad in zip(live, found, strict=True)}
     return tuple(grads.get(id(t)) for t in inner)
 

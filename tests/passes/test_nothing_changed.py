@@ -1,6 +1,6 @@
-"""`apply` changes what its plan states and nothing else; when it fails, and in `inspect`, `explain` and `plan`, nothing changes.
+"""`apply` changes what its plan states and nothing else; a failed one, `inspect`, `explain` and `plan` change nothing.
 
-Models whose code counts, writes, draws random numbers, registers and raises are compared with a deep snapshot (`tests/snapshot`).
+Models whose code counts, writes, draws random numbers, registers and raises are compared with a deep snapshot.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ ACTS += [deletes, draws, switches, backward_inside, changes_its_class]
 
 
 class Scripted(nn.Module):
-    __annotations__ = {"calls": int, "sizes": list[int]}  # noqa: RUF012 - TorchScript reads no annotations in strings
+    __annotations__ = {"calls": int, "sizes": list[int]}
 
     def __init__(self) -> None:
         super().__init__()
@@ -407,8 +407,7 @@ def test_a_forward_that_raises_in_its_nth_call(error: type[BaseException]) -> No
         before = Snapshot(model)
         try:
             memrewrite.apply(model, recipe(), X)
-        except (error, MemrewriteError) as raised:
-            assert isinstance(raised, KeyboardInterrupt if error is KeyboardInterrupt else MemrewriteError)
+        except (KeyboardInterrupt, MemrewriteError):  # and no other
             assert before.differences() == []
         else:
             assert unexpected(before) == []

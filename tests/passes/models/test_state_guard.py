@@ -177,6 +177,12 @@ CHANGES = {
 }
 
 
+def changed_and_raised(model: nn.Module, change: Any, error: BaseException) -> None:
+    with StateGuard(model):
+        change(model)
+        raise error
+
+
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_change_is_undone(change: Any, error: type[BaseException] | None) -> None:
@@ -186,9 +192,8 @@ def test_a_change_is_undone(change: Any, error: type[BaseException] | None) -> N
         with StateGuard(model):
             change(model)
     else:
-        with pytest.raises(error, match="^at once$"), StateGuard(model):
-            change(model)
-            raise error("at once")
+        with pytest.raises(error, match=r"^at once$"):
+            changed_and_raised(model, change, error("at once"))
     assert before.differences() == []
 
 
@@ -214,9 +219,8 @@ def test_a_failed_restoration_hides_no_error(monkeypatch: pytest.MonkeyPatch, ca
 
     monkeypatch.setattr(state_guard, "restorers", lambda found: [cannot])
     model = nn.Linear(2, 2)
-    with pytest.raises(KeyError, match="the user's"), StateGuard(model):
-        model.weight.data.zero_()
-        raise KeyError("the user's")
+    with pytest.raises(KeyError, match="the user's"):
+        changed_and_raised(model, lambda m: m.weight.data.zero_(), KeyError("the user's"))
     assert "read-only" in caplog.text
     assert model.weight.any()  # everything else is restored
     with pytest.raises(ModelError, match="could not be restored: OSError: read-only"), StateGuard(model):
