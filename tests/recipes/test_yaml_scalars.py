@@ -86,7 +86,9 @@ def test_what_has_two_meanings_is_refused_with_its_place(text: str, place: str) 
     assert "decimal digits" in message
 
 
-@pytest.mark.parametrize("text", ["!!int 010", "!!int 1:30", "!!bool yes", "!!null x", "!!float 1_0", "9" * 101, "0x" + "f" * 200])
+@pytest.mark.parametrize(
+    "text", ["!!int 010", "!!int 1:30", "!!bool yes", "!!null x", "!!float 1_0", "9" * 101, "0x" + "f" * 200]
+)
 def test_what_is_not_of_its_type_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="cannot be read as"):
         read(text)
@@ -117,7 +119,9 @@ def test_a_scalar_is_what_the_specification_says_or_is_refused(text: str) -> Non
             assert value == by_1_1 or value != value
 
 
-@given(st.text(max_size=12) | st.from_regex(r"[-+]?[0-9_.:eEox]{1,8}", fullmatch=True) | st.integers() | st.floats(allow_nan=False))
+@given(
+    st.text(max_size=12) | st.from_regex(r"[-+]?[0-9_.:eEox]{1,8}", fullmatch=True) | st.integers() | st.floats(allow_nan=False)
+)
 @settings(max_examples=500)
 def test_what_is_written_is_read_alike_by_both_versions(value: Any) -> None:
     text = yaml.dump({"a": value}, Dumper=Writer)

@@ -49,7 +49,15 @@ OPTIONS = st.fixed_dictionaries(
     },
 )
 WHERE = st.sampled_from(
-    [{"all": True}, {"layers": [0]}, {"layers": [0, 1]}, {"every": 2}, {"centred": {"count": 1}}, {"path": "*mlp"}, {"regex": "1.mlp"}]
+    [
+        {"all": True},
+        {"layers": [0]},
+        {"layers": [0, 1]},
+        {"every": 2},
+        {"centred": {"count": 1}},
+        {"path": "*mlp"},
+        {"regex": "1.mlp"},
+    ]
 )
 RULES = st.fixed_dictionaries(
     {
