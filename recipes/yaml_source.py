@@ -134,7 +134,7 @@ class _Composer(yaml.SafeLoader):
             self.source.fail(self._next(), "the recipe is too large", f"at most {MAX_NODES} values")
         if self.depth > MAX_DEPTH:
             self.source.fail(self._next(), "the recipe is nested too deeply", "a recipe needs no more than six levels")
-        node: Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node: Node | None = super().compose_node(parent, index)
         self.depth -= 1
         return node
 

@@ -15,7 +15,6 @@ from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.product_keys import ProductKeys
 from memrewrite.site import itemsize_of
 
-
 MAX_HEADS, MAX_WIDTH = 2**12, 2**16  # the paper: 4 heads, 32 slots, keys of at most 1024; larger numbers are mistakes
 
 
@@ -89,14 +88,14 @@ class ProductKeyLayer(MemoryLayer):
             raise UserError(what, hint="topk: 2 or more; 32, as in the paper")
         key_dim = mine.query_width(d_model)
         if mine.qk_norm and key_dim == 2:
-            what = f"`qk_norm` with `key_dim: {key_dim}` cannot be trained: of a half key with one entry, a norm keeps only the sign"
+            what = f"`qk_norm` with `key_dim: {key_dim}` cannot be trained: a norm keeps only the sign of one entry"
             raise UserError(what, hint="key_dim: 4 or more, or qk_norm: false")
 
     @classmethod
     def check_device(cls, options: LayerOptions, pool: PoolSpec | None, device: torch.device, dtype: torch.dtype) -> None:
         """Raise `UserError` if the pool names a backend that does not support this layer's calls on `device`."""
         mine, spec = options_as(ProductKeyOptions, options), needed(pool)
-        backend = next((one for one in BACKENDS if one.NAME == spec.backend), None)
+        backend = next((one for one in BACKENDS if spec.backend == one.NAME), None)
         if backend is None:  # "auto"
             return
         one = torch.empty(1, 1, device=device)  # expanded: the shapes of a call without its memory

@@ -49,7 +49,9 @@ def refuse_layer(kind: type[MemoryLayer], site: Site, options: LayerOptions, poo
         raise UserError(what, hint="convert the model: `model.float()`, or leave this site out")
     cost = kind.cost(site.d_in, site.d_model, options, pool, getattr(torch, site.dtype).itemsize, zero_output=parallel)
     if max(cost.parameter_bytes, cost.bytes_read) > MAX_BYTES:
-        what = f"a layer at {site.path!r} would have {cost.parameters:,} parameters and read {cost.bytes_read:,} bytes per token"
+        what = (
+            f"a layer at {site.path!r} would have {cost.parameters:,} parameters and read {cost.bytes_read:,} bytes per token"
+        )
         raise UserError(what, hint="lower `heads`, `topk` or `key_dim`")
     if site.device != "meta":  # there a layer does not run
         kind.check_device(options, pool, torch.device(site.device), getattr(torch, site.dtype))

@@ -25,7 +25,6 @@ from memrewrite.passes.verify.layer_locality import tokenwise
 from memrewrite.plans import Substitution
 from memrewrite.report import Check
 
-
 DECIDES = (
     "this model's forward cannot be captured as one graph: if it decides by values it computes which modules it calls, select "
     "MLPs that always run, or add the layer to the MLP (`placement: parallel`)"

@@ -34,8 +34,8 @@ ROUTED = 64
 
 
 NOT_TOKENWISE = (
-    "a layer sees one token at a time, so it cannot take the place of what mixes tokens: leave this MLP out of `where`; that it "
-    "was located is a defect of memrewrite: please report the model"
+    "a layer sees one token at a time, so it cannot take the place of what mixes tokens: leave this MLP out of `where`; that "
+    "it was located is a defect of memrewrite: please report the model"
 )
 
 

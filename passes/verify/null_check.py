@@ -59,19 +59,16 @@ def null(before: BeforeEdit, outputs: Any) -> Check:
 
 
 def refuse_unrepeatable(before: BeforeEdit) -> None:
-    """Raise `ModelError` if the model itself, which nothing has edited, gives other outputs when it runs again.
-
-    Called when *null* failed: then this is the cause, and no rewrite of the model could be checked.
-    """
+    """Raise `ModelError` if the model itself, which nothing has edited, gives other outputs when it runs again."""
     for _ in range(2):  # a forward may alternate
         different = differing(before.capture.outputs, run(before.model, before.capture.inputs))
         if different:
             raise ModelError(
-                f"the model is not deterministic: in eval mode, on the same inputs and from one seed, {different} output elements "
-                "differ between two runs",
+                f"the model is not deterministic: in eval mode, on the same inputs and from one seed, {different} output "
+                "elements differ between two runs",
                 where=before.capture.how,
-                hint="remove what changes from call to call: other random numbers than torch's, a clock, state that the forward "
-                "writes; or rewrite without checks: `verify: off`",
+                hint="remove what changes from call to call: other random numbers than torch's, a clock, state that the "
+                "forward writes; or rewrite without checks: `verify: off`",
             )
 
 

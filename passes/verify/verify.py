@@ -56,15 +56,16 @@ def before_editing(
 ) -> tuple[tuple[Check, ...], frozenset[str]]:
     """The checks before the edit, in order, up to *null* if it fails; and the sites that the outputs depend on.
 
+    Raises `ModelError` for a model that does not repeat its outputs: no check could tell it from a wrong rewrite.
     `run_wrapped` runs the model with the original MLPs in the layers' places, with gradients if its argument is True.
     """
     sites = frozenset[str]()
     if before.on_meta:
         check = skipped("null", "the model is on meta: there are no values to compare")
     else:
+        refuse_unrepeatable(before)
         check = null(before, run_wrapped(False)[0])
         if check.outcome == "failed":
-            refuse_unrepeatable(before)
             return (check,), sites
         sites = reached(*run_wrapped(True))
     return (check, in_train_mode(before), locality(before)), sites
