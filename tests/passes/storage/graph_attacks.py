@@ -25,7 +25,17 @@ from memrewrite.plans import Plan
 
 D = 16
 Change = Callable[[dict[str, Any]], object]
-EVENTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "import", "open", "compile", "socket.connect")
+EVENTS = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "import",
+    "open",
+    "compile",
+    "socket.connect",
+)
 
 
 class Block(nn.Module):
@@ -216,7 +226,9 @@ def attacks(sentinel: str) -> Iterator[tuple[str, Change, bool]]:
     for number, spec in enumerate(specs):
         for key in ("in", "out"):
             yield f"{key} {number}", lambda d, k=key, s=spec: trace_of(d).__setitem__(k, s), False  # type: ignore[misc]
-    for number, text in enumerate((json.dumps(enum), json.dumps([enum]), "[" * 10**5, '{"a":1}', "", "1", '["a", "b"]', "[NaN]")):
+    for number, text in enumerate(
+        (json.dumps(enum), json.dumps([enum]), "[" * 10**5, '{"a":1}', "", "1", '["a", "b"]', "[NaN]")
+    ):
         for name in ("builtins.dict", "builtins.tuple", "collections.OrderedDict", "collections.defaultdict", "os.system"):
             old = [1, {"type": name, "context": text, "children_spec": [leaf_1]}]
 
@@ -264,7 +276,7 @@ def attacks(sentinel: str) -> Iterator[tuple[str, Change, bool]]:
 
 
 def outcome(text: str, plan: Plan, inputs: Tensor) -> str:
-    """"refused", "run", or the error of torch that the forward raised."""
+    """ "refused", "run", or the error of torch that the forward raised."""
     try:
         hosts = hosts_from_json(text)
         model = Model().eval()
