@@ -1,4 +1,4 @@
-"""Hostile changes of a graphs.json, and a command that loads each: `python graph_attacks.py FOLDER` prints the outcomes as JSON.
+"""Hostile changes of a graphs.json, and a command that loads each: `python graph_attacks.py FOLDER` prints outcomes as JSON.
 
 A hook on the interpreter's audit events records every process, import and opened file, and every compilation that is not one of
 torch.fx; FOLDER/sentinel is what the attacks try to make.
@@ -251,7 +251,8 @@ def structure_attacks() -> Iterator[Attack]:
         {"os.system": []}, {"namedtuple": [leaf]}, {"collections.deque": [leaf]}, {"enum": enum}, {"tuple": enum},
         {"dict": [[enum, leaf]]},
         {"dict": [leaf]}, {"dict": [["a", leaf], ["a", leaf]]}, {"dict": [["a"]]}, {"tuple": 3}, [1, leaf_1], None, 3, enum,
-        {"transformers.modeling_outputs.BaseModelOutput": [["a", leaf]]}, {"antigravity.A": [["a", leaf]]}, {"tuple": [leaf] * 3},
+        {"transformers.modeling_outputs.BaseModelOutput": [["a", leaf]]}, {"antigravity.A": [["a", leaf]]},
+        {"tuple": [leaf] * 3},
     ]  # fmt: skip
     for number, spec in enumerate(specs):
         for key in ("in", "out"):
