@@ -335,7 +335,7 @@ def _mutate(data: Any, value: Any, rng: random.Random) -> None:
     other, place = rng.choice(places)
     kind = rng.randrange(4)
     if kind == 0:
-        where[key] = value
+        where[key] = copy.deepcopy(value)
     elif kind == 1:
         del where[key]
     elif kind == 2:
