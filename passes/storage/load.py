@@ -47,8 +47,8 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
             error the model is as before; until then, weights that differ are in memory twice. Default: the class that the
             saved Hugging Face config names, or the builder of the saved Python file.
         trust_code: allow code of the directory to run. It runs the saved Python file, which builds the base; for a saved graph
-            it reads `model.pt2`, a torch.export archive, which may contain pickles. Not needed for Hugging Face models, or
-            with `model`.
+            it reads `model.pt2`, a torch.export archive, which may contain pickles; and it allows modules that became graphs to
+            call operators of other libraries than torch. Else not needed for Hugging Face models, or with `model`.
 
     Returns:
         The model in eval mode: `model` itself if it was passed. For a saved graph, its graph module.

@@ -19,6 +19,8 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "given": tiny.loose,
     "module-graph": bare,
     "module-graph-parallel": bare,
+    "module-graph-2": bare,
+    "module-graph-2-parallel": bare,
 }  # those that carry no base: the user builds it
 
 

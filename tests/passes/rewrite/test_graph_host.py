@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 from families import Block, Up, ids
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_structure
 
 import memrewrite
-from memrewrite.errors import CheckpointError, ModelError
+from memrewrite.errors import CheckpointError, ModelError, SelectError
+from memrewrite.passes.rewrite.edit_module import substitute
+from memrewrite.passes.rewrite.graph_host import GraphHost, Trace, _function, _refuse_unknown_weights
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json
+from memrewrite.plans import Plan
 
 D, HIDDEN, VOCAB = 32, 48, 64
 
@@ -175,6 +179,48 @@ def test_a_saved_graph_names_only_operators(target: str, tmp_path: Path) -> None
     next(node for node in nodes if node[1] == "call_function")[2] = target
     with pytest.raises(CheckpointError, match=GRAPHS):
         hosts_from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize("name", ["two words", "a-b", "0", "naïve"])
+def test_a_weight_may_have_any_name_that_source_code_can_have(name: str) -> None:
+    host, module = _host_that_reads(name)
+    _refuse_unknown_weights(module, host)
+    assert torch.equal(_function(host.traces[True].graph)(module)[0], module.get_parameter(f"inner.{name}"))
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\\", "a\nb", "class", "\uff57", '"); raise SystemExit; ("'])
+def test_a_weight_whose_name_source_code_cannot_have_is_refused(name: str) -> None:
+    host, module = _host_that_reads(name)
+    with pytest.raises(SelectError, match="cannot read a weight of the name"):
+        _refuse_unknown_weights(module, host)
+
+
+@pytest.mark.parametrize("target", ["inner", "inner.a.grad", "inner.__class__", "forward", "nothing", "inner._parameters.a"])
+def test_a_graph_reads_only_weights(target: str) -> None:
+    host, module = _host_that_reads("a")
+    node = next(iter(host.traces[True].graph.nodes))
+    node.target = target
+    with pytest.raises(SelectError, match="no parameter or buffer"):
+        _refuse_unknown_weights(module, host)
+
+
+def _host_that_reads(name: str) -> tuple[GraphHost, nn.Module]:
+    """A module with the weight `inner.name`, and a host whose graph returns it."""
+    module = nn.Module()
+    module.inner = nn.ParameterDict({name: torch.randn(3)})
+    graph = fx.Graph()
+    graph.output((graph.create_node("get_attr", f"inner.{name}", (), {}, "weight"),))
+    trace = Trace(graph, tree_structure(((), {})), tree_structure(0), (), {})
+    return GraphHost("a", {True: trace}, {}, frozenset()), module
+
+
+def test_a_site_that_the_graph_does_not_contain_is_refused(tmp_path: Path) -> None:
+    memrewrite.save(rewritten("parallel"), tmp_path / "out")
+    text, model = (tmp_path / "out" / GRAPHS).read_text().replace('"blocks.1": [', '"elsewhere": ['), Model()
+    plan = Plan.model_validate_json((tmp_path / "out" / "plan.json").read_text())
+    with pytest.raises(SelectError, match=r"does not contain the MLP 'blocks\.1'"):
+        substitute(model, plan, hosts=hosts_from_json(text))
+    assert type(model.blocks[0]) is Bare
 
 
 def test_an_mlp_of_the_root_module_cannot_become_a_graph() -> None:

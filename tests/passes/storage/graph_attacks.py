@@ -1,4 +1,4 @@
-"""Hostile changes of a graphs.json, and a command that loads each: `python graph_attacks.py FOLDER` prints what happened, as JSON.
+"""Hostile changes of a graphs.json, and a command that loads each: `python graph_attacks.py FOLDER` prints outcomes as JSON.
 
 A hook on the interpreter's audit events records every process, import and opened file, and every compilation that is not one of
 torch.fx; FOLDER/sentinel is what the attacks try to make.
@@ -25,7 +25,18 @@ from memrewrite.plans import Plan
 
 D = 16
 Change = Callable[[dict[str, Any]], object]
-EVENTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "import", "open", "compile", "socket.connect")
+Attack = tuple[str, Change, bool]  # name, change, and whether the changed file may be read: its text is data only
+EVENTS = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "import",
+    "open",
+    "compile",
+    "socket.connect",
+)
 
 
 class Block(nn.Module):
@@ -108,7 +119,7 @@ def call(target: str, *args: Any, op: str = "call_function", **kwargs: Any) -> C
 
 
 def numbers(*calls: tuple[str, list[Any]]) -> Change:
-    """A change that computes with the size of an axis: each call is a function and its arguments, in which N is the last result."""
+    """A change that computes with the size of an axis: functions and their arguments, in which N is the last result."""
 
     def change(data: dict[str, Any]) -> None:
         last = {"node": "size"}
@@ -138,10 +149,21 @@ def set_at(*path: Any, to: Any) -> Change:
     return change
 
 
-def attacks(sentinel: str) -> Iterator[tuple[str, Change, bool]]:
-    """Names and changes, and whether the changed file may be read: its text is data only."""
+def attacks(sentinel: str) -> Iterator[Attack]:
+    """All attacks, which try to make the file `sentinel`."""
     run = f"__import__('os').system('touch {sentinel}')"
-    x = "x"
+    yield from text_attacks(run)
+    yield from function_attacks(sentinel)
+    yield from number_attacks()
+    yield from value_attacks(run)
+    yield from structure_attacks()
+    yield from end_attacks()
+    yield from field_attacks(run)
+    yield from node_attacks()
+
+
+def text_attacks(run: str) -> Iterator[Attack]:
+    """Text that torch.fx would write into source code."""
     for number, text in enumerate((f"x=({run})", f"x, y={run}", f"x: ({run})", "*x", "x):\n    pass\n#", "")):
         yield f"target of a placeholder {number}", lambda d, t=text: node_of(d, "placeholder").__setitem__(2, t), True  # type: ignore[misc]
     for number, text in enumerate((f"a\n    {run}\n    ", f"a = {run};  b", "self", "torch", "return", "", "n1", "class")):
@@ -151,12 +173,17 @@ def attacks(sentinel: str) -> Iterator[tuple[str, Change, bool]]:
     for number, text in enumerate((f"a={run}, b", f"**{{}}) or {run} or dict(a", "", "self", "from", "alpha=1, b")):
         yield f"keyword {number}", lambda d, t=text: node_of(d, "call_function", "aten.add")[4].__setitem__(t, 1), False  # type: ignore[misc]
     targets = (
-        "__class__", "__class__.__init__.__globals__", "forward", "forward.__globals__", "norm", "norm.weight.grad", "norm.__dict__",
+        "__class__", "__class__.__init__.__globals__", "forward", "forward.__globals__", "norm", "norm.weight.grad",
+        "norm.__dict__",
         "norm.weight.__class__", f'up"); {run}; ("', f"up\n    {run}", "norm..weight", "", "memrewrite_constant_7",
         "norm.wei\uff47ht", "_parameters", "norm._parameters.weight", "_modules.norm.weight",
     )  # fmt: skip
     for number, text in enumerate(targets):
         yield f"name of a weight {number}", lambda d, t=text: node_of(d, "get_attr").__setitem__(2, t), False  # type: ignore[misc]
+
+
+def function_attacks(sentinel: str) -> Iterator[Attack]:
+    """Functions, methods and modules."""
     functions = (
         "os.system", "builtins.eval", "builtins.exec", "_operator.attrgetter", "_operator.methodcaller", "_operator.itemgetter",
         "_operator.call", "_operator.concat", "_operator.setitem", "_operator.iadd", "_operator.matmul", "_operator.contains",
@@ -183,6 +210,10 @@ def attacks(sentinel: str) -> Iterator[tuple[str, Change, bool]]:
     yield "a file by keyword", call("torch.ops.aten.from_file.default", filename=sentinel, shared=True, size=4), False
     for number, args in enumerate((["X", "__class__"], ["X", 0], [[1], 0], ["abc", 0], ["X"], ["X", {"node": "added"}])):
         yield f"getitem {number}", call("_operator.getitem", *args), False
+
+
+def number_attacks() -> Iterator[Attack]:
+    """Arithmetic on values of other kinds, or with results that fill the memory."""
     for function in ("add", "mul", "mod", "getitem", "pow"):
         yield f"{function} of text", call(f"_operator.{function}", "a%s" * 5, 10**9), False
         yield f"{function} of a list", call(f"_operator.{function}", [0], 10**9), False
@@ -195,6 +226,10 @@ def attacks(sentinel: str) -> Iterator[tuple[str, Change, bool]]:
     yield "sums", numbers(*[("add", ["N", "N"])] * 40), True
     yield "too few numbers", numbers(("add", ["N"])), False
     yield "keywords of numbers", call("_operator.add", 1, 2, a=1), False
+
+
+def value_attacks(run: str) -> Iterator[Attack]:
+    """Values, in three places."""
     values: list[Any] = [
         {"device": f"cpu'); {run}; ('"}, {"device": "cpu:-1"}, {"device": 1}, {"device": "os"}, {"device": "cuda:999"},
         {"dtype": "_dynamo"}, {"dtype": "onnx"}, {"dtype": "load"}, {"dtype": "__class__"}, {"dtype": []}, {"layout": "hub"},
@@ -206,17 +241,25 @@ def attacks(sentinel: str) -> Iterator[tuple[str, Change, bool]]:
         yield f"value {number}", lambda d, v=value: node_of(d, "call_function", "aten.softmax")[3].__setitem__(1, v), False  # type: ignore[misc]
         yield f"given {number}", lambda d, v=value: trace_of(d)["given"].append(v), False  # type: ignore[misc]
         yield f"output {number}", lambda d, v=value: nodes_of(d)[-1][3].__setitem__(0, v), False  # type: ignore[misc]
+
+
+def structure_attacks() -> Iterator[Attack]:
+    """Structures of arguments, in both formats."""
     enum = {"__enum__": True, "fqn": "antigravity:a", "name": "b"}
     leaf, leaf_1 = "*", {"type": None, "context": None, "children_spec": []}
     specs: list[Any] = [
-        {"os.system": []}, {"namedtuple": [leaf]}, {"collections.deque": [leaf]}, {"enum": enum}, {"tuple": enum}, {"dict": [[enum, leaf]]},
+        {"os.system": []}, {"namedtuple": [leaf]}, {"collections.deque": [leaf]}, {"enum": enum}, {"tuple": enum},
+        {"dict": [[enum, leaf]]},
         {"dict": [leaf]}, {"dict": [["a", leaf], ["a", leaf]]}, {"dict": [["a"]]}, {"tuple": 3}, [1, leaf_1], None, 3, enum,
-        {"transformers.modeling_outputs.BaseModelOutput": [["a", leaf]]}, {"antigravity.A": [["a", leaf]]}, {"tuple": [leaf] * 3},
+        {"transformers.modeling_outputs.BaseModelOutput": [["a", leaf]]}, {"antigravity.A": [["a", leaf]]},
+        {"tuple": [leaf] * 3},
     ]  # fmt: skip
     for number, spec in enumerate(specs):
         for key in ("in", "out"):
             yield f"{key} {number}", lambda d, k=key, s=spec: trace_of(d).__setitem__(k, s), False  # type: ignore[misc]
-    for number, text in enumerate((json.dumps(enum), json.dumps([enum]), "[" * 10**5, '{"a":1}', "", "1", '["a", "b"]', "[NaN]")):
+    for number, text in enumerate(
+        (json.dumps(enum), json.dumps([enum]), "[" * 10**5, '{"a":1}', "", "1", '["a", "b"]', "[NaN]")
+    ):
         for name in ("builtins.dict", "builtins.tuple", "collections.OrderedDict", "collections.defaultdict", "os.system"):
             old = [1, {"type": name, "context": text, "children_spec": [leaf_1]}]
 
@@ -227,15 +270,24 @@ def attacks(sentinel: str) -> Iterator[tuple[str, Change, bool]]:
                         trace["in"] = trace["out"] = spec
 
             yield f"format 1 {name} {number}", as_format_1, False
+
+
+def end_attacks() -> Iterator[Attack]:
+    """The ends of sites."""
     ends: list[Any] = [[["nowhere", "add"]], [["output", "output"]], [[]], {"a": 1}, [["add", "add"]]]
     for number, pairs in enumerate(ends):
         yield f"ends {number}", lambda d, p=pairs: trace_of(d)["ends"].update({"blocks.0": p}), False  # type: ignore[misc]
     yield "reversed ends", lambda d: [pair.reverse() for pairs in trace_of(d)["ends"].values() for pair in pairs], False
     yield "other sites", lambda d: trace_of(d).__setitem__("ends", {}), False
+
+
+def field_attacks(run: str) -> Iterator[Attack]:
+    """Paths, constants, and fields."""
     for number, path in enumerate((f"a\n{run}", "__class__", "", "blocks.1", "blocks.9", "blocks..0")):
         yield f"path {number}", set_at("hosts", 0, "path", to=path), False
     for number, (name, value) in enumerate({
-        run: [{"dtype": "float32"}, [1]], "up": [{"dtype": "float32"}, [1]], "memrewrite_constant_0\n": [{"dtype": "float32"}, [1]],
+        run: [{"dtype": "float32"}, [1]], "up": [{"dtype": "float32"}, [1]],
+        "memrewrite_constant_0\n": [{"dtype": "float32"}, [1]],
         "memrewrite_constant_8": [{"dtype": "qint8"}, [1]], "memrewrite_constant_9": [{"dtype": "float32"}, [2**40, 2**40]],
         "memrewrite_constant_10": [{"dtype": "float32"}, [-1]], "memrewrite_constant_11": [{"float": "nan"}, [1]],
         "memrewrite_constant_12": [{"dtype": "float32"}, [True]], "memrewrite_constant_13": [{"dtype": "float32"}, [1.5]],
@@ -255,16 +307,20 @@ def attacks(sentinel: str) -> Iterator[tuple[str, Change, bool]]:
             place["extra"] = run
 
         yield f"another key in {path}", extra, False
-    yield "no host twice", lambda d: d["hosts"].append(copy.deepcopy(d["hosts"][0])), False
+
+
+def node_attacks() -> Iterator[Attack]:
+    """Nodes that are missing, or more than allowed."""
+    yield "a host twice", lambda d: d["hosts"].append(copy.deepcopy(d["hosts"][0])), False
     yield "no output", lambda d: nodes_of(d).pop(), False
     yield "two outputs", lambda d: nodes_of(d).append(["o", *nodes_of(d)[-1][1:]]), False
     yield "no nodes", lambda d: nodes_of(d).clear(), False
     yield "two nodes of one name", lambda d: nodes_of(d).insert(1, nodes_of(d)[0]), False
-    yield "a default of an argument", lambda d: node_of(d, "placeholder")[3].append(x), False
+    yield "a default of an argument", lambda d: node_of(d, "placeholder")[3].append(1), False
 
 
 def outcome(text: str, plan: Plan, inputs: Tensor) -> str:
-    """"refused", "run", or the error of torch that the forward raised."""
+    """ "refused", "run", or the error of torch that the forward raised."""
     try:
         hosts = hosts_from_json(text)
         model = Model().eval()
@@ -274,7 +330,7 @@ def outcome(text: str, plan: Plan, inputs: Tensor) -> str:
     try:
         with torch.no_grad():
             model(inputs)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the test reports every error
         return f"forward: {type(error).__name__}: {error}"
     return "run"
 

@@ -1,7 +1,8 @@
 """Makes the saved directories beside this file, which later versions must load: `python tests/whole/saved/make.py`.
 
-They were made at commit cbe1b24 (version 0.1.0). Make them again only for a new format, beside the old ones. Each directory has
-an `example.safetensors` next to it: the inputs, and the output of the model that was saved.
+They were made at commit cbe1b24 (version 0.1.0). `module-graph` and `module-graph-parallel` have format 1 of graphs.json, which
+is not written any more; those with `-2` have format 2. Make them again only for a new format, beside the old ones. Each
+directory has an `example.safetensors` next to it: the inputs, and the output of the model that was saved.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def main() -> None:
         model, inputs = tiny.named(build)
         memrewrite.apply(model, tiny.recipe(placement), inputs)
         save(name, model, inputs)
-    for name, placement in (("module-graph", "replace"), ("module-graph-parallel", "parallel")):
+    for name, placement in (("module-graph-2", "replace"), ("module-graph-2-parallel", "parallel")):
         model, inputs = bare(), {"ids": tiny.tokens()}
         memrewrite.apply(model, tiny.recipe(placement), inputs)
         save(name, model, inputs)
