@@ -6,6 +6,7 @@ file → all in a temporary directory next to the target, which takes its place 
 
 from __future__ import annotations
 
+import io
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -104,4 +105,7 @@ def _set_default_permissions(folder: Path) -> None:
 
 
 def _save_graph(model: fx.GraphModule, inputs: Inputs, file: Path) -> None:
-    torch.export.save(export_program(model, inputs, dynamic=True).program, file)
+    """Write the archive to memory first: torch's own writer of files ends the process when the disk is full."""
+    archive = io.BytesIO()
+    torch.export.save(export_program(model, inputs, dynamic=True).program, archive)
+    file.write_bytes(archive.getbuffer())
