@@ -267,7 +267,8 @@ def _rewrite(model: Model, planned: Plan, look: _Look, recipe: Recipe, step: Ste
     with_checks = recipe.verify != "off"
     if look.given is not None:
         locations = look.given.bound(s.site.path for s in planned.substitutions)
-        return rewrite_graph(planned, look.capture, locations, with_checks=with_checks, step=step), None
+        with evaluating(model):
+            return rewrite_graph(planned, look.capture, locations, with_checks=with_checks, step=step), None
     module = cast(nn.Module, model)  # an exported program is a graph
     with evaluating(module):
         hosts = trace_hosts(module, planned, look.capture)

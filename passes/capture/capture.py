@@ -3,7 +3,7 @@
 Flow: one forward, in which models fill their caches → record a second one (reference outputs, how every module is called) →
 `torch.export` of the whole model, non-strict, then strict → when torch refuses both, each block separately, and a trace of the
 operators that ran for the blocks that torch refuses and for the code around them → an error that names the submodule and quotes
-torch. The caller guards the model's state (`forward.evaluating`): what the first forward changes stays inside of it.
+torch. The caller guards the model's state (`forward.evaluating`): what the first forward changes stays until then.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any
 
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.nn.parameter import is_lazy
 
-from memrewrite.errors import CaptureError
+from memrewrite.errors import CaptureError, ModelError
 from memrewrite.passes.capture.lowering import lower
 from memrewrite.passes.capture.operator_trace import record
 from memrewrite.passes.capture.segment import Capture, Segment, graph_segment, segment_of, with_names_of
@@ -25,6 +26,7 @@ from memrewrite.passes.capture.torch_export import Refused, export_program, log
 from memrewrite.passes.models.block_stacks import outermost_lists
 from memrewrite.passes.models.call_recorder import Recorder
 from memrewrite.passes.models.forward import Inputs, as_inputs, on_device_of, on_meta, run, warm_up
+from memrewrite.passes.models.tensors import tensors_of
 
 
 def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = False, as_module_tree: bool = False) -> Capture:
@@ -38,13 +40,14 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
             submodules that its graph only calls; then these submodules can be replaced. No effect on other models.
 
     Raises:
-        ModelError: the model does not run on its inputs.
+        ModelError: the model does not run on its inputs, or has lazy modules that did not run yet.
         CaptureError: torch cannot trace it.
     """
     if isinstance(model, ExportedProgram):
         return _given_graph(model.module(check_guards=False), inputs or _inputs_of(model), "an exported program, as given")
     if isinstance(model, fx.GraphModule) and not as_module_tree:
         return _given_graph(_without_guards(model) if _is_aten(model) else model, inputs, "a graph module, as given")
+    _refuse_lazy(model)
     arguments, recorder = on_device_of(model, as_inputs(inputs)), Recorder(model)
     outputs = None
     if not on_meta(model):  # many forwards read values of tensors, which on meta works only while torch traces them
@@ -57,6 +60,17 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
     except Refused as refusal:
         captured = _block_by_block(model, arguments, recorder.block_inputs, str(refusal))
     return replace(captured, calls=recorder.calls, outputs=outputs)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    """Raise `ModelError` for a model with lazy modules that did not run yet: the first forward replaces their tensors."""
+    for name, tensor in tensors_of(model):
+        if is_lazy(tensor):
+            raise ModelError(
+                f"{name!r} has no shape yet: its module is lazy",
+                where=type(model).__name__,
+                hint="run the model once on these inputs; lazy modules get their shapes in their first forward",
+            )
 
 
 def as_graph(captured: Capture) -> Capture:

@@ -87,7 +87,7 @@ class OperatorTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._tensors[name] = leaf
             return self.graph.get_attr(name)
         if not isinstance(leaf, Tensor):
-            return leaf
+            return None if isinstance(leaf, torch.Generator) else leaf  # a graph has no generators: its code cannot name them
         if leaf not in self._node:
             name = self._names.get(id(leaf), f"_constant_{len(self._tensors)}")
             self._tensors[name] = leaf

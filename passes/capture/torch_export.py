@@ -66,7 +66,7 @@ def export_program(
                 dynamic_shapes = None if dims is None else _by_argument(model, dims)
                 program = torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
             _refuse_nested_weights(program)
-        except (Exception, SystemExit) as error:
+        except (Exception, SystemExit) as error:  # the model's code may call `sys.exit`
             log.debug("torch.export %s refused %s", how, type(model).__name__, exc_info=True)
             reasons.setdefault(in_one_line(error, limit=REASONS // len(attempts)), []).append(how)
         else:

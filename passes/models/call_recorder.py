@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.jit._script import RecursiveScriptModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memrewrite.passes.models.block_stacks import outermost_lists
@@ -74,7 +75,7 @@ class Recorder:
 def hookable_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module by all of its paths, without those of TorchScript: they run outside of Python, and refuse hooks."""
     named = model.named_modules(remove_duplicate=False)
-    return [(path, module) for path, module in named if not isinstance(module, torch.jit.RecursiveScriptModule)]
+    return [(path, module) for path, module in named if not isinstance(module, RecursiveScriptModule)]
 
 
 def _copied(leaf: Any) -> Any:

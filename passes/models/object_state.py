@@ -1,4 +1,4 @@
-"""Python objects that are reachable from a model: modules, containers, and instances of the user's classes; and their restoration.
+"""Python objects that are reachable from a model: modules, containers, instances of the user's classes; and their restoration.
 
 Flow: `reachable` walks attributes, slots and elements, from the model's root and the global hooks of all modules → `restorers`
 keeps a shallow copy of each object that was found → calling them restores class, attributes and elements by identity.
@@ -14,9 +14,9 @@ import collections
 import random
 import sys
 import types
-from collections.abc import Iterable, Iterator
-from functools import cache, partial
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ CONTAINERS = (dict, list, tuple, set, frozenset, collections.deque)
 RECORDS = (types.SimpleNamespace, argparse.Namespace, collections.UserDict, collections.UserList)
 FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "functorch", "numpy", "memrewrite"})  # not descended into
 MISSING = object()
+Answer = TypeVar("Answer")
 
 
 def reachable(roots: Iterable[object]) -> list[object]:
@@ -51,20 +52,25 @@ def restorers(objects: Iterable[object]) -> list[Restorer]:
     return [restore for value in objects for restore in _restorers(value)]
 
 
+def _by_class(answer: Callable[[Any], Answer]) -> Callable[[Any], Answer]:
+    """`answer` with a memory: a model has thousands of objects, of few classes."""
+    return lru_cache(maxsize=1024)(answer)
+
+
 def _global_hooks() -> list[object]:
     """The dictionaries of the hooks that torch calls for every module."""
     module = torch.nn.modules.module
     return [value for name, value in vars(module).items() if name.startswith("_global_") and isinstance(value, dict)]
 
 
-def _children(value: object) -> Iterator[object]:
+def _children(value: Any) -> Iterator[object]:
     if isinstance(value, dict):
         yield from dict.values(value)
     elif isinstance(value, CONTAINERS):
         yield from value
     elif isinstance(value, Tensor):
         yield from parts_of(value)
-    if _has_attributes(value):
+    if _has_attributes(type(value)):
         yield from vars_of(value).values()
         yield from (found for _, found in _slot_values(value))
     if isinstance(value, torch.jit.ScriptModule):
@@ -72,11 +78,12 @@ def _children(value: object) -> Iterator[object]:
         yield from _script_attributes(value).values()
 
 
-def _has_attributes(value: object) -> bool:
-    """True for modules, tensors, and instances of classes that are not `FOREIGN`."""
-    if isinstance(value, (nn.Module, Tensor, *RECORDS)):
+@_by_class
+def _has_attributes(kind: Any) -> bool:
+    """Whether instances have attributes to restore: modules, tensors, and classes that are not `FOREIGN`."""
+    if issubclass(kind, (nn.Module, Tensor, *RECORDS)):
         return True
-    return not isinstance(value, (type, types.ModuleType)) and type(value).__module__.partition(".")[0] not in FOREIGN
+    return not issubclass(kind, (type, types.ModuleType)) and kind.__module__.partition(".")[0] not in FOREIGN
 
 
 def vars_of(value: object) -> dict[str, Any]:
@@ -88,29 +95,30 @@ def vars_of(value: object) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-@cache
-def _slots(kind: type) -> tuple[Any, ...]:
+@_by_class
+def _slots(kind: Any) -> tuple[Any, ...]:
     classes = [vars(base) for base in kind.__mro__ if "__slots__" in vars(base)]
     return tuple(v for names in classes for v in names.values() if isinstance(v, types.MemberDescriptorType))
 
 
-def _slot_values(value: object) -> list[tuple[Any, object]]:
+def _slot_values(value: Any) -> list[tuple[Any, object]]:
     """The slots of an instance and what they have; `MISSING` for an empty one."""
-    found = []
-    for slot in _slots(type(value)):
-        try:
-            found.append((slot, slot.__get__(value)))
-        except AttributeError:
-            found.append((slot, MISSING))
-    return found
+    return [(slot, _slot_value(value, slot)) for slot in _slots(type(value))]
+
+
+def _slot_value(value: object, slot: Any) -> object:
+    try:
+        return slot.__get__(value)
+    except AttributeError:
+        return MISSING
 
 
 # ------------------------------------------------------------------------------------------------------- restoration
 
 
-def _restorers(value: object) -> list[Restorer]:
+def _restorers(value: Any) -> list[Restorer]:
     found: list[Restorer] = []
-    if _has_attributes(value):
+    if _has_attributes(type(value)):
         attributes = vars_of(value)
         found.append(partial(_restore_attributes, value, type(value), attributes, dict(attributes)))
         found += [partial(_restore_slot, value, slot, before) for slot, before in _slot_values(value)]
@@ -123,7 +131,8 @@ def _restorers(value: object) -> list[Restorer]:
 def _restorer(value: Any) -> Restorer | None:
     """A function that restores the elements of a container, or the state of a generator of random numbers."""
     if isinstance(value, dict):
-        return partial(_restore_dict, value, list(dict.items(value)))
+        kind = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict  # not the class's own methods
+        return partial(_restore_dict, value, kind, list(kind.items(value)))
     if isinstance(value, (list, collections.deque)):
         return partial(_restore_sequence, value, list(value))
     if isinstance(value, set):
@@ -156,13 +165,12 @@ def _restore_attributes(value: object, kind: type, now: dict[str, Any], before: 
 def _restore_slot(value: object, slot: Any, before: object) -> None:
     if before is not MISSING:
         slot.__set__(value, before)
-    elif dict(_slot_values(value))[slot] is not MISSING:
+    elif _slot_value(value, slot) is not MISSING:
         slot.__delete__(value)
 
 
-def _restore_dict(value: Any, before: list[tuple[Any, Any]]) -> None:
-    if not _same(dict.items(value), before):
-        kind = collections.OrderedDict if isinstance(value, collections.OrderedDict) else dict  # not the class's own methods
+def _restore_dict(value: Any, kind: Any, before: list[tuple[Any, Any]]) -> None:
+    if not _same(kind.items(value), before):
         kind.clear(value)
         for key, item in before:
             kind.__setitem__(value, key, item)
@@ -199,8 +207,9 @@ def _same(now: Iterable[tuple[Any, Any]], before: Iterable[tuple[Any, Any]]) -> 
 
 def _script_attributes(module: Any) -> dict[str, Any]:
     """The attributes of a ScriptModule, which TorchScript stores. Lists and dictionaries are copies."""
-    core = vars_of(module).get("_c")
-    names = [] if core is None else [*vars_of(module)["_concrete_type"].get_attributes(), "training"]
+    attributes = vars_of(module)
+    core: Any = attributes.get("_c")  # a traced module has another that it calls
+    names = [] if core is None else [*attributes["_concrete_type"].get_attributes(), "training"]
     return {name: core.getattr(name) for name in names if core.hasattr(name)}
 
 

@@ -49,7 +49,7 @@ def _numpy_state() -> Any:
 
 
 def _generators() -> list[torch.Generator]:
-    """The default generators of all devices that are in use. `torch.manual_seed` would also seed devices that are used later."""
+    """The default generators of the devices in use. `torch.manual_seed` would also seed devices that are used later."""
     found: list[torch.Generator] = [torch.default_generator]
     for device in (torch.cuda, torch.xpu):
         if device.is_initialized():

@@ -38,12 +38,12 @@ class StateGuard:
         found = reachable(roots)
         self._objects = restorers(found)
         self._tensors: TensorState | None = TensorState(value for value in found if isinstance(value, Tensor))
-        self._tensors.__enter__()
+        self._tensors.__enter__()  # type: ignore[no-untyped-call]
         self._mode = self._tensors
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._mode.__exit__(kind, error, trace)
+        self._mode.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         tensors = self._tensors.restorers() if self._tensors is not None else []
         problems = _all_run([*self._objects, *tensors, *self._process])
         self.release()
@@ -67,10 +67,12 @@ class StateGuard:
 
 def _all_run(steps: Iterable[Restorer]) -> list[BaseException]:
     """Run every function, also after one that raises; returns what was raised."""
-    problems: list[BaseException] = []
-    for step in steps:
-        try:
-            step()
-        except BaseException as problem:  # noqa: BLE001 - an interrupt must not leave the rest changed
-            problems.append(problem)
-    return problems
+    return [problem for problem in map(_problem_of, steps) if problem is not None]
+
+
+def _problem_of(step: Restorer) -> BaseException | None:
+    try:
+        step()
+    except BaseException as problem:  # noqa: BLE001 - an interrupt, too, must not leave the rest changed
+        return problem
+    return None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch._ops import OpOverload
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -20,15 +21,17 @@ HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # dictionaries or No
 
 
 def storage_of(tensor: Tensor) -> UntypedStorage | None:
-    """The storage of a tensor's values; None for tensors on `meta`, of other layouts, and of classes that dispatch themselves."""
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or torch._C._functorch.is_functorch_wrapped_tensor(
-        tensor
-    ):
+    """The storage of a tensor's values.
+
+    None for tensors on `meta`, of other layouts, without a shape yet, and of classes that dispatch their operators themselves.
+    """
+    dispatches = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if is_lazy(tensor) or dispatches or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
     return tensor.untyped_storage() if tensor.layout == torch.strided and not tensor.is_meta else None
 
 
-def parts_of(tensor: Tensor) -> list[object]:
+def parts_of(tensor: Any) -> list[object]:
     """What a tensor refers to: its gradient, its hooks, and the tensors that it consists of, if it is no plain one."""
     found: list[object] = [getattr(tensor, name) for name in HOOKS]
     if tensor.is_leaf:
@@ -65,7 +68,7 @@ class TensorState(TorchDispatchMode):  # type: ignore[no-untyped-call]
         large = [t for p in tensors if isinstance(p, nn.Parameter) for t in (p, p.grad if p.is_leaf else None) if t is not None]
         copied_later = {storage._cdata for storage in map(storage_of, large) if storage is not None}
         for key in self.watched.keys() - copied_later:
-            self.copies[key] = self.watched[key].clone()
+            self.copies[key] = self.watched[key].clone()  # type: ignore[no-untyped-call]
         self._facts = [partial(_restore_facts, tensor, *_facts(tensor)) for tensor in tensors]
 
     @classmethod
@@ -87,7 +90,7 @@ class TensorState(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _keep(self, value: Any) -> None:
         storage = storage_of(value) if isinstance(value, Tensor) else None
         if storage is not None and storage._cdata in self.watched and storage._cdata not in self.copies:
-            self.copies[storage._cdata] = storage.clone()
+            self.copies[storage._cdata] = storage.clone()  # type: ignore[no-untyped-call]
 
     def restorers(self) -> list[Callable[[], None]]:
         """Functions that restore the tensors: where they are stored and their flags, then every storage that has a copy."""

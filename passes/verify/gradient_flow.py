@@ -27,10 +27,10 @@ def gradient(after: RewrittenModel) -> Check:
     if after.on_meta:
         return skipped("gradient", "the model is on meta: there are no values to differentiate")
     new = {p: name for module in after.new_modules() for name, p in module.named_parameters()}
-    required = {p: p.requires_grad for p in after.model.parameters()}
+    required = {p: p.requires_grad for p in new}
     try:
         for p in required:
-            p.requires_grad_(p in new)
+            p.requires_grad_()
         with nonzero_layers(after), _without_updates(after) as queues:
             unreached, found, idle = _gradients(after, list(new))
             grads = [_entries(g, queues.get(p)) for p, g in zip(new, found, strict=True)]

@@ -44,9 +44,8 @@ def _broken(after: AfterEdit) -> Check | None:
         warm_up(after.model, after.inputs)
     except ModelError as refused:  # any error of the model's code is a finding
         log.debug("the rewritten model does not run", exc_info=True)
-        error = refused.__cause__
+        cause = refused.__cause__ or refused
         hint = "where its code uses the replaced module, add the layer to the MLP (`placement: parallel`)"
-        cause = error.__cause__ or error
         return checked("coverage", False, 0, f"the rewritten model does not run: {type(cause).__name__}: {cause}; {hint}")
     return None
 

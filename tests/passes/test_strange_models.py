@@ -48,11 +48,11 @@ ANSWERS: dict[str, tuple[type[MemrewriteError], str] | None] = {
     "returns a sparse tensor": None,
     "raises at call 1": (ModelError, "ValueError: no more"),
     "exits at call 1": (ModelError, "SystemExit: 3"),
-    "exits at call 2": None,  # every forward begins with the same count
+    "exits at call 2": (ModelError, "SystemExit: 3"),
     "recurses without end": (ModelError, "RecursionError"),
     "no parameters": (SelectError, "no MLP was found"),
     "no super().__init__()": (ModelError, "is not initialised"),
-    "a lazy module": (ModelError, "of a lazy module has no shape yet"),
+    "a lazy module": (ModelError, "has no shape yet"),
     "None": (ModelError, "not an nn.Module"),
     "not a module": (ModelError, "not an nn.Module"),
     "a class of modules": (ModelError, "not an nn.Module"),
