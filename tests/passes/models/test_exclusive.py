@@ -348,7 +348,7 @@ def test_every_public_function_that_captures_or_edits_is_exclusive() -> None:
 
 @pytest.mark.parametrize("model", [None, nn.Module, torch.relu, "model", 3])
 def test_what_is_no_model_is_refused(model: Any) -> None:
-    with pytest.raises(ModelError, match="the model is .*, not an"):
+    with pytest.raises(ModelError, match="not an nn"):
         memrewrite.inspect(model, (tiny.tokens(),))
 
 
