@@ -73,7 +73,12 @@ def tracing_alone() -> Iterator[None]:
     from torch._dynamo.convert_frame import compile_lock
 
     with compile_lock:
-        yield
+        before = torch.compiler._is_compiling_flag
+        torch.compiler._is_compiling_flag = True  # else compiled code of other threads refuses to run during any trace by fx
+        try:
+            yield
+        finally:
+            torch.compiler._is_compiling_flag = before
 
 
 @contextmanager

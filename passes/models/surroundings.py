@@ -69,10 +69,8 @@ def _tensors(model: nn.Module) -> list[Tensor]:
         raise ModelError(
             f"{type(model).__name__} is not initialised", hint="its `__init__` must call `super().__init__()` first"
         )
-    named = [*model.named_parameters(), *model.named_buffers()]
+    named = [(name, t) for name, t in (*model.named_parameters(), *model.named_buffers()) if not is_lazy(t)]
     for name, tensor in named:
-        if is_lazy(tensor):
-            raise ModelError(f"the weight {name!r} of a lazy module has no shape yet", hint="call the model once, then this")
         if isinstance(tensor, FakeTensor):
             hint = 'create the model outside of the FakeTensorMode, or with `torch.device("meta")`'
             raise ModelError(f"the weight {name!r} is a fake tensor", hint=hint)

@@ -45,7 +45,9 @@ def _broken(after: AfterEdit) -> Check | None:
     except ModelError as refused:  # any error of the model's code is a finding
         log.debug("the rewritten model does not run", exc_info=True)
         hint = "where the model's code uses the replaced module, add the layer to the MLP (`placement: parallel`)"
-        return checked("coverage", False, 0, f"the rewritten model does not run: {in_one_line(refused.__cause__ or refused)}", hint)
+        return checked(
+            "coverage", False, 0, f"the rewritten model does not run: {in_one_line(refused.__cause__ or refused)}", hint
+        )
     return None
 
 
