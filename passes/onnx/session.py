@@ -51,8 +51,8 @@ def onnx_session(
 
     Raises:
         ExportError: onnxruntime is not installed or has no such provider, the provider does not start, the file or the library
-            is missing, damaged or cannot be loaded, the file has no functions and no library can run its operators, or it is not
-            data alone: weights outside of its directory, nodes that run code, functions that call themselves.
+            is missing, damaged or cannot be loaded, the file has no functions and no library can run its operators, or it is
+            not data alone: weights outside of its directory, nodes that run code, functions that call themselves.
     """
     provider = first_of(providers)
     _require_provider(provider, path)
