@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
-from memrewrite.errors import ExportError
+from memrewrite.errors import ExportError, ModelError
 from memrewrite.layers.pool import Pool, record_of
 from memrewrite.passes.capture.capture import is_traced
 from memrewrite.passes.models.example_inputs import example_inputs
@@ -132,8 +132,10 @@ def _convert(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> None:
         return
     try:
         run(model, inputs)
-    except RuntimeError as error:
-        log.warning("computed buffers are rounded to %s, since the model fails with fp32 ones: %s", _named({dtype}), error)
+    except ModelError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+        log.warning("computed buffers are rounded to %s, since the model fails with fp32 ones: %s", _named({dtype}), error.__cause__)
         for (module, name), buffer in rounded.items():
             module._buffers[name] = buffer
 
