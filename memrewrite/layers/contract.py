@@ -12,6 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from memrewrite.errors import ModelError
+
 if TYPE_CHECKING:
     from memrewrite.cost import Cost
     from memrewrite.layers.pool import Pool, PoolSpec
@@ -72,6 +74,13 @@ class MemoryLayer(nn.Module, ABC):
         super().__init__()
         self.d_model, self.d_out, self.options, self.zero_output = d_model, d_out, options, zero_output
         self._pool: tuple[Pool, ...] = () if pool is None else (pool,)  # in a tuple, so that it is not registered as a child
+
+    def tokens_of(self, x: Tensor) -> Tensor:
+        """[..., d_model] -> [T, d_model]. Raises `ModelError` for an input of another width: a reshape would mix tokens."""
+        if x.shape[-1:] != (self.d_model,):
+            what = f"the memory layer gets an input of the shape {tuple(x.shape)}, and was made for [..., {self.d_model}]"
+            raise ModelError(what, where=type(self).__name__, hint="plan again for this model, or save it again")
+        return x.reshape(-1, self.d_model)
 
     @property
     def pool(self) -> Pool | None:

@@ -99,7 +99,7 @@ class MemoryPlus(ProductKeyLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_out], each token independently."""
-        tokens = x.reshape(-1, self.d_model)  # [T, d]
+        tokens = self.tokens_of(x)  # [T, d]
         y = self.read(tokens)  # [T, d_v]
         gate = self.gate(tokens)  # [T, d_v] or [T, 1]
         out: Tensor = self.value_proj(y * (F.silu(gate) if self.swilu else gate.sigmoid()))

@@ -80,6 +80,6 @@ class Pkm(ProductKeyLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_out], each token independently."""
-        y = self.read(x.reshape(-1, self.d_model))  # [T, d_v]
+        y = self.read(self.tokens_of(x))  # [T, d_v]
         out = y if self.value_proj is None else self.value_proj(y)
         return out.reshape(*x.shape[:-1], self.d_out)

@@ -135,7 +135,8 @@ def _convert(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> None:
     except ModelError as error:
         if not isinstance(error.__cause__, RuntimeError):
             raise
-        log.warning("computed buffers are rounded to %s, since the model fails with fp32 ones: %s", _named({dtype}), error.__cause__)
+        why = error.__cause__
+        log.warning("computed buffers are rounded to %s, since the model fails with fp32 ones: %s", _named({dtype}), why)
         for (module, name), buffer in rounded.items():
             module._buffers[name] = buffer
 

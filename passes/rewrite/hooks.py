@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from memrewrite.errors import ModelError
 from memrewrite.passes.rewrite.layer_call import add_output
 
 
@@ -108,7 +109,7 @@ class FeaturesLast:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         """The arguments that the layer is called with."""
-        return (args[0].movedim(self.axis, -1),)
+        return (args[0].movedim(_axis_of(args[0], self.axis), -1),)
 
 
 class FeaturesBack:
@@ -120,6 +121,14 @@ class FeaturesBack:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """The output with its features on `axis`."""
         return output.movedim(-1, self.axis)
+
+
+def _axis_of(x: Tensor, axis: int) -> int:
+    """The feature axis itself. Raises `ModelError` if the input has no such axis."""
+    if not -x.dim() <= axis < x.dim():
+        what = f"a memory layer has its features on axis {axis}, and its input has the shape {tuple(x.shape)}"
+        raise ModelError(what, hint="plan again for this model, or save it again")
+    return axis
 
 
 class ZeroStub(nn.Module):
@@ -135,7 +144,7 @@ class ZeroStub(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> zeros [..., width], features on `axis`: one stored number, expanded."""
         shape = list(x.shape)
-        shape[self.axis] = self.width
+        shape[_axis_of(x, self.axis)] = self.width
         return x.new_zeros(()).expand(shape)
 
     def extra_repr(self) -> str:
