@@ -8,9 +8,7 @@ tensors, and opens no file of the directory.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +31,8 @@ from memrewrite.passes.storage.hugging_face import (
     quiet,
     refusal,
     set_generation,
-    without_code,
 )
 from memrewrite.passes.storage.json_text import parse_json
-from memrewrite.passes.storage.manifest import is_saved, read_manifest
 from memrewrite.passes.storage.python_file import require_trust
 from memrewrite.passes.storage.saved_tensors import Header, headers_of, state_of, values_of
 from memrewrite.passes.storage.tensor_files import INDEX
@@ -215,65 +211,16 @@ def _config_files(directory: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def tokenizer_of(directory: Path, *, trust_code: bool) -> Any:
-    """The tokenizer of a Hugging Face or saved directory; without `trust_code` it is data, and no file outside is read.
-
-    Of a saved directory, only files in its manifest are used. Raises `ModelError`, and `CheckpointError` for a damaged file.
-    """
-    if trust_code:
-        return _tokenizer(directory, directory, trust_remote_code=True)
-    with tempfile.TemporaryDirectory() as copied:
-        folder = Path(copied)
-        if is_saved(directory):
-            files = read_manifest(directory)
-            for name in files.names():
-                if not name.endswith((*WEIGHTS, ".py")):
-                    (folder / name).write_bytes(files.content(name))
-        else:
-            for file in _config_files(directory):
-                shutil.copyfile(file, folder / file.name)
-        for name in ("tokenizer_config.json", CONFIG):
-            if (folder / name).is_file():
-                (folder / name).write_text(json.dumps(_tokenizer_data(folder / name, directory / name)), encoding="utf-8")
-        return _tokenizer(folder, directory)
-
-
 def gguf_tokenizer(file: Path) -> Any:
     """The tokenizer in a gguf file. Raises `ModelError`."""
-    with _alone(file) as folder:
-        return _tokenizer(folder, file, gguf_file=file.name)
-
-
-def _tokenizer(folder: Path, where: Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
     from transformers import AutoTokenizer
 
-    with quiet():
+    with _alone(file) as folder, quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code, **options)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, gguf_file=file.name)
         except Exception as error:  # transformers raises many classes, and passes on those of tokenizers
-            hint = "copy or download the tokenizer's files again; for a tokenizer that is Python code: --trust-code"
-            raise ModelError(f"the tokenizer cannot be loaded: {in_one_line(error)}", where=str(where), hint=hint) from error
-
-
-def _tokenizer_data(file: Path, where: Path) -> dict[str, Any]:
-    """A config without names of code, and without paths of other files: those of this directory are found by their names.
-
-    Raises `ModelError` for a `tokenizer_class` that is something else in transformers.
-    """
-    import transformers
-
-    data = without_code({key: value for key, value in _read_json(file).items() if not key.endswith("_file")})
-    name = data.get("tokenizer_class")
-    plain = name is None or (isinstance(name, str) and name.isidentifier())
-    for spelled in (name, f"{name}Fast", str(name).removesuffix("Fast")) if plain and name else ():
-        found = getattr(transformers, spelled, None)
-        plain = plain and (
-            found is None or (isinstance(found, type) and issubclass(found, transformers.PreTrainedTokenizerBase))
-        )
-    if not plain:
-        raise ModelError(f"`tokenizer_class: {name}` is no tokenizer", where=str(where), hint="download the file again")
-    result: dict[str, Any] = data
-    return result
+            hint = "copy or download the file again"
+            raise ModelError(f"the tokenizer cannot be loaded: {in_one_line(error)}", where=str(file), hint=hint) from error
 
 
 @contextmanager

@@ -21,7 +21,9 @@ from memrewrite.errors import ExportError, in_one_line
 from memrewrite.passes.onnx.check.input_sets import NEW, PAST, Feeds, InputSet, evaluated, lengths_of
 from memrewrite.passes.onnx.file import Port
 from memrewrite.passes.storage.json_text import parse_json
+from memrewrite.passes.storage.manifest import is_saved, read_manifest
 
+TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 MOST_BYTES = 2**32  # of all arrays in an archive: a few bytes may expand to any number
 SENTENCES = (
     "A memory layer reads a few rows.",
@@ -101,14 +103,15 @@ def text_inputs(directory: str | Path, ports: Sequence[Port]) -> list[dict[str, 
     """
     names = {port.name for port in ports if not port.name.startswith("past_key_values.")}
     known = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
-    file = Path(directory) / "tokenizer.json"
-    if "input_ids" not in names or not names <= known or not file.is_file():
+    folder = Path(directory)
+    text = _text_of(folder, TOKENIZER) if "input_ids" in names and names <= known else None
+    if text is None:
         return []
     from tokenizers import Tokenizer
 
-    settings = _settings(file.with_name("tokenizer_config.json"))
+    settings = _settings(folder)
     try:
-        tokenizer = Tokenizer.from_str(file.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(text)
         padding = next((key for key in ("pad_token", "eos_token") if _id(tokenizer, settings.get(key)) is not None), None)
         if padding is None or "attention_mask" not in names:
             tokenizer.no_padding()
@@ -120,7 +123,7 @@ def text_inputs(directory: str | Path, ports: Sequence[Port]) -> list[dict[str, 
         encoded = [tokenizer.encode_batch(batch) for batch in batches]
     except Exception as error:  # of `tokenizers`, which raises plain `Exception`
         what = f"the tokenizer cannot be read: {in_one_line(error)}"
-        raise ExportError(what, where=str(file), hint="copy or download the file again") from error
+        raise ExportError(what, where=str(folder / TOKENIZER), hint="copy or download the file again") from error
     fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     return [
         _as_text({name: torch.tensor([getattr(one, field) for one in batch]) for name, field in fields.items()}, ports)
@@ -128,16 +131,30 @@ def text_inputs(directory: str | Path, ports: Sequence[Port]) -> list[dict[str, 
     ]
 
 
-def _settings(file: Path) -> dict[str, Any]:
+def _settings(folder: Path) -> dict[str, Any]:
     """What `tokenizer_config.json` contains; nothing if there is none."""
-    if not file.is_file():
-        return {}
+    text = _text_of(folder, SETTINGS)
     try:
-        data = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        what = f"the tokenizer's settings cannot be read: {in_one_line(error, kind=False)}"
-        raise ExportError(what, where=str(file), hint="copy or download the file again") from error
+        data = {} if text is None else parse_json(text)
+    except ValueError as error:
+        raise _unreadable(folder / SETTINGS, error) from error
     return data if isinstance(data, dict) else {}
+
+
+def _text_of(folder: Path, name: str) -> str | None:
+    """The text of a file of a model's directory, or None; of a saved directory, only of a file that its manifest names."""
+    if is_saved(folder):
+        files = read_manifest(folder)
+        return files.text(name) if name in files else None
+    try:
+        return (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder / name, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> ExportError:
+    what = f"the tokenizer's {file.name} cannot be read: {in_one_line(error, kind=False)}"
+    return ExportError(what, where=str(file), hint="copy or download the file again")
 
 
 def _id(tokenizer: Any, token: Any) -> int | None:

@@ -16,9 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import memrewrite
-from memrewrite.errors import MemrewriteError, ModelError, UserError
+from memrewrite.errors import UserError
 from memrewrite.passes.storage import pretrained
-from memrewrite.passes.storage.pretrained import tokenizer_of
 from memrewrite.passes.storage.source import load_source
 
 
@@ -166,47 +165,6 @@ def test_a_config_with_infinities_as_transformers_writes_them(plain: Path, tmp_p
     config: Any = load_source(str(folder)).model.config
     assert config.limit == [0.0, float("inf")]
     assert config.other == -float("inf")
-
-
-# -------------------------------------------------------------------------------------------------------- tokenizers
-
-
-def with_tokenizer(folder: Path, **fields: Any) -> Path:
-    from tokenizers import Tokenizer, models
-
-    Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", **fields}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if (folder / saved_dirs.MANIFEST).exists():
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            saved_dirs.add_file(folder, name, (folder / name).read_bytes())
-    return folder
-
-
-FIELDS: list[dict[str, Any]] = [
-    {},
-    {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}},
-    {"auto_map": {"AutoTokenizer": ["a/b--evil.Evil", None]}},
-    {"tokenizer_file": "/etc/passwd", "vocab_file": "/etc/passwd"},
-]
-
-
-@pytest.mark.parametrize("fields", FIELDS)
-def test_a_tokenizer_is_data(fields: dict[str, Any], folder: Path) -> None:
-    assert tokenizer_of(with_tokenizer(folder, **fields), trust_code=False)("a")["input_ids"] == [1]
-
-
-@pytest.mark.parametrize("name", ["Trainer", "AutoModel", "RagRetriever", "LlamaForCausalLM", "os.system", 5])
-def test_only_a_tokenizer_of_transformers_is_used(name: Any, folder: Path) -> None:
-    with pytest.raises(ModelError, match="no tokenizer"):
-        tokenizer_of(with_tokenizer(folder, tokenizer_class=name), trust_code=False)
-
-
-def test_a_tokenizer_that_the_manifest_does_not_list_is_not_read(saved: Path, tmp_path: Path) -> None:
-    folder = with_tokenizer(Path(shutil.copytree(saved, tmp_path / "model")))
-    saved_dirs.edit_json(folder / saved_dirs.MANIFEST, lambda m: m["files"].pop("tokenizer.json"))
-    with pytest.raises(MemrewriteError):
-        tokenizer_of(folder, trust_code=False)
 
 
 # --------------------------------------------------------------------------------------------- what happens in a process

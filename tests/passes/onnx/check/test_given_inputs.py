@@ -6,17 +6,20 @@ import io
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import saved_dirs
 
 from memrewrite.errors import ExportError
 from memrewrite.passes.onnx.check.given_inputs import arrays_of, real_inputs, text_inputs
 from memrewrite.passes.onnx.file import Port
 
+SAVED = Path(__file__).parents[3] / "whole" / "saved" / "huggingface"
 IDS = [Port(name=name, dtype="int64", shape=("batch", "sequence")) for name in ("input_ids", "attention_mask")]
 
 
@@ -166,3 +169,11 @@ def test_a_damaged_tokenizer_is_an_error(tokenizer: str, settings: str, tmp_path
     (tmp_path / "tokenizer_config.json").write_text(settings)
     with pytest.raises(ExportError, match="the tokenizer"):
         text_inputs(tmp_path, IDS)
+
+
+def test_of_a_saved_directory_only_a_tokenizer_in_its_manifest_is_read(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(SAVED, tmp_path / "model"))
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer()))
+    assert text_inputs(folder, IDS) == []
+    saved_dirs.add_file(folder, "tokenizer.json", json.dumps(tokenizer()).encode())
+    assert len(text_inputs(folder, IDS)) == 4
