@@ -53,11 +53,13 @@ def kernel(op: torch._ops.OpOverload, rules: Rules) -> Callable[..., Any]:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)  # a rule computes nothing for gradients and tangents that are not there
-        rules.context(ctx, inputs[:-1], output)
+        *given, (_, records, _) = inputs
+        if records:  # else there is no backward, and nothing to save or to refuse
+            rules.context(ctx, tuple(given), output)
         if _may_have_tangents():
             outputs = output if isinstance(output, tuple) else (output,)
-            ctx.numbers = [None if isinstance(value, Tensor) else value for value in inputs[:-1]]
-            ctx.save_for_forward(*(value if isinstance(value, Tensor) else None for value in (*inputs[:-1], *outputs)))
+            ctx.numbers = [None if isinstance(value, Tensor) else value for value in given]
+            ctx.save_for_forward(*(value if isinstance(value, Tensor) else None for value in (*given, *outputs)))
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):

@@ -113,7 +113,7 @@ def backward(
     if not reads_keys(keys.device.type, n, k, width):
         return _by_products(grad, slots, queries, keys, need_queries, need_keys)
     reads, weights = _reads(grad, slots, n)
-    table, rows = keys.flatten(0, 1), queries.flatten(0, 1)
+    table, rows = _rows(keys), _rows(queries)
     grad_queries = grad_keys = None
     if need_queries:
         found = sparse_lookup.forward(table, reads, weights, None, "dense", backend, dtype=queries.dtype)
@@ -150,6 +150,11 @@ def reads_keys(device: str, n: int, k: int, width: int) -> bool:
 def _halves(slots: Tensor, n: int) -> Tensor:
     """The keys of both halves that each slot consists of: [h, T, k] -> [h, 2, T, k]."""
     return torch.stack((slots // n, slots % n), 1)
+
+
+def _rows(stack: Tensor) -> Tensor:
+    """[a, b, d] -> [a·b, d]. Not `flatten`, which gradcheck's vmap does not batch."""
+    return stack.reshape(stack.shape[0] * stack.shape[1], stack.shape[2])
 
 
 def _reads(grad: Tensor, slots: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -193,7 +198,7 @@ def chosen_scores(queries: Tensor, keys: Tensor, slots: Tensor, dtype: torch.dty
     """The scores of given slots [h, T, k] in `dtype`, as sums of both halves; only these keys are read. Differentiable."""
     heads, tokens, k = slots.shape
     reads, unused = _reads(slots.new_zeros(slots.shape, dtype=dtype), slots, keys.shape[1])
-    table, rows = keys.flatten(0, 1), queries.flatten(0, 1)
+    table, rows = _rows(keys), _rows(queries)
     lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
     scores: Tensor = lookup_backward(rows, table, reads, unused, False, True, None, backend)[1]
     return scores.view(tokens, heads, 2, k).sum(2).transpose(0, 1)
@@ -216,7 +221,7 @@ def backward_grad(ctx: Any, second_queries: Tensor | None, second_keys: Tensor |
         if need_grad:
             d_grad = chosen_scores(second_queries, keys, slots, grad.dtype, ctx.backend)
         if need_keys:
-            table, rows = keys.flatten(0, 1), second_queries.flatten(0, 1)
+            table, rows = _rows(keys), _rows(second_queries)
             lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
             d_keys = lookup_backward(rows, table, reads, weights, True, False, None, ctx.backend)[0].view(keys.shape)
     if for_keys and second_keys is not None:
@@ -225,7 +230,7 @@ def backward_grad(ctx: Any, second_queries: Tensor | None, second_keys: Tensor |
             d_grad = by_keys if d_grad is None else d_grad + by_keys
         if need_queries:
             lookup = torch.ops.memrewrite.sparse_lookup
-            second_table = second_keys.flatten(0, 1)
+            second_table = _rows(second_keys)
             d_queries = lookup(second_table, reads, weights, backend=ctx.backend, dtype=queries.dtype).view(queries.shape)
     return d_grad, None, d_queries, d_keys, None, None, None
 

@@ -53,9 +53,9 @@ class Operation:
 
 
 def look_directory(path: Path) -> str:
-    files = read_manifest(path, every_bit=True)["files"]
+    files = read_manifest(path, every_bit=True).manifest.files
     assert {p.name for p in path.iterdir()} == {*files, MANIFEST}
-    return str(files["model.safetensors"]["sha256"])
+    return files["model.safetensors"].sha256
 
 
 def look_onnx(path: Path) -> str:

@@ -19,8 +19,10 @@ from memrewrite.cli.session import session
 
 # The command `show` of a program that has our session: it runs the file of the "model", then prints a document.
 PROGRAM = """
+import signal
 import sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run in the background of a shell, which ignores it
 import typer
 from memrewrite.cli import app as whole
 from memrewrite.cli.session import session

@@ -339,10 +339,10 @@ def test_every_public_function_that_captures_or_edits_is_exclusive() -> None:
     from memrewrite.passes import pipeline, verify_saved
     from memrewrite.passes.onnx import export
     from memrewrite.passes.onnx.check import check
-    from memrewrite.passes.storage import checkpoint
+    from memrewrite.passes.storage.load import load
 
     functions = [getattr(pipeline, name) for name in ("inspect", "survey", "explain", "plan", "apply")]
-    functions += [verify_saved.verify_saved, export.export_onnx, check.check_onnx, checkpoint.load]
+    functions += [verify_saved.verify_saved, export.export_onnx, check.check_onnx, load]
     assert all(hasattr(function, "__wrapped__") for function in functions)
 
 

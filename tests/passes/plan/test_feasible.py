@@ -224,7 +224,7 @@ def test_a_layer_beyond_64_bits_is_refused() -> None:
 
 def test_layers_count_for_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     made = select(ONE, recipe({"all": True}, heads=2**12, key_dim=2**16))
-    monkeypatch.setattr("memrewrite.passes.plan.memory_budget._free_memory", lambda device: 2**34)
+    monkeypatch.setattr("memrewrite.passes.plan.memory_budget.free_memory", lambda device: 2**34)
     with pytest.raises(SelectError, match=r"the layers \d+\.\d GiB, and cpu has 16.0 GiB"):
         refuse_too_large(made)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def own_generator() -> Callable[[Tensor], Tensor]:
 
 
 NOT_DETERMINISTIC: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
-    "Python's random numbers": lambda: lambda x: x + random.random(),
+    "random numbers of the system": lambda: lambda x: x + secrets.randbelow(2**20),
     "an own generator": own_generator,
     "a counter": counting,
     "a counter of two": alternating,
