@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,11 +78,20 @@ def rehash(case: Path, *, listed: bool) -> None:
 
 
 def _forward(model: Any, inputs: Any) -> None:
+    """A forward. What the base's own code raises passes: a graph may return to it what the file says, such as a number."""
     import torch
 
+    from memrewrite.errors import ModelError
+
     args, kwargs = inputs
-    with torch.no_grad():
-        model(*args, **kwargs)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    except Exception as error:
+        names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, MemoryError) or any(name.startswith("memrewrite.") for name in names):
+            raise
+        raise ModelError("the code of the base does not run") from error
 
 
 def _own_forward(model: Any, inputs: Any) -> None:
