@@ -48,6 +48,16 @@ NEVER = (  # events that reading a file never causes
     "sqlite3.connect",
     "shutil.unpack_archive",
 )
+FOLDERS = {  # where the descriptors of directories begin in the arguments of an event
+    "os.remove": 1,
+    "os.rmdir": 1,
+    "os.mkdir": 2,
+    "os.symlink": 2,
+    "os.chmod": 2,
+    "os.rename": 2,
+    "os.link": 2,
+    "os.chown": 3,
+}
 CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 LISTS = ("os.listdir", "os.scandir")
@@ -172,9 +182,12 @@ class Guard:
             self._found(f"{full} is opened for {'writing' if writes else 'reading'}")
 
     def _changes(self, event: str, args: tuple[Any, ...]) -> None:
-        for path in (a for a in args[:2] if isinstance(a, (str, bytes, os.PathLike))):
-            if not self._inside(_full(path)):
-                self._found(f"{event} {_full(path)}")
+        paths = [a for a in args[:2] if isinstance(a, (str, bytes, os.PathLike))]
+        folders = args[FOLDERS[event] :] if event in FOLDERS else ()
+        for number, path in enumerate(paths):
+            full = _full(path, folders[min(number, len(folders) - 1)] if folders else -1)
+            if not self._inside(full):
+                self._found(f"{event} {full}")
 
     def _lists(self, event: str, args: tuple[Any, ...]) -> None:
         path = args[0] if isinstance(args[0], (str, bytes)) else "." if args[0] is None else self._case
@@ -199,9 +212,10 @@ class Guard:
     }
 
 
-def _full(path: Any) -> str:
+def _full(path: Any, folder: int = -1) -> str:
+    """The path itself, in `folder` if that is the descriptor of a directory."""
     try:
-        return os.path.realpath(os.fsdecode(path))
+        return os.path.realpath(os.path.join("." if folder < 0 else f"/proc/self/fd/{folder}", os.fsdecode(path)))  # noqa: PTH118
     except (ValueError, OSError):  # a zero byte: the system refuses it
         return ""
 
