@@ -19,13 +19,14 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from memrewrite.errors import SelectError
+from memrewrite.errors import ModelError, SelectError
 from memrewrite.passes.graphs.copying import copied
 from memrewrite.passes.rewrite.layer_call import CHILD, insert_layer
 from memrewrite.plans import Placement
 from memrewrite.site import Site
 
 CONSTANT = "memrewrite_constant"
+ANOTHER_CALL = "call it as in the example, or rewrite the model again with an example of this call"
 ANY = object()  # in `Trace.given`: any number is accepted
 
 
@@ -201,9 +202,10 @@ def _function(graph: fx.Graph) -> Callable[..., Any]:
 
 
 def _check_arguments(path: str, trace: Trace, leaves: list[Any], spec: TreeSpec) -> None:
-    """Raise `TypeError` or `ValueError` for a call that the graph was not traced for."""
+    """Raise `ModelError` for a call that the graph was not traced for."""
     if spec != trace.in_spec:
-        raise TypeError(f"{path!r} is a graph, traced for a call of the form {trace.in_spec}; this one is {spec}")
+        what = f"{path!r} is a graph, traced for a call of the form {trace.in_spec}; this one is {spec}"
+        raise ModelError(what, hint=ANOTHER_CALL)
     for leaf, expected in zip(leaves, trace.given, strict=True):
         if isinstance(leaf, Tensor):
             fits = isinstance(expected, tuple) and len(expected) == leaf.ndim
@@ -212,4 +214,5 @@ def _check_arguments(path: str, trace: Trace, leaves: list[Any], spec: TreeSpec)
             fits = expected is ANY or (type(leaf) is type(expected) and leaf == expected)
         if not fits:
             value = tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf
-            raise ValueError(f"{path!r} is a graph, traced for {expected} here (None: any size); this call has {value}")
+            what = f"{path!r} is a graph, traced for {expected} here (None: any size); this call has {value}"
+            raise ModelError(what, hint=ANOTHER_CALL)

@@ -179,7 +179,8 @@ def _fits(kind: str, value: Any, known: Mapping[fx.Node, Result]) -> bool:
     if kind.startswith("List["):
         inner = kind.removeprefix("List[")[:-1]
         return isinstance(value, (list, tuple)) and all(_fits(inner, item, known) for item in value)
-    return type(value) in CLASSES.get(kind, ())
+    in_range = kind == "number" or type(value) is not int or -(2**63) <= value < 2**63  # a scalar may also be a uint64
+    return in_range and type(value) in CLASSES.get(kind, ())
 
 
 NUMBERS = ("int", "float", "bool", "number")

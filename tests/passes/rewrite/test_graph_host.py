@@ -135,11 +135,11 @@ def test_hooks_on_the_module_still_fire() -> None:
 
 def test_a_call_of_another_form_is_refused() -> None:
     block, x = rewritten("parallel").blocks[0], torch.randn(2, 4, D)
-    with pytest.raises(ValueError, match=r"'blocks\.0' is a graph"):
+    with pytest.raises(ModelError, match=r"'blocks\.0' is a graph"):
         block(x, torch.ones(2), scale=0.5)
-    with pytest.raises(ValueError, match=r"0\.5"):
+    with pytest.raises(ModelError, match=r"0\.5"):
         block(x, None, scale=0.7)
-    with pytest.raises(TypeError, match="form"):
+    with pytest.raises(ModelError, match="form"):
         block(x)
 
 

@@ -211,6 +211,8 @@ def test_an_error_says_where(text: str) -> None:
     name = next(node[0] for node in nodes_of(json.loads(text)) if "softmax" in node[2])
     with pytest.raises(CheckpointError, match=rf"host 'blocks\.0': eval: node \d+, '{name}': the argument 'dim'"):
         hosts_from_json(changed(text, bad_argument))
+    with pytest.raises(CheckpointError, match="the argument 'dim'"):  # an operator's integers are those of int64
+        hosts_from_json(changed(text, lambda d: node_of(d, "call_function", "aten.softmax")[3].__setitem__(1, 2**63)))
     with pytest.raises(CheckpointError, match=r"hosts\.0\.traces\.eval\.nodes\.2\.1"):
         hosts_from_json(changed(text, lambda d: nodes_of(d)[2].__setitem__(1, "call_method")))
     with pytest.raises(CheckpointError, match=r"hosts\.0\.traces\.train"):
