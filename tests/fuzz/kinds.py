@@ -78,7 +78,10 @@ def rehash(case: Path, *, listed: bool) -> None:
 
 
 def _forward(model: Any, inputs: Any) -> None:
-    """A forward. What the base's own code raises passes: a graph may return to it what the file says, such as a number."""
+    """A forward. What the base's own code raises passes: a graph may return to it what the file says, such as a number.
+
+    So does what an operator of torch raises that a saved graph calls: its arguments have the right types, and wrong values.
+    """
     import torch
 
     from memrewrite.errors import ModelError
@@ -89,9 +92,11 @@ def _forward(model: Any, inputs: Any) -> None:
             model(*args, **kwargs)
     except Exception as error:
         names = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if isinstance(error, MemoryError) or any(name.startswith("memrewrite.") for name in names):
+        ours = [name for name in names if name.startswith("memrewrite.")]
+        by_an_operator = ours[-1:] == ["memrewrite.passes.rewrite.graph_host"] != names[-1:]
+        if isinstance(error, MemoryError) or (ours and not by_an_operator):
             raise
-        raise ModelError("the code of the base does not run") from error
+        raise ModelError("the code of the base, or an operator of the saved graph, does not run") from error
 
 
 def _own_forward(model: Any, inputs: Any) -> None:
