@@ -149,7 +149,7 @@ def model_class(data: Mapping[str, Any]) -> Any | None:
 def refusal(data: Mapping[str, Any]) -> str | None:
     """Why this config cannot be used as data alone: what transformers would run, import or read because of it."""
     for place, key, value in _fields(data):
-        if value in (None, False, "", [], {}):
+        if value in (None, False, "", [], {}) or _is_gguf(key, value):
             continue
         if key in ("quantization_config", "kernel_config", "fusion_config", "distributed_config"):
             return f"`{place}` makes transformers import other packages"
@@ -206,8 +206,13 @@ def without_code(value: Any) -> Any:
     if isinstance(value, Mapping):
         if set(value) == {"__float__"} and value["__float__"] in SPECIAL_FLOATS:
             return SPECIAL_FLOATS[value["__float__"]]
-        return {key: without_code(item) for key, item in value.items() if key not in CODE}
+        return {key: without_code(item) for key, item in value.items() if key not in CODE and not _is_gguf(key, item)}
     return [without_code(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_gguf(key: str, item: Any) -> bool:
+    """True for the quantization of a gguf file, which configs still name: the saved weights are no longer quantized."""
+    return key == "quantization_config" and isinstance(item, Mapping) and item.get("quant_method") == "gguf"
 
 
 def named_class(data: Mapping[str, Any]) -> str:
