@@ -251,3 +251,11 @@ def test_nothing_runs_and_no_other_file_is_opened(folder: Path, tmp_path: Path) 
     assert found == [
         [name, "loaded" if name in loads else "refused"] for name in sorted(CHANGES) for _ in range(3 if saved else 1)
     ]
+
+
+def test_a_saved_model_whose_base_was_a_gguf_file_loads(saved: Path, tmp_path: Path) -> None:
+    """Its config still names the quantization of the file; the saved weights are no longer quantized."""
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    gguf = {"quant_method": "gguf", "gguf_file": "model.gguf", "dequantize": False}
+    saved_dirs.edit_saved(folder, "config.json", lambda config: config.update(quantization_config=gguf))
+    memrewrite.load(folder)
