@@ -64,7 +64,7 @@ class Session:
 
 
 class _ReaderEndedError(Exception):
-    """The program that reads the result has ended, as `head` does; nobody reads a message either."""
+    """The program that reads the result has ended, as `head` does; a message would not be read."""
 
 
 @contextlib.contextmanager
@@ -99,7 +99,7 @@ def session(settings: Settings | None, as_json: bool = False) -> Iterator[Sessio
                 _check_working_directory()
                 yield current
             except BaseException as error:  # noqa: BLE001 - the outermost handler: whatever the model's code raised
-                with contextlib.suppress(OSError):  # nobody reads stderr
+                with contextlib.suppress(OSError):  # stderr is closed
                     steps.close(failed=True)
                 current.exit_code = _report(error, current, errors, settings)
     if current.exit_code:
@@ -192,5 +192,5 @@ def _console(stream: TextIO) -> Console:
 
 
 def _print(console: Console, text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads stderr: the exit code says the rest
+    with contextlib.suppress(OSError):  # stderr is closed; the exit code remains
         console.print(text, soft_wrap=True)

@@ -32,7 +32,7 @@ def stopping() -> Iterator[None]:
     """Raise `Stopped` when SIGTERM or SIGHUP arrives, in place of the immediate end of the process.
 
     Only in the main thread, and only for a signal that has no other handler: `nohup` ignores SIGHUP. Further ones are ignored
-    while the first is dealt with.
+    while the first is handled.
     """
     handled: list[int] = []
     owner = os.getpid()
@@ -112,5 +112,5 @@ def _flush() -> None:
 
 
 def _close(stream: TextIO) -> None:
-    with contextlib.suppress(OSError):  # `Session` flushes, and has told the error
+    with contextlib.suppress(OSError):  # `Session` flushes, and has reported the error
         stream.close()

@@ -6,8 +6,7 @@ A batch of lookups in one table has the tokens of all of them. A batch of tables
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,15 +97,6 @@ def product_keys_backward(
     keys = keys if shared else _joined(keys, dims[3], size)
     both = _OPS.product_keys_backward(grad, slots, queries, keys, need_queries, need_keys, *others)
     return _halves(both, (need_queries, need_keys), (heads, 0), size)
-
-
-def refuse(message: str) -> Callable[..., NoReturn]:
-    """A rule that raises RuntimeError."""
-
-    def raises(*_: Any) -> NoReturn:
-        raise RuntimeError(message)
-
-    return raises
 
 
 def _reads(

@@ -34,6 +34,12 @@ def is_wide(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.itemsize > 1
 
 
+def check_whole(op: str, indices: Tensor) -> None:
+    """Raise TypeError unless the indices are int32 or int64."""
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: indices must be int32 or int64, not {indices.dtype}")
+
+
 def same_shape(op: str, name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     """Raise ValueError unless the shape of the argument `name` is the wanted one."""
     if len(found) != len(wanted):
@@ -50,8 +56,7 @@ def check_reads(op: str, grad: Tensor, indices: Tensor, weights: Tensor) -> None
             f"not {tuple(grad.shape)}, {tuple(indices.shape)} and {tuple(weights.shape)}"
         )
     one_device(op, grad, indices, weights)
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: indices must be int32 or int64, not {indices.dtype}")
+    check_whole(op, indices)
     if not is_wide(grad) or not is_wide(weights):
         raise TypeError(
             f"{op}: grad and weights must have a floating dtype of 16 or more bits, not {grad.dtype} and {weights.dtype}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memrewrite.kernels.backends import require_known
-from memrewrite.kernels.checks import check_reads, is_wide, one_device, require, same_shape
+from memrewrite.kernels.checks import check_reads, check_whole, is_wide, one_device, require, same_shape
 
 GRADIENTS = ("dense", "sparse", "fused")
 NO_ROWS = (
@@ -29,8 +29,7 @@ def check(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None
             f"not {tuple(values.shape)}, {tuple(indices.shape)} and {tuple(weights.shape)}"
         )
     one_device("sparse_lookup", values, indices, weights, scale, grad)
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"sparse_lookup: indices must be int32 or int64, not {indices.dtype}")
+    check_whole("sparse_lookup", indices)
     if scale is None:
         known = weights.dtype in (values.dtype, torch.float32)
         if not values.is_floating_point() or not known or values.itemsize == 1:

@@ -61,14 +61,14 @@ _OPS = (
         "sparse_lookup_rows(Tensor grad, Tensor indices, Tensor weights, SymInt slots, str backend='auto') -> Tensor",
         _lookup.rows,
         _lookup.rows_fake,
-        batching.refuse(NO_ROWS),
+        derivatives.refuse(NO_ROWS),
         Rules(derivatives.refuse(NO_ROWS), _nothing, derivatives.refuse(NO_ROWS)),
     ),
     _Op(
         "sparse_lookup_keep(Tensor grad, Tensor indices, Tensor weights, Tensor(a!) pending, int handle) -> ()",
         _lookup.keep,
         _lookup.keep_fake,
-        batching.refuse(NO_KEEP),
+        derivatives.refuse(NO_KEEP),
         NO_KEEP,
         tags=(torch.Tag.cudagraph_unsafe,),  # a replayed CUDA graph would not update the queue
     ),
@@ -77,7 +77,7 @@ _OPS = (
         "str backend='auto') -> ()",
         _update.adagrad,
         _update.adagrad_fake,
-        batching.refuse(_NO_UPDATE),
+        derivatives.refuse(_NO_UPDATE),
         _NO_UPDATE,
     ),
     _Op(
@@ -85,7 +85,7 @@ _OPS = (
         "float eps, float weight_decay, int step, int seed, str backend='auto') -> ()",
         _update.adam,
         _update.adam_fake,
-        batching.refuse(_NO_UPDATE),
+        derivatives.refuse(_NO_UPDATE),
         _NO_UPDATE,
     ),
     _Op(

@@ -13,7 +13,7 @@ from memrewrite.kernels.backends import BACKENDS
 from memrewrite.layers.contract import LayerOptions, MemoryLayer, options_as
 from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.product_keys import ProductKeys
-from memrewrite.site import itemsize_of
+from memrewrite.site import dtype_named, itemsize_of
 
 MAX_HEADS, MAX_WIDTH = 2**12, 2**16  # the paper: 4 heads, 32 slots, keys of at most 1024; larger numbers are mistakes
 
@@ -99,7 +99,7 @@ class ProductKeyLayer(MemoryLayer):
         if backend is None:  # "auto"
             return
         one = torch.empty(1, 1, device=device)  # expanded: the shapes of a call without its memory
-        stored = dtype if spec.dtype is None else getattr(torch, spec.dtype)
+        stored = dtype if spec.dtype is None else dtype_named(spec.dtype)
         values, scale = one.to(stored).expand(spec.slots, spec.value_dim), one[0].expand(spec.slots)
         indices = one.long().expand(1, mine.heads * mine.topk)
         weights = one.to(torch.float64 if stored == torch.float64 else torch.float32).expand_as(indices)

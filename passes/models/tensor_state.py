@@ -17,6 +17,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
+from memrewrite.passes.models.tensors import sparse_parts
+
 HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")  # dictionaries or None
 
 
@@ -38,13 +40,8 @@ def parts_of(tensor: Any) -> list[object]:
         found.append(tensor.grad)
     if is_traceable_wrapper_subclass(tensor):
         found += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-    elif tensor.layout == torch.sparse_coo:
-        found += [tensor._indices(), tensor._values()]
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        found += [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
-    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
-        found += [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    return found
+        return found
+    return [*found, *sparse_parts(tensor)]
 
 
 class TensorState(TorchDispatchMode):  # type: ignore[no-untyped-call]

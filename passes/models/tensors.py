@@ -26,13 +26,19 @@ def strided_parts(tensor: Tensor) -> list[Tensor]:
     """
     if tensor.is_nested:
         return [part for row in tensor.unbind() for part in strided_parts(row)]
+    if tensor.is_mkldnn:
+        return [tensor.to_dense()]
+    if tensor.layout == torch.strided:
+        return [tensor.resolve_conj().resolve_neg()]
+    return sparse_parts(tensor.coalesce() if tensor.layout == torch.sparse_coo else tensor)
+
+
+def sparse_parts(tensor: Tensor) -> list[Tensor]:
+    """The indices and values of a sparse tensor, as they are stored; [] for any other."""
     if tensor.layout == torch.sparse_coo:
-        joined = tensor.coalesce()
-        return [joined.indices(), joined.values()]
+        return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
-    if tensor.is_mkldnn:
-        return [tensor.to_dense()]
-    return [tensor.resolve_conj().resolve_neg()]
+    return []

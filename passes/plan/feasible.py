@@ -13,7 +13,7 @@ import torch
 from memrewrite.errors import SelectError, UserError
 from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.pool import PoolSpec
-from memrewrite.site import Site
+from memrewrite.site import Site, dtype_named, itemsize_of
 
 MAX_BYTES = 2**63 - 1  # of one tensor: sizes are 64-bit integers
 COMPUTED = ("float32", "bfloat16", "float16", "float64")  # dtypes of layers: others can be stored, not computed in
@@ -47,14 +47,14 @@ def refuse_layer(kind: type[MemoryLayer], site: Site, options: LayerOptions, poo
     if site.dtype not in COMPUTED:
         what = f"the MLP at {site.path!r} has weights of {site.dtype}, in which no layer can compute"
         raise UserError(what, hint="convert the model: `model.float()`, or leave this site out")
-    cost = kind.cost(site.d_in, site.d_model, options, pool, getattr(torch, site.dtype).itemsize, zero_output=parallel)
+    cost = kind.cost(site.d_in, site.d_model, options, pool, itemsize_of(site.dtype), zero_output=parallel)
     if max(cost.parameter_bytes, cost.bytes_read) > MAX_BYTES:
         what = (
             f"a layer at {site.path!r} would have {cost.parameters:,} parameters and read {cost.bytes_read:,} bytes per token"
         )
         raise UserError(what, hint="lower `heads`, `topk` or `key_dim`")
     if site.device != "meta":  # there a layer does not run
-        kind.check_device(options, pool, torch.device(site.device), getattr(torch, site.dtype))
+        kind.check_device(options, pool, torch.device(site.device), dtype_named(site.dtype))
 
 
 @cache
@@ -63,7 +63,7 @@ def _sparse_sum(dtype: str, device: str) -> str | None:
     if device == "meta":
         return None
     zeros = torch.zeros(1, 1, device=device)
-    one = torch.sparse_coo_tensor(zeros.long(), zeros.to(getattr(torch, dtype)), (1, 1), check_invariants=False)
+    one = torch.sparse_coo_tensor(zeros.long(), zeros.to(dtype_named(dtype)), (1, 1), check_invariants=False)
     try:
         one + one
     except NotImplementedError as error:

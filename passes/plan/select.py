@@ -24,7 +24,7 @@ def select(located: Inspection, recipe: Recipe, *, live: bool = True) -> Plan:
 
     Raises `SelectError` when the model has no MLP, a selector matches nothing or names a block or tower that does not exist,
     two rules select one site, the sites of one pool have different widths, dtypes or devices, or a layer or pool cannot be
-    built, run or trained with its options: everything that `apply` would find later, as far as the plan's data tell it.
+    built, run or trained with its options: what `apply` would find later, where the plan's data suffice to know it.
     """
     if not located.sites:
         near = "; ".join(f"{miss.path or 'the root'}: {miss.reason}" for miss in located.near_misses[:3])

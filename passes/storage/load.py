@@ -6,7 +6,8 @@ headers → the plan is applied → weights. Weights are read from safetensors o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,14 @@ from memrewrite.passes.storage.exported_program import read_program
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json, refuse_unsaved_constants
 from memrewrite.passes.storage.manifest import SavedFiles, read_manifest
 from memrewrite.passes.storage.saved_plan import PLAN, REPORT, read_plan, read_report
-from memrewrite.passes.storage.saved_tensors import SavedTensors, refuse_meta, refuse_too_large, saved_tensors, state_of
+from memrewrite.passes.storage.saved_tensors import (
+    SavedTensors,
+    bytes_of,
+    refuse_meta,
+    refuse_too_large,
+    saved_tensors,
+    state_of,
+)
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
 
@@ -64,12 +72,12 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     plan, record, tensors = read_plan(files), _record(files), saved_tensors(files)
     if REPORT in files:
         read_report(files)
-    hosts = _hosts_of(files, trust_code=trust_code)
-    refuse_unsaved_constants(hosts(), {name: header.shape for name, header in tensors.transient.items()})
+    hosts = hosts_from_json(files.text(GRAPHS), trust_code=trust_code) if GRAPHS in files else {}
+    refuse_unsaved_constants(hosts, {name: header.shape for name, header in tensors.transient.items()})
     if model is None:
         if files.base.kind == "huggingface":
             outline = saved_architecture(files).outline(len(tensors.state))
-            refuse_too_large(sum(t.nbytes for t in state_of(outline).values()), torch.device("cpu"), files.folder / CONFIG)
+            refuse_too_large(bytes_of(outline), torch.device("cpu"), files.folder / CONFIG)
             _refuse_misfit(outline, plan, hosts, tensors, files, torch.device("cpu"))
         model, given = build_base(files, trust_code=trust_code), False
     else:
@@ -104,16 +112,10 @@ def _record(files: SavedFiles) -> RewriteRecord:
     return RewriteRecord(**{field: files.text(name) for field, name in RECORD.items() if name in files or field == "plan"})
 
 
-def _hosts_of(files: SavedFiles, *, trust_code: bool) -> Callable[[], dict[str, GraphHost]]:
-    """A function that makes the modules that become graphs anew: a substitution changes them."""
-    text = files.text(GRAPHS) if GRAPHS in files else None
-    return lambda: hosts_from_json(text, trust_code=trust_code) if text is not None else {}
-
-
 def _refuse_misfit(
     model: nn.Module,
     plan: Plan,
-    hosts: Callable[[], dict[str, GraphHost]],
+    hosts: Mapping[str, GraphHost],
     tensors: SavedTensors,
     files: SavedFiles,
     device: torch.device,
@@ -130,12 +132,13 @@ def _refuse_misfit(
 def _substitute(
     model: nn.Module,
     plan: Plan,
-    hosts: Callable[[], dict[str, GraphHost]],
+    hosts: Mapping[str, GraphHost],
     files: SavedFiles,
     device: torch.device | None = None,
 ) -> UndoLog:
+    unused = {path: replace(host, placed={}) for path, host in hosts.items()}  # a substitution changes its hosts
     try:
-        return substitute(model, plan, hosts=hosts(), initialise=False, device=device)
+        return substitute(model, plan, hosts=unused, initialise=False, device=device)
     except MemrewriteError as error:
         raise CheckpointError(
             f"the saved plan does not fit the base model: {error.what}",

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from memrewrite.errors import MemrewriteError, ModelError, in_one_line
-from memrewrite.passes.plan.memory_budget import free_memory
 from memrewrite.passes.storage.base_model import CONFIG, GENERATION
 from memrewrite.passes.storage.hugging_face import (
     Architecture,
@@ -34,7 +33,7 @@ from memrewrite.passes.storage.hugging_face import (
 )
 from memrewrite.passes.storage.json_text import parse_json
 from memrewrite.passes.storage.python_file import require_trust
-from memrewrite.passes.storage.saved_tensors import Header, headers_of, state_of, values_of
+from memrewrite.passes.storage.saved_tensors import Header, bytes_of, headers_of, refuse_too_large, state_of, values_of
 from memrewrite.passes.storage.tensor_files import INDEX
 
 log = logging.getLogger("memrewrite")
@@ -81,10 +80,9 @@ def load_pretrained(
 
 def _from_gguf(file: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a gguf file. Its config is made from the file's own metadata."""
-    for package in ("transformers", "gguf"):
-        if importlib.util.find_spec(package) is None:
-            hint = "pip install 'memrewrite[hf]'"
-            raise ModelError(f"the package {package!r} is needed to load this model, and is not installed", hint=hint)
+    if importlib.util.find_spec("gguf") is None:
+        hint = "pip install 'memrewrite[hf]'"
+        raise ModelError("the package 'gguf' is needed to load this model, and is not installed", hint=hint)
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
@@ -107,10 +105,7 @@ def _from_safetensors(directory: Path, trust_code: bool) -> tuple[nn.Module, dic
     found = found or base_architecture(data, directory / CONFIG)
     headers = _headers(directory, found)
     outline = found.outline(len(headers))
-    needed, free = sum(t.nbytes for t in state_of(outline).values()), free_memory(torch.device("cpu"))
-    if free is not None and needed > free:
-        what = f"the model needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-        raise ModelError(what, where=str(directory / CONFIG), hint="load it on a larger machine")
+    refuse_too_large(bytes_of(outline), torch.device("cpu"), directory / CONFIG, kind=ModelError)
     # copies: values in the memory of a file would change with it
     state = {name: value.clone() for name, value in values_of(headers, unreadable)}
     options = {"dtype": "auto", "output_loading_info": True, "local_files_only": True, "trust_remote_code": False}

@@ -174,11 +174,16 @@ def _refuse_unlike(name: str, header: Header, target: Tensor) -> None:
         raise tampered(header.file, f"{name!r} is {header.dtype}, and the model's is {target.dtype}")
 
 
-def refuse_too_large(needed: int, device: torch.device, where: Path) -> None:
-    """Raise `CheckpointError` if `needed` bytes are more than `device` has free."""
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of the tensors of a model's state, also of one on meta."""
+    return sum(tensor.nbytes for tensor in state_of(model).values())
+
+
+def refuse_too_large(needed: int, device: torch.device, where: Path, *, kind: type[UserError] = CheckpointError) -> None:
+    """Raise `kind` if `needed` bytes are more than `device` has free."""
     free = free_memory(device)
     if free is not None and needed > free:
-        raise CheckpointError(
+        raise kind(
             f"the model needs {needed / 2**30:.1f} GiB, and {device} has {free / 2**30:.1f} GiB free",
             where=str(where),
             hint="free memory, or load it on a larger machine",

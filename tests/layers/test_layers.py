@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memrewrite.cost import Cost, dense_cost
-from memrewrite.errors import UserError
+from memrewrite.errors import ModelError, UserError
 from memrewrite.kernels import ops
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.kinds import KINDS, kind_named
@@ -144,6 +144,15 @@ def test_leading_shapes(kind, shape):
     assert out.shape == (*shape, layer.d_out)
     flat = layer(x.reshape(-1, D)) if x.numel() else torch.zeros(0, layer.d_out)
     torch.testing.assert_close(out.reshape(-1, layer.d_out), flat)
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(2, 3, D // 2), (D, 5), (D,), (2, 2 * D), ()], ids=str)
+def test_an_input_of_another_width_is_refused(kind, shape):
+    """Where the number of elements fits, a reshape alone would mix tokens."""
+    layer = build(kind, d=D // 3 if shape == (D,) else D).blocks[0]
+    with pytest.raises(ModelError, match=r"was made for \[\.\.\., "):
+        layer(torch.randn(shape))
 
 
 @every_kind

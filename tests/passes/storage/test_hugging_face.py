@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import memrewrite
 from memrewrite.errors import UserError
-from memrewrite.passes.storage import pretrained
+from memrewrite.passes.storage import saved_tensors
 from memrewrite.passes.storage.source import load_source
 
 
@@ -154,7 +154,7 @@ def test_the_weights_are_those_of_the_file_and_no_part_of_it(plain: Path, tmp_pa
 
 
 def test_memory_is_compared_before_it_is_used(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(saved_tensors, "free_memory", lambda _: 1000)
     assert "free" in error_of(plain)
 
 

@@ -12,7 +12,7 @@ import saved_dirs
 import tiny
 
 import memrewrite
-from memrewrite.errors import CheckpointError
+from memrewrite.errors import CheckpointError, ModelError
 from memrewrite.passes.storage.manifest import read_manifest
 from memrewrite.passes.storage.saved_plan import read_plan, read_report
 from memrewrite.passes.verify_saved import verify_saved
@@ -108,6 +108,14 @@ def test_a_plan_that_memrewrite_cannot_have_made(case: str, out: Path) -> None:
             run()
         assert caught.value.where
     assert not before.differences(tiny.Photograph(model))
+
+
+@pytest.mark.parametrize(("axis", "message"), [(0, "was made for"), (1, "was made for"), (3, "axis 3"), (-4, "axis -4")])
+def test_a_plan_with_another_axis_is_refused_in_the_forward(axis: int, message: str, out: Path) -> None:
+    """It fits the weights: only the input shows that the features are on another axis."""
+    saved_dirs.edit_saved(out, "plan.json", _set(*SITE, "axis", to=axis))
+    with pytest.raises(ModelError, match=message):
+        memrewrite.load(out)(tiny.tokens())
 
 
 TEXTS = {

@@ -1,4 +1,4 @@
-"""A failed check names its cause: broken models and recipes are told what to try, and only our defects ask for a report."""
+"""A failed check names its cause, with a hint where the model or the recipe is it; only our own defects ask for a report."""
 
 from __future__ import annotations
 
