@@ -411,7 +411,8 @@ def test_every_invalid_recipe_raises_recipe_error_with_a_location(data: dict[str
         target = target[step]
     spot = draw.draw(st.sampled_from(sorted(target) if isinstance(target, dict) else [0]))
     target[spot] = draw.draw(junk)
-    text = yaml.safe_dump(data, allow_unicode=True)
+    # PyYAML writes a bare U+0085 and reads it back as a space; escaped it stays
+    text = yaml.safe_dump(data, allow_unicode="\\x85" not in repr(data))
     try:
         assert parse_recipe(text, name="r.yaml") == read_recipe(data)
     except RecipeError as error:
