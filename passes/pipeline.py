@@ -199,6 +199,7 @@ def _applied(model: Model, wanted: Recipe, inputs: Any, emit: Emit, allow_large:
         before=planned.before(),
         after=planned.after(),
         seconds=time.perf_counter() - begun,
+        scales=done.scales,
     ).of_model(done.model)
     refuse_failed(
         done.checks,

@@ -21,7 +21,7 @@ from memrewrite.frozen import Frozen
 from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
 from memrewrite.layers.pool import Backend, Gradient, Pools, PoolSpec, ValueType, needs_fused
-from memrewrite.plans import Placement
+from memrewrite.plans import DEFAULT_OUTPUT, MATCH, MAX_MULTIPLE, LayerInit, Multiple, Placement
 from memrewrite.recipes.regex_limits import too_slow
 from memrewrite.recipes.validation_errors import did_you_mean, one_of, refused, shown
 from memrewrite.recipes.yaml_scalars import Writer
@@ -112,6 +112,39 @@ class Where(Frozen):
         return self
 
 
+class Init(Frozen):
+    """How the layers of a rule start, measured on the example inputs."""
+
+    output: Literal["match", "paper", "zero"] | Multiple | None = Field(
+        default=None,
+        description="The output at the start. 'match': as large as the MLP's (the same rms); a number: this multiple of it; "
+        "'paper': the paper's initialization; 'zero': 0. Default: 'match'; for `placement: parallel` 'zero'.",
+    )
+    scores: Literal["paper"] | Multiple = Field(
+        default="paper",
+        description="Scores of queries and keys at the start. 'paper': the paper's initialization; a number: the standard "
+        "deviation of a query's scores over all slots.",
+    )
+
+    @field_validator("output", "scores", mode="before")
+    @classmethod
+    def _word_or_number(cls, value: Any, info: ValidationInfo) -> Any:
+        words = ("match", "paper", "zero") if info.field_name == "output" else ("paper",)
+        if isinstance(value, str) and value not in words:
+            hint = did_you_mean(value, words) or f"{one_of(words)}, or a number"
+            raise refused(f"`{info.field_name}` cannot be {shown(value)}", hint)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MAX_MULTIPLE
+        if not (number or isinstance(value, str) or (value is None and info.field_name == "output")):
+            what = f"`{info.field_name}` must be a number above 0, at most {MAX_MULTIPLE:g}, not {shown(value)}"
+            raise refused(what, f"{one_of(words)}, or such a number")
+        return value
+
+    def of_layer(self, placement: Placement) -> LayerInit:
+        """The same for a layer of this placement, in a plan."""
+        wanted = DEFAULT_OUTPUT[placement] if self.output is None else self.output
+        return LayerInit(output=MATCH if wanted == "match" else wanted, scores=self.scores)
+
+
 class Rule(Frozen):
     """Which MLPs get which layer. In Python, the field `with` is `with_`."""
 
@@ -129,6 +162,7 @@ class Rule(Frozen):
         validate_default=True,
         description="Options of the layer kind; the others have their defaults.",
     )
+    init: Init = Field(default_factory=Init, description="How the layers start.")
 
     @property
     def kind(self) -> type[MemoryLayer]:
@@ -161,6 +195,8 @@ class Rule(Frozen):
             _raise_at(("with",), f"{self.with_!r} reads a pool, but the rule names none", "add `pool:` to this rule")
         if not self.kind.uses_pool and self.pool is not None:
             _raise_at(("pool",), f"{self.with_!r} reads no pool", "remove `pool:` from this rule", key=True)
+        if not self.kind.has_scores and self.init.scores != "paper":
+            _raise_at(("init", "scores"), f"{self.with_!r} has no queries and keys", "remove `scores:`", key=True)
         return self
 
 

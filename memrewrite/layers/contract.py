@@ -38,11 +38,13 @@ class MemoryLayer(nn.Module, ABC):
         kind: Name of the kind in recipes.
         Options: Class of its options.
         uses_pool: True if the kind reads a pool.
+        has_scores: True if the kind selects slots by scores of queries and keys.
     """
 
     kind: ClassVar[str]
     Options: ClassVar[type[LayerOptions]]
     uses_pool: ClassVar[bool] = True
+    has_scores: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(
@@ -126,6 +128,30 @@ class MemoryLayer(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize the parameters in place as in the paper; no effect on meta tensors."""
+
+    @property
+    def output_is_pool(self) -> bool:
+        """True if the scale of the output is that of the pool's values alone: then `Pool.scale_values_` changes it."""
+        return False
+
+    @abstractmethod
+    def scale_output(self, factor: float) -> None:
+        """Multiply the output by `factor`, in place, through parameters of the layer's own that the output is linear in.
+
+        Args:
+            factor: Not negative.
+
+        Raises:
+            TypeError: There are no such parameters (`output_is_pool`).
+        """
+
+    def score_std(self, x: Tensor) -> Tensor:
+        """The standard deviation of every token's scores: `[T, d_model] -> [T]`. Raises TypeError without `has_scores`."""
+        raise TypeError(f"{type(self).__name__} has no queries and keys")
+
+    def scale_scores(self, factor: float) -> None:
+        """Multiply the scores of queries and keys by `factor`, in place. Raises TypeError without `has_scores`."""
+        raise TypeError(f"{type(self).__name__} has no queries and keys")
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:

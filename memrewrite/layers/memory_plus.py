@@ -97,6 +97,12 @@ class MemoryPlus(ProductKeyLayer):
             nn.init.normal_(self.value_proj.weight, 0.0, self.d_out**-0.5, generator=generator)
         nn.init.zeros_(self.value_proj.bias)
 
+    @torch.no_grad()
+    def scale_output(self, factor: float) -> None:
+        """Multiply W2 and its bias by `factor`."""
+        self.value_proj.weight.mul_(factor)
+        self.value_proj.bias.mul_(factor)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_out], each token independently."""
         tokens = self.tokens_of(x)  # [T, d]

@@ -78,6 +78,19 @@ class Pkm(ProductKeyLayer):
             nn.init.normal_(self.value_proj.weight, 0.0, self.d_out**-0.5, generator=generator)
         nn.init.zeros_(self.value_proj.bias)
 
+    @property
+    def output_is_pool(self) -> bool:
+        """True without a projection."""
+        return self.value_proj is None
+
+    @torch.no_grad()
+    def scale_output(self, factor: float) -> None:
+        """Multiply the projection and its bias by `factor`. Raises TypeError without a projection."""
+        if self.value_proj is None:
+            raise TypeError("the output is a weighted sum of the pool's values: scale these")
+        self.value_proj.weight.mul_(factor)
+        self.value_proj.bias.mul_(factor)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_out], each token independently."""
         y = self.read(self.tokens_of(x))  # [T, d_v]

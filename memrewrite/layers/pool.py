@@ -108,6 +108,11 @@ class Pool(ValueTable):
         )
         self.spec = spec
 
+    @torch.no_grad()
+    def scale_values_(self, factor: float) -> None:
+        """Multiply all values by `factor`, in place; of an 8-bit table, the scales of the rows."""
+        (self.values if self.scale is None else self.scale).mul_(factor)
+
     def extra_repr(self) -> str:
         """Slots and width, for `print(model)`."""
         how = "" if self.spec.gradient == "dense" else f", gradient={self.spec.gradient!r}"

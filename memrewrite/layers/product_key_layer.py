@@ -52,6 +52,8 @@ class ProductKeyOptions(LayerOptions):
 class ProductKeyLayer(MemoryLayer):
     """Base class of the kinds that read a pool through product keys: selects the slots and reads `y = s V_I`, eq. (1)."""
 
+    has_scores = True
+
     def __init__(
         self,
         d_model: int,
@@ -109,6 +111,14 @@ class ProductKeyLayer(MemoryLayer):
         if reason:
             what = f"`backend: {spec.backend}` cannot run this layer on {device}: {reason}"
             raise UserError(what, hint="backend: auto, which selects the fastest that can")
+
+    def score_std(self, x: Tensor) -> Tensor:
+        """As `ProductKeys.score_std`."""
+        return self.product_keys.score_std(x)
+
+    def scale_scores(self, factor: float) -> None:
+        """As `ProductKeys.scale_scores`."""
+        self.product_keys.scale_scores(factor)
 
     def read(self, tokens: Tensor) -> Tensor:
         """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; one lookup sums the rows of all heads."""

@@ -40,14 +40,14 @@ def refuse_pool(name: str, spec: PoolSpec, sites: Sequence[Site]) -> None:
             raise SelectError(what, where=place, hint="`gradient: dense` or `fused`, or another `dtype`")
 
 
-def refuse_layer(kind: type[MemoryLayer], site: Site, options: LayerOptions, pool: PoolSpec | None, parallel: bool) -> None:
+def refuse_layer(kind: type[MemoryLayer], site: Site, options: LayerOptions, pool: PoolSpec | None, zero_output: bool) -> None:
     """Raise `UserError` for a layer that cannot be built at a site, trained, or run by the pool's `backend`."""
     kind.check(site.d_in, site.d_model, options, pool)
     kind.check_trainable(site.d_in, options, pool)
     if site.dtype not in COMPUTED:
         what = f"the MLP at {site.path!r} has weights of {site.dtype}, in which no layer can compute"
         raise UserError(what, hint="convert the model: `model.float()`, or leave this site out")
-    cost = kind.cost(site.d_in, site.d_model, options, pool, itemsize_of(site.dtype), zero_output=parallel)
+    cost = kind.cost(site.d_in, site.d_model, options, pool, itemsize_of(site.dtype), zero_output=zero_output)
     if max(cost.parameter_bytes, cost.bytes_read) > MAX_BYTES:
         what = (
             f"a layer at {site.path!r} would have {cost.parameters:,} parameters and read {cost.bytes_read:,} bytes per token"

@@ -79,9 +79,9 @@ def _within(site: Site, chosen: Sequence[Site]) -> Site:
 
 
 def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec], live: bool) -> Substitution:
-    kind, options = kind_named(rule.with_), rule.layer_options()
+    kind, options, init = kind_named(rule.with_), rule.layer_options(), rule.init.of_layer(rule.placement)
     try:
-        refuse_layer(kind, site, options, pools[rule.pool] if rule.pool else None, rule.placement == "parallel")
+        refuse_layer(kind, site, options, pools[rule.pool] if rule.pool else None, init.zero)
     except UserError as error:
         raise SelectError(error.what, where=f"replace[{index}] at {site.path!r}", hint=error.hint) from error
     unreachable = next((b for b in site.bindings if b.kind == "none"), None)
@@ -92,7 +92,12 @@ def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec]
             hint="leave this site out, or rewrite the exported program: `--emit graph`",
         )
     return Substitution(
-        site=site, kind=kind.kind, pool=rule.pool, placement=rule.placement, options=options.model_dump(mode="json")
+        site=site,
+        kind=kind.kind,
+        pool=rule.pool,
+        placement=rule.placement,
+        options=options.model_dump(mode="json"),
+        init=init,
     )
 
 

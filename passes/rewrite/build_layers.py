@@ -79,7 +79,7 @@ def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, d
         site.d_model,
         kind.Options.model_validate(substitution.options),
         pools[substitution.pool] if substitution.pool else None,
-        zero_output=substitution.placement == "parallel",
+        zero_output=substitution.init.zero,
         device=device,
         dtype=dtype_named(site.dtype),
     )

@@ -110,6 +110,8 @@ def identity(after: AfterEdit) -> Check:
     """Are the outputs bit-equal to the original's, where every layer is in parallel with its MLP and starts at zero?"""
     if any(s.placement != "parallel" for s in after.plan.substitutions):
         return skipped("identity", "some MLPs were replaced: the model computes something else now, as the recipe requests")
+    if not all(s.init.zero for s in after.plan.substitutions):
+        return skipped("identity", "some layers do not start at zero: the model computes something else now, as requested")
     if after.on_meta:
         return skipped("identity", "the model is on meta: there are no values to compare")
     different = differing(after.capture.outputs, run(after.model, after.inputs))
