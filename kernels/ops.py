@@ -213,8 +213,8 @@ def lazy_adam_(
     """Adam with one second moment per element, in place, on the rows that the lookups read; other rows do not change.
 
     `m = β1 m + (1 - β1) g`, `v = β2 v + (1 - β2) g²` and
-    `p = p (1 - lr wd) - lr m / (1 - β1^step) / (sqrt(v / (1 - β2^step)) + eps)` (algorithm 2 of arXiv 1711.05101, on rows). Other
-    arguments and errors as in `rowwise_adam_`.
+    `p = p (1 - lr wd) - lr m / (1 - β1^step) / (sqrt(v / (1 - β2^step)) + eps)` (algorithm 2 of arXiv 1711.05101, on
+    the rows). Other arguments and errors as in `rowwise_adam_`.
 
     The moments of one dtype are stored in float32, or rounded stochastically in bfloat16 or float8_e4m3fn. In 8 bits, each
     block of 128 columns of a row (the last one may be shorter) has a float32 scale: its largest absolute value / 448, or 1 for
