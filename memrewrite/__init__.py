@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from memrewrite.recipes.schema import Recipe
     from memrewrite.report import Report
     from memrewrite.training import param_groups
+    from memrewrite.usage.trainer_callback import UsageCallback
+    from memrewrite.usage.watch import watch
 
 __version__ = version("memrewrite")
 
@@ -30,6 +32,7 @@ _MODULES = {
     "Report": "memrewrite.report",
     "RowwiseAdagrad": "memrewrite.fused",
     "RowwiseAdam": "memrewrite.fused",
+    "UsageCallback": "memrewrite.usage.trainer_callback",
     "VerificationError": "memrewrite.errors",
     "apply": "memrewrite.passes.pipeline",
     "backend": "memrewrite.passes.torch_compile.backend",
@@ -42,6 +45,7 @@ _MODULES = {
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",
     "save": "memrewrite.passes.storage.checkpoint",
+    "watch": "memrewrite.usage.watch",
 }
 __all__ = [
     "MemrewriteError",
@@ -49,6 +53,7 @@ __all__ = [
     "Report",
     "RowwiseAdagrad",
     "RowwiseAdam",
+    "UsageCallback",
     "VerificationError",
     "apply",
     "backend",
@@ -61,6 +66,7 @@ __all__ = [
     "param_groups",
     "plan",
     "save",
+    "watch",
 ]
 
 
