@@ -47,6 +47,8 @@ class UsageCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the layers. Raises `ModelError` for a model without memory layers."""
+        if self.usage is not None:
+            self.usage.stop()  # an earlier training ended with an error
         self.usage = Usage(kwargs["model"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
