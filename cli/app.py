@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memrewrite.cli import onnx, recipes
+from memrewrite.cli import onnx, recipes, usage
 from memrewrite.cli.arguments import Json, ModelArgument, RecipeArgument, Trust, load_model, read_recipe
 from memrewrite.cli.session import EXIT_CODES, Session, Settings, session
 from memrewrite.cli.streams import silence_stdout
@@ -204,7 +204,7 @@ def verify(
         current.show(document, lambda out: text_output.show_verification(out, report, directory))
 
 
-for command in (onnx.export, onnx.check, onnx.build_op):
+for command in (onnx.export, onnx.check, onnx.build_op, usage.usage):
     app.command(epilog=EXIT_CODES)(command)
 
 

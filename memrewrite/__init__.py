@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from memrewrite.recipes.schema import Recipe
     from memrewrite.report import Report
     from memrewrite.training import param_groups
+    from memrewrite.usage.trainer_callback import UsageCallback
+    from memrewrite.usage.watch import watch
 
 __version__ = version("memrewrite")
 
@@ -32,6 +34,7 @@ _MODULES = {
     "Report": "memrewrite.report",
     "RowwiseAdagrad": "memrewrite.fused",
     "RowwiseAdam": "memrewrite.fused",
+    "UsageCallback": "memrewrite.usage.trainer_callback",
     "VerificationError": "memrewrite.errors",
     "apply": "memrewrite.passes.pipeline",
     "backend": "memrewrite.passes.torch_compile.backend",
@@ -45,6 +48,7 @@ _MODULES = {
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",
     "save": "memrewrite.passes.storage.checkpoint",
+    "watch": "memrewrite.usage.watch",
 }
 __all__ = [
     "LazyAdam",
@@ -53,6 +57,7 @@ __all__ = [
     "Report",
     "RowwiseAdagrad",
     "RowwiseAdam",
+    "UsageCallback",
     "VerificationError",
     "apply",
     "backend",
@@ -66,6 +71,7 @@ __all__ = [
     "param_groups",
     "plan",
     "save",
+    "watch",
 ]
 
 

@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("kernels", "memrewrite", "recipes", "passes", "cli")  # each may import from those before it, and from itself
-# The folders of passes/, and which others each may import from; any other arrow is an error. `pipeline` and `verify_saved` are
-# files on top.
+# The folders of passes/, and which others each may import from; any other arrow is an error. `pipeline`, `verify_saved` and
+# `text_usage` are files on top.
 ARROWS: dict[str, tuple[str, ...]] = {
     "models": (),
     "graphs": (),
@@ -33,10 +33,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "storage": ("storage/graph_data", "rewrite", "capture", "plan", "models"),
     "storage/graph_data": ("rewrite",),
     "onnx": ("capture", "models"),
-    "onnx/check": ("onnx", "storage", "models"),
+    "texts": ("storage",),
+    "onnx/check": ("onnx", "texts", "storage", "models"),
     "torch_compile": ("verify", "rewrite", "plan", "locate", "capture", "graphs", "models"),
     "pipeline": ("verify", "storage", "rewrite", "explain", "locate", "plan", "capture", "models"),
     "verify_saved": ("storage", "verify", "rewrite", "models"),
+    "text_usage": ("texts", "storage", "models"),
 }
 INTERFACE = ROOT / "memrewrite" / "__init__.py"  # lazy: each name is imported on first use
 SOURCES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))

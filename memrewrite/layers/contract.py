@@ -17,6 +17,7 @@ from memrewrite.errors import ModelError
 if TYPE_CHECKING:
     from memrewrite.cost import Cost
     from memrewrite.layers.pool import Pool, PoolSpec
+    from memrewrite.usage.counter import ReadCounter
 
 
 class LayerOptions(BaseModel):
@@ -39,12 +40,14 @@ class MemoryLayer(nn.Module, ABC):
         Options: Class of its options.
         uses_pool: True if the kind reads a pool.
         has_scores: True if the kind selects slots by scores of queries and keys.
+        counter: What counts the slots that the layer reads while `memrewrite.watch` watches it; else None.
     """
 
     kind: ClassVar[str]
     Options: ClassVar[type[LayerOptions]]
     uses_pool: ClassVar[bool] = True
     has_scores: ClassVar[bool] = False
+    counter: ReadCounter | None = None
 
     @abstractmethod
     def __init__(
@@ -124,6 +127,13 @@ class MemoryLayer(nn.Module, ABC):
             itemsize: Bytes of one parameter of the layer.
             zero_output: As in `__init__`.
         """
+
+    def read_counter(self) -> ReadCounter | None:
+        """A new counter that fits this layer; None if the kind reads no slots, as by default.
+
+        A kind that returns one calls `self.counter.count` in its forward unless `self.counter` is None.
+        """
+        return None
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

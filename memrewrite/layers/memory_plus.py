@@ -43,6 +43,7 @@ class MemoryPlus(ProductKeyLayer):
 
     kind = "memory_plus"
     Options = MemoryPlusOptions
+    gated = True
 
     def __init__(
         self,
@@ -108,5 +109,8 @@ class MemoryPlus(ProductKeyLayer):
         tokens = self.tokens_of(x)  # [T, d]
         y = self.read(tokens)  # [T, d_v]
         gate = self.gate(tokens)  # [T, d_v] or [T, 1]
-        out: Tensor = self.value_proj(y * (F.silu(gate) if self.swilu else gate.sigmoid()))
+        gate = F.silu(gate) if self.swilu else gate.sigmoid()
+        if self.counter is not None:
+            self.counter.count_gate(gate)
+        out: Tensor = self.value_proj(y * gate)
         return out.reshape(*x.shape[:-1], self.d_out)

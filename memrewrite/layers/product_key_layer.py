@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -14,6 +16,9 @@ from memrewrite.layers.contract import LayerOptions, MemoryLayer, options_as
 from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.product_keys import ProductKeys
 from memrewrite.site import dtype_named, itemsize_of
+
+if TYPE_CHECKING:
+    from memrewrite.usage.counter import ReadCounter
 
 MAX_HEADS, MAX_WIDTH = 2**12, 2**16  # the paper: 4 heads, 32 slots, keys of at most 1024; larger numbers are mistakes
 
@@ -50,7 +55,13 @@ class ProductKeyOptions(LayerOptions):
 
 
 class ProductKeyLayer(MemoryLayer):
-    """Base class of the kinds that read a pool through product keys: selects the slots and reads `y = s V_I`, eq. (1)."""
+    """Base class of the kinds that read a pool through product keys: selects the slots and reads `y = s V_I`, eq. (1).
+
+    Attributes:
+        gated: True if the kind multiplies what it reads by a gate, and calls `counter.count_gate` with it.
+    """
+
+    gated: ClassVar[bool] = False
 
     has_scores = True
 
@@ -122,10 +133,23 @@ class ProductKeyLayer(MemoryLayer):
 
     def read(self, tokens: Tensor) -> Tensor:
         """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; one lookup sums the rows of all heads."""
-        pool = self._pool[0]
-        slots, s = self.product_keys(tokens, pool.backend)
-        y = pool(slots, s, tokens.dtype).to(tokens.dtype)
+        slots, s = self.select(tokens)
+        y = self._pool[0](slots, s, tokens.dtype).to(tokens.dtype)
         return F.dropout(y, self.dropout, self.training)
+
+    def select(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots (int64) and weights, both [T, heads·topk], of tokens [T, d_model]; counted while the layer is watched."""
+        slots, s = self.product_keys(tokens, self._pool[0].backend)
+        if self.counter is not None:
+            self.counter.count(slots, s)
+        return slots, s
+
+    def read_counter(self) -> ReadCounter:
+        """A new counter of the slots that `select` returns."""
+        from memrewrite.usage.counter import ReadCounter
+
+        keys, n = self.product_keys, self.product_keys.keys.shape[2]
+        return ReadCounter((n, n), keys.heads, keys.topk, gated=self.gated, device=keys.keys.device)
 
 
 def needed(pool: PoolSpec | None) -> PoolSpec:
