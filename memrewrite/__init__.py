@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memrewrite.clipping import clip_grad_norm_, unscale_
     from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
     from memrewrite.passes.onnx.export import export_onnx
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from memrewrite.passes.torch_compile.backend import backend
     from memrewrite.recipes.schema import Recipe
     from memrewrite.report import Report
-    from memrewrite.training import param_groups
+    from memrewrite.training import freeze, param_groups, schedule
 
 __version__ = version("memrewrite")
 
@@ -33,8 +34,10 @@ _MODULES = {
     "VerificationError": "memrewrite.errors",
     "apply": "memrewrite.passes.pipeline",
     "backend": "memrewrite.passes.torch_compile.backend",
+    "clip_grad_norm_": "memrewrite.clipping",
     "explain": "memrewrite.passes.pipeline",
     "export_onnx": "memrewrite.passes.onnx.export",
+    "freeze": "memrewrite.training",
     "fuse": "memrewrite.fused",
     "inspect": "memrewrite.passes.pipeline",
     "load": "memrewrite.passes.storage.load",
@@ -42,6 +45,8 @@ _MODULES = {
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",
     "save": "memrewrite.passes.storage.checkpoint",
+    "schedule": "memrewrite.training",
+    "unscale_": "memrewrite.clipping",
 }
 __all__ = [
     "MemrewriteError",
@@ -52,8 +57,10 @@ __all__ = [
     "VerificationError",
     "apply",
     "backend",
+    "clip_grad_norm_",
     "explain",
     "export_onnx",
+    "freeze",
     "fuse",
     "inspect",
     "load",
@@ -61,6 +68,8 @@ __all__ = [
     "param_groups",
     "plan",
     "save",
+    "schedule",
+    "unscale_",
 ]
 
 

@@ -13,6 +13,7 @@ from memrewrite.site import Site, itemsize_of
 
 ROOT = "memory"  # pools are registered on the root module as `model.memory.<name>`
 Placement = Literal["replace", "parallel"]
+Train = Literal["all", "memory_only"]
 
 
 class Substitution(Frozen):
@@ -56,6 +57,7 @@ class Plan(Frozen):
         captured: How the model was captured.
         pools: Pools by name, complete.
         substitutions: One per selected site.
+        train: "memory_only": after the rewrite only pools and layers require gradients; "all": nothing is frozen.
     """
 
     memrewrite: Literal[1] = 1
@@ -63,6 +65,7 @@ class Plan(Frozen):
     captured: str
     pools: dict[str, PoolSpec]
     substitutions: tuple[Substitution, ...]
+    train: Train = "all"
 
     def before(self) -> Cost:
         """Cost of the selected MLPs: parameters counted once, flops and bytes read for one token over all calls."""
