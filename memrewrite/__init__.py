@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memrewrite.clipping import clip_grad_norm_, unscale_
     from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
     from memrewrite.lazy_adam import LazyAdam, catch_up
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from memrewrite.passes.torch_compile.backend import backend
     from memrewrite.recipes.schema import Recipe
     from memrewrite.report import Report
-    from memrewrite.training import param_groups
+    from memrewrite.training import freeze, param_groups, schedule
     from memrewrite.usage.trainer_callback import UsageCallback
     from memrewrite.usage.watch import watch
 
@@ -39,8 +40,10 @@ _MODULES = {
     "apply": "memrewrite.passes.pipeline",
     "backend": "memrewrite.passes.torch_compile.backend",
     "catch_up": "memrewrite.lazy_adam",
+    "clip_grad_norm_": "memrewrite.clipping",
     "explain": "memrewrite.passes.pipeline",
     "export_onnx": "memrewrite.passes.onnx.export",
+    "freeze": "memrewrite.training",
     "fuse": "memrewrite.fused",
     "inspect": "memrewrite.passes.pipeline",
     "load": "memrewrite.passes.storage.load",
@@ -48,6 +51,8 @@ _MODULES = {
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",
     "save": "memrewrite.passes.storage.checkpoint",
+    "schedule": "memrewrite.training",
+    "unscale_": "memrewrite.clipping",
     "watch": "memrewrite.usage.watch",
 }
 __all__ = [
@@ -62,8 +67,10 @@ __all__ = [
     "apply",
     "backend",
     "catch_up",
+    "clip_grad_norm_",
     "explain",
     "export_onnx",
+    "freeze",
     "fuse",
     "inspect",
     "load",
@@ -71,6 +78,8 @@ __all__ = [
     "param_groups",
     "plan",
     "save",
+    "schedule",
+    "unscale_",
     "watch",
 ]
 

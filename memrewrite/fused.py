@@ -25,7 +25,15 @@ State = dict[str, Tensor]
 
 
 class Rule(Protocol):
-    """An update rule for table rows: its optimizer state, and one step."""
+    """An update rule for table rows: its optimizer state, and one step.
+
+    Attributes:
+        value_lr_factor: The rate of the tables that suits the rule, as a multiple of the other parameters' rate.
+    """
+
+    @property
+    def value_lr_factor(self) -> float:
+        """A multiple of the other parameters' rate; `memrewrite.param_groups` uses it."""
 
     def fresh(self, values: Tensor) -> State:
         """The state before the first step, for a table `values` [N, D]."""
@@ -50,9 +58,11 @@ class RowwiseAdagrad:
 
     Attributes:
         eps: Added to the square root of the accumulator.
+        value_lr_factor: The rate that suits the rule, as a multiple of the other parameters' rate.
     """
 
     eps: float = 1e-8
+    value_lr_factor: float = 10.0
 
     def fresh(self, values: Tensor) -> State:
         """`total` fp32 [N], zeros."""
@@ -73,10 +83,12 @@ class RowwiseAdam:
     Attributes:
         betas: Decay rates of the first and second moment.
         eps: Added to the square root of the second moment.
+        value_lr_factor: The rate that suits the rule, as a multiple of the other parameters' rate.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    value_lr_factor: float = 10.0
 
     def fresh(self, values: Tensor) -> State:
         """`exp_avg` [N, D] and `exp_avg_sq` fp32 [N], zeros."""
@@ -94,14 +106,17 @@ class RowwiseAdam:
         )
 
 
+DEFAULT_RULE: Rule = RowwiseAdagrad()
+
+
 def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> None:
     """Make `optimizer.step()` update the pools of `model` whose gradient is "fused".
 
     Learning rate and weight decay are those of the parameter group that contains a pool's `values`, read at every step.
     Weight decay is decoupled and applies to the rows that were read. The state of the update is in `optimizer.state`, so
     `state_dict` and `load_state_dict` include it; call `load_state_dict` after `fuse`. Gradients accumulate exactly over
-    micro-batches until the step. `optimizer.zero_grad()` discards them; `model.zero_grad()` does not. Gradient clipping
-    sees only the other parameters. A loss scaled by a `GradScaler` is not unscaled here: use bf16.
+    micro-batches until the step. `optimizer.zero_grad()` discards them; `model.zero_grad()` does not. torch's gradient clipping
+    and `GradScaler` see only the other parameters: use `memrewrite.clip_grad_norm_` and `memrewrite.unscale_`.
 
     Args:
         optimizer: The optimizer that contains the parameters `values` of these pools; a wrapper around it is accepted.
@@ -112,13 +127,13 @@ def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> No
         UserError: No pool is fused; a pool's `values` are float64, not in the optimizer, or already updated by an
             optimizer; the optimizer maximizes; or several processes train (each would update its own copy).
     """
-    optimizer = _innermost(optimizer)
+    optimizer = innermost(optimizer)
     pools = {name: m for name, m in model.named_modules() if isinstance(m, ValueTable) and m.pending is not None}
     if not pools:
         raise UserError('no pool of this model has the gradient "fused"', hint="set `gradient: fused` for it in the recipe")
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise UserError("fused updates need a single process: other processes would not get them", hint="gradient: dense")
-    rule = rule or RowwiseAdagrad()
+    rule = rule or DEFAULT_RULE
     for name, pool in pools.items():
         _check(optimizer, name, pool)
         if isinstance(rule, LazyAdam):
@@ -128,7 +143,7 @@ def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> No
         _queue(pool).taker = optimizer
 
 
-def _innermost(optimizer: Optimizer) -> Optimizer:
+def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer that performs the step: some libraries wrap it in one that only forwards calls and has no hooks."""
     while "_optimizer_step_post_hooks" not in vars(optimizer) and isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from memrewrite.site import Site, itemsize_of
 
 ROOT = "memory"  # pools are registered on the root module as `model.memory.<name>`
 Placement = Literal["replace", "parallel"]
+Train = Literal["all", "memory_only"]
 MAX_MULTIPLE = 1e6
 Multiple = Annotated[float, Field(strict=True, gt=0, le=MAX_MULTIPLE, allow_inf_nan=False)]
 Output = Literal["paper", "zero"] | Multiple
@@ -92,6 +93,7 @@ class Plan(Frozen):
         captured: How the model was captured.
         pools: Pools by name, complete.
         substitutions: One per selected site.
+        train: "memory_only": after the rewrite only pools and layers require gradients; "all": nothing is frozen.
     """
 
     memrewrite: Literal[1] = 1
@@ -99,6 +101,7 @@ class Plan(Frozen):
     captured: str
     pools: dict[str, PoolSpec]
     substitutions: tuple[Substitution, ...]
+    train: Train = "all"
 
     @property
     def measured(self) -> bool:

@@ -29,6 +29,7 @@ from memrewrite.passes.models.state_guard import StateGuard
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
 from memrewrite.passes.rewrite.build_layers import pools_of, refuse_rewritten
+from memrewrite.passes.rewrite.edit_graph import with_own_parameters
 from memrewrite.passes.rewrite.given_graph import GivenGraph
 from memrewrite.passes.rewrite.host_tracing import trace_hosts
 from memrewrite.passes.storage.graph_json import hosts_to_json
@@ -40,6 +41,7 @@ from memrewrite.recipes.schema import Recipe
 from memrewrite.record import RewriteRecord
 from memrewrite.report import Report
 from memrewrite.site import Inspection
+from memrewrite.training import freeze
 
 Model = nn.Module | ExportedProgram
 Emit = Literal["module", "graph"]
@@ -174,6 +176,8 @@ def apply(
         report = _applied(model, wanted, inputs, emit, allow_large, report_step)
         if report.model is model:
             state.release()  # the edit stays
+    if report.plan.train == "memory_only":
+        freeze(report.model if report.model is model else with_own_parameters(report.model))
     return report
 
 

@@ -21,7 +21,7 @@ from memrewrite.frozen import Frozen
 from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
 from memrewrite.layers.pool import Backend, Gradient, Pools, PoolSpec, ValueType, needs_fused
-from memrewrite.plans import DEFAULT_OUTPUT, MATCH, MAX_MULTIPLE, LayerInit, Multiple, Placement
+from memrewrite.plans import DEFAULT_OUTPUT, MATCH, MAX_MULTIPLE, LayerInit, Multiple, Placement, Train
 from memrewrite.recipes.regex_limits import too_slow
 from memrewrite.recipes.validation_errors import did_you_mean, one_of, refused, shown
 from memrewrite.recipes.yaml_scalars import Writer
@@ -206,6 +206,10 @@ class Recipe(Frozen):
     memrewrite: Literal[1] = Field(description="Version of the recipe format: 1.")
     pools: dict[str, PoolEntry] = Field(default_factory=dict, description="Value tables by name, shared by the layers.")
     replace: tuple[Rule, ...] = Field(min_length=1, description="Rules; no two may select the same MLP.")
+    train: Train = Field(
+        default="all",
+        description="'memory_only': all other parameters are frozen (`requires_grad=False`); 'all': nothing is frozen.",
+    )
     verify: Literal["full", "off"] = Field(default="full", description="'full': check the rewritten model; 'off': no checks.")
 
     @field_validator("memrewrite", mode="before")

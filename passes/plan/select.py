@@ -48,7 +48,7 @@ def select(located: Inspection, recipe: Recipe, *, live: bool = True) -> Plan:
         chosen = [(_within(site, [s for s, _, _ in chosen]), index, rule) for site, index, rule in chosen]
     pools = {name: _pool(recipe, name, [s for s, _, rule in chosen if rule.pool == name]) for name in recipe.pools}
     substitutions = tuple(_substitution(site, index, rule, pools, live) for site, index, rule in chosen)
-    return Plan(captured=located.captured, pools=pools, substitutions=substitutions)
+    return Plan(captured=located.captured, pools=pools, substitutions=substitutions, train=recipe.train)
 
 
 def narrowed(sites: Sequence[Site], recipe: Recipe, towers: dict[int, str]) -> dict[int, Rule]:
