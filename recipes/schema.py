@@ -161,6 +161,8 @@ class Rule(Frozen):
             _raise_at(("with",), f"{self.with_!r} reads a pool, but the rule names none", "add `pool:` to this rule")
         if not self.kind.uses_pool and self.pool is not None:
             _raise_at(("pool",), f"{self.with_!r} reads no pool", "remove `pool:` from this rule", key=True)
+        if self.placement == "parallel" and self.kind.replaces_only:
+            _raise_at(("placement",), self.kind.replaces_only, "placement: replace")
         return self
 
 
