@@ -197,6 +197,8 @@ class Rule(Frozen):
             _raise_at(("pool",), f"{self.with_!r} reads no pool", "remove `pool:` from this rule", key=True)
         if not self.kind.has_scores and self.init.scores != "paper":
             _raise_at(("init", "scores"), f"{self.with_!r} has no queries and keys", "remove `scores:`", key=True)
+        if self.placement == "parallel" and self.kind.replaces_only:
+            _raise_at(("placement",), self.kind.replaces_only, "placement: replace")
         return self
 
 

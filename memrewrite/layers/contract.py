@@ -17,6 +17,7 @@ from memrewrite.errors import ModelError
 if TYPE_CHECKING:
     from memrewrite.cost import Cost
     from memrewrite.layers.pool import Pool, PoolSpec
+    from memrewrite.site import Site
     from memrewrite.usage.counter import ReadCounter
 
 
@@ -41,6 +42,9 @@ class MemoryLayer(nn.Module, ABC):
         uses_pool: True if the kind reads a pool.
         has_scores: True if the kind selects slots by scores of queries and keys.
         counter: What counts the slots that the layer reads while `memrewrite.watch` watches it; else None.
+        constant: True if the output is the same for every input.
+        regroups: True if the kind multiplies tokens in groups that other tokens change: their outputs may move by rounding.
+        replaces_only: Why the kind cannot be added to an MLP (`placement: parallel`); "" if it can.
     """
 
     kind: ClassVar[str]
@@ -48,6 +52,9 @@ class MemoryLayer(nn.Module, ABC):
     uses_pool: ClassVar[bool] = True
     has_scores: ClassVar[bool] = False
     counter: ReadCounter | None = None
+    constant: ClassVar[bool] = False
+    regroups: ClassVar[bool] = False
+    replaces_only: ClassVar[str] = ""
 
     @abstractmethod
     def __init__(
@@ -93,9 +100,21 @@ class MemoryLayer(nn.Module, ABC):
         return self._pool[0] if self._pool else None
 
     @classmethod
+    def complete(cls, options: LayerOptions, site: Site) -> LayerOptions:
+        """The options with those that are None taken from the MLP at `site`; by default unchanged. A plan has complete options.
+
+        Raises:
+            UserError: The MLP does not say what an option must be.
+        """
+        return options
+
+    @classmethod
     @abstractmethod
     def check(cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None) -> None:
-        """Raise `UserError` if no layer can be built with these options and this pool (odd `key_dim`, `topk` > keys, ...)."""
+        """Raise `UserError` if no layer can be built with these options and this pool (odd `key_dim`, `topk` > keys, ...).
+
+        Options that are None and that `complete` sets later are accepted.
+        """
 
     @classmethod
     def check_trainable(cls, d_model: int, options: LayerOptions, pool: PoolSpec | None) -> None:
@@ -165,7 +184,7 @@ class MemoryLayer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., d_model]` to `[..., d_out]`; each token is computed independently of the others."""
+        """Map `[..., d_model]` to `[..., d_out]`; in eval mode each token is computed independently of the others."""
 
     def extra_repr(self) -> str:
         """Widths and options, for `print(model)`."""

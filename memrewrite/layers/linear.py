@@ -7,8 +7,13 @@ from torch import nn
 
 
 def empty_linear(
-    d_in: int, d_out: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    d_in: int,
+    d_out: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    bias: bool = True,
 ) -> nn.Linear:
-    """An `nn.Linear` with bias whose entries are not initialized: this takes no time and consumes no random numbers."""
-    linear = nn.Linear(d_in, d_out, device="meta", dtype=dtype)
+    """An `nn.Linear` whose entries are not initialized: this takes no time and consumes no random numbers."""
+    linear = nn.Linear(d_in, d_out, bias, device="meta", dtype=dtype)
     return linear.to_empty(device=torch.get_default_device() if device is None else device)

@@ -79,8 +79,9 @@ def _within(site: Site, chosen: Sequence[Site]) -> Site:
 
 
 def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec], live: bool) -> Substitution:
-    kind, options, init = kind_named(rule.with_), rule.layer_options(), rule.init.of_layer(rule.placement)
+    kind, init = kind_named(rule.with_), rule.init.of_layer(rule.placement)
     try:
+        options = kind.complete(rule.layer_options(), site)
         refuse_layer(kind, site, options, pools[rule.pool] if rule.pool else None, init.zero)
     except UserError as error:
         raise SelectError(error.what, where=f"replace[{index}] at {site.path!r}", hint=error.hint) from error
