@@ -38,11 +38,13 @@ class MemoryLayer(nn.Module, ABC):
         kind: Name of the kind in recipes.
         Options: Class of its options.
         uses_pool: True if the kind reads a pool.
+        reads_inputs: True if it reads the pool's second table too; the plan gives the pool this table.
     """
 
     kind: ClassVar[str]
     Options: ClassVar[type[LayerOptions]]
     uses_pool: ClassVar[bool] = True
+    reads_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(

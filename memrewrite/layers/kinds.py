@@ -7,9 +7,10 @@ from difflib import get_close_matches
 from memrewrite.errors import UserError
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.memory_plus import MemoryPlus
+from memrewrite.layers.peer import Peer
 from memrewrite.layers.pkm import Pkm
 
-KINDS: tuple[type[MemoryLayer], ...] = (MemoryPlus, Pkm)
+KINDS: tuple[type[MemoryLayer], ...] = (MemoryPlus, Pkm, Peer)
 
 
 def kind_named(name: str) -> type[MemoryLayer]:
