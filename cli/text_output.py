@@ -93,7 +93,8 @@ def _pool(plan: Plan, name: str) -> Row:
     spec, cost = plan.pools[name], plan.pools[name].cost()
     layers = sum(s.pool == name for s in plan.substitutions)
     dtype = spec.dtype or "as the model"
-    numbers = (f"{spec.keys:,}", f"{spec.slots:,}", f"{spec.value_dim:,}", dtype, f"{cost.parameters:,}")
+    width = " + ".join(f"{width:,}" for width in spec.widths)
+    numbers = (f"{spec.keys:,}", f"{spec.slots:,}", width, dtype, f"{cost.parameters:,}")
     return (name, *numbers, size(cost.parameter_bytes), f"{layers:,}")
 
 

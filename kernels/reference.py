@@ -15,6 +15,12 @@ def sparse_lookup(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("tk,tkd->td", weights.to(wide), values[indices.long()].to(wide))
 
 
+def sparse_dots(values: Tensor, indices: Tensor, x: Tensor) -> Tensor:
+    """`out[t, j] = values[indices[t, j]] . x[t]`: [N, D], [T, K], [T, D] -> [T, K]."""
+    wide = torch.promote_types(values.dtype, x.dtype)
+    return torch.einsum("td,tkd->tk", x.to(wide), values[indices.long()].to(wide))
+
+
 def product_key_topk(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest sums `scores1[i] + scores2[j]` and their slots `i * n2 + j`: [..., n1], [..., n2] -> two [..., k]."""
     sums = scores1.unsqueeze(-1) + scores2.unsqueeze(-2)  # [..., n1, n2]

@@ -14,7 +14,7 @@ from memrewrite.errors import UserError
 from memrewrite.fused import innermost
 from memrewrite.kernels.gradient_norm import gradient_norm
 from memrewrite.kernels.pending import Factors, Pending
-from memrewrite.layers.value_table import ValueTable
+from memrewrite.layers.value_table import Table
 
 
 class GradNorms(NamedTuple):
@@ -58,7 +58,7 @@ def clip_grad_norm_(
     Returns:
         Both norms before clipping, on the device of a gradient; 0 where nothing has a gradient.
     """
-    tables = {p for module in model.modules() if isinstance(module, ValueTable) for p in module.parameters()}
+    tables = {p for module in model.modules() if isinstance(module, Table) for p in module.parameters()}
     everything = list(model.parameters())
     rest = [p for p in everything if p not in tables]
     mine = [p for p in everything if p in tables]
@@ -112,7 +112,7 @@ def _mark_nonfinite(optimizer: Optimizer, queues: list[Pending]) -> None:
 
 def _fused(model: nn.Module) -> Iterator[_Fused]:
     for module in model.modules():
-        if isinstance(module, ValueTable) and module.pending is not None:
+        if isinstance(module, Table) and module.pending is not None:
             yield _Fused(module.pending, module.values.shape[0], module.backend)
 
 

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from memrewrite.errors import UserError
 from memrewrite.kernels import ops
 from memrewrite.kernels.pending import Factors, Pending, refuse_capture
-from memrewrite.layers.value_table import ValueTable
+from memrewrite.layers.value_table import Table
 from memrewrite.lazy_adam import CatchUp, LazyAdam
 
 __all__ = ["LazyAdam", "RowwiseAdagrad", "RowwiseAdam", "Rule", "fuse"]
@@ -38,7 +38,7 @@ class Rule(Protocol):
     def fresh(self, values: Tensor) -> State:
         """The state before the first step, for a table `values` [N, D]."""
 
-    def step(self, pool: ValueTable, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
+    def step(self, pool: Table, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
         """Update the rows that were read, in place.
 
         Args:
@@ -68,7 +68,7 @@ class RowwiseAdagrad:
         """`total` fp32 [N], zeros."""
         return {"total": values.new_zeros(values.shape[0], dtype=torch.float32)}
 
-    def step(self, pool: ValueTable, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
+    def step(self, pool: Table, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
         """Update the rows that were read, in place."""
         ops.rowwise_adagrad_(pool.values, pool.scale, state["total"], *_lists(reads), eps=self.eps, **numbers)
 
@@ -98,7 +98,7 @@ class RowwiseAdam:
             "exp_avg_sq": values.new_zeros(values.shape[0], dtype=torch.float32),
         }
 
-    def step(self, pool: ValueTable, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
+    def step(self, pool: Table, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
         """Update the rows that were read, in place."""
         moments = state["exp_avg"], state["exp_avg_sq"]
         ops.rowwise_adam_(
@@ -128,7 +128,7 @@ def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> No
             optimizer; the optimizer maximizes; or several processes train (each would update its own copy).
     """
     optimizer = innermost(optimizer)
-    pools = {name: m for name, m in model.named_modules() if isinstance(m, ValueTable) and m.pending is not None}
+    pools = {name: m for name, m in model.named_modules() if isinstance(m, Table) and m.pending is not None}
     if not pools:
         raise UserError('no pool of this model has the gradient "fused"', hint="set `gradient: fused` for it in the recipe")
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
@@ -150,13 +150,13 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _queue(pool: ValueTable) -> Pending:
+def _queue(pool: Table) -> Pending:
     if pool.pending is None:
         raise UserError("this pool is not fused", hint="gradient: fused")
     return pool.pending
 
 
-def _check(optimizer: Optimizer, name: str, pool: ValueTable) -> None:
+def _check(optimizer: Optimizer, name: str, pool: Table) -> None:
     group = _group_of(optimizer, pool.values)
     if group is None:
         hint = "build it with memrewrite.param_groups(model, lr=...)"
@@ -175,7 +175,7 @@ def _group_of(optimizer: Optimizer, values: Tensor) -> dict[str, Any] | None:
     return next((g for g in optimizer.param_groups if any(p is values for p in g["params"])), None)
 
 
-def _attach(optimizer: Optimizer, pools: dict[str, ValueTable], rule: Rule) -> None:
+def _attach(optimizer: Optimizer, pools: dict[str, Table], rule: Rule) -> None:
     """Hook into step, zero_grad and load_state_dict of the optimizer. No hook keeps a reference to the optimizer."""
     loaded: dict[nn.Parameter, State] = {}
     owner = ref(optimizer)
@@ -230,7 +230,7 @@ def _saved_numbers(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[int
 class _Update:
     """One pool's step, after all checks."""
 
-    pool: ValueTable
+    pool: Table
     state: State
     reads: list[Factors]
     step: int
@@ -238,7 +238,7 @@ class _Update:
 
 
 @torch.no_grad()
-def _step(optimizer: Optimizer, pools: dict[str, ValueTable], rule: Rule) -> None:
+def _step(optimizer: Optimizer, pools: dict[str, Table], rule: Rule) -> None:
     """Update every pool that was read. All are checked before the first changes; a failed one keeps its gradient."""
     updates = [_ready(optimizer, name, pool, rule) for name, pool in pools.items() if _queue(pool).waiting]
     for update in updates:
@@ -247,7 +247,7 @@ def _step(optimizer: Optimizer, pools: dict[str, ValueTable], rule: Rule) -> Non
         _queue(update.pool).take()
 
 
-def _ready(optimizer: Optimizer, name: str, pool: ValueTable, rule: Rule) -> _Update:
+def _ready(optimizer: Optimizer, name: str, pool: Table, rule: Rule) -> _Update:
     refuse_capture(pool.values)
     group = _group_of(optimizer, pool.values)
     if group is None:

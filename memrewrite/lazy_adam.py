@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from memrewrite.errors import UserError
 from memrewrite.kernels import ops, rounding
 from memrewrite.kernels.pending import Factors
-from memrewrite.layers.value_table import ValueTable
+from memrewrite.layers.value_table import Table
 
 CHUNK = 2**18  # elements that are brought up to date at once: in float64 they fit in the cache
 NEGLIGIBLE = 2.0**-32  # of a step: a row's own momentum is no longer applied
@@ -88,9 +88,7 @@ class LazyAdam:
             state |= {name: values.new_zeros(HISTORY, dtype=torch.float64) for name in ("rates", "log_keep")}
         return state
 
-    def step(
-        self, pool: ValueTable, state: dict[str, Tensor], reads: list[Factors], step: int, numbers: dict[str, Any]
-    ) -> None:
+    def step(self, pool: Table, state: dict[str, Tensor], reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
         """Update the rows that were read, in place. Raises `UserError` if a forward did not bring them up to date."""
         lists = ([r.grad for r in reads], [r.indices for r in reads], [r.weights for r in reads])
         rows = torch.cat([index.flatten() for index in lists[1]]).unique() if self.catch_up else None
@@ -107,7 +105,7 @@ class LazyAdam:
             state["row_step"][rows] = step
 
     @torch.no_grad()
-    def bring_up_to_date(self, pool: ValueTable, state: dict[str, Tensor], rows: Tensor | None = None) -> None:
+    def bring_up_to_date(self, pool: Table, state: dict[str, Tensor], rows: Tensor | None = None) -> None:
         """Apply to rows the steps that they missed, in place; `rows` are slots of any shape, by default all."""
         now = int(state["step"])
         known = state["row_step"]
@@ -180,12 +178,12 @@ class CatchUp:
     def __reduce__(self) -> tuple[type[CatchUp], tuple[()]]:
         return CatchUp, ()
 
-    def attach(self, pool: ValueTable) -> None:
+    def attach(self, pool: Table) -> None:
         """Add the hook to a table."""
         pool.register_forward_pre_hook(self, with_kwargs=True)
         pool.register_state_dict_pre_hook(self.flush)
 
-    def __call__(self, pool: ValueTable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, pool: Table, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bring the rows up to date that the forward is called with."""
         if torch.compiler.is_compiling():
             raise UserError(
@@ -194,11 +192,11 @@ class CatchUp:
             )
         self._bring(pool, args[0] if args else kwargs["indices"])
 
-    def flush(self, pool: ValueTable, *_: Any) -> None:
+    def flush(self, pool: Table, *_: Any) -> None:
         """Bring all rows up to date."""
         self._bring(pool, None)
 
-    def _bring(self, pool: ValueTable, rows: Tensor | None) -> None:
+    def _bring(self, pool: Table, rows: Tensor | None) -> None:
         optimizer = None if self._optimizer is None else self._optimizer()
         state = {} if optimizer is None else optimizer.state.get(pool.values, {})
         if self._rule is not None and "row_step" in state:
@@ -216,5 +214,5 @@ def catch_up(model: nn.Module) -> None:
     """
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, CatchUp) and isinstance(module, ValueTable):
+            if isinstance(hook, CatchUp) and isinstance(module, Table):
                 hook.flush(module)

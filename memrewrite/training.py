@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from memrewrite.errors import ModelError, UserError
 from memrewrite.fused import DEFAULT_RULE, Rule
 from memrewrite.layers.contract import MemoryLayer
-from memrewrite.layers.value_table import ValueTable
+from memrewrite.layers.value_table import Table
 from memrewrite.plans import Train
 
 PAPER_FACTOR = 10.0  # the values' rate over the others' in the paper
@@ -45,7 +45,7 @@ def param_groups(
         value_decay: Weight decay of the tables. The paper decays values like all weights; rows that are not read
             would shrink, so the default is 0.
     """
-    tables = [module for module in model.modules() if isinstance(module, ValueTable)]
+    tables = [module for module in model.modules() if isinstance(module, Table)]
     values = {id(p) for table in tables for p in table.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     if rule is None and any(table.pending is not None for table in tables):
@@ -110,4 +110,4 @@ def freeze(model: nn.Module, train: Train = "memory_only") -> int:
 
 
 def _memory(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if isinstance(module, (ValueTable, MemoryLayer)))
+    return (module for module in model.modules() if isinstance(module, (Table, MemoryLayer)))

@@ -275,7 +275,7 @@ def _kinds() -> dict[str, type[MemoryLayer]]:
 def _buildable(rule: Rule, loc: tuple[str | int, ...], entry: PoolEntry | None) -> list[InitErrorDetails]:
     """What the kind's `check` refuses for every model: tested with a width that suits every option."""
     width = rule.where.d_model or _ANY_WIDTH
-    pool = None if entry is None else _spec(entry, width)
+    pool = None if entry is None else _spec(entry, width, rule.kind.reads_inputs)
     try:
         rule.kind.check(width, width, rule.layer_options(), pool)
         rule.kind.check_trainable(width, rule.layer_options(), pool)
@@ -285,9 +285,9 @@ def _buildable(rule: Rule, loc: tuple[str | int, ...], entry: PoolEntry | None) 
     return []
 
 
-def _spec(entry: PoolEntry, width: int) -> PoolSpec:
+def _spec(entry: PoolEntry, width: int, has_inputs: bool) -> PoolSpec:
     fields = entry.model_dump(exclude_none=True)
-    return PoolSpec.model_validate({"value_dim": width, **fields})
+    return PoolSpec.model_validate({"value_dim": width, "input_dim": width if has_inputs else None, **fields})
 
 
 def _can_be_attribute(name: str) -> bool:

@@ -45,6 +45,7 @@ class MemoryLayer(nn.Module, ABC):
         constant: True if the output is the same for every input.
         regroups: True if the kind multiplies tokens in groups that other tokens change: their outputs may move by rounding.
         replaces_only: Why the kind cannot be added to an MLP (`placement: parallel`); "" if it can.
+        reads_inputs: True if it reads the pool's second table too; the plan gives the pool this table.
     """
 
     kind: ClassVar[str]
@@ -55,6 +56,7 @@ class MemoryLayer(nn.Module, ABC):
     constant: ClassVar[bool] = False
     regroups: ClassVar[bool] = False
     replaces_only: ClassVar[str] = ""
+    reads_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(

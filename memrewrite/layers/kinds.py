@@ -10,9 +10,10 @@ from memrewrite.layers.dense import Dense
 from memrewrite.layers.identity import Identity, Nothing
 from memrewrite.layers.memory_plus import MemoryPlus
 from memrewrite.layers.moe import Moe
+from memrewrite.layers.peer import Peer
 from memrewrite.layers.pkm import Pkm
 
-KINDS: tuple[type[MemoryLayer], ...] = (MemoryPlus, Pkm, Moe, Dense, Identity, Nothing)
+KINDS: tuple[type[MemoryLayer], ...] = (MemoryPlus, Pkm, Peer, Moe, Dense, Identity, Nothing)
 
 
 def kind_named(name: str) -> type[MemoryLayer]:

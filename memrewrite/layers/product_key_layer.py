@@ -134,7 +134,7 @@ class ProductKeyLayer(MemoryLayer):
     def read(self, tokens: Tensor) -> Tensor:
         """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; one lookup sums the rows of all heads."""
         slots, s = self.select(tokens)
-        y = self._pool[0](slots, s, tokens.dtype).to(tokens.dtype)
+        y = self._pool[0](slots, self.weights(tokens, slots, s), tokens.dtype).to(tokens.dtype)
         return F.dropout(y, self.dropout, self.training)
 
     def select(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +150,16 @@ class ProductKeyLayer(MemoryLayer):
 
         keys, n = self.product_keys, self.product_keys.keys.shape[2]
         return ReadCounter((n, n), keys.heads, keys.topk, gated=self.gated, device=keys.keys.device)
+
+    def weights(self, tokens: Tensor, slots: Tensor, s: Tensor) -> Tensor:
+        """The weights of the rows that `read` sums: by default the softmax weights themselves.
+
+        Args:
+            tokens: [T, d_model].
+            slots: The slots of each token, [T, heads·topk].
+            s: Their softmax weights, [T, heads·topk].
+        """
+        return s
 
 
 def needed(pool: PoolSpec | None) -> PoolSpec:
@@ -180,8 +190,13 @@ def product_key_cost(d_model: int, options: ProductKeyOptions, pool: PoolSpec | 
     """
     spec, key_dim = needed(pool), options.query_width(d_model)
     queries = options.heads * key_dim
-    rows = options.heads * options.topk * spec.value_dim
-    row_itemsize = itemsize if spec.dtype is None else itemsize_of(spec.dtype)
     scales = key_dim if options.qk_norm else 0  # the two norms' scales, key_dim / 2 each
     dense = dense_cost(d_model * queries + queries * spec.keys, queries + scales, itemsize)
-    return dense + Cost(flops=2 * rows, bytes_read=rows * row_itemsize)
+    return dense + rows_cost(options, spec, spec.value_dim, itemsize)
+
+
+def rows_cost(options: ProductKeyOptions, pool: PoolSpec, width: int, itemsize: int) -> Cost:
+    """Cost of one multiply-add per entry of the rows that a token reads from a table of the pool, whose rows have `width`."""
+    entries = options.heads * options.topk * width
+    row_itemsize = itemsize if pool.dtype is None else itemsize_of(pool.dtype)
+    return Cost(flops=2 * entries, bytes_read=entries * row_itemsize)

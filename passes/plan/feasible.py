@@ -24,7 +24,8 @@ def refuse_pool(name: str, spec: PoolSpec, sites: Sequence[Site]) -> None:
     place = f"pools.{name}"
     size, devices = spec.cost().parameter_bytes, sorted({site.device for site in sites})
     if size > MAX_BYTES:
-        what = f"pool {name!r} would have {size:,} bytes: {spec.slots:,} slots × {spec.value_dim:,} {spec.dtype}"
+        width = " + ".join(f"{width:,}" for width in spec.widths)
+        what = f"pool {name!r} would have {size:,} bytes: {spec.slots:,} slots × {width} {spec.dtype}"
         raise SelectError(what, where=place, hint="lower `keys` or `value_dim`")
     if len(devices) > 1:
         what = f"the sites that share pool {name!r} are on different devices: {devices}"

@@ -46,7 +46,7 @@ def select(located: Inspection, recipe: Recipe, *, live: bool = True) -> Plan:
     chosen = [(site, *chosen_by[site.path]) for site in located.sites if site.path in chosen_by]
     if live:
         chosen = [(_within(site, [s for s, _, _ in chosen]), index, rule) for site, index, rule in chosen]
-    pools = {name: _pool(recipe, name, [s for s, _, rule in chosen if rule.pool == name]) for name in recipe.pools}
+    pools = {name: _pool(recipe, name, [(s, rule) for s, _, rule in chosen if rule.pool == name]) for name in recipe.pools}
     substitutions = tuple(_substitution(site, index, rule, pools, live) for site, index, rule in chosen)
     return Plan(captured=located.captured, pools=pools, substitutions=substitutions, train=recipe.train)
 
@@ -102,8 +102,8 @@ def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec]
     )
 
 
-def _pool(recipe: Recipe, name: str, sites: Sequence[Site]) -> PoolSpec:
-    requested = recipe.pools[name]
+def _pool(recipe: Recipe, name: str, readers: Sequence[tuple[Site, Rule]]) -> PoolSpec:
+    requested, sites = recipe.pools[name], [site for site, _ in readers]
     widths, dtypes = sorted({s.d_model for s in sites}), sorted({s.dtype for s in sites})
     if requested.value_dim is None and len(widths) > 1:
         raise SelectError(
@@ -120,7 +120,15 @@ def _pool(recipe: Recipe, name: str, sites: Sequence[Site]) -> PoolSpec:
     if requested.dtype is None and dtypes[0] not in COMPUTED:
         what = f"the sites of pool {name!r} have weights of {dtypes[0]}, which is no dtype of a new table"
         raise SelectError(what, where=f"pools.{name}", hint="give the pool a `dtype`")
-    completed = {"value_dim": requested.value_dim or widths[0], "dtype": requested.dtype or dtypes[0]}
+    inputs = sorted({site.d_in for site, rule in readers if rule.kind.reads_inputs})
+    if len(inputs) > 1:
+        what = f"the sites whose layers read the input weights of pool {name!r} have inputs of different widths: {inputs}"
+        raise SelectError(what, where=f"pools.{name}", hint="use one pool for each width")
+    completed = {
+        "value_dim": requested.value_dim or widths[0],
+        "input_dim": inputs[0] if inputs else None,
+        "dtype": requested.dtype or dtypes[0],
+    }
     pool = PoolSpec.model_validate(requested.model_dump() | completed)
     refuse_pool(name, pool, sites)
     return pool

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from memrewrite.errors import ModelError, in_one_line
 from memrewrite.kernels.pending import Pending
 from memrewrite.layers.contract import MemoryLayer
-from memrewrite.layers.pool import Pool
+from memrewrite.layers.value_table import Table
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
@@ -69,8 +69,8 @@ def _parameters_of(after: RewrittenModel, sites: Collection[str]) -> set[int]:
 @contextmanager
 def _without_updates(after: RewrittenModel) -> Iterator[dict[nn.Parameter, Pending]]:
     """The queues of tables with fused updates, by their values; inside, they need no optimizer and update nothing."""
-    pools = [m for module in after.new_modules() for m in module.modules() if isinstance(m, Pool)]
-    queues = {pool.values: pool.pending for pool in pools if pool.pending is not None}
+    tables = [m for module in after.new_modules() for m in module.modules() if isinstance(m, Table)]
+    queues = {table.values: table.pending for table in tables if table.pending is not None}
     with ExitStack() as stack:
         for queue in queues.values():
             stack.enter_context(queue.tried())

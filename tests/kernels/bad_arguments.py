@@ -58,6 +58,8 @@ def calls(backend: str) -> dict[str, Call]:
         "sparse_lookup_backward with a scale": {"grad": randn(T, D), **eight, **reads, **needs, "need_values": False},
         "sparse_lookup_rows": {"grad": randn(T, D), **reads, "slots": N, "backend": backend},
         "sparse_lookup_keep": {"grad": randn(T, D), **reads, "pending": QUEUE.count, "handle": QUEUE.handle},
+        "sparse_dots": {"values": wide, "indices": reads["indices"], "x": randn(T, D), "gradient": "dense", "backend": backend},
+        "sparse_dots with a scale": {**eight, "indices": reads["indices"], "x": randn(T, D), "backend": backend},
         "rowwise_adagrad_": {"values": wide, "scale": None, "total": torch.ones(N), **lists, **numbers},
         "rowwise_adagrad_ with a scale": {**eight, "total": torch.ones(N), **lists, **numbers},
         "rowwise_adam_": {"values": wide, "scale": None, **moments, **lists, **adam},

@@ -22,6 +22,7 @@ from memrewrite.kernels import (
     product_key_topk,
     reference,
     rounding,
+    sparse_dots,
     sparse_lookup,
     torch_backend,
     triton_backend,
@@ -251,6 +252,24 @@ def test_eight_bits(backend, size, dtype):
         assert (out.dtype, gw.dtype) == (dtype, weights.dtype)
         assert_norm_close(out, right, k)
         assert_norm_close(gw, right_gw, d)
+
+
+@pytest.mark.parametrize("size", [(60, 20, 9, 7), (63, 576, 3, 128), (1000, 1024, 1, 7), (1, 1, 1, 1)], ids=str)
+def test_dots(backend, size):
+    n, d, t, k = size
+    wide, indices, _ = lookup(n, d, t, k)
+    scale, cases = rounding.row_scale(wide), [torch.float32, torch.bfloat16, torch.float16]
+    for dtype in cases:
+        for of_x, table in zip(cases, (wide.to(dtype), wide.to(dtype), (wide / scale[:, None]).to(FP8)), strict=True):
+            x, rows = random_grad(t, d, of_x), scale if table.dtype == FP8 else None
+            got = sparse_dots.forward(table, indices, x, rows, "dense", backend.NAME)
+            right = reference.sparse_dots(wide_of(table, rows), indices, x.double())
+            assert got.dtype == torch.float32
+            assert_norm_close(got, right, d)
+
+
+def wide_of(values: Tensor, scale: Tensor | None) -> Tensor:
+    return values.double() if scale is None else values.double() * scale[:, None].double()
 
 
 # ------------------------------------------------------------------------------------------------------------ the updates

@@ -19,6 +19,7 @@ from memrewrite.kernels import ops
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.kinds import KINDS, kind_named
 from memrewrite.layers.memory_plus import MemoryPlus
+from memrewrite.layers.peer import Peer
 from memrewrite.layers.pkm import Pkm
 from memrewrite.layers.pool import Pool, Pools, PoolSpec
 
@@ -40,9 +41,13 @@ class Model(nn.Module):
         return x
 
 
+def spec_for(kind, d=D, d_v=D, **fields) -> PoolSpec:
+    return PoolSpec(keys=KEYS, value_dim=d_v, input_dim=d if kind.reads_inputs else None, **fields)
+
+
 def build(kind, d=D, d_out=None, *, d_v=None, dtype=None, zero_output=False, device=None, layers=2, **options) -> Model:
     d_out = d_out or d
-    pool = Pool(PoolSpec(keys=KEYS, value_dim=d_v or d_out), device=device, dtype=dtype)
+    pool = Pool(spec_for(kind, d, d_v or d_out), device=device, dtype=dtype)
     chosen = kind.Options(**{"topk": 4, **options})
     stack = [kind(d, d_out, chosen, pool, zero_output=zero_output, device=device, dtype=dtype) for _ in range(layers)]
     model = Model(stack, pool)
@@ -70,7 +75,11 @@ def equation(layer: MemoryLayer, x: Tensor) -> Tensor:
             k1, k2 = (rms(part, addressing.key_norm.weight) for part in (k1, k2))
         K = torch.stack([torch.cat([k1[i], k2[j]]) for i, j in itertools.product(range(n_keys), repeat=2)])  # [N, n]
         best, slots = (q @ K.T).topk(layer.options.topk, dim=-1)
-        y = y + torch.einsum("tk,tkd->td", best.softmax(-1), V[slots])
+        s = best.softmax(-1)
+        if isinstance(layer, Peer):
+            hidden = torch.einsum("td,tkd->tk", x, layer.pool.inputs.values[slots])
+            s = s * hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))  # the exact gelu
+        y = y + torch.einsum("tk,tkd->td", s, V[slots])
     if isinstance(layer, Pkm):
         return y if layer.value_proj is None else y @ layer.value_proj.weight.T + layer.value_proj.bias
     gate = x @ layer.gate.weight.T + layer.gate.bias
@@ -127,7 +136,10 @@ def test_dtypes_and_odd_widths(kind, dtype, d):
     slots, s = layer.product_keys(x)
     assert s.dtype == torch.float32
     torch.testing.assert_close(s.unflatten(-1, (4, 4)).sum(-1), torch.ones(5, 4))
-    y = torch.einsum("tk,tkd->td", s.double(), layer.pool.values.double()[slots])
+    s = s.double()
+    if kind is Peer:
+        s = s * F.gelu(torch.einsum("td,tkd->tk", x.double(), layer.pool.inputs.values.double()[slots]))
+    y = torch.einsum("tk,tkd->td", s, layer.pool.values.double()[slots])
     if kind is MemoryPlus:
         gate, out = (copy.deepcopy(m).double() for m in (layer.gate, layer.value_proj))
         y = out(y * F.silu(gate(x.double())))
@@ -182,11 +194,16 @@ def test_zero_output_is_exactly_zero_and_can_be_trained(kind):
     assert model.blocks[0].value_proj.weight.grad.any()
 
 
+def tables_of(kind) -> list[str]:
+    return ["values", "inputs.values"] if kind.reads_inputs else ["values"]
+
+
 @every_kind
 def test_one_name_and_one_storage_for_the_pool(kind):
     model = build(kind)
-    assert [name for name in model.state_dict() if "values" in name] == ["memory.shared.values"]
-    assert dict(model.memory.shared.named_parameters()).keys() == {"values"}
+    tables = tables_of(kind)
+    assert [name for name in model.state_dict() if "values" in name] == [f"memory.shared.{name}" for name in tables]
+    assert list(dict(model.memory.shared.named_parameters())) == tables
     twin = copy.deepcopy(model)
     assert all(layer.pool is twin.memory.shared for layer in twin.blocks)
     assert twin.memory.shared.values is not model.memory.shared.values
@@ -231,9 +248,10 @@ def test_init_is_the_papers_and_repeats(kind):
 @every_kind
 def test_hooks_of_the_pool_fire(kind):
     model, calls = build(kind), []
-    model.memory.shared.register_forward_pre_hook(lambda *_: calls.append(1))
+    for table in model.memory.shared.modules():
+        table.register_forward_pre_hook(lambda *_: calls.append(1))
     model(torch.randn(3, D))
-    assert len(calls) == 2
+    assert len(calls) == 2 * len(tables_of(kind))
 
 
 @every_kind
@@ -261,14 +279,14 @@ def test_autocast(kind):
 
 @every_kind
 def test_pool_of_another_dtype(kind):
-    pool = Pool(PoolSpec(keys=KEYS, value_dim=D, dtype="bfloat16"), dtype=torch.float32)
+    pool = Pool(spec_for(kind, dtype="bfloat16"), dtype=torch.float32)
     pool.reset_parameters()
     layer = kind(D, D, kind.Options(topk=4), pool)
     layer.reset_parameters()
     out = layer(torch.randn(3, D))
     out.sum().backward()
     assert out.dtype == torch.float32
-    assert pool.values.dtype == pool.values.grad.dtype == torch.bfloat16
+    assert {(p.dtype, p.grad.dtype) for p in pool.parameters()} == {(torch.bfloat16, torch.bfloat16)}
 
 
 @every_kind
@@ -335,10 +353,11 @@ def test_export_with_dynamic_tokens(kind, strict):
     model = build(kind, qk_norm=True).eval()
     shapes = ({0: torch.export.Dim("b"), 1: torch.export.Dim("t")},)
     program = torch.export.export(model, (torch.randn(3, 5, D),), dynamic_shapes=shapes, strict=strict)
-    assert [name for name in program.state_dict if "values" in name] == ["memory.shared.values"]
-    reads = [node for node in program.graph.nodes if str(node.target) == "memrewrite.sparse_lookup.default"]
-    assert len(reads) == 2
-    assert len({node.args[0] for node in reads}) == 1  # one table, read twice
+    assert [name for name in program.state_dict if "values" in name] == [f"memory.shared.{name}" for name in tables_of(kind)]
+    for op in ("sparse_lookup", "sparse_dots")[: len(tables_of(kind))]:
+        reads = [node for node in program.graph.nodes if str(node.target) == f"memrewrite.{op}.default"]
+        assert len(reads) == 2
+        assert len({node.args[0] for node in reads}) == 1  # one table, read twice
     for shape in ((3, 5), (1, 1), (2, 9)):
         x = torch.randn(*shape, D)
         torch.testing.assert_close(program.module()(x), model(x))
@@ -369,8 +388,9 @@ def test_cost_counts_the_real_parameters(kind, options, zero_output, d_out, d_v)
     cost = kind.cost(D, d_out, layer.options, spec, 4, zero_output=zero_output)
     assert cost.parameters == sum(p.numel() for p in layer.parameters())
     assert cost.parameter_bytes == 4 * cost.parameters
-    assert cost.bytes_read == cost.parameter_bytes + 4 * 4 * d_v * 4  # heads · topk rows of d_v floats
-    assert spec.cost().parameters == model.memory.shared.values.numel()
+    widths = d_v + D if kind.reads_inputs else d_v
+    assert cost.bytes_read == cost.parameter_bytes + 4 * 4 * widths * 4  # heads · topk rows of floats from each table
+    assert spec.cost().parameters == sum(p.numel() for p in model.memory.shared.parameters())
 
 
 def test_a_token_reads_only_the_active_weights():
@@ -402,7 +422,7 @@ def test_cost_is_the_papers_arithmetic():
 
 @every_kind
 def test_check_refuses(kind):
-    spec = PoolSpec(keys=KEYS, value_dim=D)
+    spec = spec_for(kind)
     for options, pool, words in (
         ({"key_dim": 7}, spec, "`key_dim: 7` is odd"),
         ({"topk": KEYS + 1}, spec, f"`topk: {KEYS + 1}` is more than the pool's {KEYS} keys"),
@@ -438,7 +458,7 @@ def test_kind_named():
     assert [kind_named(kind.kind) for kind in KINDS] == list(KINDS)
     with pytest.raises(UserError, match="did you mean 'memory_plus'"):
         kind_named("memory_pluss")
-    with pytest.raises(UserError, match="one of 'memory_plus', 'pkm'"):
+    with pytest.raises(UserError, match="one of 'memory_plus', 'pkm', 'peer'"):
         kind_named("zzz")
 
 
