@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
+    from memrewrite.passes.match_outputs import match_outputs
     from memrewrite.passes.onnx.export import export_onnx
     from memrewrite.passes.onnx.session import onnx_session
     from memrewrite.passes.pipeline import apply, explain, inspect, plan
@@ -38,6 +39,7 @@ _MODULES = {
     "fuse": "memrewrite.fused",
     "inspect": "memrewrite.passes.pipeline",
     "load": "memrewrite.passes.storage.load",
+    "match_outputs": "memrewrite.passes.match_outputs",
     "onnx_session": "memrewrite.passes.onnx.session",
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",
@@ -57,6 +59,7 @@ __all__ = [
     "fuse",
     "inspect",
     "load",
+    "match_outputs",
     "onnx_session",
     "param_groups",
     "plan",

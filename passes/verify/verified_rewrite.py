@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from memrewrite.passes.capture.segment import Capture
-from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.initialize.measure import Measured, Probe
 from memrewrite.passes.initialize.output_scale import NO_TOKEN, ON_META, set_scales
+from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import fingerprints
 from memrewrite.passes.models.forward import evaluating, on_meta, warm_up
 from memrewrite.passes.rewrite.edit_graph import emit_graph
