@@ -40,7 +40,8 @@ from memrewrite.passes.torch_compile.lifted_weights import (
 from memrewrite.passes.verify.checks import CHECKS, identity
 from memrewrite.passes.verify.evidence import refuse_failed
 from memrewrite.passes.verify.gradient_flow import gradient
-from memrewrite.passes.verify.verify import measured_graph, verify_graph
+from memrewrite.passes.verify.measured_mlps import measured_graph
+from memrewrite.passes.verify.verify import verify_graph
 from memrewrite.plans import Plan
 from memrewrite.recipes.reader import RecipeLike, read_recipe
 from memrewrite.recipes.schema import Recipe
@@ -219,7 +220,7 @@ class Backend:
             self.checks.append(checks)
             refuse_failed(checks, where="torch.compile", hint="please report the model and the recipe")
         elif new:
-            start(measured_graph(plan, captured, locations))
+            start(measured_graph(plan, captured, locations) if plan.measured else {})
         return result
 
 
