@@ -210,16 +210,17 @@ for command in (onnx.export, onnx.check, onnx.build_op, usage.usage):
 
 def _show_plan(current: Session, source: ModelSource, recipe: Recipe) -> None:
     from memrewrite.cli import text_output
-    from memrewrite.passes import pipeline
+    from memrewrite.passes.forecast import forecast
 
-    result = pipeline.plan(source.model, recipe, source.inputs, step=current.step)
+    result, scales = forecast(source.model, recipe, source.inputs, step=current.step)
     document: dict[str, Any] = {"plan": result.model_dump(mode="json"), "digest": result.digest()}
     document |= {"before": result.before().model_dump(), "after": result.after().model_dump()}
     document["sites"] = [
         {"path": s.site.path, "before": s.site.cost().model_dump(), "after": s.cost(result.pools).model_dump()}
         for s in result.substitutions
     ]
-    current.show(document, lambda out: text_output.show_plan(out, result))
+    document["scales"] = [scale.model_dump(mode="json") for scale in scales]
+    current.show(document, lambda out: text_output.show_plan(out, result, scales))
 
 
 def _emit_for(emit: Emit | None, source: ModelSource) -> Emit:

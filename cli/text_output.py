@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memrewrite.passes.onnx.export import Exported
     from memrewrite.passes.onnx.file import Port
     from memrewrite.plans import Plan, Substitution
-    from memrewrite.report import Report
+    from memrewrite.report import LayerScale, Report
     from memrewrite.site import Inspection, Site
 
 Row = Sequence[str]
@@ -61,8 +61,8 @@ def edited(site: Site) -> str:
     return next((words for kind, words in EDITED.items() if kind in kinds), ", ".join(sorted(kinds)))
 
 
-def show_plan(out: Console, plan: Plan) -> None:
-    """Print site → layer with its cost, the pools, and the totals."""
+def show_plan(out: Console, plan: Plan, scales: Sequence[LayerScale] = ()) -> None:
+    """Print site → layer with its cost, the pools, how large the layers start, and the totals."""
     line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}")
     heads: Row = ("path", "pattern", "layer", "parameters", "stored", "FLOPs/token", "read/token")
     table(out, heads, [_substitution(s, plan) for s in plan.substitutions], right=heads[3:])
@@ -71,6 +71,10 @@ def show_plan(out: Console, plan: Plan) -> None:
         heads = ("pool", "keys", "slots", "width", "dtype", "parameters", "stored", "layers")
         table(out, heads, [_pool(plan, name) for name in plan.pools], right=("keys", "slots", *heads[5:]))
     line(out)
+    if scales:
+        heads = ("output at the start (rms)", "stream", "MLP", "layer", "layer / MLP", "")
+        table(out, heads, [_scale(scale) for scale in scales], right=heads[1:5])
+        line(out)
     _totals(out, plan.before(), plan.after())
 
 
@@ -87,6 +91,12 @@ def _substitution(substitution: Substitution, plan: Plan) -> Row:
         f"{old.flops * calls:,} → {new.flops * calls:,}",
         f"{size(old.bytes_read * calls)} → {size(new.bytes_read * calls)}",
     )
+
+
+def _scale(scale: LayerScale) -> Row:
+    ratio = scale.layer / scale.mlp if scale.layer is not None and scale.mlp else None
+    numbers = ["" if value is None else f"{value:.3g}" for value in (scale.stream, scale.mlp, scale.layer, ratio)]
+    return (scale.path or "(root)", *numbers, scale.remark)
 
 
 def _pool(plan: Plan, name: str) -> Row:
@@ -115,7 +125,7 @@ def _bytes(name: str, before: int, after: int) -> Row:
 
 def show_report(out: Console, report: Report, saved: Path | None) -> None:
     """Print the plan, the checks, the totals, and where the result was saved."""
-    show_plan(out, report.plan)
+    show_plan(out, report.plan, report.scales)
     line(out)
     show_checks(out, report)
     before, after = report.parameters_before, report.parameters_after

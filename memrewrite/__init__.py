@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
     from memrewrite.lazy_adam import LazyAdam, catch_up
+    from memrewrite.passes.match_outputs import match_outputs
     from memrewrite.passes.onnx.export import export_onnx
     from memrewrite.passes.onnx.session import onnx_session
     from memrewrite.passes.pipeline import apply, explain, inspect, plan
@@ -47,6 +48,7 @@ _MODULES = {
     "fuse": "memrewrite.fused",
     "inspect": "memrewrite.passes.pipeline",
     "load": "memrewrite.passes.storage.load",
+    "match_outputs": "memrewrite.passes.match_outputs",
     "onnx_session": "memrewrite.passes.onnx.session",
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",
@@ -74,6 +76,7 @@ __all__ = [
     "fuse",
     "inspect",
     "load",
+    "match_outputs",
     "onnx_session",
     "param_groups",
     "plan",

@@ -61,6 +61,11 @@ class LayerScale(Frozen):
         """True if the layer starts with more than 3 times the rms of its MLP."""
         return self.layer is not None and self.mlp is not None and self.layer > LOUD * self.mlp
 
+    @property
+    def remark(self) -> str:
+        """What is unusual about it, in words; else ""."""
+        return " · ".join(filter(None, (f"more than {LOUD} times its MLP" if self.loud else "", self.note)))
+
 
 class Report(Frozen):
     """The result of one rewrite. The property `model` is not part of the JSON.

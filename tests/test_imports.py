@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("kernels", "memrewrite", "recipes", "passes", "cli")  # each may import from those before it, and from itself
-# The folders of passes/, and which others each may import from; any other arrow is an error. `pipeline`, `verify_saved` and
-# `text_usage` are files on top.
+# The folders of passes/, and which others each may import from; any other arrow is an error. `pipeline`, `forecast`,
+# `match_outputs`, `verify_saved` and `text_usage` are files on top.
 ARROWS: dict[str, tuple[str, ...]] = {
     "models": (),
     "graphs": (),
@@ -35,8 +35,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "onnx": ("capture", "models"),
     "texts": ("storage",),
     "onnx/check": ("onnx", "texts", "storage", "models"),
-    "torch_compile": ("verify", "rewrite", "plan", "locate", "capture", "graphs", "models"),
+    "torch_compile": ("initialize", "verify", "rewrite", "plan", "locate", "capture", "graphs", "models"),
     "pipeline": ("verify", "storage", "rewrite", "explain", "locate", "plan", "capture", "models"),
+    "forecast": ("pipeline", "initialize", "verify", "rewrite", "models"),
+    "match_outputs": ("initialize", "rewrite", "locate", "capture", "models"),
     "verify_saved": ("storage", "verify", "rewrite", "models"),
     "text_usage": ("texts", "storage", "models"),
 }

@@ -40,7 +40,7 @@ class Probe:
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self._sites = {site.path: site for site in sites}
-        self._records: dict[str, _Record] = {}
+        self._records: dict[str, Record] = {}
 
     @contextmanager
     def watching(self, model: nn.Module, mlps: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -48,15 +48,11 @@ class Probe:
 
         Their first argument is the MLP's input and their result its output.
         """
-        self._records = {path: _Record(self._sites[path]) for path in mlps}
-        blocks = dict(model.named_modules(remove_duplicate=False))
+        self._records = {path: Record(self._sites[path]) for path in mlps}
         with ExitStack() as hooks:
             for path, record in self._records.items():
                 hooks.callback(mlps[path].register_forward_hook(record.mlp_hook, prepend=True).remove)
-                block = blocks.get(block_path(self._sites[path]) or "")
-                if block is not None and block is not model:
-                    handle = block.register_forward_pre_hook(record.block_hook, with_kwargs=True, prepend=True)
-                    hooks.callback(handle.remove)
+                watch_block(model, self._sites[path], record, hooks)
             yield
 
     def measured(self) -> dict[str, Measured]:
@@ -64,7 +60,9 @@ class Probe:
         return {path: record.measured() for path, record in self._records.items() if record.seen}
 
 
-class _Record:
+class Record:
+    """What was recorded of one MLP, in all of its calls."""
+
     def __init__(self, site: Site) -> None:
         self._site, self._limit = site, -(-SAMPLE // site.calls)
         self._x: list[Tensor] = []
@@ -73,29 +71,44 @@ class _Record:
 
     @property
     def seen(self) -> bool:
+        """True if the MLP got a token."""
         return any(len(x) for x in self._x)
 
     def mlp_hook(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        with torch.no_grad():
-            self._x.append(sample(tokens_of(args[0], self._site.axis, self._site.d_in), self._limit))
-            self._mlp.append(token_rms(tokens_of(output, self._site.axis, self._site.d_model)))
+        """Forward hook of a module that stands for the MLP."""
+        self.read(args[0])
+        self.returned(output)
 
     def block_hook(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the block around the MLP: the first tensor it gets is the residual stream."""
         stream = next((t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_floating_point()), None)
         if stream is not None and stream.dim():
-            with torch.no_grad():
-                self._stream.append(token_rms(tokens_of(stream, self._site.axis, self._site.d_model)))
+            self._stream.append(token_rms(tokens_of(stream, self._site.axis, self._site.d_model)))
+
+    def read(self, x: Tensor) -> None:
+        """Record an input."""
+        self._x.append(sample(tokens_of(x, self._site.axis, self._site.d_in), self._limit))
+
+    def returned(self, output: Tensor) -> None:
+        """Record an output."""
+        self._mlp.append(token_rms(tokens_of(output, self._site.axis, self._site.d_model)))
+
+    def rms(self) -> float:
+        """The rms of the outputs; NaN where there are none, or one is not finite."""
+        return typical(torch.cat(self._mlp)) if self._mlp else math.nan
 
     def measured(self) -> Measured:
+        """All that was recorded."""
         stream = typical(torch.cat(self._stream)) if self._stream else math.nan
-        return Measured(torch.cat(self._x), typical(torch.cat(self._mlp)), stream if math.isfinite(stream) else None)
+        return Measured(torch.cat(self._x), self.rms(), stream if math.isfinite(stream) else None)
 
 
-def block_path(site: Site) -> str | None:
-    """The path of the block that contains a site, or None outside of a stack of blocks."""
-    if site.block is None:
-        return None
-    return ".".join(site.path.split(".")[: len(site.tower.split(".")) + 1])
+def watch_block(model: nn.Module, site: Site, record: Record, hooks: ExitStack) -> None:
+    """Record the residual stream where the site's block begins, until `hooks` are closed; nothing outside of a block."""
+    path = ".".join(site.path.split(".")[: len(site.tower.split(".")) + 1])
+    block = None if site.block is None else dict(model.named_modules(remove_duplicate=False)).get(path)
+    if block is not None:
+        hooks.callback(block.register_forward_pre_hook(record.block_hook, with_kwargs=True, prepend=True).remove)
 
 
 def tokens_of(value: Tensor, axis: int, width: int) -> Tensor:
@@ -116,7 +129,8 @@ def sample(tokens: Tensor, limit: int) -> Tensor:
 def token_rms(tokens: Tensor) -> Tensor:
     """The rms of every token's features: [T, d] -> [T], fp32 or wider."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
-    return torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=wide) / tokens.shape[-1] ** 0.5
+    norm: Tensor = torch.linalg.vector_norm(tokens.detach(), dim=-1, dtype=wide)
+    return norm / math.sqrt(tokens.shape[-1])
 
 
 def typical(rms: Tensor) -> float:

@@ -136,14 +136,13 @@ def _scale_pool(starts: list[_Start], kept: bool) -> None:
             start.note = "the layer returns zeros, or values that are not finite"
         else:
             needed.append(target / rms)
-    if needed:
-        pool = starts[0].layer.pool
-        assert pool is not None
+    pool = starts[0].layer.pool if needed else None
+    if pool is not None:
         pool.scale_values_(math.exp(sum(map(math.log, needed)) / len(needed)))
 
 
 def _output(layer: MemoryLayer, x: Tensor) -> Tensor:
-    """The layer's output for tokens [n, d_in]: its forward alone, because its hooks expect the arguments of the MLP's module."""
+    """The layer's output for tokens [n, d_in]: its forward alone; its hooks expect the arguments of the MLP's module."""
     with _evaluating(layer):
         return layer.forward(x)
 

@@ -24,9 +24,10 @@ from memrewrite.passes.rewrite.graph_host import GraphHost
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.rewrite.undo_log import UndoLog
 from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, failed
+from memrewrite.passes.verify.measured_mlps import measured_graph, measured_module
 from memrewrite.passes.verify.null_check import run_with_originals
 from memrewrite.passes.verify.null_train_check import null_train
-from memrewrite.passes.verify.verify import before_editing, measured_graph, verify, verify_graph
+from memrewrite.passes.verify.verify import before_editing, verify, verify_graph
 from memrewrite.plans import Plan
 from memrewrite.report import Check, LayerScale
 
@@ -53,22 +54,21 @@ def rewrite_module(
 ) -> Rewrite:
     """Edit `model` in place. `hosts` are the modules whose forward becomes a graph; `step` receives the name of each stage."""
     before = BeforeEdit(model, plan, capture, locations, hosts)
-    probe = Probe(s.site for s in plan.substitutions)
     if not with_checks:
-        _measure(before, probe, step)
-        edit, scales = _substituted(before, probe, step)
+        edit, scales = _substituted(before, measured_module(before) if plan.measured else {}, step)
         edit.commit()
         return Rewrite(model, (), scales)
     step("fingerprinting every tensor")
     prints = fingerprints(model)
     step("checking the plan with the original MLPs wrapped")
+    probe = Probe(s.site for s in plan.substitutions)
     with evaluating(model):
         if not before.on_meta:
             warm_up(model, capture.inputs)
         first, reached = before_editing(before, partial(_run_wrapped, before, probe), null_train)
     if failed(first):
         return Rewrite(model, first)
-    edit, scales = _substituted(before, probe, step)
+    edit, scales = _substituted(before, probe.measured(), step)
     after = AfterEdit(
         model=model,
         plan=plan,
@@ -96,23 +96,13 @@ def _run_wrapped(before: BeforeEdit, probe: Probe, gradients: bool) -> tuple[Any
     return run_with_originals(before, gradients=gradients, probe=None if gradients else probe)
 
 
-def _measure(before: BeforeEdit, probe: Probe, step: Step) -> None:
-    """Run the model for the probe alone, if a layer's start depends on it."""
-    if before.on_meta or not before.plan.measured:
-        return
-    step("measuring the MLPs")
-    with evaluating(before.model):
-        warm_up(before.model, before.capture.inputs)
-        run_with_originals(before, probe=probe)
-
-
-def _substituted(before: BeforeEdit, probe: Probe, step: Step) -> tuple[UndoLog, tuple[LayerScale, ...]]:
+def _substituted(before: BeforeEdit, measured: Mapping[str, Measured], step: Step) -> tuple[UndoLog, tuple[LayerScale, ...]]:
     """Place the layers, at the scales at which they start."""
     step("substituting")
     edit = substitute(before.model, before.plan, hosts=before.hosts)
     try:
         without = ON_META if before.on_meta else NO_TOKEN
-        return edit, set_scales(before.plan, edit.layers, probe.measured(), without=without)
+        return edit, set_scales(before.plan, edit.layers, measured, without=without)
     except BaseException:
         edit.revert()
         raise
@@ -132,5 +122,5 @@ def rewrite_graph(plan: Plan, capture: Capture, locations: LocatedSites, *, with
         step("verifying")
         checks = verify_graph(result, layers, plan, capture, locations, start=start)
     else:
-        start(measured_graph(plan, capture, locations))
+        start(measured_graph(plan, capture, locations) if plan.measured else {})
     return Rewrite(result, checks, tuple(scales))

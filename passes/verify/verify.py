@@ -13,14 +13,15 @@ from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.initialize.measure import Measured, Probe
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import fingerprints
-from memrewrite.passes.models.forward import on_meta, run, warm_up
-from memrewrite.passes.rewrite.edit_graph import copy_of, emit_originals, graph_module_of
+from memrewrite.passes.models.forward import warm_up
+from memrewrite.passes.rewrite.edit_graph import copy_of, graph_module_of
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.verify.checks import CHECKS, untouched
 from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, checked, skipped
 from memrewrite.passes.verify.gradient_flow import reached
+from memrewrite.passes.verify.measured_mlps import run_originals
 from memrewrite.passes.verify.mlp_locality import locality
-from memrewrite.passes.verify.null_check import null, refuse_unrepeatable, watching
+from memrewrite.passes.verify.null_check import null, refuse_unrepeatable
 from memrewrite.plans import Plan
 from memrewrite.report import Check
 
@@ -72,23 +73,6 @@ def before_editing(
             return (check,), sites
         sites = reached(*run_wrapped(True))
     return (check, in_train_mode(before), locality(before)), sites
-
-
-def run_originals(
-    plan: Plan, capture: Capture, locations: LocatedSites, probe: Probe | None, *, gradients: bool = False
-) -> tuple[Any, dict[str, OriginalMLP]]:
-    """A captured graph's outputs with every selected MLP replaced by itself, and these by site path; `probe` records them."""
-    wrapped_graph, wrapped = emit_originals(capture.segments[0], plan, locations)
-    with watching(probe, wrapped_graph, wrapped):
-        return run(wrapped_graph, capture.inputs, gradients=gradients), wrapped
-
-
-def measured_graph(plan: Plan, capture: Capture, locations: LocatedSites) -> dict[str, Measured]:
-    """What the MLPs of a captured graph do on its inputs, by site path; nothing if no layer's start depends on it."""
-    probe = Probe(s.site for s in plan.substitutions)
-    if plan.measured and not on_meta(graph_module_of(capture.segments[0])):
-        run_originals(plan, capture, locations, probe)
-    return probe.measured()
 
 
 def verify_graph(
