@@ -37,15 +37,15 @@ def plan(
     if measured is not None:
         return Plan(slices=triton.cdiv(width, measured["block"] * measured["pieces"]), **measured)
     widest = max(dtype.itemsize, state.itemsize, gradients.itemsize)
-    if width <= WARP:
-        return Plan(2, max(16, triton.next_power_of_2(width)), 1, 1, 1, registers(widest, 1))
-    shapes = [(w, p) for w in ((1, 2, 4, 8, 16) if dtype == FP8 else (1,)) for p in (1, 2, 3)]
-    shapes = [(w, p) for w, p in shapes if w * 32 * registers(widest, p) <= 65536]
+    if dtype != FP8 or width <= WARP:
+        block = min(WARP, max(16, triton.next_power_of_2(width)))
+        return Plan(2, block, 1, 1, triton.cdiv(width, block), registers(widest, 1))
+    shapes = [(w, p) for w in (1, 2, 4, 8, 16) for p in (1, 2, 3) if w * 32 * registers(widest, p) <= 65536]
 
     def cost(shape: tuple[int, int]) -> tuple[int, ...]:
         columns = WARP * shape[0] * shape[1]
         slices = triton.cdiv(width, columns)
-        return slices if dtype == FP8 else 0, slices * columns, abs(shape[1] - 2), slices
+        return slices, slices * columns, abs(shape[1] - 2)
 
     warps, pieces = min(shapes, key=cost)
     return Plan(2, WARP * warps, pieces, warps, triton.cdiv(width, WARP * warps * pieces), registers(widest, pieces))
@@ -53,7 +53,7 @@ def plan(
 
 def registers(widest: int, pieces: int) -> int:
     """The most per thread; `widest`: bytes of the largest element among table, state and gradients."""
-    return {True: (128, 168, 200), False: (96, 128, 168)}[widest > 2][pieces - 1]
+    return {True: (112, 168, 200), False: (80, 128, 168)}[widest > 2][pieces - 1]
 
 
 def lazy_adam_(
@@ -153,9 +153,9 @@ def compile_variants() -> Iterator[CompileVariant]:
     """The variants of the kernel, for the compile gate."""
     bf16, fp32 = torch.bfloat16, torch.float32
     for width, dtype, state, grads in (
-        *((width, bf16, state, bf16) for width in (576, 1024, 4096, 8192) for state in (fp32, bf16, FP8)),
-        *((width, fp32, state, fp32) for width in (576, 1024, 4096, 8192) for state in (fp32, bf16, FP8)),
-        *((width, FP8, state, bf16) for width in (576, 1024, 4096, 8192, 16384) for state in (fp32, bf16, FP8)),
-        (1024, FP8, FP8, fp32), (1024, fp32, FP8, bf16),
+        *((width, bf16, state, bf16) for width in (576, 1024, 8192) for state in (fp32, bf16, FP8)),
+        *((width, fp32, state, fp32) for width in (576, 1024, 8192) for state in (fp32, bf16, FP8)),
+        *((width, FP8, state, bf16) for width in (576, 1024, 4096, 8192, 16384) for state in (bf16, FP8)),
+        (64, bf16, FP8, bf16), (1024, FP8, fp32, bf16), (1024, FP8, FP8, fp32), (1024, fp32, FP8, bf16),
     ):  # fmt: skip
         yield from variants(plan(width, dtype, state, grads), width, dtype, state, grads)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from memrewrite.kernels.triton_math import decode_e4m3, encode_e4m3, random_bits, round_to, uniform
+from memrewrite.kernels.triton_math import decode_e4m3, encode_e4m3, random_bits, round_to
 from memrewrite.kernels.triton_segments import load_reads
 from memrewrite.kernels.triton_update_kernels import (
     MOVE,
@@ -85,11 +85,11 @@ def store_state(
     if scales is not None:
         blocks: tl.constexpr = (BLOCK_D + BLOCK - 1) // BLOCK
         count: tl.constexpr = (D + BLOCK - 1) // BLOCK
-        size = tl.where(x == x, tl.abs(x), float("inf"))  # a maximum may ignore NaN
-        scale = scale_of(tl.max(tl.reshape(size, [blocks, BLOCK_D // blocks]), 1))
+        size = tl.reshape(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, [blocks, BLOCK_D // blocks])
+        scale = scale_of(tl.max(size, 1).to(tl.float32, bitcast=True))  # as integers, NaN is the largest
         block = first // BLOCK + tl.arange(0, blocks)
         tl.store(scales + slot * count + block, scale, block < count)
-        stored = encode_e4m3(x * each_column(1.0 / scale, BLOCK_D), uniform(bits))
+        stored = encode_e4m3(x * each_column(1.0 / scale, BLOCK_D), bits)
         if ROOT:
             stored = tl.maximum(stored, (x > 0).to(tl.uint8))
     else:

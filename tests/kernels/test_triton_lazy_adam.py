@@ -70,7 +70,7 @@ def narrow(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 class Case:
     """A table with its states, and lookups of it; the last three rows are not read."""
 
-    def __init__(self, n=12, d=16, dtype=FP32, state=FP32, lookups=((5, 7), (3, 2)), seed=0):
+    def __init__(self, n=8, d=16, dtype=FP32, state=FP32, lookups=((5, 7), (3, 2)), seed=0):
         g = torch.Generator().manual_seed(seed)
         rows = torch.randn(n, d, generator=g)
         self.scale = rows.abs().amax(1) / 448 if dtype == FP8 else None
@@ -79,8 +79,8 @@ class Case:
         self.second, self.second_scale = narrow(torch.rand(n, d, generator=g), state)
         kind = BF16 if dtype == FP8 else dtype
         self.grads = [torch.randn(t, d, generator=g).to(kind) for t, _ in lookups]
-        self.indices = [torch.randint(0, n - 3, size, generator=g) for size in lookups]
-        self.indices[0][:, 0] = 4  # hot
+        self.indices = [torch.randint(0, max(1, n - 3), size, generator=g) for size in lookups]
+        self.indices[0][:, 0] = min(4, n - 1)  # hot
         self.weights = [torch.randn(size, generator=g) for size in lookups]
 
     @property
@@ -137,7 +137,7 @@ def test_fp32_is_its_formula(update, length, lookups, d):
 
 @pytest.mark.parametrize("state", [FP32, BF16, FP8], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP8], ids=str)
-@pytest.mark.parametrize("d", [1, 63, 129, 576])
+@pytest.mark.parametrize("d", [63, 129, 576])
 def test_values_and_states_are_neighbours_of_the_formula(update, dtype, state, d):
     case = Case(d=d, dtype=dtype, state=state)
     want, before = case.expected(**RATES), [None if t is None else t.clone() for t in case.tables]
@@ -199,13 +199,13 @@ def test_rounding_is_unbiased(update, dtype, state):
 
 def test_a_positive_root_is_never_stored_as_zero(update):
     """Roots far below the smallest code of their block, and one that is 0."""
-    case = Case(d=300, state=FP8, lookups=((9, 1),))
-    case.indices, case.weights = [torch.arange(9)[:, None]], [torch.ones(9, 1)]
-    case.second.copy_(torch.zeros(12, 300))
+    case = Case(d=300, state=FP8, lookups=((5, 1),))
+    case.indices, case.weights = [torch.arange(5)[:, None]], [torch.ones(5, 1)]
+    case.second.copy_(torch.zeros(8, 300))
     case.grads[0].fill_(1e-12)
     case.grads[0][:, ::BLOCK], case.grads[0][:, 2] = 1.0, 0.0
     case.run(update, beta2=0.0, step=1)
-    codes = case.second.float()[:9]
+    codes = case.second.float()[:5]
     assert (codes[:, 1::2] == 2.0**-9).all()
     assert (codes[:, 2] == 0).all()
     assert (codes[:, ::BLOCK] > 400).all()
@@ -252,8 +252,8 @@ def test_the_result_depends_only_on_the_seed(update, monkeypatch):
 
 def test_the_three_tables_have_random_bits_of_their_own(update):
     """The same number is rounded in all three: the choices are independent."""
-    n, d = 9, 1024
-    case = Case(n=12, d=d, dtype=BF16, state=BF16, lookups=((n, 1),))
+    n, d = 5, 1024
+    case = Case(d=d, dtype=BF16, state=BF16, lookups=((n, 1),))
     case.indices, case.weights, case.grads = [torch.arange(n)[:, None]], [torch.ones(n, 1)], [torch.zeros(n, d).bfloat16()]
     for table in (case.values, case.mean, case.second):
         table.fill_(1.0)
@@ -271,7 +271,7 @@ def test_a_nonfinite_weight_affects_only_its_row(update, state, bad):
     case = Case(dtype=BF16, state=state)
     case.indices[1][1, 1] = 2
     case.weights[1][1, 1] = bad
-    others = torch.arange(12) != 2
+    others = torch.arange(8) != 2
     values, mean, _ = case.run(update).wide()
     assert values[2].isnan().all()
     assert not mean[2].isfinite().any()
