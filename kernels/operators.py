@@ -89,6 +89,15 @@ _OPS = (
         _NO_UPDATE,
     ),
     _Op(
+        f"lazy_adam_({_TABLE}, Tensor(c!) exp_avg, Tensor(d!)? exp_avg_scale, Tensor(e!) exp_avg_sq, "
+        f"Tensor(f!)? exp_avg_sq_scale, {_READS}, float lr, float beta1, float beta2, float eps, float weight_decay, int step, "
+        "int seed, str backend='auto') -> ()",
+        _update.lazy_adam,
+        _update.lazy_adam_fake,
+        derivatives.refuse(_NO_UPDATE),
+        _NO_UPDATE,
+    ),
+    _Op(
         "product_key_topk(Tensor scores1, Tensor scores2, int k, bool softmax=False, str backend='auto') -> (Tensor, Tensor)",
         _topk.forward,
         _topk.forward_fake,

@@ -189,3 +189,45 @@ def rowwise_adam_(
     """
     numbers = (lr, *betas, eps, weight_decay, step, seed, backend)
     torch.ops.memrewrite.rowwise_adam_(values, scale, exp_avg, exp_avg_sq, grads, indices, weights, *numbers)
+
+
+def lazy_adam_(
+    values: Tensor,
+    scale: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq: Tensor,
+    exp_avg_sq_scale: Tensor | None,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+    backend: str = "auto",
+) -> None:
+    """Adam with one second moment per element, in place, on the rows that the lookups read; other rows do not change.
+
+    `m = β1 m + (1 - β1) g`, `v = β2 v + (1 - β2) g²` and
+    `p = p (1 - lr wd) - lr m / (1 - β1^step) / (sqrt(v / (1 - β2^step)) + eps)` (algorithm 2 of arXiv 1711.05101, on
+    the rows). Other arguments and errors as in `rowwise_adam_`.
+
+    The moments of one dtype are stored in float32, or rounded stochastically in bfloat16 or float8_e4m3fn. In 8 bits, each
+    block of 128 columns of a row (the last one may be shorter) has a float32 scale: its largest absolute value / 448, or 1 for
+    a block of zeros. There `exp_avg_sq` holds the root of v, for its range; a positive root is never stored as zero.
+
+    Args:
+        exp_avg: First moments m [N, D], float32, bfloat16 or float8_e4m3fn.
+        exp_avg_scale: Scales of `exp_avg` [N, ceil(D / 128)], float32, for float8_e4m3fn; else None.
+        exp_avg_sq: Second moments v [N, D], in the dtype of `exp_avg`; in float8_e4m3fn, sqrt(v).
+        exp_avg_sq_scale: Scales of `exp_avg_sq`, as for `exp_avg`.
+        betas: β1 and β2.
+        step: Number of this step, from 1.
+    """
+    numbers = (lr, *betas, eps, weight_decay, step, seed, backend)
+    states = (exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale)
+    torch.ops.memrewrite.lazy_adam_(values, scale, *states, grads, indices, weights, *numbers)

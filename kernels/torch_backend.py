@@ -15,9 +15,20 @@ from torch import Tensor
 from memrewrite.kernels.checks import check_range
 from memrewrite.kernels.torch_reads import in_pieces, row_gradients, sorted_reads, wide_rows
 from memrewrite.kernels.torch_topk import topk, topk_backward
-from memrewrite.kernels.torch_update import adagrad_, adam_
+from memrewrite.kernels.torch_update import adagrad_, adam_, lazy_adam_
 
-__all__ = ["adagrad_", "adam_", "backward", "forward", "rows", "supports", "supports_topk", "topk", "topk_backward"]
+__all__ = [
+    "adagrad_",
+    "adam_",
+    "backward",
+    "forward",
+    "lazy_adam_",
+    "rows",
+    "supports",
+    "supports_topk",
+    "topk",
+    "topk_backward",
+]
 
 NAME = "torch"
 SMALL = 2**24  # elements of a table that may be converted whole, if it has fewer rows than there are reads

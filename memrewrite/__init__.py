@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
+    from memrewrite.lazy_adam import LazyAdam, catch_up
     from memrewrite.passes.onnx.export import export_onnx
     from memrewrite.passes.onnx.session import onnx_session
     from memrewrite.passes.pipeline import apply, explain, inspect, plan
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = version("memrewrite")
 
 _MODULES = {
+    "LazyAdam": "memrewrite.lazy_adam",
     "MemrewriteError": "memrewrite.errors",
     "Recipe": "memrewrite.recipes.schema",
     "Report": "memrewrite.report",
@@ -33,6 +35,7 @@ _MODULES = {
     "VerificationError": "memrewrite.errors",
     "apply": "memrewrite.passes.pipeline",
     "backend": "memrewrite.passes.torch_compile.backend",
+    "catch_up": "memrewrite.lazy_adam",
     "explain": "memrewrite.passes.pipeline",
     "export_onnx": "memrewrite.passes.onnx.export",
     "fuse": "memrewrite.fused",
@@ -44,6 +47,7 @@ _MODULES = {
     "save": "memrewrite.passes.storage.checkpoint",
 }
 __all__ = [
+    "LazyAdam",
     "MemrewriteError",
     "Recipe",
     "Report",
@@ -52,6 +56,7 @@ __all__ = [
     "VerificationError",
     "apply",
     "backend",
+    "catch_up",
     "explain",
     "export_onnx",
     "fuse",

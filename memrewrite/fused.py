@@ -17,6 +17,9 @@ from memrewrite.errors import UserError
 from memrewrite.kernels import ops
 from memrewrite.kernels.pending import Factors, Pending, refuse_capture
 from memrewrite.layers.value_table import ValueTable
+from memrewrite.lazy_adam import CatchUp, LazyAdam
+
+__all__ = ["LazyAdam", "RowwiseAdagrad", "RowwiseAdam", "Rule", "fuse"]
 
 State = dict[str, Tensor]
 
@@ -103,7 +106,7 @@ def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> No
     Args:
         optimizer: The optimizer that contains the parameters `values` of these pools; a wrapper around it is accepted.
         model: The model with the pools.
-        rule: `RowwiseAdagrad` or `RowwiseAdam`. Default: `RowwiseAdagrad()`.
+        rule: `RowwiseAdagrad`, `RowwiseAdam` or `LazyAdam`. Default: `RowwiseAdagrad()`.
 
     Raises:
         UserError: No pool is fused; a pool's `values` are float64, not in the optimizer, or already updated by an
@@ -115,9 +118,12 @@ def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> No
         raise UserError('no pool of this model has the gradient "fused"', hint="set `gradient: fused` for it in the recipe")
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise UserError("fused updates need a single process: other processes would not get them", hint="gradient: dense")
+    rule = rule or RowwiseAdagrad()
     for name, pool in pools.items():
         _check(optimizer, name, pool)
-    _attach(optimizer, pools, rule or RowwiseAdagrad())
+        if isinstance(rule, LazyAdam):
+            rule.check(name, pool.values)
+    _attach(optimizer, pools, rule)
     for pool in pools.values():
         _queue(pool).taker = optimizer
 
@@ -184,6 +190,11 @@ def _attach(optimizer: Optimizer, pools: dict[str, ValueTable], rule: Rule) -> N
         if it is not None:
             type(it).zero_grad(it, set_to_none=set_to_none)
 
+    if isinstance(rule, LazyAdam) and rule.catch_up:
+        for pool in pools.values():
+            hook = CatchUp(optimizer, rule)
+            hook.attach(pool)
+            optimizer.register_state_dict_pre_hook(lambda _, hook=hook, pool=pool: hook.flush(pool))
     for pool in pools.values():  # some optimizers create state in their constructor, as large as the table
         state = optimizer.state.get(pool.values, {})
         if not float(state.get("step", 0)):
