@@ -94,7 +94,9 @@ def expected(size: float, max_norm: float, value_max: float, **options: Any) -> 
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("limits", [(1.0, None), (0.3, 1e-3), (float("inf"), 0.1), (0.1, float("inf")), (1e6, 1e6)], ids=str)
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_clips_as_torch_does_on_dense_gradients(gradient: str, limits: tuple[float, float | None], foreach: bool | None) -> None:
+def test_clips_as_torch_does_on_dense_gradients(
+    gradient: str, limits: tuple[float, float | None], foreach: bool | None
+) -> None:
     model = Tables(gradient)
     optimizer = trained(model)
     backward(model, 9.0)
@@ -164,7 +166,9 @@ def test_an_error_changes_nothing() -> None:
     kept = [tuple(map(torch.clone, r)) for r in model.one.pending.waiting]
     with pytest.raises(RuntimeError, match="non-finite"):
         memrewrite.clip_grad_norm_(model, 1e-3, error_if_nonfinite=True)
-    assert all(torch.equal(p.grad, g) for p, g in zip((p for p in model.parameters() if p.grad is not None), before, strict=True))
+    assert all(
+        torch.equal(p.grad, g) for p, g in zip((p for p in model.parameters() if p.grad is not None), before, strict=True)
+    )
     for r, old in zip(model.one.pending.waiting, kept, strict=True):
         assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(r, old, strict=True))
     assert optimizer is not None
