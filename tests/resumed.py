@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,10 @@ import torch
 from torch import nn
 
 import memrewrite
+from memrewrite.passes.rewrite.build_layers import pools_of
+from memrewrite.passes.rewrite.edit_module import substitute
+from memrewrite.plans import Plan
+from memrewrite.record import RewriteRecord
 
 STEPS = 3
 
@@ -77,12 +82,20 @@ def base() -> nn.Module:
     return tiny.modular(dropout=0.1)
 
 
-def rewritten(variant: Variant) -> nn.Module:
+@cache
+def plan() -> Plan:
+    """With dropout in the layers; computed once, since capturing takes most of the time."""
     options = {"heads": 2, "topk": 4, "dropout": 0.1, "query_dropout": 0.1, "qk_norm": True}
     rule = {"where": {"all": True}, "with": "memory_plus", "pool": "shared", "options": options}
-    pool = {"keys": 8, "gradient": variant.gradient, "dtype": variant.dtype}
+    return memrewrite.plan(base(), tiny.recipe(replace=[rule]), {"ids": tiny.tokens()})
+
+
+def rewritten(variant: Variant) -> nn.Module:
+    how = {"gradient": variant.gradient, "dtype": variant.dtype}
+    chosen = plan().model_copy(update={"pools": {"shared": plan().pools["shared"].model_copy(update=how)}})
     model = base()
-    memrewrite.apply(model, tiny.recipe(pools={"shared": pool}, replace=[rule], verify="off"), {"ids": tiny.tokens()})
+    substitute(model, chosen).commit()
+    pools_of(model).record = RewriteRecord(plan=chosen.model_dump_json())
     return model
 
 
