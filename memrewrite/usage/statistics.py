@@ -161,7 +161,7 @@ def _slot_usage(counters: Sequence[ReadCounter]) -> SlotUsage:
         slots_read=found,
         slots_never_read=slots - found,
         share_read=found / slots,
-        share_if_uniform=-math.expm1(missed),
+        share_if_uniform=max(0.0, -math.expm1(missed)),
         kl_reads=_kl_to_uniform(reads),
         kl_weight=_kl_to_uniform(weight),
         top_reads=_top_share(reads),
