@@ -1,8 +1,8 @@
 """The numbers that follow from counted reads, as plain data: per layer, per pool, and for pairs of layers that share a pool.
 
 Information is in nats. Of a distribution p over N slots, the divergence from the uniform one is `log N + sum p log p` (KL in
-section 4.5 of "Large Memory Layers with Product Keys", Lample et al. 2019, arXiv 1907.05242): 0 if all slots are used alike, log N
-if one slot is.
+section 4.5 of "Large Memory Layers with Product Keys", Lample et al. 2019, arXiv 1907.05242): 0 if all slots are used alike,
+log N if one slot is.
 """
 
 from __future__ import annotations

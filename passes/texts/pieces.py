@@ -26,7 +26,9 @@ def read_text(file: Path) -> str:
             raise UserError(what, where=where, hint="give a part of it")
         text = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"the text {where!r} cannot be read: {in_one_line(error, kind=False)}", where=where, hint=hint) from error
+        raise UserError(
+            f"the text {where!r} cannot be read: {in_one_line(error, kind=False)}", where=where, hint=hint
+        ) from error
     if not text.strip():
         raise UserError(f"the text {where!r} is empty", where=where, hint=hint)
     return text

@@ -1,4 +1,4 @@
-"""`memrewrite.watch`: counts equal a count by hand in every mode that a model runs in, and nothing is left of it when it ends."""
+"""`memrewrite.watch`: counts equal a count by hand in every mode that a model runs in, and nothing is left when it ends."""
 
 from __future__ import annotations
 
@@ -98,9 +98,7 @@ def layer(kind: str = "memory_plus", keys: int = 5, heads: int = 2, topk: int = 
     st.lists(st.integers(0, 5), min_size=1, max_size=3),
     st.booleans(),
 )
-def test_counts_equal_a_count_by_hand(
-    kind: str, keys: int, heads: int, topk: int, batches: list[int], training: bool
-) -> None:
+def test_counts_equal_a_count_by_hand(kind: str, keys: int, heads: int, topk: int, batches: list[int], training: bool) -> None:
     model = layer(kind, keys, heads, min(topk, keys)).train(training)
     with by_hand(model) as expected, memrewrite.watch(model) as usage:
         for seed, tokens in enumerate(batches):
