@@ -26,7 +26,7 @@ Grid = tuple[int, int]
 SUFFIXES = (".png", ".svg", ".pdf")
 MOST_CELLS = 64  # per side of a map: a cell is still visible at half size
 MOST_POINTS = 512  # of a line
-MOST_NAMES = 6  # in a legend
+MOST_NAMES = 4  # in a legend
 COLUMNS, WIDE, HIGH = 4, 3.4, 3.3  # panels of one row; inches of one panel
 FONT = 12
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
@@ -50,16 +50,14 @@ def figure(statistics: UsageStatistics, counted: Mapping[str, tuple[Grid, Tensor
     rows = [math.ceil((1 + len(layers)) / COLUMNS) for _, layers in blocks]
     columns = max(min(COLUMNS, 1 + len(layers)) for _, layers in blocks)
     drawn = Figure(figsize=(WIDE * columns, HIGH * sum(rows)), dpi=150, layout="constrained")
-    panels = drawn.subplots(sum(rows), columns, squeeze=False)
-    first = 0
-    for (pool, layers), high in zip(blocks, rows, strict=True):
-        axes = list(panels[first : first + high].flat)
+    parts = drawn.subfigures(len(blocks), 1, height_ratios=rows, squeeze=False)[:, 0]
+    for part, (pool, layers), high in zip(parts, blocks, rows, strict=True):
+        axes = list(part.subplots(high, columns, squeeze=False).flat)
         names = _short([layer.layer for layer in layers])
         _lines(axes[0], pool, {names[layer.layer]: counted[layer.layer][1] for layer in layers})
         _maps(axes[1:], layers, names, counted)
         for unused in axes[1 + len(layers) :]:
             unused.set_axis_off()
-        first += high
     return drawn
 
 
@@ -88,10 +86,12 @@ def _blocks(statistics: UsageStatistics) -> list[tuple[SlotUsage, list[LayerUsag
 
 
 def _short(names: list[str]) -> dict[str, str]:
-    """Names without the parts, between dots, that all of them begin or end with."""
+    """Names without the parts, between dots, that all of them begin or end with; a single name is not shortened."""
+    if len(names) == 1:
+        return {names[0]: names[0]}
     parts = [name.split(".") for name in names]
     shared = [len(set(column)) == 1 for column in zip(*parts, strict=False)]
-    begin = shared.index(False) if False in shared else max(0, len(shared) - 1)
+    begin = shared.index(False) if False in shared else len(shared)
     ends = [len(set(column)) == 1 for column in zip(*(reversed(p) for p in parts), strict=False)]
     end = ends.index(False) if False in ends else 0
     short = {name: ".".join(p[max(0, begin - 1) : len(p) - end] or p) for name, p in zip(names, parts, strict=True)}
@@ -103,12 +103,14 @@ def _lines(axes: Axes, usage: SlotUsage, layers: Mapping[str, Tensor]) -> None:
     from matplotlib import colormaps
 
     shades = colormaps["viridis"]
+    step = max(1, (len(layers) - 1) / (MOST_NAMES - 1))  # the names in the legend are spread over all layers
+    named = {round(step * number) for number in range(MOST_NAMES)}
     for number, (name, reads) in enumerate(layers.items()):
         found = reads[reads > 0].sort(descending=True).values.cpu()
         if len(found):
             at = torch.logspace(0, math.log10(len(found)), MOST_POINTS, dtype=torch.float64).round().long().unique()
             color = shades(0.7 * number / max(1, len(layers) - 1))
-            label = name if number < MOST_NAMES else None
+            label = name if number in named else None
             axes.plot(at.tolist(), found[at - 1].tolist(), color=color, ls=DASHES[number % len(DASHES)], lw=2, label=label)
     axes.set(xscale="log", yscale="log", xlim=(1, max(2, usage.slots)))
     axes.set_ylim(bottom=0.8)
@@ -118,9 +120,8 @@ def _lines(axes: Axes, usage: SlotUsage, layers: Mapping[str, Tensor]) -> None:
     axes.set_title(f"{pool}{usage.slots:,} slots,\n{_percent(usage.share_read)} read", fontsize=FONT)
     axes.tick_params(labelsize=FONT - 1)
     axes.grid(color="0.88", lw=0.7)
-    if axes.lines:
-        more = f"and {len(layers) - MOST_NAMES} more" if len(layers) > MOST_NAMES else None
-        axes.legend(fontsize=FONT - 2, title=more, loc="lower left", framealpha=0.85, handlelength=2.6)
+    if len(layers) > 1 and axes.lines:
+        axes.legend(fontsize=FONT - 2, loc="lower left", framealpha=0.85, handlelength=2.6)
 
 
 def _maps(
@@ -141,10 +142,11 @@ def _maps(
             aspect="auto" if rows == 1 else "equal",
             interpolation="nearest",
         )
-        axes.set_xlabel("key of the second half", fontsize=FONT)
-        axes.set_ylabel("key of the first half", fontsize=FONT)
-        share = f"{names[layer.layer]}: {_percent(layer.share_read)} read"
-        axes.set_title(f"{share}\nat random: {_percent(layer.share_if_uniform)}", fontsize=FONT)
+        axes.set_xlabel("key of the second half" if rows > 1 else "slot", fontsize=FONT)
+        axes.set_ylabel("key of the first half" if rows > 1 else "", fontsize=FONT)
+        shares = f"{_percent(layer.share_read)} read; at random {_percent(layer.share_if_uniform)}"
+        axes.set_title(f"{names[layer.layer]}\n{shares}", fontsize=FONT)
+        axes.yaxis.set_visible(rows > 1)
         axes.tick_params(labelsize=FONT - 1)
     bar = panels[0].figure.colorbar(image, ax=panels[: len(layers)], pad=0.02, aspect=18, shrink=0.9)
     bar.ax.tick_params(labelsize=FONT - 1)

@@ -1,8 +1,8 @@
 """The numbers that follow from counted reads, as plain data: per layer, per pool, and for pairs of layers that share a pool.
 
 Information is in nats. Of a distribution p over N slots, the divergence from the uniform one is `log N + sum p log p` (KL in
-section 4.5 of "Large Memory Layers with Product Keys", Lample et al. 2019, arXiv 1907.05242): 0 if all slots are used alike, log N
-if one slot is.
+section 4.5 of "Large Memory Layers with Product Keys", Lample et al. 2019, arXiv 1907.05242): 0 if all slots are used alike,
+log N if one slot is.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _slot_usage(counters: Sequence[ReadCounter]) -> SlotUsage:
         slots_read=found,
         slots_never_read=slots - found,
         share_read=found / slots,
-        share_if_uniform=-math.expm1(missed),
+        share_if_uniform=max(0.0, -math.expm1(missed)),
         kl_reads=_kl_to_uniform(reads),
         kl_weight=_kl_to_uniform(weight),
         top_reads=_top_share(reads),

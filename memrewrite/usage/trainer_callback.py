@@ -1,4 +1,4 @@
-"""A callback of transformers' Trainer that logs which slots are read. The first use of `memrewrite.UsageCallback` imports it."""
+"""A callback of transformers' Trainer that logs which slots are read; the first use of `memrewrite.UsageCallback` imports it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class UsageCallback(TrainerCallback):
     "train/". Only training steps are counted, evaluation is not. With several processes their counts are added.
 
     Args:
-        log: Receives the numbers: `trainer.log`, which passes them to all that the Trainer reports to (TensorBoard, the console,
-            `trainer.state.log_history`); or another function of a dict.
+        log: Receives the numbers: `trainer.log`, which passes them to all that the Trainer reports to (TensorBoard, the
+            console, `trainer.state.log_history`); or another function of a dict.
         every: Optimizer steps between two reports.
 
     Attributes:

@@ -39,9 +39,9 @@ def watch(model: nn.Module) -> Iterator[Usage]:
     ```
 
     The counts stay in `usage` after the block. Counting is exact, works in train and eval mode and in compiled models (which
-    compile once more when watching begins), and copies nothing to the host. A forward that gradient checkpointing repeats in the
-    backward counts once. Forwards of several threads all count. Counters take 16 bytes per slot and layer. A copy of the model
-    made inside of the block is not watched, and an export inside of it contains no counting.
+    compile once more when watching begins), and copies nothing to the host. A forward that gradient checkpointing repeats in
+    the backward counts once. Forwards of several threads all count. Counters take 16 bytes per slot and layer. A copy of the
+    model made inside of the block is not watched, and an export inside of it contains no counting.
 
     Args:
         model: A model with memory layers, on the device that it runs on.
@@ -148,11 +148,11 @@ class Usage:
         statistics = self.statistics()
         found: dict[str, float] = {}
         for layer in statistics.layers:
-            fields = ("share_read", "kl_reads", "top_reads", "entropy", "gate_rms")
-            found |= {f"memory/{layer.layer}/{name}": value for name in fields if (value := getattr(layer, name)) is not None}
+            numbers = layer.model_dump(include={"tokens", "share_read", "kl_reads", "top_reads", "entropy", "gate_rms"})
+            found |= {f"memory/{layer.layer}/{name}": value for name, value in numbers.items() if value is not None}
         for pool in statistics.pools:
-            fields = ("share_read", "kl_reads", "top_reads")
-            found |= {f"memory/{pool.pool}/{name}": value for name in fields if (value := getattr(pool, name)) is not None}
+            numbers = pool.model_dump(include={"share_read", "kl_reads", "top_reads"})
+            found |= {f"memory/{pool.pool}/{name}": value for name, value in numbers.items() if value is not None}
             if pool.overlaps:
                 found[f"memory/{pool.pool}/overlap"] = sum(o.reads for o in pool.overlaps) / len(pool.overlaps)
         return found

@@ -1,4 +1,4 @@
-"""`memrewrite.watch`: counts equal a count by hand in every mode that a model runs in, and nothing is left of it when it ends."""
+"""`memrewrite.watch`: counts equal a count by hand in every mode that a model runs in, and nothing is left when it ends."""
 
 from __future__ import annotations
 
