@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
+    from memrewrite.passes.initialize.calibrate import calibrate
     from memrewrite.passes.onnx.export import export_onnx
     from memrewrite.passes.onnx.session import onnx_session
     from memrewrite.passes.pipeline import apply, explain, inspect, plan
@@ -33,6 +34,7 @@ _MODULES = {
     "VerificationError": "memrewrite.errors",
     "apply": "memrewrite.passes.pipeline",
     "backend": "memrewrite.passes.torch_compile.backend",
+    "calibrate": "memrewrite.passes.initialize.calibrate",
     "explain": "memrewrite.passes.pipeline",
     "export_onnx": "memrewrite.passes.onnx.export",
     "fuse": "memrewrite.fused",
@@ -52,6 +54,7 @@ __all__ = [
     "VerificationError",
     "apply",
     "backend",
+    "calibrate",
     "explain",
     "export_onnx",
     "fuse",

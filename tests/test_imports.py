@@ -28,6 +28,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "locate": ("capture", "canonicalize", "regions", "graphs", "models"),
     "explain": ("locate", "regions", "capture", "graphs", "models"),
     "rewrite": ("locate", "capture", "graphs", "models"),
+    "initialize": ("models",),
     "verify": ("rewrite", "locate", "regions", "capture", "graphs", "models"),
     "storage": ("storage/graph_data", "rewrite", "capture", "plan", "models"),
     "storage/graph_data": ("rewrite",),
