@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
     from memrewrite.lazy_adam import LazyAdam, catch_up
+    from memrewrite.passes.initialize.calibrate import calibrate
     from memrewrite.passes.match_outputs import match_outputs
     from memrewrite.passes.onnx.export import export_onnx
     from memrewrite.passes.onnx.session import onnx_session
@@ -40,6 +41,7 @@ _MODULES = {
     "VerificationError": "memrewrite.errors",
     "apply": "memrewrite.passes.pipeline",
     "backend": "memrewrite.passes.torch_compile.backend",
+    "calibrate": "memrewrite.passes.initialize.calibrate",
     "catch_up": "memrewrite.lazy_adam",
     "clip_grad_norm_": "memrewrite.clipping",
     "explain": "memrewrite.passes.pipeline",
@@ -68,6 +70,7 @@ __all__ = [
     "VerificationError",
     "apply",
     "backend",
+    "calibrate",
     "catch_up",
     "clip_grad_norm_",
     "explain",

@@ -22,7 +22,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "models": (),
     "graphs": (),
     "plan": (),
-    "initialize": (),
+    "initialize": ("models",),
     "capture": ("graphs", "models"),
     "canonicalize": ("graphs",),
     "regions": ("graphs",),
