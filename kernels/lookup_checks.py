@@ -10,8 +10,7 @@ from memrewrite.kernels.checks import check_reads, check_whole, is_wide, one_dev
 
 GRADIENTS = ("dense", "sparse", "fused")
 NO_ROWS = (
-    'a table with gradient "sparse" has first derivatives in reverse mode only, and none under torch.func; '
-    'use gradient "dense"'
+    'a table with gradient "sparse" has first derivatives in reverse mode only, and none under torch.func; use gradient "dense"'
 )
 NO_KEEP = (
     'a table with gradient "fused" has no second derivatives, and no gradient under torch.func: '

@@ -7,8 +7,8 @@ A runtime with a kernel for a node of the domain `memrewrite` runs that kernel (
 bfloat16), weights of that type or float, indices int64 or int32, sums in fp32. An index outside [0, N) is an error; a negative
 index does not count from the end.
 
-`SparseDots(values [N, D], indices [T, K], x [T, D]) -> [T, K]`: values and x of any of these types, the result float; the products
-of the rows with x, in fp32. Indices as for `SparseLookup`.
+`SparseDots(values [N, D], indices [T, K], x [T, D]) -> [T, K]`: values and x each of one of these types, the result float; the
+products of rows with x, in fp32. Indices as for `SparseLookup`.
 
 `ProductKeyTopk(scores1 [..., n1], scores2 [..., n2]; k, softmax = 0) -> scores [..., k], indices [..., k]`: the k best sums of
 one score of each half, in descending order, and their slots `i * n2 + j` (int64). With `softmax`, scores are the softmax of the
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 DOMAIN = "memrewrite"
 VERSION = 1  # of the domain
 
-# The rows that are read, converted to fp32: [T, K, D]. Gather counts a negative index from the end, so it is replaced by one past
-# the end, which is an error.
+# The rows that are read, converted to fp32: [T, K, D]. Gather counts a negative index from the end, so it is replaced by one
+# past the end, which is an error.
 _WIDE_ROWS = """
     zero = Constant <value_int = 0> ()
     no_row = Shape <start = 0, end = 1> (values)

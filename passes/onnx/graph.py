@@ -31,8 +31,9 @@ SELECTION = "memory.{}.{}"  # names of a top-k's outputs: its number in the grap
 def onnx_graph(program: ExportedProgram, operators: Operators = "both") -> tuple[onnx_ir.Model, int]:
     """`program` in ONNX, and how many product-key top-ks it has; their outputs are named by `SELECTION`.
 
-    `operators`: "both" adds a function for every memory operator, "native" leaves the nodes to a library and adds only the functions
-    of those that no library has, "standard" inlines the functions. Raises `ExportError` with torch's reason if `torch.onnx` cannot translate the program.
+    `operators`: "both" adds a function for every memory operator, "native" only for those that the native library does not
+    have, "standard" inlines the functions. Raises `ExportError` with torch's reason if `torch.onnx` cannot translate the
+    program.
     """
     model = _translated(program)
     model.ir_version = IR_VERSION

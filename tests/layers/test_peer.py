@@ -195,7 +195,8 @@ def wide_input(plan_name: str = "modular") -> Inspection:
 
 def rules(*pairs: tuple[int, str]) -> list[dict[str, object]]:
     return [
-        {"where": {"layers": [block]}, "with": kind, "pool": "shared", "options": {"heads": 2, "topk": 4}} for block, kind in pairs
+        {"where": {"layers": [block]}, "with": kind, "pool": "shared", "options": {"heads": 2, "topk": 4}}
+        for block, kind in pairs
     ]
 
 

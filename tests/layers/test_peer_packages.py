@@ -1,4 +1,4 @@
-"""`peer` and `pkm` compared with the packages PEER-pytorch and product-key-memory, whose weights they get: float64, with gradients."""
+"""`peer` and `pkm` with the weights of PEER-pytorch and product-key-memory: equal outputs and gradients in float64."""
 
 from __future__ import annotations
 
