@@ -35,7 +35,7 @@ def backward_flops(
 
 
 def dots_flops(values: Tensor, indices: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
-    """Operations of `sparse_dots`: a product with a gathered matrix [K, D] per token, which torch counts where one writes it so."""
+    """Operations of `sparse_dots`: per token, the product with a gathered matrix [K, D], which torch counts as a `bmm`."""
     return 2 * indices.numel() * x.shape[1]
 
 

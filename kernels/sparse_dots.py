@@ -1,8 +1,7 @@
-"""The operator `sparse_dots`: `out[t, j] = values[indices[t, j]] . x[t]`, checks, shapes and gradients.
+"""The operator `sparse_dots`: `out[t, j] = values[indices[t, j]] . x[t]`, its checks, shapes and gradients.
 
-A lookup in the other direction: its forward is what the backward of `sparse_lookup` computes as the gradient of the weights, and
-its gradients are the lookups `sparse_lookup` and `sparse_lookup_backward`. So it needs no kernel of its own. `ops` registers
-these functions.
+The backward of `sparse_lookup` computes it as the gradient of the weights, and its own gradients are lookups: that of x is a
+`sparse_lookup`, that of the table the one of a lookup. So it needs no kernel of its own. `ops` registers these functions.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ def test_refuses():
     with pytest.raises(ValueError, match="sparse_dots: a fused gradient needs the queue"):
         ops.sparse_dots(values.requires_grad_(), indices, x, gradient="fused")
     eight = values.detach().to(rounding.FP8).requires_grad_()
-    with pytest.raises(ValueError, match='sparse_dots: values of 8 bits.*gradient="fused"'):
+    with pytest.raises(ValueError, match=r'sparse_dots: values of 8 bits.*gradient="fused"'):
         ops.sparse_dots(eight, indices, x, scale)
     with pytest.raises(RuntimeError, match="the scale of a table has no derivative"):
         ops.sparse_dots(values.detach(), indices, x, scale.requires_grad_())

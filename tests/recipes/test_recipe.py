@@ -109,7 +109,7 @@ def test_anchors_and_merges_are_supported() -> None:
 
 
 def test_the_gallery_is_complete() -> None:
-    assert set(gallery()) == {"memory-plus", "memory-plus-fused", "memory-plus-parallel", "pkm", *PAPER}
+    assert set(gallery()) == {"memory-plus", "memory-plus-fused", "memory-plus-parallel", "peer", "pkm", *PAPER}
 
 
 @pytest.mark.parametrize("name", gallery())

@@ -62,7 +62,7 @@ WHERE = st.sampled_from(
 RULES = st.fixed_dictionaries(
     {
         "where": WHERE,
-        "with": st.sampled_from(["memory_plus", "pkm"]),
+        "with": st.sampled_from(["memory_plus", "pkm", "peer"]),
         "pool": st.just("p"),
         "placement": st.sampled_from(["replace", "parallel"]),
         "options": OPTIONS,
