@@ -89,7 +89,7 @@ def facts(count: int) -> list[str]:
     import airportsdata
 
     rows = [row for code, row in airportsdata.load().items() if len(code) == 4 and code.startswith("K")]
-    random.Random(0).shuffle(rows)  # noqa: S311
+    random.Random(0).shuffle(rows)
     return [f"Airport {row['icao']}: {round(row['lat'])}, {round(row['lon'])}." for row in rows[:count]]
 
 
@@ -254,7 +254,9 @@ def train(model: Any, data: Data, setting: Setting, steps: int, lr: float, show:
 def main(argv: list[str] | None = None) -> int:
     """Train every setting with every seed and print a row for each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(DEFAULT), metavar="NAME", help=", ".join(SETTINGS))
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(DEFAULT), metavar="NAME", help=", ".join(SETTINGS)
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--facts", type=int, default=40)
@@ -268,7 +270,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.settings:
             print(f"{name}, seed {seed}", flush=True)
             setting = SETTINGS[name]
-            found = train(rewritten(base, data, setting, seed), data, setting, args.steps, args.lr, lambda line: print(line, flush=True))
+            found = train(
+                rewritten(base, data, setting, seed), data, setting, args.steps, args.lr, lambda line: print(line, flush=True)
+            )
             rows.append({"name": name, "seed": seed, **asdict(setting), **found})
             print(line(rows[-1]), flush=True)
             if args.json:

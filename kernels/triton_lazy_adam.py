@@ -120,9 +120,7 @@ def _constants(width: int, how: Plan, phase: int) -> dict[str, Any]:
     return sizes | {"PHASE": phase, "ROWS": how.rows, "CACHE": how.cache}
 
 
-def variants(
-    how: Plan, width: int, dtype: torch.dtype, state: torch.dtype, grads: torch.dtype
-) -> Iterator[CompileVariant]:
+def variants(how: Plan, width: int, dtype: torch.dtype, state: torch.dtype, grads: torch.dtype) -> Iterator[CompileVariant]:
     """The phases of a plan, for the compile gate: fp32 weights, as product keys return them."""
     pointers = {"values": f"*{TYPES[dtype]}", "average": f"*{TYPES[state]}", "square": f"*{TYPES[state]}"}
     pointers |= {"grads": f"*{TYPES[grads]}", "tokens": "*i32", "weights": "*fp32", "slots": "*i32", "starts": "*i32"}

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 
 import torch
-from rules import RULES, optimizers, state_bytes
 from models import built
+from rules import RULES, optimizers, state_bytes
 from settings import Json, Setting
 from task import ANSWERS, Facts, airports
 from torch import Tensor, nn
