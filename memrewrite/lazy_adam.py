@@ -94,7 +94,7 @@ class LazyAdam:
     ) -> None:
         """Update the rows that were read, in place. Raises `UserError` if a forward did not bring them up to date."""
         lists = ([r.grad for r in reads], [r.indices for r in reads], [r.weights for r in reads])
-        rows = torch.cat([index.flatten() for index in lists[1]]).unique() if self.catch_up else None
+        rows = torch.cat([index.flatten() for index in lists[1]]).unique() if self.catch_up else None  # type: ignore[no-untyped-call]
         if rows is not None:
             if not bool((state["row_step"][rows] == step - 1).all()):
                 raise UserError(
@@ -116,10 +116,10 @@ class LazyAdam:
             stale = (known < now).nonzero().flatten()
         else:
             rows = rows.flatten()
-            stale = rows[known[rows] < now].unique()
+            stale = rows[known[rows] < now].unique()  # type: ignore[no-untyped-call]
         table = pool.values.data  # a change of rows that no lookup has read: backward passes need not see it
         random = torch.Generator(table.device).manual_seed((pool.seed * 0x9E3779B1 + now) % 2**62)
-        for part in stale.split(max(1, CHUNK // max(1, table.shape[1]))):
+        for part in stale.split(max(1, CHUNK // max(1, table.shape[1]))):  # type: ignore[no-untyped-call]
             moments = state["exp_avg"][part], state["exp_avg_sq"][part]
             row, mean, square = self._missed(table[part], *moments, known[part].long(), now, state)
             table[part] = rounding.stored(row.float(), table.dtype, random)
@@ -188,7 +188,7 @@ class CatchUp:
         """Add the hook to a table and, for the table, to its optimizer."""
         self._handles = [
             pool.register_forward_pre_hook(self, with_kwargs=True),
-            pool.register_state_dict_pre_hook(self.flush),
+            pool.register_state_dict_pre_hook(self.flush),  # type: ignore[no-untyped-call]
         ]
         optimizer = None if self._optimizer is None else self._optimizer()
         if optimizer is not None:
