@@ -147,13 +147,23 @@ def variants(how: Plan, width: int, dtype: torch.dtype, state: torch.dtype, grad
         )
 
 
+def measured_variants(plan: dict[str, Any], dtype: torch.dtype, width: int, state_bytes: int) -> Iterator[CompileVariant]:
+    """The variants of a measured plan; gradients have the dtype of the table, or bf16 with 8-bit tables."""
+    how = Plan(slices=triton.cdiv(width, plan["block"] * plan["pieces"]), **plan)
+    state = {1: FP8, 2: torch.bfloat16, 4: torch.float32}[state_bytes]
+    yield from variants(how, width, dtype, state, torch.bfloat16 if dtype == FP8 else dtype)
+
+
+MEASURED = {"lazy_adam": measured_variants}  # as in `triton_lookup`
+
+
 def compile_variants() -> Iterator[CompileVariant]:
     """The variants of the kernel, for the compile gate."""
     bf16, fp32 = torch.bfloat16, torch.float32
     for width, dtype, state, grads in (
-        *((width, bf16, state, bf16) for width in (576, 1024, 8192) for state in (fp32, bf16, FP8)),
-        *((width, fp32, state, fp32) for width in (576, 1024, 8192) for state in (fp32, bf16, FP8)),
-        *((width, FP8, state, bf16) for width in (576, 1024, 4096, 8192, 16384) for state in (bf16, FP8)),
+        *((width, bf16, state, bf16) for width in (576, 8192) for state in (fp32, bf16, FP8)),
+        *((width, fp32, state, fp32) for width in (576, 8192) for state in (fp32, bf16, FP8)),
+        *((width, FP8, FP8, bf16) for width in (576, 1024, 4096, 8192, 16384)), (576, FP8, bf16, bf16), (8192, FP8, bf16, bf16),
         (64, bf16, FP8, bf16), (1024, FP8, fp32, bf16), (1024, FP8, FP8, fp32), (1024, fp32, FP8, bf16),
     ):  # fmt: skip
         yield from variants(plan(width, dtype, state, grads), width, dtype, state, grads)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from memrewrite.kernels import rounding
 from memrewrite.kernels.triton_math import decode_e4m3, encode_e4m3, random_bits, round_to
 from memrewrite.kernels.triton_segments import load_reads
 from memrewrite.kernels.triton_update_kernels import (
@@ -24,7 +25,7 @@ from memrewrite.kernels.triton_update_kernels import (
     store_pieces,
 )
 
-BLOCK: tl.constexpr = tl.constexpr(128)  # columns that share a scale of an 8-bit state
+BLOCK: tl.constexpr = tl.constexpr(rounding.BLOCK)  # columns that share a scale of an 8-bit state
 
 
 @triton.jit
@@ -161,7 +162,10 @@ def lazy_adam_row(
             means[p], mean_scales[p], seconds[p], second_scales[p], g[p], beta1, rest1, beta2, rest2, BLOCK_D
         )  # fmt: skip
         root = root_of(second, EXACT)
-        below = (root_of(quotient(second, correct2, EXACT), EXACT) if EXACT else root / tl.sqrt(correct2)) + eps
+        if EXACT:
+            below = root_of(quotient(second, correct2, EXACT), EXACT) + eps
+        else:
+            below = quotient(root, tl.sqrt(correct2), EXACT) + eps
         row = decode_e4m3(old[p]) * size if old[p].dtype == tl.uint8 else old[p].to(tl.float32)
         new = new + (row * decay - quotient(lr * quotient(mean, correct1, EXACT), below, EXACT),)
         if PHASE == MOVE:
