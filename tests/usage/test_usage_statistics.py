@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_layers import layer
 
 import memrewrite
 from memrewrite.kernels.read_counts import UNIT
@@ -118,3 +120,25 @@ def test_json_and_scalars() -> None:
     overlaps = [o.reads for o in statistics.pools[0].overlaps]
     assert scalars["memory/shared/overlap"] == pytest.approx(sum(overlaps) / 3)
     assert all(isinstance(value, float) for value in scalars.values())
+
+
+def test_sums_over_processes(tmp_path: Path) -> None:
+    """Two processes, each with half of the tokens: both have what one process with all tokens counts."""
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    with memrewrite.watch(model := layer()) as usage:
+        model(tokens())
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(usage.scalars())
+
+
+def tokens() -> torch.Tensor:
+    return torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    with memrewrite.watch(model := layer()) as usage:
+        model(tokens()[2 * rank : 2 * rank + 2])
+    usage.all_reduce()
+    torch.save(usage.scalars(), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
