@@ -1,7 +1,7 @@
 """The operators that count what a layer reads, `memrewrite::count_reads_` and `memrewrite::count_gate_`.
 
-Sums are kept on the device of the reads, and nothing is copied to the host. What is summed per slot is an integer, so the result
-does not depend on the order of additions. Importing this module registers the operators; a layer that is not watched never
+Sums are kept on the device of the reads, and nothing is copied to the host. What is summed per slot is an integer, so results
+do not depend on the order of additions. Importing this module registers the operators; a layer that is not watched never
 imports it.
 """
 

@@ -1,4 +1,4 @@
-"""A callback of transformers' Trainer that logs which slots are read; the first use of `memrewrite.UsageCallback` imports it."""
+"""A callback of the Trainer of transformers: it logs which slots are read. `memrewrite.UsageCallback` imports it when used."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 
 import memrewrite
 from memrewrite.errors import ModelError, UserError
@@ -105,23 +104,3 @@ def test_bad_input(tmp_path: Path) -> None:
     run.add_callback(memrewrite.UsageCallback(run.log))
     with pytest.raises(ModelError, match="no memory layers"):
         run.train()
-
-
-def test_sums_over_processes_are_logged(tmp_path: Path) -> None:
-    """Two processes, each with half of the tokens: both log what one process with all tokens counts."""
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
-    model, _ = tiny.rewritten("llama")
-    with memrewrite.watch(model) as usage:
-        model(tiny.tokens(4))
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(usage.scalars())
-
-
-def _process(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model, _ = tiny.rewritten("llama")
-    with memrewrite.watch(model) as usage:
-        model(tiny.tokens(4)[2 * rank : 2 * rank + 2])
-    usage.all_reduce()
-    torch.save(usage.scalars(), Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()

@@ -15,6 +15,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_layers import layer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,9 +26,6 @@ import memrewrite
 from memrewrite.errors import ModelError, UserError
 from memrewrite.kernels import read_counts
 from memrewrite.layers.contract import MemoryLayer
-from memrewrite.layers.memory_plus import MemoryPlus, MemoryPlusOptions
-from memrewrite.layers.pkm import Pkm, PkmOptions
-from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.product_keys import ProductKeys
 from memrewrite.usage.watch import Usage
 
@@ -71,19 +69,6 @@ def assert_equal(usage: Usage, expected: dict[str, ByHand]) -> None:
         torch.testing.assert_close(usage.weight[name], torch.tensor([float(hand.weight[n]) for n in range(slots)]).double())
         if hand.rows:
             assert statistics[name].entropy == pytest.approx(hand.entropy / hand.rows, rel=1e-6)
-
-
-def layer(kind: str = "memory_plus", keys: int = 5, heads: int = 2, topk: int = 3, **options: Any) -> MemoryLayer:
-    """A layer with values of its own."""
-    pool = Pool(PoolSpec(keys=keys, value_dim=6))
-    if kind == "pkm":
-        made: MemoryLayer = Pkm(8, 6, PkmOptions(heads=heads, topk=topk, **options), pool)
-    else:
-        made = MemoryPlus(8, 6, MemoryPlusOptions(heads=heads, topk=topk, **options), pool)
-    generator = torch.Generator().manual_seed(0)
-    pool.reset_parameters(generator)
-    made.reset_parameters(generator)
-    return made
 
 
 # ------------------------------------------------------------------------------------------------------------------ exact

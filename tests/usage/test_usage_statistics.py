@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_layers import layer
 
 import memrewrite
 from memrewrite.kernels.read_counts import UNIT
@@ -90,20 +93,15 @@ def test_nothing_read() -> None:
     assert pool_usage("p", {"a": counter([0, 0]), "b": counter([1, 0])}).overlaps == ()
 
 
-def test_entropy_is_between_0_and_log_k() -> None:
-    model, inputs = tiny.rewritten("llama")
-    for factor, expected in ((0.0, math.log(4)), (1e4, 0.0)):
-        for layer in model.modules():
-            if type(layer).__name__ == "ProductKeys":
-                layer.query.weight.data *= factor
-        with memrewrite.watch(model) as usage:
-            model(**inputs)
-        layers = usage.statistics().layers
-        assert all(layer.entropy == pytest.approx(expected, abs=1e-3) for layer in layers)
-        assert all(layer.effective_slots == pytest.approx(math.exp(expected), abs=1e-2) for layer in layers)
-        for module in model.modules():
-            if type(module).__name__ == "ProductKeys":
-                torch.nn.init.normal_(module.query.weight, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("factor", "expected"), [(0.0, math.log(3)), (1e5, 0.0)])
+def test_entropy_is_between_0_and_log_k(factor: float, expected: float) -> None:
+    model: Any = layer(topk=3)
+    model.product_keys.query.weight.data *= factor
+    with memrewrite.watch(model) as usage:
+        model(torch.randn(9, 8, generator=torch.Generator().manual_seed(0)))
+    (found,) = usage.statistics().layers
+    assert found.entropy == pytest.approx(expected, abs=1e-3)
+    assert found.effective_slots == pytest.approx(math.exp(expected), abs=1e-2)
 
 
 def test_json_and_scalars() -> None:
@@ -118,3 +116,25 @@ def test_json_and_scalars() -> None:
     overlaps = [o.reads for o in statistics.pools[0].overlaps]
     assert scalars["memory/shared/overlap"] == pytest.approx(sum(overlaps) / 3)
     assert all(isinstance(value, float) for value in scalars.values())
+
+
+def test_sums_over_processes(tmp_path: Path) -> None:
+    """Two processes, each with half of the tokens: both have what one process with all tokens counts."""
+    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    with memrewrite.watch(model := layer()) as usage:
+        model(tokens())
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(usage.scalars())
+
+
+def tokens() -> torch.Tensor:
+    return torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    with memrewrite.watch(model := layer()) as usage:
+        model(tokens()[2 * rank : 2 * rank + 2])
+    usage.all_reduce()
+    torch.save(usage.scalars(), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
