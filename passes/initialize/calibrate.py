@@ -21,6 +21,8 @@ from memrewrite.passes.models.forward import Inputs, as_inputs, evaluating, on_d
 
 MASK = "attention_mask"  # the keyword argument by which padded batches name their tokens
 
+EQUAL = 1e-20  # times the energy of the mean: a smaller variance is that of rounding in float64
+
 
 class LayerCalibration(Frozen):
     """What `calibrate` did to one layer, measured on its batches.
@@ -248,7 +250,7 @@ def _start(path: str, keys: ProductKeys, seen: _Inputs, deviation: float | None,
     halves = weight.double().view(-1, keys.half_dim, weight.shape[1])  # [2h, m, d]
     c = halves @ covariance @ halves.mT  # [2h, m, m]
     level = c.diagonal(dim1=-2, dim2=-1).mean(-1)  # [2h]
-    if not bool((level > 0).all()):
+    if not bool((level > EQUAL * (halves @ moments.mean).square().mean(-1)).all()):
         what = f"all {seen.tokens} tokens have equal inputs, or its query weights are zero"
         raise ModelError(f"a memory layer cannot be calibrated: {what}", where=path, hint="give more, and different, tokens")
     eye = torch.eye(keys.half_dim, dtype=c.dtype, device=c.device)

@@ -224,7 +224,7 @@ def test_fewer_tokens_than_dimensions() -> None:
     report = memrewrite.calibrate(model, [x])
     assert all(p.isfinite().all() for p in model.parameters())
     assert [layer.deviation_after for layer in report.layers] == pytest.approx([1.0, 1.0])
-    assert all(layer.slots_after > 2 * layer.slots_before for layer in report.layers)
+    assert all(layer.slots_before < layer.slots_after <= 3 * 8 for layer in report.layers)  # of 3 tokens, 2 heads, 4 slots
 
 
 def test_masked_tokens_are_left_out() -> None:
