@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
+    from memrewrite.layers.moe import aux_loss
     from memrewrite.passes.onnx.export import export_onnx
     from memrewrite.passes.onnx.session import onnx_session
     from memrewrite.passes.pipeline import apply, explain, inspect, plan
@@ -32,6 +33,7 @@ _MODULES = {
     "RowwiseAdam": "memrewrite.fused",
     "VerificationError": "memrewrite.errors",
     "apply": "memrewrite.passes.pipeline",
+    "aux_loss": "memrewrite.layers.moe",
     "backend": "memrewrite.passes.torch_compile.backend",
     "explain": "memrewrite.passes.pipeline",
     "export_onnx": "memrewrite.passes.onnx.export",
@@ -51,6 +53,7 @@ __all__ = [
     "RowwiseAdam",
     "VerificationError",
     "apply",
+    "aux_loss",
     "backend",
     "explain",
     "export_onnx",

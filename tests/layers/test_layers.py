@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 
 import pytest
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memrewrite.cost import Cost, dense_cost
-from memrewrite.errors import ModelError, UserError
+from memrewrite.errors import UserError
 from memrewrite.kernels import ops
 from memrewrite.layers.contract import MemoryLayer
-from memrewrite.layers.kinds import KINDS, kind_named
+from memrewrite.layers.kinds import KINDS
 from memrewrite.layers.memory_plus import MemoryPlus
 from memrewrite.layers.pkm import Pkm
 from memrewrite.layers.pool import Pool, Pools, PoolSpec
