@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memrewrite.clipping import clip_grad_norm_, unscale_
     from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
+    from memrewrite.layers.moe import aux_loss
     from memrewrite.lazy_adam import LazyAdam, catch_up
     from memrewrite.passes.initialize.calibrate import calibrate
     from memrewrite.passes.match_outputs import match_outputs
@@ -40,6 +41,7 @@ _MODULES = {
     "UsageCallback": "memrewrite.usage.trainer_callback",
     "VerificationError": "memrewrite.errors",
     "apply": "memrewrite.passes.pipeline",
+    "aux_loss": "memrewrite.layers.moe",
     "backend": "memrewrite.passes.torch_compile.backend",
     "calibrate": "memrewrite.passes.initialize.calibrate",
     "catch_up": "memrewrite.lazy_adam",
@@ -69,6 +71,7 @@ __all__ = [
     "UsageCallback",
     "VerificationError",
     "apply",
+    "aux_loss",
     "backend",
     "calibrate",
     "catch_up",

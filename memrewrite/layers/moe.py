@@ -6,7 +6,7 @@ the router's probabilities and summed for each token.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -27,8 +27,8 @@ class MoeOptions(MlpOptions):
 
     Attributes:
         experts: Number of experts.
-        routing: "expert_choice": in training each expert takes its best tokens of the batch (arXiv 2202.09368); "token_choice":
-            each token takes its best experts (arXiv 1701.06538). In eval mode tokens choose, with either.
+        routing: "expert_choice": in training each expert takes its best tokens of the batch (arXiv 2202.09368);
+            "token_choice": each token takes its best experts (arXiv 1701.06538). In eval mode tokens choose, with either.
         topk: Experts of each token, where tokens choose.
         capacity_factor: Expert choice: each expert takes `capacity_factor * tokens / experts` tokens.
     """
@@ -74,6 +74,11 @@ class ExpertLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, d_in, d_out, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(experts, d_out, device=device, dtype=dtype)) if bias else None
 
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        experts, d_in, d_out = self.weight.shape
+        return f"experts={experts}, in_features={d_in}, out_features={d_out}, bias={self.bias is not None}"
+
     def forward(self, x: Tensor, experts: Tensor | None = None) -> Tensor:
         """[G, n, d_in] -> [G, n, d_out]: group g by the expert `experts[g]`, or by the expert g if that is None."""
         weight = self.weight if experts is None else self.weight.index_select(0, experts)
@@ -92,8 +97,8 @@ class Moe(MemoryLayer):
     the paper), so its output depends on no other token. Token choice does so in training too; no token is dropped.
 
     The router and the matrices start from N(0, fan_in^-1/2), the biases at zero. With `zero_output`, the experts' last
-    matrices start at zero. Softmax and probabilities are computed in fp32 or wider. On CUDA devices the sums over tokens are repeatable
-    bit for bit under `torch.use_deterministic_algorithms(True)`.
+    matrices start at zero. The probabilities are computed in fp32 or wider. On CUDA devices training repeats bit for bit under
+    `torch.use_deterministic_algorithms(True)`.
     """
 
     kind = "moe"
@@ -254,12 +259,12 @@ def aux_loss(model: nn.Module, *, balance: float = 0.01, z: float = 0.001) -> Te
             "the model has no mixture of experts with token choice",
             hint="expert choice needs no auxiliary loss: every expert gets equally many tokens",
         )
-    terms: list[Any] = []
+    terms: list[Tensor] = []
     for layer in layers:
         logits, load = layer.routing.logits, layer.routing.load
         if logits is None or load is None:
             raise ModelError("a mixture of experts has not run in train mode yet", hint="model.train(), then one forward")
-        shares = load / load.sum().clamp(min=1)
-        means = logits.softmax(-1).mean(0) if logits.shape[0] else logits.sum(0)
-        terms.append(balance * layer.experts * (shares * means).sum() + z * logits.logsumexp(-1).square().mean())
+        count = max(logits.shape[0], 1)  # of no token the loss is 0, not 0/0
+        shares, means = load / load.sum().clamp(min=1), logits.softmax(-1).sum(0) / count
+        terms.append(balance * layer.experts * (shares * means).sum() + z * logits.logsumexp(-1).square().sum() / count)
     return torch.stack(terms).sum()

@@ -36,7 +36,7 @@ def by_experts(scores: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
 
 
 def capacity_of(tokens: int, experts: int, factor: float) -> int:
-    """Tokens of each expert in expert choice: `factor * tokens / experts`, rounded up. Exact also where `tokens` is symbolic."""
+    """Tokens of each expert in expert choice: `factor * tokens / experts`, rounded up. `tokens` may be symbolic."""
     exact = Fraction(factor).limit_denominator(1000)
     share = exact.denominator * experts
     return (tokens * exact.numerator + share - 1) // share
