@@ -110,7 +110,7 @@ class Pool(ValueTable):
 
     def __init__(self, spec: PoolSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         stored = dtype if spec.dtype is None else getattr(torch, spec.dtype)
-        how = {"dtype": stored, "gradient": spec.gradient, "backend": spec.backend, "device": device}
+        how: dict[str, Any] = {"dtype": stored, "gradient": spec.gradient, "backend": spec.backend, "device": device}
         super().__init__(spec.slots, spec.value_dim, seed=spec.seed, **how)
         self.spec = spec
         seed = (spec.seed + _SEED_OF_INPUTS) % 2**63
