@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from closeness import relative_error
 from torch import Tensor, nn
 
-from memrewrite.fused import LazyAdam, fuse
+import memrewrite
+from memrewrite.errors import UserError
+from memrewrite.fused import LazyAdam, RowwiseAdam, fuse
+from memrewrite.kernels import ops
 from memrewrite.layers.value_table import ValueTable
 
 FP8 = torch.float8_e4m3fn
