@@ -21,7 +21,7 @@ from memrewrite.report import LayerScale
 
 log = logging.getLogger("memrewrite")
 NO_TOKEN = "no token of the example inputs reaches the MLP"  # noqa: S105 - no password
-ON_META = "the model is on meta"
+ON_META = "the model is on meta; call memrewrite.match_outputs when it has values"
 
 
 def set_scales(

@@ -98,11 +98,11 @@ def test_an_8_bit_table_is_scaled_by_its_rows() -> None:
     assert layer == pytest.approx(mlp, rel=1e-3)
 
 
-def test_a_multiple_of_the_mlp(multiple: float = 0.05) -> None:
+def test_a_multiple_of_the_mlp() -> None:
     original, model, inputs = built("gpt2")
-    report = memrewrite.apply(model, recipe(init={"output": multiple}), inputs)
+    report = memrewrite.apply(model, recipe(init={"output": 0.05}), inputs)
     for mlp, layer in starts.compared(original, model, inputs, report.plan).values():
-        assert layer == pytest.approx(multiple * mlp, rel=1e-3)
+        assert layer == pytest.approx(0.05 * mlp, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -125,18 +125,23 @@ def test_features_on_another_axis() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x + self.mlp(self.norm(x))
 
-    def base() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 24, 4, 4), nn.Identity(), Block()).eval()
+    class Base(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.blocks = nn.Conv2d(3, 24, 4, 4), nn.ModuleList([Block()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks[0](self.stem(x))
 
     image = torch.randn(2, 3, 16, 12)
-    model, original = base(), base()
+    model, original = Base().eval(), Base().eval()
     report = memrewrite.apply(model, recipe(), (image,))
     assert report.plan.substitutions[0].site.axis == 1
-    x = original[0](image)
+    x = original.stem(image)
     (scale,) = report.scales
     with torch.no_grad():
-        read = original[2].norm(x)
+        read = original.blocks[0].norm(x)
         layer = layers_of(model, report.plan)[scale.path](read)
     assert scale.stream == pytest.approx(starts.rms(x.movedim(1, -1), 24), rel=1e-3)
     assert starts.rms(layer.movedim(1, -1), 24) == pytest.approx(starts.rms(mlp(read).movedim(1, -1), 24), rel=1e-3)
