@@ -192,7 +192,7 @@ def every_row(gradient: Tensor, n: int) -> Reads:
 
 @pytest.mark.parametrize("state", STATES[1:], ids=str)
 def test_rounded_states_are_unbiased_over_many_steps(backend, state):
-    """256 repetitions of 100 steps: the mean of m is fp32's; so is v's in bf16. In 8 bits, v's root is unbiased, and v above."""
+    """256 repetitions of 100 steps: the mean of m is fp32's; so is v in bf16. In 8 bits v is a little above."""
     n, d, g = 256, 130, torch.Generator().manual_seed(0)
     size = torch.logspace(-2, 0, d)
     rounded, exact = zeros(n, d, state), zeros(1, d, torch.float32)
@@ -285,7 +285,7 @@ def test_opcheck():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP8], ids=str)
 def test_stochastic_rounding_has_the_exact_probabilities(dtype):
-    """Both neighbours only, each with the probability of its fraction: of normal, subnormal, negative and the largest numbers."""
+    """Both neighbours only, with the probabilities of the fraction: of normal, subnormal, negative and the largest numbers."""
     lowest = {torch.bfloat16: 2.0**-126, torch.float16: 2.0**-14, FP8: 2.0**-6}[dtype]
     step = lowest * RELATIVE[dtype]
     largest = torch.finfo(dtype).max
