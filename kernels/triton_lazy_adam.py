@@ -1,8 +1,8 @@
 """Adam with a second moment per element on the rows that were read, as a Triton kernel.
 
 As in `triton_update`, the reads are sorted by row and a program sums the gradient of a row, or of a slice of it, in registers.
-Slices of a row have nothing in common but the scale of an 8-bit table, so rows of other tables are always cut into slices of one
-warp: a slice reads its own columns of the output gradients and no others.
+Slices of a row have nothing in common but the scale of an 8-bit table, so rows of other tables are always cut into slices of
+one warp: a slice reads its own columns of the output gradients and no others.
 """
 
 from __future__ import annotations
@@ -120,9 +120,7 @@ def _constants(width: int, how: Plan, phase: int) -> dict[str, Any]:
     return sizes | {"PHASE": phase, "ROWS": how.rows, "CACHE": how.cache}
 
 
-def variants(
-    how: Plan, width: int, dtype: torch.dtype, state: torch.dtype, grads: torch.dtype
-) -> Iterator[CompileVariant]:
+def variants(how: Plan, width: int, dtype: torch.dtype, state: torch.dtype, grads: torch.dtype) -> Iterator[CompileVariant]:
     """The phases of a plan, for the compile gate: fp32 weights, as product keys return them."""
     pointers = {"values": f"*{TYPES[dtype]}", "average": f"*{TYPES[state]}", "square": f"*{TYPES[state]}"}
     pointers |= {"grads": f"*{TYPES[grads]}", "tokens": "*i32", "weights": "*fp32", "slots": "*i32", "starts": "*i32"}
