@@ -17,7 +17,7 @@ from memrewrite.errors import UserError
 from memrewrite.kernels import ops
 from memrewrite.kernels.pending import Factors, Pending, refuse_capture
 from memrewrite.layers.value_table import ValueTable
-from memrewrite.lazy_adam import CatchUp, LazyAdam
+from memrewrite.lazy_adam import CatchUp, LazyAdam, hooks_of
 
 __all__ = ["LazyAdam", "RowwiseAdagrad", "RowwiseAdam", "Rule", "fuse"]
 
@@ -126,6 +126,10 @@ def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> No
     _attach(optimizer, pools, rule)
     for pool in pools.values():
         _queue(pool).taker = optimizer
+        for old in hooks_of(pool):  # of an optimizer that was deleted
+            old.remove(pool)
+        if isinstance(rule, LazyAdam) and rule.catch_up:
+            CatchUp(optimizer, rule).attach(pool)
 
 
 def _innermost(optimizer: Optimizer) -> Optimizer:
@@ -190,11 +194,6 @@ def _attach(optimizer: Optimizer, pools: dict[str, ValueTable], rule: Rule) -> N
         if it is not None:
             type(it).zero_grad(it, set_to_none=set_to_none)
 
-    if isinstance(rule, LazyAdam) and rule.catch_up:
-        for pool in pools.values():
-            hook = CatchUp(optimizer, rule)
-            hook.attach(pool)
-            optimizer.register_state_dict_pre_hook(lambda _, hook=hook, pool=pool: hook.flush(pool))
     for pool in pools.values():  # some optimizers create state in their constructor, as large as the table
         state = optimizer.state.get(pool.values, {})
         if not float(state.get("step", 0)):
@@ -229,6 +228,8 @@ def _step(optimizer: Optimizer, pools: dict[str, ValueTable], rule: Rule) -> Non
     for update in updates:
         rule.step(update.pool, update.state, update.reads, update.step, update.numbers)
         update.state["step"] += 1
+        for hook in hooks_of(update.pool):
+            hook.follow(update.pool)
         _queue(update.pool).take()
 
 
@@ -250,11 +251,12 @@ def _ready(optimizer: Optimizer, name: str, pool: ValueTable, rule: Rule) -> _Up
 
 
 def _check_state(rule: Rule, values: Tensor, state: State) -> None:
-    """Raise `UserError` for the state of another rule, or for a state in another dtype than the rule's."""
+    """Raise `UserError` for the state of another rule, or for a state in another dtype or number of dimensions."""
     with torch.device("meta"):
         wanted = rule.fresh(torch.empty(values.shape, dtype=values.dtype))
-    if {"step", *wanted} != set(state) or any(state[key].dtype != t.dtype for key, t in wanted.items()):
-        found = ", ".join(f"{key} {getattr(t, 'dtype', type(t).__name__)}" for key, t in state.items())
+    kinds = {key: (t.dtype, t.dim()) for key, t in wanted.items()}
+    if {"step", *kinds} != set(state) or any((state[key].dtype, state[key].dim()) != kind for key, kind in kinds.items()):
+        found = ", ".join(f"{key} {getattr(t, 'dtype', type(t).__name__)} {list(t.shape)}" for key, t in state.items())
         raise UserError(
             f"the optimizer state of a pool is {found}, which is not the state of {rule}",
             hint="call load_state_dict after memrewrite.fuse, with the rule used in training",

@@ -14,6 +14,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from memrewrite.errors import UserError
 from memrewrite.kernels import ops, rounding
@@ -23,6 +24,7 @@ from memrewrite.layers.value_table import ValueTable
 CHUNK = 2**18  # elements that are brought up to date at once: in float64 they fit in the cache
 NEGLIGIBLE = 2.0**-32  # of a step: a row's own momentum is no longer applied
 HISTORY = 256  # steps whose learning rate a new state has room for
+NOT_COMPILED = "LazyAdam(catch_up=True) changes rows before a table is read, which cannot be in a compiled or exported graph"
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ class LazyAdam:
     decay: before rows are read, in training or evaluation, they get the steps that they missed. Momentum and decay continue
     during these steps, as in AdamW. The forward of a table, `state_dict` of the model and of the optimizer, and
     `memrewrite.save` see rows that are up to date; before anything else reads `values`, call `memrewrite.catch_up(model)`.
-    A compiled graph cannot update rows inside a forward: `torch.compile` runs the modules that read a table outside of
-    graphs, and raises an error with `fullgraph=True`.
+    `torch.compile` and `torch.export` of a module that reads such a table are refused: a graph cannot change it in the forward.
 
     Attributes:
         betas: Decay rates of the first and second moment.
@@ -93,7 +94,7 @@ class LazyAdam:
     ) -> None:
         """Update the rows that were read, in place. Raises `UserError` if a forward did not bring them up to date."""
         lists = ([r.grad for r in reads], [r.indices for r in reads], [r.weights for r in reads])
-        rows = torch.cat([index.flatten() for index in lists[1]]).unique() if self.catch_up else None
+        rows = torch.cat([index.flatten() for index in lists[1]]).unique() if self.catch_up else None  # type: ignore[no-untyped-call]
         if rows is not None:
             if not bool((state["row_step"][rows] == step - 1).all()):
                 raise UserError(
@@ -115,10 +116,10 @@ class LazyAdam:
             stale = (known < now).nonzero().flatten()
         else:
             rows = rows.flatten()
-            stale = rows[known[rows] < now].unique()
+            stale = rows[known[rows] < now].unique()  # type: ignore[no-untyped-call]
         table = pool.values.data  # a change of rows that no lookup has read: backward passes need not see it
         random = torch.Generator(table.device).manual_seed((pool.seed * 0x9E3779B1 + now) % 2**62)
-        for part in stale.split(max(1, CHUNK // max(1, table.shape[1]))):
+        for part in stale.split(max(1, CHUNK // max(1, table.shape[1]))):  # type: ignore[no-untyped-call]
             moments = state["exp_avg"][part], state["exp_avg_sq"][part]
             row, mean, square = self._missed(table[part], *moments, known[part].long(), now, state)
             table[part] = rounding.stored(row.float(), table.dtype, random)
@@ -170,39 +171,61 @@ def _record(state: dict[str, Tensor], step: int, lr: float, weight_decay: float)
 class CatchUp:
     """Hook of one table: rows are brought up to date before a forward reads them, and all rows before they are saved.
 
-    Copies of it, which belong to copies of the table, do nothing.
+    It does not keep the optimizer, but the state of its table, so that rows are right after the optimizer was deleted. Copies
+    of the hook, which belong to copies of the table, do nothing.
     """
 
     def __init__(self, optimizer: Optimizer | None = None, rule: LazyAdam | None = None) -> None:
         self._optimizer = None if optimizer is None else ref(optimizer)
         self._rule = rule
+        self._state: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
 
     def __reduce__(self) -> tuple[type[CatchUp], tuple[()]]:
         return CatchUp, ()
 
     def attach(self, pool: ValueTable) -> None:
-        """Add the hook to a table."""
-        pool.register_forward_pre_hook(self, with_kwargs=True)
-        pool.register_state_dict_pre_hook(self.flush)
+        """Add the hook to a table and, for the table, to its optimizer."""
+        self._handles = [
+            pool.register_forward_pre_hook(self, with_kwargs=True),
+            pool.register_state_dict_pre_hook(self.flush),  # type: ignore[no-untyped-call]
+        ]
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None:
+            optimizer.register_state_dict_pre_hook(lambda _: self.flush(pool))
 
     def __call__(self, pool: ValueTable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Bring the rows up to date that the forward is called with."""
         if torch.compiler.is_compiling():
-            raise UserError(
-                "LazyAdam(catch_up=True) updates rows in the forward, which cannot be in a compiled or exported graph",
-                hint="do not use fullgraph=True; export a model that was saved and loaded",
-            )
+            torch._dynamo.graph_break(msg=NOT_COMPILED)  # else the error would be caught, and the frame run without compiling
+            raise UserError(NOT_COMPILED, hint="catch_up=False; to export a model, save it and load it again")
         self._bring(pool, args[0] if args else kwargs["indices"])
 
     def flush(self, pool: ValueTable, *_: Any) -> None:
         """Bring all rows up to date."""
         self._bring(pool, None)
 
-    def _bring(self, pool: ValueTable, rows: Tensor | None) -> None:
+    def follow(self, pool: ValueTable) -> None:
+        """Keep the present state of the table, after a step or a load has replaced it."""
         optimizer = None if self._optimizer is None else self._optimizer()
-        state = {} if optimizer is None else optimizer.state.get(pool.values, {})
-        if self._rule is not None and "row_step" in state:
-            self._rule.bring_up_to_date(pool, state, rows)
+        if optimizer is not None:
+            self._state = optimizer.state.get(pool.values, {})
+
+    def _bring(self, pool: ValueTable, rows: Tensor | None) -> None:
+        self.follow(pool)
+        if self._rule is not None and "row_step" in self._state:
+            self._rule.bring_up_to_date(pool, self._state, rows)
+
+    def remove(self, pool: ValueTable) -> None:
+        """Bring all rows up to date, and remove the hook from its table."""
+        self.flush(pool)
+        for handle in self._handles:
+            handle.remove()
+
+
+def hooks_of(module: nn.Module) -> list[CatchUp]:
+    """The hooks of a table that bring its rows up to date."""
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, CatchUp)]
 
 
 def catch_up(model: nn.Module) -> None:
@@ -215,6 +238,6 @@ def catch_up(model: nn.Module) -> None:
         model: A model whose optimizer `memrewrite.fuse` extended.
     """
     for module in model.modules():
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, CatchUp) and isinstance(module, ValueTable):
+        for hook in hooks_of(module):
+            if isinstance(module, ValueTable):
                 hook.flush(module)
