@@ -1,8 +1,8 @@
 """Adam with a second moment per element on the rows that were read, as a Triton kernel.
 
 As in `triton_update`, the reads are sorted by row and a program sums the gradient of a row, or of a slice of it, in registers.
-Slices of a row have nothing in common but the scale of an 8-bit table, so rows of other tables are always cut into slices of one
-warp: a slice reads its own columns of the output gradients and no others.
+Slices of a row have nothing in common but the scale of an 8-bit table, so rows of other tables are always cut into slices of
+one warp: a slice reads its own columns of the output gradients and no others.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def plan(
 
 def registers(widest: int, pieces: int) -> int:
     """The most per thread; `widest`: bytes of the largest element among table, state and gradients."""
-    return {True: (112, 168, 200), False: (80, 128, 168)}[widest > 2][pieces - 1]
+    return {True: (112, 168, 240), False: (80, 128, 200)}[widest > 2][pieces - 1]
 
 
 def lazy_adam_(
@@ -164,6 +164,6 @@ def compile_variants() -> Iterator[CompileVariant]:
         *((width, bf16, state, bf16) for width in (576, 8192) for state in (fp32, bf16, FP8)),
         *((width, fp32, state, fp32) for width in (576, 8192) for state in (fp32, bf16, FP8)),
         *((width, FP8, FP8, bf16) for width in (576, 1024, 4096, 8192, 16384)), (576, FP8, bf16, bf16), (8192, FP8, bf16, bf16),
-        (64, bf16, FP8, bf16), (1024, FP8, fp32, bf16), (1024, FP8, FP8, fp32), (1024, fp32, FP8, bf16),
+        (1024, FP8, fp32, bf16), (1024, FP8, FP8, fp32), (576, FP8, FP8, fp32), (1024, fp32, FP8, bf16),
     ):  # fmt: skip
         yield from variants(plan(width, dtype, state, grads), width, dtype, state, grads)

@@ -48,12 +48,8 @@ def load_scales(scales, slot, start, D: tl.constexpr, BLOCK_D: tl.constexpr, PIE
 
 @triton.jit
 def wide(stored, scales, BLOCK_D: tl.constexpr):
-    """Columns of a state in fp32."""
-    if stored.dtype == tl.uint8:
-        out = decode_e4m3(stored) * each_column(scales * 256.0, BLOCK_D)  # the factor that `decode_e4m3` omits
-    else:
-        out = stored.to(tl.float32)
-    return out
+    """Columns of a state in fp32; `decode_e4m3` omits a factor of 256."""
+    return decode_e4m3(stored) * each_column(scales * 256.0, BLOCK_D) if stored.dtype == tl.uint8 else stored.to(tl.float32)
 
 
 @triton.jit

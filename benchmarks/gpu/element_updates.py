@@ -70,7 +70,8 @@ def update(
         targets.append(Target("AdamW, dense", 1))
     stored = [table for table in (scale, *state) if table is not None]
     moved = data.update_bytes(values, indices, weights, *stored)
-    case = f"lazy_adam T={sizes.tokens} K={sizes.reads} D={dim} N={keys}² {str(dtype)[6:]}, moments {str(moments)[6:]}, {pattern}"
+    case = f"lazy_adam D={dim} N={keys}² {str(dtype)[6:]} {pattern}, moments {str(moments)[6:]}"
+    case += f", T={sizes.tokens} K={sizes.reads}"
     yield bench.result("update", case, bench.race(runs), moved=moved, targets=targets)
 
 

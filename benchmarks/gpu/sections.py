@@ -44,7 +44,8 @@ SECTIONS = (
     Section("layer", 55, "layers", "layer_cases", (*LOOKUP, *TOPK, *UPDATE)),
     Section("compile", 25, "layers", "compile_cases", (*LOOKUP, *TOPK, *UPDATE)),
     Section("onnx", 25, "onnx_cuda"),
-    Section("sweep", 60, "sweep", checks=(*LOOKUP, *TOPK, *UPDATE, "lazy_adam")),  # last: it gets the time that the others leave
+    # last: it gets the time that the others leave
+    Section("sweep", 60, "sweep", checks=(*LOOKUP, *TOPK, *UPDATE, "lazy_adam")),
 )
 NAMES = tuple(section.name for section in SECTIONS)
 RATES = "ceilings"  # the section that measures the rates which the others are compared to

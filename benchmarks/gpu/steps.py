@@ -79,7 +79,7 @@ def topk_backward(bench: Bench, n: int) -> Iterator[Result]:
 
 
 def update_cases(bench: Bench) -> Iterator[Case]:
-    """Row-wise rules with the narrowest and the widest table, uniform reads; skewed reads; a table in the L2; fp32 weights; fp8.
+    """The row-wise rules with the narrowest and the widest table; skewed reads; a table in the L2; fp32 weights; fp8.
 
     Then the rule with a second moment per element.
     """

@@ -1,4 +1,4 @@
-"""Adam with a second moment per element in Triton's interpreter: its formula in float64, and how values and states are rounded."""
+"""Adam with a second moment per element in Triton's interpreter: its formula in float64; how values and states are rounded."""
 
 from __future__ import annotations
 
