@@ -111,9 +111,11 @@ def _mark_nonfinite(optimizer: Optimizer, queues: list[Pending]) -> None:
 
 
 def _fused(model: nn.Module) -> Iterator[_Fused]:
+    """Every table with a queue, also a second table of a pool."""
     for module in model.modules():
-        if isinstance(module, ValueTable) and module.pending is not None:
-            yield _Fused(module.pending, module.values.shape[0], module.backend)
+        queue = getattr(module, "pending", None)
+        if isinstance(queue, Pending):
+            yield _Fused(queue, module.values.shape[0], module.backend)
 
 
 def _norm(parameters: list[nn.Parameter], fused: list[_Fused], error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
