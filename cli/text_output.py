@@ -63,7 +63,8 @@ def edited(site: Site) -> str:
 
 def show_plan(out: Console, plan: Plan, scales: Sequence[LayerScale] = ()) -> None:
     """Print site → layer with its cost, the pools, how large the layers start, and the totals."""
-    line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}")
+    frozen = " · trained: the memory only" if plan.train == "memory_only" else ""
+    line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}{frozen}")
     heads: Row = ("path", "pattern", "layer", "parameters", "stored", "FLOPs/token", "read/token")
     table(out, heads, [_substitution(s, plan) for s in plan.substitutions], right=heads[3:])
     if plan.pools:

@@ -111,6 +111,7 @@ def _mark_nonfinite(optimizer: Optimizer, queues: list[Pending]) -> None:
 
 
 def _fused(model: nn.Module) -> Iterator[_Fused]:
+    """Every table with a queue, also a second table of a pool."""
     for module in model.modules():
         if isinstance(module, Table) and module.pending is not None:
             yield _Fused(module.pending, module.values.shape[0], module.backend)
