@@ -190,8 +190,10 @@ def _watched_layers(model: nn.Module) -> dict[str, _Watched]:
     names = {} if pools is None else {id(pool): name for name, pool in pools.named_children()}
     found: dict[str, _Watched] = {}
     for path, layer in model.named_modules():
-        counter = layer.read_counter() if isinstance(layer, MemoryLayer) else None
-        if counter is None or not isinstance(layer, MemoryLayer):
+        if not isinstance(layer, MemoryLayer):
+            continue
+        counter = layer.read_counter()
+        if counter is None:
             continue
         name = ".".join(part for part in path.split(".") if part not in WRAPPERS) or "(root)"
         if counter.reads.is_meta:
