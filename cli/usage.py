@@ -77,7 +77,7 @@ def _show(out: Console, counted: TextUsage, statistics: UsageStatistics, plot: P
     pieces = f"{counted.pieces:,} pieces of at most {counted.length:,} tokens" if counted.pieces else "the example inputs"
     line(out, f"{max(layer.tokens for layer in statistics.layers):,} tokens · {pieces}")
     spread = ("read", "at random", "never read", "KL reads", "KL weight", "top 1 % reads", "top 1 % weight")
-    heads = ("layer", "kind", "pool", *spread, "entropy", "slots a head", "gate rms")
+    heads: tuple[str, ...] = ("layer", "kind", "pool", *spread, "entropy", "slots a head", "gate rms")
     table(out, heads, [_layer(layer) for layer in statistics.layers], right=heads[3:])
     if statistics.pools:
         line(out)

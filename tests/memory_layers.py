@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.memory_plus import MemoryPlus, MemoryPlusOptions
 from memrewrite.layers.pkm import Pkm, PkmOptions
-from memrewrite.layers.pool import Pool, PoolSpec
+from memrewrite.layers.pool import Pool, Pools, PoolSpec
 
 
 def layer(kind: str = "memory_plus", keys: int = 5, heads: int = 2, topk: int = 3, **options: Any) -> MemoryLayer:
@@ -19,7 +20,23 @@ def layer(kind: str = "memory_plus", keys: int = 5, heads: int = 2, topk: int = 
         made: MemoryLayer = Pkm(8, 6, PkmOptions(heads=heads, topk=topk, **options), pool)
     else:
         made = MemoryPlus(8, 6, MemoryPlusOptions(heads=heads, topk=topk, **options), pool)
-    generator = torch.Generator().manual_seed(0)
-    pool.reset_parameters(generator)
-    made.reset_parameters(generator)
+    return initialized(made)
+
+
+def stack(count: int = 3) -> nn.Sequential:
+    """Layers [..., 8] -> [..., 8] one after another, "0", "1", ..., that share the pool "shared" of 5 × 5 slots."""
+    pool = Pool(PoolSpec(keys=5, value_dim=8))
+    options = MemoryPlusOptions(heads=2, topk=3)
+    layers = [initialized(MemoryPlus(8, 8, options, pool), seed) for seed in range(count)]
+    made = nn.Sequential(*layers)
+    made.add_module("memory", Pools({"shared": pool}))
     return made
+
+
+def initialized(layer: MemoryLayer, seed: int = 0) -> MemoryLayer:
+    """The layer with seeded parameters, its pool too."""
+    generator = torch.Generator().manual_seed(seed)
+    assert layer.pool is not None
+    layer.pool.reset_parameters(generator)
+    layer.reset_parameters(generator)
+    return layer

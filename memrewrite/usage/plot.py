@@ -103,15 +103,16 @@ def _lines(axes: Axes, usage: SlotUsage, layers: Mapping[str, Tensor]) -> None:
     from matplotlib import colormaps
 
     shades = colormaps["viridis"]
-    step = max(1, (len(layers) - 1) / (MOST_NAMES - 1))  # the names in the legend are spread over all layers
-    named = {round(step * number) for number in range(MOST_NAMES)}
+    apart = max(1, (len(layers) - 1) / (MOST_NAMES - 1))  # the names in the legend are spread over all layers
+    named = {round(apart * number) for number in range(MOST_NAMES)}
     for number, (name, reads) in enumerate(layers.items()):
         found = reads[reads > 0].sort(descending=True).values.cpu()
         if len(found):
-            at = torch.logspace(0, math.log10(len(found)), MOST_POINTS, dtype=torch.float64).round().long().unique()
+            at = sorted({round(len(found) ** (step / MOST_POINTS)) for step in range(MOST_POINTS + 1)})
             color = shades(0.7 * number / max(1, len(layers) - 1))
             label = name if number in named else None
-            axes.plot(at.tolist(), found[at - 1].tolist(), color=color, ls=DASHES[number % len(DASHES)], lw=2, label=label)
+            line = DASHES[number % len(DASHES)]
+            axes.plot(at, [int(found[rank - 1]) for rank in at], color=color, ls=line, lw=2, label=label)
     axes.set(xscale="log", yscale="log", xlim=(1, max(2, usage.slots)))
     axes.set_ylim(bottom=0.8)
     axes.set_xlabel("slots, most read first", fontsize=FONT)

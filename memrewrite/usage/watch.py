@@ -149,10 +149,10 @@ class Usage:
         found: dict[str, float] = {}
         for layer in statistics.layers:
             numbers = layer.model_dump(include={"tokens", "share_read", "kl_reads", "top_reads", "entropy", "gate_rms"})
-            found |= {f"memory/{layer.layer}/{name}": value for name, value in numbers.items() if value is not None}
+            found |= {f"memory/{layer.layer}/{name}": float(value) for name, value in numbers.items() if value is not None}
         for pool in statistics.pools:
             numbers = pool.model_dump(include={"share_read", "kl_reads", "top_reads"})
-            found |= {f"memory/{pool.pool}/{name}": value for name, value in numbers.items() if value is not None}
+            found |= {f"memory/{pool.pool}/{name}": float(value) for name, value in numbers.items() if value is not None}
             if pool.overlaps:
                 found[f"memory/{pool.pool}/overlap"] = sum(o.reads for o in pool.overlaps) / len(pool.overlaps)
         return found
@@ -190,8 +190,10 @@ def _watched_layers(model: nn.Module) -> dict[str, _Watched]:
     names = {} if pools is None else {id(pool): name for name, pool in pools.named_children()}
     found: dict[str, _Watched] = {}
     for path, layer in model.named_modules():
-        counter = layer.read_counter() if isinstance(layer, MemoryLayer) else None
-        if counter is None or not isinstance(layer, MemoryLayer):
+        if not isinstance(layer, MemoryLayer):
+            continue
+        counter = layer.read_counter()
+        if counter is None:
             continue
         name = ".".join(part for part in path.split(".") if part not in WRAPPERS) or "(root)"
         if counter.reads.is_meta:

@@ -129,7 +129,7 @@ def test_a_model_of_images_is_counted_on_its_example_inputs(tmp_path: Path) -> N
         (("saved", "--text", "empty.txt"), "is empty"),
         (("saved", "--text", "binary.txt"), "'binary.txt' cannot be read"),
         (("saved", "--text", "text.txt", "--length", "65"), "do not fit the model's context of 64"),
-        (("saved", "--text", "text.txt", "--length", "0"), "0 is not in the range"),
+        (("saved", "--text", "text.txt", "--length", "0"), "Invalid value for '--length'"),
         (("saved", "--length", "8"), "--length needs --text"),
         (("saved", "--plot", "usage.gif"), "no name of a plot"),
         (("saved", "--plot", "none/usage.png"), "does not exist"),

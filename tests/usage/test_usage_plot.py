@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from memory_layers import stack
 
 import memrewrite
 from memrewrite.errors import UserError
@@ -23,23 +23,22 @@ pytest.importorskip("matplotlib")
 
 @pytest.fixture(scope="module")
 def usage() -> Usage:
-    model, inputs = tiny.rewritten("llama")
-    with memrewrite.watch(model) as counted:
-        model(**inputs)
+    with memrewrite.watch(model := stack()) as counted:
+        model(torch.randn(9, 8, generator=torch.Generator().manual_seed(0)))
     return counted
 
 
 def test_lines_and_maps_show_the_counts(usage: Usage) -> None:
     drawn = usage.plot()
     lines, *maps = [axes for axes in drawn.axes if axes.get_title()]
-    assert lines.get_title() == f"pool shared: 64 slots,\n{usage.statistics().pools[0].share_read:.0%} read".replace("%", " %")
-    assert [line.get_label() for line in lines.lines] == ["layers.0", "layers.1", "layers.2"]
+    assert lines.get_title() == f"pool shared: 25 slots,\n{usage.statistics().pools[0].share_read:.0%} read".replace("%", " %")
+    assert [line.get_label() for line in lines.lines] == ["0", "1", "2"]
     for line, panel, reads in zip(lines.lines, maps, usage.reads.values(), strict=True):
         found = reads[reads > 0].sort(descending=True).values
         assert list(line.get_xdata()) == list(range(1, len(found) + 1))
         assert list(line.get_ydata()) == found.tolist()
         shown = np.ma.filled(panel.images[0].get_array(), np.nan)
-        assert np.array_equal(np.nan_to_num(shown), reads.view(8, 8).double().numpy())
+        assert np.array_equal(np.nan_to_num(shown), reads.view(5, 5).double().numpy())
         assert np.isnan(shown).sum() == (reads == 0).sum()  # white
     for panel in (lines, *maps):
         assert panel.get_xlabel()
@@ -64,8 +63,7 @@ def test_large_grids_are_drawn_in_cells_of_their_mean(keys: int) -> None:
 
 
 def test_a_memory_that_was_not_read_can_be_drawn(tmp_path: Path) -> None:
-    model, _ = tiny.rewritten("llama")
-    with memrewrite.watch(model) as nothing:
+    with memrewrite.watch(stack()) as nothing:
         pass
     nothing.plot(tmp_path / "nothing.png")
     assert (tmp_path / "nothing.png").stat().st_size
