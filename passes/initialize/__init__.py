@@ -1,1 +1,1 @@
-"""In: layers at their start, and one forward of the model. Out: the layers' scales set, and the rms of stream, MLP and layer."""
+"""In: layers at their start, and inputs of the model. Out: the layers' scales and queries set, and what was measured."""
