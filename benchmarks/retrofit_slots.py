@@ -60,6 +60,7 @@ SETTINGS = {
     "calibrated, slow keys": Setting({}, keys_lr=0.1),
     "frozen keys": Setting(keys_lr=0.0),
     "calibrated, frozen keys": Setting({}, keys_lr=0.0),
+    "calibrated, deviation 2": Setting({"deviation": 2.0}),
     "centred": Setting({"shrinkage": 1.0, "deviation": None}),
     "centred and scaled": Setting({"shrinkage": 1.0}),
     "whitened": Setting({"deviation": None}),
@@ -202,7 +203,8 @@ def spread_loss(keys: ProductKeys, x: Tensor) -> Tensor:
     """How unevenly the tokens `x` use the half keys: log √N minus the entropy of the mean softmax, averaged over the halves."""
     q = keys.query(x).view(len(x), -1, keys.half_dim)
     share = torch.einsum("tam,anm->tan", q, keys.keys.flatten(0, 1)).softmax(-1).mean(0)  # [2h, √N]
-    return (share * (share * share.shape[-1]).log()).sum(-1).mean()
+    relative = (share * share.shape[-1]).clamp_min(torch.finfo(share.dtype).tiny)  # 0 log 0 is 0
+    return (share * relative.log()).sum(-1).mean()
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,7 @@ def test_every_setting_runs(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert row["slots_before"] == row["course"][0]["slots"]
         assert 0 < row["loss"] < row["course"][0]["loss"]
     assert rows["frozen keys"]["slots_before"] == rows["plain"]["slots_before"]
-    assert (
-        rows["frozen keys"]["slots_after"][0] == rows["frozen keys"]["slots_before"][0]
-    )  # of the first layer: its inputs stay
+    assert rows["frozen keys"]["slots_after"][0] == rows["frozen keys"]["slots_before"][0]
     assert rows["calibrated"]["slots_before"][0] > rows["plain"]["slots_before"][0]
     assert f"plain (seed 0): slots {rows['plain']['slots_before'][0]} / " in capsys.readouterr().out
 
@@ -49,16 +48,11 @@ def test_the_spread_loss(bench: Any) -> None:
     keys.reset_parameters(torch.Generator().manual_seed(0))
     loss, x = bench("retrofit_slots").spread_loss, torch.randn(50, 6)
     with torch.no_grad():
-        share = torch.stack(
-            [
-                torch.stack([(half_q @ half_k.T).softmax(-1) for half_q in q]).mean(0)
-                for q, half_k in zip(keys.query(x).view(50, 4, 2).unbind(1), keys.keys.flatten(0, 1), strict=True)
-            ]
-        )
-        assert float(loss(keys, x)) == pytest.approx(
-            float(torch.tensor(8.0).log() - torch.special.entr(share).sum(-1).mean()), abs=1e-6
-        )
+        q, half_keys = keys.query(x).view(50, 4, 2), keys.keys.flatten(0, 1)
+        shares = [(q[:, half] @ half_keys[half].T).softmax(-1).mean(0) for half in range(4)]
+        entropy = torch.special.entr(torch.stack(shares)).sum(-1).mean()
+        assert float(loss(keys, x)) == pytest.approx(math.log(8) - float(entropy), abs=1e-6)
         keys.query.weight.zero_()
         assert float(loss(keys, x)) == pytest.approx(0.0, abs=1e-6)
         keys.query.bias.fill_(1e4)
-        assert float(loss(keys, x)) == pytest.approx(float(torch.tensor(8.0).log()), abs=1e-5)
+        assert float(loss(keys, x)) == pytest.approx(math.log(8), abs=1e-5)
