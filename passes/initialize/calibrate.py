@@ -65,7 +65,7 @@ def calibrate(
     covariance C over the tokens of the batches, this sets `W <- c S^(-1/2) W` with `S = (1 - a) C + a (tr C / m) I` (m is the
     width of a half query), and `b <- -W E[x]`: queries have mean zero, and about the same deviation in every direction. The
     factor c sets the deviation of the scores. Keys, values and all other parameters keep their values, so a layer whose output
-    is zero still has an output of zero. Gradients, modes and random states do not change; a second call changes almost nothing.
+    is zero still has an output of zero. Gradients, modes and random states do not change.
 
     The batches run twice, in eval mode and without gradients. Memory: one float64 matrix [d_model, d_model] for each layer.
     All layers are measured in one pass: where a layer that is not zero comes before another one, call this twice.
@@ -76,8 +76,8 @@ def calibrate(
             data. In batches that have an `attention_mask` of the shape of the tokens, those with the mask 0 are left out.
         deviation: Standard deviation of a token's scores over all slots, of every head. None: as before, on average over the
             heads of a layer. With `qk_norm` the norms set it, and queries get an rms of 1.
-        shrinkage: a, in (0, 1]: the larger, the less directions of small variance are amplified, by at most a^(-1/2). 1: queries
-            are centred and scaled, but not whitened.
+        shrinkage: a, in (0, 1]: the larger, the less are directions of small variance amplified, by at most a^(-1/2). 1:
+            queries are centred and scaled, but not whitened.
 
     Returns:
         Slots in use and deviation of the scores, before and after, for each layer.
