@@ -156,7 +156,10 @@ class Moe(MemoryLayer):
     def cost(
         cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None, itemsize: int, *, zero_output: bool
     ) -> Cost:
-        """Cost of the router and all experts, of which a token uses `topk` (in training with expert choice `capacity_factor`, on average)."""
+        """Cost of the router and all experts, of which a token uses `topk`.
+
+        In training with expert choice it uses `capacity_factor` of them, on average.
+        """
         mine = options_as(MoeOptions, options)
         weights, biases = shape_of(mine).size(d_model, d_out)
         one = dense_cost(weights, biases, itemsize)
