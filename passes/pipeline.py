@@ -193,7 +193,9 @@ def _applied(model: Model, wanted: Recipe, inputs: Any, emit: Emit, allow_large:
         refuse_too_large(planned)
     size = _size(model)
     done, graphs = _rewrite(model, planned, look, wanted, step)
-    if isinstance(model, nn.Module) and done.model is not model:
+    if isinstance(model, ExportedProgram):
+        done.model.eval()  # a program has no mode, and a new graph module would be in train mode, its layers too
+    elif done.model is not model:
         _copy_modes(model, done.model)
     report = Report(
         plan=planned,

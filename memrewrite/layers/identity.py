@@ -52,6 +52,10 @@ class WithoutParameters(MemoryLayer):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """There are none."""
 
+    def scale_output(self, factor: float) -> None:
+        """Raise TypeError: there are no parameters."""
+        raise TypeError(f"{self.kind!r} has no parameters that scale its output")
+
 
 class Identity(WithoutParameters):
     """`output = x`: the MLP's input, after the norm before it, is added to the residual stream."""

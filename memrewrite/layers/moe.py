@@ -41,7 +41,7 @@ class MoeOptions(MlpOptions):
     )
     topk: int = Field(1, ge=1, le=2**12, description="Experts of each token, where tokens choose.")
     capacity_factor: float = Field(
-        1.0, gt=0, le=2**12, description="Expert choice: each expert takes capacity_factor × tokens / experts tokens."
+        1.0, ge=0.01, le=2**12, description="Expert choice: each expert takes capacity_factor × tokens / experts tokens."
     )
 
 
@@ -95,6 +95,7 @@ class Moe(MemoryLayer):
     the C tokens of the batch with the largest p_e, so all experts do the same work; a token may get several experts or none,
     and which depends on the whole batch, later tokens included. In eval mode each token takes its `topk` best experts (one in
     the paper), so its output depends on no other token. Token choice does so in training too; no token is dropped.
+    Where tokens choose, a forward copies the weights of the experts in use, at most twice each.
 
     The router and the matrices start from N(0, fan_in^-1/2), the biases at zero. With `zero_output`, the experts' last
     matrices start at zero. The probabilities are computed in fp32 or wider. On CUDA devices training repeats bit for bit under
@@ -155,7 +156,10 @@ class Moe(MemoryLayer):
     def cost(
         cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None, itemsize: int, *, zero_output: bool
     ) -> Cost:
-        """Cost of the router and all experts, of which a token uses `topk`; in expert choice, `capacity_factor` on average."""
+        """Cost of the router and all experts, of which a token uses `topk`.
+
+        In training with expert choice it uses `capacity_factor` of them, on average.
+        """
         mine = options_as(MoeOptions, options)
         weights, biases = shape_of(mine).size(d_model, d_out)
         one = dense_cost(weights, biases, itemsize)

@@ -50,7 +50,7 @@ def by_tokens(chosen: Tensor, experts: int) -> Blocks:
     """
     flat = chosen.flatten()  # [N]
     size = flat.shape[0] // experts + 1
-    blocks = torch.sym_min(flat.shape[0], 2 * experts)
+    blocks = torch.sym_min(flat.shape[0], 2 * experts)  # type: ignore[no-untyped-call]
     mine = flat[:, None] == torch.arange(experts, device=flat.device)  # [N, E]
     counted = mine.long().cumsum(0)  # [N, E]: assignments so far
     load = mine.sum(0)
