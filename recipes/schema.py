@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import keyword
-import re
-from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -22,21 +20,14 @@ from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
 from memrewrite.layers.pool import Backend, Gradient, Pools, PoolSpec, ValueType, needs_fused
 from memrewrite.plans import DEFAULT_OUTPUT, MATCH, MAX_MULTIPLE, LayerInit, Multiple, Placement, Train
-from memrewrite.recipes.regex_limits import too_slow
+from memrewrite.recipes.field_types import Count, Text, Whole
 from memrewrite.recipes.validation_errors import did_you_mean, one_of, refused, shown
+from memrewrite.recipes.where import Where
 from memrewrite.recipes.yaml_scalars import Writer
 
 VERSIONS = (1,)  # the format versions this package reads
 MAX_KEYS = 2**16  # per half: 2**32 slots, 64 times the paper's largest pool
-MAX_SIZE = 2**31 - 1  # of every other number that counts something
 _ANY_WIDTH = 2**12 * 3 * 5 * 7
-
-# strict: otherwise `true` would be accepted as the number 1, and text as a number
-Whole = Annotated[int, Field(strict=True)]
-Index = Annotated[int, Field(strict=True, ge=0, le=MAX_SIZE)]
-Count = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
-Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(strict=True, min_length=1, max_length=10_000)]
 
 
 class PoolEntry(Frozen):
@@ -54,61 +45,6 @@ class PoolEntry(Frozen):
     def _can_learn(self) -> PoolEntry:
         if needs_fused(self.dtype, self.gradient):
             raise refused(f"a table of {self.dtype} can be trained only by fused updates", "gradient: fused")
-        return self
-
-
-class Centred(Frozen):
-    """`count` blocks at distance `stride`, around the middle of the stack of blocks."""
-
-    count: Count = Field(description="Number of blocks.")
-    stride: Count = Field(default=1, description="Distance from one block to the next, in blocks.")
-
-
-class Where(Frozen):
-    """Selects MLPs: an MLP must match every selector that is set."""
-
-    layers: tuple[Index, ...] | None = Field(default=None, min_length=1, description="Blocks by index, from 0.")
-    centred: Centred | None = Field(default=None, description="Blocks around the middle of the stack, as in the paper.")
-    every: Count | None = Field(default=None, description="Every n-th block of the stack: indices n-1, 2n-1, ...")
-    path: Text | None = Field(default=None, description="Glob over module paths, such as 'model.layers.*.mlp'.")
-    regex: Text | None = Field(default=None, description="Regular expression over module paths.")
-    pattern: Text | None = Field(default=None, description="MLP pattern, such as 'gated', as `inspect` shows it.")
-    d_model: Count | None = Field(default=None, description="Width of the MLP's output.")
-    all: Flag = Field(default=False, description="true: every MLP found.")
-    tower: Text | None = Field(default=None, description="Path of the stack of blocks, for models with more than one.")
-
-    @field_validator("layers")
-    @classmethod
-    def _each_once(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        twice = [index for index, times in Counter(layers or ()).items() if times > 1]
-        if twice:
-            raise refused(f"block {min(twice)} is listed twice", "list every block once")
-        return layers
-
-    @field_validator("regex")
-    @classmethod
-    def _compiles(cls, regex: str | None) -> str | None:
-        try:
-            re.compile(regex or "")
-            slow = too_slow(regex or "")
-        except (re.error, RecursionError, OverflowError) as error:
-            hint = "correct the expression, or use `path` with a glob such as '*.mlp'"
-            raise refused(f"{shown(regex)} is not a regular expression: {error}", hint) from None
-        if slow:
-            hint = "use at most three repeats, not inside one another, or `path` with a glob such as '*.mlp'"
-            raise refused(f"{shown(regex)} may take too long: {slow}", hint)
-        return regex
-
-    @property
-    def counts(self) -> bool:
-        """True if a selector depends on block numbers, and so on the whole stack of blocks."""
-        return any(selector is not None for selector in (self.layers, self.centred, self.every, self.tower))
-
-    @model_validator(mode="after")
-    def _selects(self) -> Where:
-        if not self.model_dump(exclude_defaults=True):
-            names = ", ".join(f"`{name}`" for name in type(self).model_fields)
-            raise refused("`where` selects nothing", f"set at least one of {names}; `all: true` selects every MLP")
         return self
 
 

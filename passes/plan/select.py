@@ -15,7 +15,8 @@ from memrewrite.layers.pool import PoolSpec
 from memrewrite.passes.plan.feasible import COMPUTED, refuse_layer, refuse_pool
 from memrewrite.passes.plan.selectors import fitting, matching
 from memrewrite.plans import Plan, Substitution
-from memrewrite.recipes.schema import Recipe, Rule, Where
+from memrewrite.recipes.schema import Recipe, Rule
+from memrewrite.recipes.where import Where
 from memrewrite.site import Binding, Inspection, Site
 
 

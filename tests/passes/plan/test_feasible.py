@@ -19,7 +19,8 @@ from memrewrite.passes.plan import feasible
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
 from memrewrite.recipes.reader import read_recipe
-from memrewrite.recipes.schema import MAX_SIZE, Recipe
+from memrewrite.recipes.field_types import MAX_SIZE
+from memrewrite.recipes.schema import Recipe
 
 ONE = located(site(0))
 TWO = located(site(0), site(1))
