@@ -53,7 +53,7 @@ def plan(
 
 def registers(widest: int, pieces: int) -> int:
     """The most per thread; `widest`: bytes of the largest element among table, state and gradients."""
-    return {True: (112, 168, 240), False: (80, 128, 200)}[widest > 2][pieces - 1]
+    return {True: (120, 168, 240), False: (80, 128, 200)}[widest > 2][pieces - 1]
 
 
 def lazy_adam_(

@@ -226,7 +226,7 @@ def test_a_block_of_zeros_has_scale_one(update, state):
 
 @pytest.mark.parametrize("state", [FP32, FP8], ids=str)
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP8], ids=str)
-@pytest.mark.parametrize("plan", [{}, {"pieces": 2}, {"pieces": 3}, {"block": 256}, {"rows": 4}], ids=str)
+@pytest.mark.parametrize("plan", [{}, {"pieces": 2}, {"pieces": 3}, {"block": 256}], ids=str)
 def test_slices_and_blocks_do_not_change_a_row(update, length, dtype, state, plan):
     """300 columns in one program of 512, and in others: in three slices of a block, in two slices, in one of three blocks."""
     with use("lazy_adam", {**SLICED, "block": 512}):
@@ -289,7 +289,7 @@ def test_default_plans(update, dtype, state):
         assert (how.slices - 1) * how.block * how.pieces < width <= how.slices * how.block * how.pieces
         assert 1 - width / (how.slices * how.block * how.pieces) <= most
         assert how.block % BLOCK == 0 or how.block >= width
-        assert how.slices == 1 or width > 8192 or dtype != FP8
+        assert how.slices == 1 or width > 4096 or dtype != FP8
 
 
 @pytest.mark.parametrize("name", ["values", "mean", "second", "mean_scale"])
