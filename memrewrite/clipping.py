@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +115,7 @@ def _fused(model: nn.Module) -> Iterator[_Fused]:
     for module in model.modules():
         queue = getattr(module, "pending", None)
         if isinstance(queue, Pending):
-            yield _Fused(queue, module.values.shape[0], module.backend)
+            yield _Fused(queue, cast(Tensor, module.values).shape[0], cast(str, module.backend))
 
 
 def _norm(parameters: list[nn.Parameter], fused: list[_Fused], error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
