@@ -254,6 +254,7 @@ NAMED = re.compile(rf"(?<![a-z0-9])({'|'.join(sorted(ARCHITECTURES, key=len, rev
 def test_no_architecture_is_named(path: Path) -> None:
     """In code, comments, strings and the gallery; in words of snake_case and CamelCase too."""
     text = path.read_text(encoding="utf-8")
+    text = re.sub(r"\bclip_grad\w+", "", text)  # torch's names of functions
     split = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text).lower()
     found = {match.group(1) for line in split.splitlines() for match in NAMED.finditer(line)}
     assert not found

@@ -13,10 +13,10 @@ from pydantic import BaseModel
 
 from memrewrite.errors import RecipeError
 from memrewrite.layers.kinds import KINDS
+from memrewrite.recipes.field_types import MAX_SIZE
 from memrewrite.recipes.gallery_index import describe, gallery
 from memrewrite.recipes.json_schema import json_schema
 from memrewrite.recipes.reader import parse_recipe, read_recipe
-from memrewrite.recipes.field_types import MAX_SIZE
 from memrewrite.recipes.schema import MAX_KEYS, PoolEntry, Recipe, Rule
 from memrewrite.recipes.where import Centred, Where
 from memrewrite.recipes.yaml_source import MAX_BYTES

@@ -18,8 +18,8 @@ from memrewrite.errors import RecipeError, SelectError, UserError
 from memrewrite.passes.plan import feasible
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
-from memrewrite.recipes.reader import read_recipe
 from memrewrite.recipes.field_types import MAX_SIZE
+from memrewrite.recipes.reader import read_recipe
 from memrewrite.recipes.schema import Recipe
 
 ONE = located(site(0))
