@@ -168,13 +168,11 @@ class _Reads:
 
     def __init__(self, keys: ProductKeys) -> None:
         device = keys.keys.device
-        self.tokens, self.mask = 0, None
+        self.tokens = 0
+        self.mask: Tensor | None = None  # of the batch that runs
         self.slots = torch.zeros(keys.keys.shape[2] ** 2, dtype=torch.bool, device=device)
         self._variance = torch.zeros((), dtype=torch.float64, device=device)
         self._spread = _key_covariance(keys)
-
-    mask: Tensor | None
-    """The mask of the batch that runs."""
 
     def hook(self, keys: ProductKeys, args: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """A forward hook of the product keys."""
