@@ -75,9 +75,10 @@ class Init(Frozen):
             raise refused(what, f"{one_of(words)}, or such a number")
         return value
 
-    def of_layer(self, placement: Placement) -> LayerInit:
-        """The same for a layer of this placement, in a plan."""
-        wanted = DEFAULT_OUTPUT[placement] if self.output is None else self.output
+    def of_layer(self, placement: Placement, kind: type[MemoryLayer]) -> LayerInit:
+        """The same for a layer of this placement and kind, in a plan."""
+        default = DEFAULT_OUTPUT[placement] if kind.scalable else "paper"
+        wanted = default if self.output is None else self.output
         return LayerInit(output=MATCH if wanted == "match" else wanted, scores=self.scores)
 
 
@@ -131,6 +132,8 @@ class Rule(Frozen):
             _raise_at(("with",), f"{self.with_!r} reads a pool, but the rule names none", "add `pool:` to this rule")
         if not self.kind.uses_pool and self.pool is not None:
             _raise_at(("pool",), f"{self.with_!r} reads no pool", "remove `pool:` from this rule", key=True)
+        if not self.kind.scalable and self.init.output is not None:
+            _raise_at(("init", "output"), f"{self.with_!r} has no parameters to initialize", "remove `output:`", key=True)
         if not self.kind.has_scores and self.init.scores != "paper":
             _raise_at(("init", "scores"), f"{self.with_!r} has no queries and keys", "remove `scores:`", key=True)
         if self.placement == "parallel" and self.kind.replaces_only:

@@ -40,6 +40,7 @@ class MemoryLayer(nn.Module, ABC):
         kind: Name of the kind in recipes.
         Options: Class of its options.
         uses_pool: True if the kind reads a pool.
+        scalable: False for a kind without parameters: nothing sets the scale of its output.
         has_scores: True if the kind selects slots by scores of queries and keys.
         counter: What counts the slots that the layer reads while `memrewrite.watch` watches it; else None.
         constant: True if the output is the same for every input.
@@ -51,6 +52,7 @@ class MemoryLayer(nn.Module, ABC):
     kind: ClassVar[str]
     Options: ClassVar[type[LayerOptions]]
     uses_pool: ClassVar[bool] = True
+    scalable: ClassVar[bool] = True
     has_scores: ClassVar[bool] = False
     counter: ReadCounter | None = None
     constant: ClassVar[bool] = False

@@ -20,6 +20,7 @@ class WithoutParameters(MemoryLayer):
 
     Options = NoOptions
     uses_pool = False
+    scalable = False
 
     def __init__(
         self,

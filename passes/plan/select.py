@@ -80,7 +80,8 @@ def _within(site: Site, chosen: Sequence[Site]) -> Site:
 
 
 def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec], live: bool) -> Substitution:
-    kind, init = kind_named(rule.with_), rule.init.of_layer(rule.placement)
+    kind = kind_named(rule.with_)
+    init = rule.init.of_layer(rule.placement, kind)
     try:
         options = kind.complete(rule.layer_options(), site)
         refuse_layer(kind, site, options, pools[rule.pool] if rule.pool else None, init.zero)

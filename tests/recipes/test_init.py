@@ -29,7 +29,7 @@ def recipe(init: Any, placement: str = "replace", kind: str = "memory_plus") -> 
 
 def start(init: Any, placement: str = "replace") -> LayerInit:
     (rule,) = read_recipe(recipe(init, placement)).replace
-    return rule.init.of_layer(rule.placement)
+    return rule.init.of_layer(rule.placement, rule.kind)
 
 
 def test_the_default_depends_on_the_placement() -> None:
@@ -44,7 +44,7 @@ def test_numbers_survive_writing_and_reading(number: float, scores: float) -> No
     given_recipe = read_recipe(recipe({"output": number, "scores": scores}))
     again = parse_recipe(given_recipe.to_yaml())
     assert again == given_recipe
-    assert again.replace[0].init.of_layer("replace") == LayerInit(output=number, scores=scores)
+    assert again.replace[0].init.of_layer("replace", Pkm) == LayerInit(output=number, scores=scores)
 
 
 @pytest.mark.parametrize("field", ["output", "scores"])
@@ -70,6 +70,15 @@ def test_scores_of_a_kind_without_queries(monkeypatch: pytest.MonkeyPatch) -> No
     assert read_recipe(recipe({"scores": "paper"}, kind="pkm"))
     with pytest.raises(RecipeError, match="no queries and keys"):
         read_recipe(recipe({"scores": 1.0}, kind="pkm"))
+
+
+@pytest.mark.parametrize("kind", ["identity", "none"])
+def test_a_kind_without_parameters_has_no_start(kind: str) -> None:
+    rule = {"where": {"all": True}, "with": kind}
+    start = read_recipe({"memrewrite": 1, "replace": [rule]}).replace[0]
+    assert start.init.of_layer("replace", start.kind) == LayerInit()
+    with pytest.raises(RecipeError, match="no parameters to initialize"):
+        read_recipe({"memrewrite": 1, "replace": [{**rule, "init": {"output": "match"}}]})
 
 
 def test_editors_know_the_words() -> None:
