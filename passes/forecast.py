@@ -72,8 +72,9 @@ def _expected(result: Plan, seen: Mapping[str, Measured]) -> tuple[LayerScale, .
     layers: dict[str, nn.Module] = {}
     for number, substitution in enumerate(result.substitutions):
         if substitution.site.path in seen:
-            layer = build_layer(substitution, pools, seen[substitution.site.path].x.device)
-            layer.reset_parameters(generator_of(layer, result, number))
+            device = seen[substitution.site.path].x.device
+            layer = build_layer(substitution, pools, device)
+            layer.reset_parameters(generator_of(device, result, number))
             layers[substitution.site.path] = layer
     estimated = {
         s.site.path: f"measured with {pools[s.pool].spec.keys}² slots"

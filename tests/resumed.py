@@ -42,6 +42,9 @@ VARIANTS = {
     "fused Adagrad 8-bit": Variant("fused", "float8_e4m3fn", memrewrite.RowwiseAdagrad()),
     "fused Adam": Variant("fused", "float32", memrewrite.RowwiseAdam()),
     "fused Adam 8-bit": Variant("fused", "float8_e4m3fn", memrewrite.RowwiseAdam()),
+    "fused lazy Adam": Variant("fused", "float32", memrewrite.LazyAdam()),
+    "fused lazy Adam, 8-bit states": Variant("fused", "bfloat16", memrewrite.LazyAdam(states="float8_e4m3fn")),
+    "fused lazy Adam, caught up": Variant("fused", "float32", memrewrite.LazyAdam(catch_up=True)),
 }
 
 
