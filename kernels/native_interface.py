@@ -80,7 +80,7 @@ def library() -> ctypes.CDLL:
 
 
 def check(op: str, result: int, found: ctypes.c_int64 | None, size: int, what: str = "a table of {} slots") -> None:
-    """Raise for the operator `op` what a kernel reports: IndexError, with none or a part of the outputs written; MemoryError."""
+    """Raise what a kernel reports to the operator `op`: IndexError, with none or a part of the outputs written; MemoryError."""
     if result == _OUTSIDE and found is not None:
         raise IndexError(f"{op}: index {found.value} is out of range for {what.format(size)}")
     if result == _NO_MEMORY:
