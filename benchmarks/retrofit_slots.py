@@ -158,14 +158,6 @@ def rewritten(base: nn.Module, data: Data, setting: Setting, seed: int) -> Any:
     return model
 
 
-def groups(model: nn.Module, lr: float, keys_lr: float) -> list[dict[str, Any]]:
-    """The groups of `param_groups`, with queries and keys in one of their own."""
-    rest, values = memrewrite.param_groups(model, lr)
-    mine = {id(p) for keys in product_keys(model) for p in keys.parameters()}
-    addressing = {**rest, "params": [p for p in rest["params"] if id(p) in mine], "lr": lr * keys_lr}
-    return [{**rest, "params": [p for p in rest["params"] if id(p) not in mine]}, addressing, values]
-
-
 class Reads:
     """Records inputs and slots of every layer by hooks, and adds noise to queries in training."""
 
@@ -230,7 +222,7 @@ def quality(model: Any, data: Data) -> dict[str, float]:
 
 def train(model: Any, data: Data, setting: Setting, steps: int, lr: float) -> dict[str, Any]:
     """Train the memory, and return what is printed for a setting."""
-    optimizer = torch.optim.AdamW(groups(model, lr, setting.keys_lr))
+    optimizer = torch.optim.AdamW(memrewrite.param_groups(model, lr, key_lr=lr * setting.keys_lr))
     reads, course = Reads(model, data.real, setting.noise), []
     begun = time.process_time()
     for step in range(steps):

@@ -18,9 +18,7 @@ _OPS = torch.ops.memrewrite
 
 
 def _reads_of(name: str) -> Callable[..., tuple[Tensor, int]]:
-    """The rule of an operator of a table, indices, a tensor of the tokens, and a scale. Tables may differ if their gradient is
-    dense.
-    """
+    """The rule of an operator that reads a table for tokens. The tables of a batch may differ if their gradient is dense."""
 
     def batched(
         info: Any, dims: Dims, values: Tensor, indices: Tensor, of_tokens: Tensor, scale: Tensor | None = None, *others: Any

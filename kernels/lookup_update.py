@@ -33,7 +33,7 @@ def adagrad(
 ) -> None:
     """`memrewrite::rowwise_adagrad_`; the public function is `ops.rowwise_adagrad_`."""
     adagrad_fake(values, scale, total, grads, indices, weights, lr, eps, weight_decay, seed, backend)
-    reads = _with_reads(values, grads, indices, weights)
+    reads = _with_reads("rowwise_adagrad_", values, grads, indices, weights)
     if reads is None:
         return
     chosen = _chosen("rowwise_adagrad_", "adagrad_", backend, values, scale, reads)
@@ -80,7 +80,7 @@ def adam(
     """`memrewrite::rowwise_adam_`; the public function is `ops.rowwise_adam_`."""
     numbers = (lr, beta1, beta2, eps, weight_decay)
     adam_fake(values, scale, exp_avg, exp_avg_sq, grads, indices, weights, *numbers, step, seed, backend)
-    reads = _with_reads(values, grads, indices, weights)
+    reads = _with_reads("rowwise_adam_", values, grads, indices, weights)
     if reads is None:
         return
     chosen = _chosen("rowwise_adam_", "adam_", backend, values, scale, reads)
@@ -141,7 +141,7 @@ def lazy_adam(
     tensors = (values, scale, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale)
     numbers = (lr, beta1, beta2, eps, weight_decay)
     lazy_adam_fake(*tensors, grads, indices, weights, *numbers, step, seed, backend)
-    reads = _with_reads(values, grads, indices, weights)
+    reads = _with_reads("lazy_adam_", values, grads, indices, weights)
     if reads is None:
         return
     chosen = _chosen("lazy_adam_", "lazy_adam_", backend, values, scale, reads)
@@ -203,13 +203,13 @@ def _were_changed(*tensors: Tensor | None) -> None:
 _Reads = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
-def _with_reads(values: Tensor, grads: list[Tensor], indices: list[Tensor], weights: list[Tensor]) -> _Reads | None:
+def _with_reads(op: str, values: Tensor, grads: list[Tensor], indices: list[Tensor], weights: list[Tensor]) -> _Reads | None:
     """The lookups with at least one read, their indices checked; None if there are none."""
     kept = [lookup for lookup in zip(grads, indices, weights, strict=True) if lookup[1].numel()]
     if not kept or values.shape[1] == 0:
         return None
     for _, index, _ in kept:
-        check_range(index, values.shape[0])
+        check_range(op, index, values.shape[0])
     grads, indices, weights = (list(part) for part in zip(*kept, strict=True))
     return grads, indices, weights
 

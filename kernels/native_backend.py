@@ -65,12 +65,12 @@ def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | No
     """`sparse_lookup` of checked, non-empty inputs. Raises IndexError for an index outside the table."""
     stored = dtype if dtype in TYPES else torch.float32
     out = torch.empty((indices.shape[0], values.shape[1]), dtype=stored, device="cpu")
-    _lookup("memrewrite_lookup", values, indices, weights, scale, out)
+    _lookup("sparse_lookup", "memrewrite_lookup", values, indices, weights, scale, out)
     return out if dtype == stored else out.to(dtype)
 
 
-def _lookup(name: str, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, y: Tensor) -> None:
-    """Call a kernel with the struct `Lookup`. `weights` and `y` may be outputs, which are contiguous."""
+def _lookup(op: str, kernel: str, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, y: Tensor) -> None:
+    """Call a kernel with the struct `Lookup` for the operator `op`. `weights` and `y` may be outputs, which are contiguous."""
     values, indices, weights = dense(values), dense(indices), dense(weights)
     scale = None if scale is None else dense(scale)
     (slots, width), (tokens, reads) = values.shape, indices.shape
@@ -90,9 +90,9 @@ def _lookup(name: str, values: Tensor, indices: Tensor, weights: Tensor, scale: 
         reads,
     )
     found = ctypes.c_int64()
-    result = getattr(library(), name)(job, ctypes.addressof(found))
+    result = getattr(library(), kernel)(job, ctypes.addressof(found))
     if result:
-        check(result, found, slots)
+        check(op, result, found, slots)
 
 
 def backward(
@@ -109,11 +109,12 @@ def backward(
     grad_values = grad_weights = None
     if need_weights:
         grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device="cpu")
-        _lookup("memrewrite_lookup_dots", values, indices, grad_weights, scale, grad)
+        _lookup("sparse_lookup_backward", "memrewrite_lookup_dots", values, indices, grad_weights, scale, grad)
     if need_values:
         grad_values = torch.empty(values.shape, dtype=values.dtype, device="cpu")
         found, reads = ctypes.c_int64(), Reads([grad], [indices], [weights], values.shape[0])
         check(
+            "sparse_lookup_backward",
             library().memrewrite_lookup_scatter(reads.packed, floats(grad_values), ctypes.addressof(found)),
             found,
             reads.slots,
@@ -128,7 +129,7 @@ def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Te
     sums = torch.empty((count, grad.shape[1]), dtype=grad.dtype, device="cpu")
     found, reads = ctypes.c_int64(), Reads([grad], [indices], [weights], slots)
     run = library().memrewrite_lookup_rows
-    check(run(reads.packed, read.data_ptr(), floats(sums), count, ctypes.addressof(found)), found, slots)
+    check("sparse_lookup_rows", run(reads.packed, read.data_ptr(), floats(sums), count, ctypes.addressof(found)), found, slots)
     return read, sums
 
 
@@ -143,7 +144,7 @@ def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tenso
     indices = torch.empty(shape, dtype=torch.int64, device="cpu")
     inputs = TYPES[scores1.dtype], scores1.data_ptr(), scores2.data_ptr()
     sizes = scores1.numel() // n1, n1, n2, k, softmax
-    check(library().memrewrite_topk(*inputs, scores.data_ptr(), indices.data_ptr(), *sizes), None, 0)
+    check("product_key_topk", library().memrewrite_topk(*inputs, scores.data_ptr(), indices.data_ptr(), *sizes), None, 0)
     return scores, indices
 
 
@@ -155,5 +156,6 @@ def topk_backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tens
     pointers = (tensor.data_ptr() for tensor in (wide, indices, grad1, grad2))
     job = _TOPK_GRADIENT.pack(*pointers, indices.numel() // k, n1, n2, k)
     found = ctypes.c_int64()
-    check(library().memrewrite_topk_gradient(job, ctypes.addressof(found)), found, n1 * n2, "{} pairs of keys")
+    result = library().memrewrite_topk_gradient(job, ctypes.addressof(found))
+    check("product_key_topk_backward", result, found, n1 * n2, "{} pairs of keys")
     return grad1.to(grad.dtype), grad2.to(grad.dtype)

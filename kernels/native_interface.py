@@ -79,12 +79,12 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def check(result: int, found: ctypes.c_int64 | None, size: int, what: str = "a table of {} slots") -> None:
-    """Raise what a kernel reports: IndexError, nothing or only a part of the outputs is written then; MemoryError."""
+def check(op: str, result: int, found: ctypes.c_int64 | None, size: int, what: str = "a table of {} slots") -> None:
+    """Raise what a kernel reports to the operator `op`: IndexError, with none or a part of the outputs written; MemoryError."""
     if result == _OUTSIDE and found is not None:
-        raise IndexError(f"sparse_lookup: index {found.value} is out of range for {what.format(size)}")
+        raise IndexError(f"{op}: index {found.value} is out of range for {what.format(size)}")
     if result == _NO_MEMORY:
-        raise MemoryError("native: there is no memory for the reads of a lookup")
+        raise MemoryError(f"{op}: the native kernel has no memory for the reads of a lookup")
 
 
 def dense(tensor: Tensor) -> Tensor:

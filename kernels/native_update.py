@@ -112,7 +112,7 @@ def _update(changed: _Changed, reads: Reads, numbers: tuple[float, ...], seed: i
         seed % 2**64,
     )
     found = ctypes.c_int64()
-    check(library().memrewrite_update(job, ctypes.addressof(found)), found, reads.slots)
+    check("a fused update", library().memrewrite_update(job, ctypes.addressof(found)), found, reads.slots)
     for tensor, one in zip(changed, own, strict=True):
         if tensor is not None and one is not None and one is not tensor:
             tensor.copy_(one)

@@ -15,9 +15,8 @@ FP8_MAX = 448.0
 BLOCK = 128  # columns of an optimizer state in fp8 that share a scale
 # Per type: an integer of its size, mantissa bits, exponent of the smallest normal number, largest code, code of NaN.
 _TYPES = {torch.float16: (torch.int16, 10, -14, 0x7C00, 0x7E00), FP8: (torch.uint8, 3, -6, 0x7E, 0x7F)}
-_DRAWN = (
-    30  # bits of a subnormal number, in steps of its type: the mantissa's, and those below, which are random bits' to carry
-)
+# Bits of a subnormal number, in steps of its type: the mantissa's, and those below, to which random bits are added.
+_DRAWN = 30
 
 
 def row_scale(rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memrewrite.kernels.backends import choose
+from memrewrite.kernels.checks import check_range
 from memrewrite.kernels.lookup_checks import NO_SCALE, check_dots, check_gradient, check_names
 from memrewrite.kernels.sparse_lookup import row_gradient
 
@@ -31,6 +32,7 @@ def forward(
     chosen = choose("sparse_dots", backend, lambda b: b.supports(values, indices, out, scale))
     if indices.numel() == 0 or values.shape[1] == 0:
         return out.zero_()
+    check_range("sparse_dots", indices, values.shape[0])  # here, since the backward would name itself
     dots: Tensor = chosen.backward(x, values, indices, out, scale, False, True)[1]
     return dots
 

@@ -211,7 +211,7 @@ def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int, backend: st
     check_rows(grad, indices, weights, slots, backend)
     count, width = min(indices.numel(), slots), grad.shape[1]
     if slots == 0:
-        check_range(indices, slots)
+        check_range("sparse_lookup_rows", indices, slots)
     if count == 0 or width == 0:
         return _coo(indices.new_zeros(count, dtype=torch.int64), grad.new_zeros(count, width), slots)
     chosen = choose("sparse_lookup_rows", backend, lambda b: b.supports(grad, indices, weights))

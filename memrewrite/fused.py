@@ -25,7 +25,7 @@ State = dict[str, Tensor]
 
 
 class Rule(Protocol):
-    """An update rule for table rows: its optimizer state, and one step.
+    """An update rule for the rows of a table: its optimizer state, and one step.
 
     Attributes:
         value_lr_factor: The rate of the tables that suits the rule, as a multiple of the other parameters' rate.
@@ -42,7 +42,7 @@ class Rule(Protocol):
         """Update the rows that were read, in place.
 
         Args:
-            pool: The pool whose table is updated.
+            pool: The table that is updated.
             state: State that `fresh` created; updated in place.
             reads: Gradient factors of every lookup since the last step.
             step: Number of this step, from 1.
@@ -110,22 +110,23 @@ DEFAULT_RULE: Rule = RowwiseAdagrad()
 
 
 def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> None:
-    """Make `optimizer.step()` update the pools of `model` whose gradient is "fused".
+    """Make `optimizer.step()` update the tables of the pools of `model` whose gradient is "fused".
 
-    Learning rate and weight decay are those of the parameter group that contains a pool's `values`, read at every step.
-    Weight decay is decoupled and applies to the rows that were read. The state of the update is in `optimizer.state`, so
-    `state_dict` and `load_state_dict` include it; call `load_state_dict` after `fuse`. Gradients accumulate exactly over
-    micro-batches until the step. `optimizer.zero_grad()` discards them; `model.zero_grad()` does not. torch's gradient clipping
-    and `GradScaler` see only the other parameters: use `memrewrite.clip_grad_norm_` and `memrewrite.unscale_`.
+    These are the `values` of a pool, and also its `inputs.values` for `peer`; each has a state of its own. Learning rate and
+    weight decay are those of the parameter group that contains the table, read at every step. Weight decay is decoupled and
+    applies to the rows that were read. The state of the update is in `optimizer.state`, so `state_dict` and `load_state_dict`
+    include it; call `load_state_dict` after `fuse`. Gradients accumulate exactly over micro-batches until the step.
+    `optimizer.zero_grad()` discards them; `model.zero_grad()` does not. torch's gradient clipping and `GradScaler` see only the
+    other parameters: use `memrewrite.clip_grad_norm_` and `memrewrite.unscale_`.
 
     Args:
-        optimizer: The optimizer that contains the parameters `values` of these pools; a wrapper around it is accepted.
+        optimizer: The optimizer that contains the tables as parameters; a wrapper around it is accepted.
         model: The model with the pools.
         rule: `RowwiseAdagrad`, `RowwiseAdam` or `LazyAdam`. Default: `RowwiseAdagrad()`.
 
     Raises:
-        UserError: No pool is fused; a pool's `values` are float64, not in the optimizer, or already updated by an
-            optimizer; the optimizer maximizes; or several processes train (each would update its own copy).
+        UserError: No pool is fused; a table is float64, not in the optimizer, or already updated by an optimizer; the rule
+            does not support its dtype; the optimizer maximizes; or several processes train (each would update its own copy).
     """
     optimizer = innermost(optimizer)
     pools = {name: m for name, m in model.named_modules() if isinstance(m, Table) and m.pending is not None}

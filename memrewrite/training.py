@@ -12,11 +12,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from memrewrite.errors import ModelError, UserError
 from memrewrite.fused import DEFAULT_RULE, Rule
 from memrewrite.layers.contract import MemoryLayer
+from memrewrite.layers.product_keys import ProductKeys
 from memrewrite.layers.value_table import Table
 from memrewrite.plans import Train
 
 PAPER_FACTOR = 10.0  # the values' rate over the others' in the paper
-REST, VALUES = "rest", "values"  # names of the groups
+REST, KEYS, VALUES = "rest", "keys", "values"  # names of the groups
 
 Factor = Callable[[int], float]
 
@@ -26,11 +27,12 @@ def param_groups(
     lr: float,
     value_lr: float | None = None,
     *,
+    key_lr: float | None = None,
     rule: Rule | None = None,
     weight_decay: float = 0.1,
     value_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Two parameter groups for a torch optimizer: "rest", all other parameters; then "values", the tables of the pools.
+    """Parameter groups for a torch optimizer: "rest", all other parameters; "keys", if `key_lr` is given; "values", the tables.
 
     Parameters with `requires_grad=False` are omitted. The names are entries `name` of the groups; `schedule` reads them.
 
@@ -40,21 +42,34 @@ def param_groups(
         value_lr: Learning rate of the tables. Default: `lr` times the `value_lr_factor` of the rule that updates them; where
             no rule does, ten times `lr`, the paper's ratio (1e-3 and 1e-4; section 4, "Memory Layers at Scale",
             arXiv 2412.09764).
+        key_lr: Learning rate of the parameters that select slots: query projections, half keys and their norms. With it they
+            are a group between the two others. Default: they are in "rest".
         rule: The rule that `memrewrite.fuse` will get. Default: for a model with fused tables, the default rule of `fuse`.
-        weight_decay: Weight decay of the other parameters.
+        weight_decay: Weight decay of the other parameters, queries and keys included.
         value_decay: Weight decay of the tables. The paper decays values like all weights; rows that are not read
             would shrink, so the default is 0.
+
+    Returns:
+        Two groups, or three with `key_lr`. Every trained parameter is in exactly one.
     """
     tables = [module for module in model.modules() if isinstance(module, Table)]
-    values = {id(p) for table in tables for p in table.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
     if rule is None and any(table.pending is not None for table in tables):
         rule = DEFAULT_RULE
     if value_lr is None:
         value_lr = lr * (PAPER_FACTOR if rule is None else rule.value_lr_factor)
-    rest = {"params": [p for p in trainable if id(p) not in values], "lr": lr, "weight_decay": weight_decay}
-    mine = {"params": [p for p in trainable if id(p) in values], "lr": value_lr, "weight_decay": value_decay}
-    return [{**rest, "name": REST}, {**mine, "name": VALUES}]
+    group_of = {id(p): VALUES for table in tables for p in table.parameters()}
+    groups = {REST: _group(REST, lr, weight_decay), VALUES: _group(VALUES, value_lr, value_decay)}
+    if key_lr is not None:
+        group_of |= {id(p): KEYS for module in model.modules() if isinstance(module, ProductKeys) for p in module.parameters()}
+        groups = {REST: groups[REST], KEYS: _group(KEYS, key_lr, weight_decay), VALUES: groups[VALUES]}
+    for p in model.parameters():
+        if p.requires_grad:
+            groups[group_of.get(id(p), REST)]["params"].append(p)
+    return list(groups.values())
+
+
+def _group(name: str, lr: float, weight_decay: float) -> dict[str, Any]:
+    return {"params": [], "lr": lr, "weight_decay": weight_decay, "name": name}
 
 
 def schedule(optimizer: Optimizer, factor: Factor, values: Literal["fixed", "same"] | Factor = "fixed") -> LambdaLR:

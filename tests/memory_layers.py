@@ -8,19 +8,16 @@ import torch
 from torch import nn
 
 from memrewrite.layers.contract import MemoryLayer
+from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.memory_plus import MemoryPlus, MemoryPlusOptions
-from memrewrite.layers.pkm import Pkm, PkmOptions
 from memrewrite.layers.pool import Pool, Pools, PoolSpec
 
 
 def layer(kind: str = "memory_plus", keys: int = 5, heads: int = 2, topk: int = 3, **options: Any) -> MemoryLayer:
     """A layer [..., 8] -> [..., 6], seeded."""
-    pool = Pool(PoolSpec(keys=keys, value_dim=6))
-    if kind == "pkm":
-        made: MemoryLayer = Pkm(8, 6, PkmOptions(heads=heads, topk=topk, **options), pool)
-    else:
-        made = MemoryPlus(8, 6, MemoryPlusOptions(heads=heads, topk=topk, **options), pool)
-    return initialized(made)
+    found = kind_named(kind)
+    pool = Pool(PoolSpec(keys=keys, value_dim=6, input_dim=8 if found.reads_inputs else None))
+    return initialized(found(8, 6, found.Options(heads=heads, topk=topk, **options), pool))
 
 
 def stack(count: int = 3) -> nn.Sequential:

@@ -42,11 +42,11 @@ class MemoryLayer(nn.Module, ABC):
         uses_pool: True if the kind reads a pool.
         scalable: False for a kind without parameters: nothing sets the scale of its output.
         has_scores: True if the kind selects slots by scores of queries and keys.
-        counter: What counts the slots that the layer reads while `memrewrite.watch` watches it; else None.
         constant: True if the output is the same for every input.
         regroups: True if the kind multiplies tokens in groups that other tokens change: their outputs may move by rounding.
         replaces_only: Why the kind cannot be added to an MLP (`placement: parallel`); "" if it can.
         reads_inputs: True if it reads the pool's second table too; the plan gives the pool this table.
+        counter: What counts the slots that the layer reads while `memrewrite.watch` watches it; else None.
     """
 
     kind: ClassVar[str]
@@ -54,11 +54,11 @@ class MemoryLayer(nn.Module, ABC):
     uses_pool: ClassVar[bool] = True
     scalable: ClassVar[bool] = True
     has_scores: ClassVar[bool] = False
-    counter: ReadCounter | None = None
     constant: ClassVar[bool] = False
     regroups: ClassVar[bool] = False
     replaces_only: ClassVar[str] = ""
     reads_inputs: ClassVar[bool] = False
+    counter: ReadCounter | None = None
 
     @abstractmethod
     def __init__(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memrewrite.cost import Cost, dense_cost
 from memrewrite.layers.contract import LayerOptions, MemoryLayer, options_as
-from memrewrite.layers.linear import empty_linear
+from memrewrite.layers.linear import empty_linear, scale_
 from memrewrite.layers.mlp import MlpOptions, check_mlp, completed, shape_of
 from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.site import Site
@@ -84,9 +84,7 @@ class Dense(MemoryLayer):
 
     def scale_output(self, factor: float) -> None:
         """Multiply `down`, and so the layer's output, by `factor`."""
-        with torch.no_grad():
-            for parameter in self.down.parameters():
-                parameter.mul_(factor)
+        scale_(self.down, factor)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_out], each token independently."""

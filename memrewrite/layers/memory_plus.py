@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from memrewrite.cost import Cost, dense_cost
 from memrewrite.layers.contract import LayerOptions, options_as
-from memrewrite.layers.linear import empty_linear
+from memrewrite.layers.linear import empty_linear, scale_
 from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.product_key_layer import (
     ProductKeyLayer,
@@ -98,11 +98,9 @@ class MemoryPlus(ProductKeyLayer):
             nn.init.normal_(self.value_proj.weight, 0.0, self.d_out**-0.5, generator=generator)
         nn.init.zeros_(self.value_proj.bias)
 
-    @torch.no_grad()
     def scale_output(self, factor: float) -> None:
         """Multiply W2 and its bias by `factor`."""
-        self.value_proj.weight.mul_(factor)
-        self.value_proj.bias.mul_(factor)
+        scale_(self.value_proj, factor)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_out], each token independently."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memrewrite.cost import Cost, dense_cost
 from memrewrite.errors import ModelError, UserError
 from memrewrite.layers.contract import LayerOptions, MemoryLayer, options_as
-from memrewrite.layers.linear import empty_linear
+from memrewrite.layers.linear import empty_linear, scale_
 from memrewrite.layers.mlp import MlpOptions, check_mlp, completed, shape_of
 from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.routing import by_experts, by_tokens, capacity_of
@@ -187,9 +187,7 @@ class Moe(MemoryLayer):
 
     def scale_output(self, factor: float) -> None:
         """Multiply the experts' `down`, and so the layer's output, by `factor`."""
-        with torch.no_grad():
-            for parameter in self.down.parameters():
-                parameter.mul_(factor)
+        scale_(self.down, factor)
 
     @property
     def load(self) -> Tensor | None:

@@ -32,6 +32,7 @@ class Peer(Pkm):
     kind = "peer"
     Options = PeerOptions
     reads_inputs = True
+    gated = True
 
     @classmethod
     def check(cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None) -> None:
@@ -51,8 +52,10 @@ class Peer(Pkm):
         return values + rows_cost(options_as(PeerOptions, options), needed(pool), d_model, itemsize)
 
     def weights(self, tokens: Tensor, slots: Tensor, s: Tensor) -> Tensor:
-        """`s_i gelu(u_i · x)`, [T, heads·topk], fp32 or wider."""
+        """`s_i gelu(u_i · x)`, [T, heads·topk], fp32 or wider; while the layer is watched, its gate is gelu(u_i · x)."""
         inputs = self._pool[0].inputs
         assert inputs is not None  # noqa: S101 - `check` refuses such a pool
-        hidden: Tensor = inputs(slots, tokens)
-        return s * F.gelu(hidden)
+        hidden = F.gelu(inputs(slots, tokens))
+        if self.counter is not None:
+            self.counter.count_gate(hidden)
+        return s * hidden

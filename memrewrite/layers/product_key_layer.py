@@ -62,7 +62,6 @@ class ProductKeyLayer(MemoryLayer):
     """
 
     gated: ClassVar[bool] = False
-
     has_scores = True
 
     def __init__(
@@ -158,6 +157,9 @@ class ProductKeyLayer(MemoryLayer):
             tokens: [T, d_model].
             slots: The slots of each token, [T, heads·topk].
             s: Their softmax weights, [T, heads·topk].
+
+        Returns:
+            [T, heads·topk].
         """
         return s
 

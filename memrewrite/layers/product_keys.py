@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memrewrite.kernels import ops
-from memrewrite.layers.linear import empty_linear
+from memrewrite.layers.linear import empty_linear, scale_
 
 
 class ProductKeys(nn.Module):
@@ -102,5 +102,4 @@ class ProductKeys(nn.Module):
         if self.key_norm is not None:
             self.key_norm.weight.mul_(factor)
             return
-        self.query.weight.mul_(factor)
-        self.query.bias.mul_(factor)
+        scale_(self.query, factor)

@@ -46,7 +46,11 @@ class ReadCounter:
             torch.ops.memrewrite.count_reads_(self.reads, self.weight, self.sums, slots, weights)
 
     def count_gate(self, gate: Tensor) -> None:
-        """Count one forward's gate [T, D]: what multiplies the values read. No effect during an export."""
+        """Count one forward's gate: what multiplies the values read besides their weights. No effect during an export.
+
+        Args:
+            gate: For every token, one factor [T, 1], one per feature [T, d_v], or one per read [T, heads·topk].
+        """
         if not torch.compiler.is_exporting():
             torch.ops.memrewrite.count_gate_(self.sums, gate)
 

@@ -63,7 +63,8 @@ class LayerUsage(SlotUsage):
         topk: Slots that each head reads.
         entropy: Entropy of the weights of one head for one token, the mean over both, in nats; at most log(topk).
         effective_slots: exp(entropy): how many equally weighted slots have this entropy.
-        gate_rms: Root mean square of what multiplies the values read; None for a kind without a gate.
+        gate_rms: Root mean square, over tokens and features (`memory_plus`) or reads (`peer`), of what multiplies the values
+            read besides their weights; None for a kind without a gate.
     """
 
     layer: str

@@ -47,6 +47,35 @@ def test_rates_and_decays_can_be_set() -> None:
     assert (rest["weight_decay"], values["weight_decay"]) == (0.2, 0.3)
 
 
+@pytest.mark.parametrize("name", ["modular", "gpt2"])
+def test_queries_and_keys_can_have_a_rate_of_their_own(name: str) -> None:
+    model, inputs = tiny.named(name)
+    recipe = tiny.recipe(verify="off")
+    recipe["replace"][0]["options"]["qk_norm"] = True
+    memrewrite.apply(model, recipe, inputs)
+    groups = memrewrite.param_groups(model, 1e-2, key_lr=1e-4, weight_decay=0.2)
+    assert [group["name"] for group in groups] == ["rest", "keys", "values"]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-2, 0.2), (1e-4, 0.2), (pytest.approx(0.1), 0.0)]
+    everything = {id(p): name for name, p in model.named_parameters()}
+    found = [[everything[i] for i in ids([group])] for group in groups]
+    assert sorted(name for names in found for name in names) == sorted(everything.values())
+    assert found[1] == [name for name in everything.values() if ".product_keys." in name]
+    assert {name.rpartition(".product_keys.")[2] for name in found[1]} == {
+        *("keys", "query.weight", "query.bias", "query_norm.weight", "key_norm.weight")
+    }
+    assert found[2] == ["memory.shared.values"]
+
+
+def test_frozen_queries_and_keys_leave_an_empty_group() -> None:
+    model, _ = tiny.rewritten("modular")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".product_keys." not in name)
+    rest, keys, values = memrewrite.param_groups(model, 1e-3, key_lr=1e-4)
+    assert (keys["params"], values["params"]) == ([], [model.memory.shared.values])
+    assert len(rest["params"]) == sum(p.requires_grad for p in model.parameters()) - 1
+    torch.optim.AdamW([rest, keys, values]).step()
+
+
 def test_frozen_parameters_are_omitted() -> None:
     model, _ = tiny.rewritten("modular", "parallel")
     for name, parameter in model.named_parameters():
@@ -112,6 +141,15 @@ def rates(values: Any, steps: int = 3) -> list[list[float]]:
 )
 def test_the_values_have_a_schedule_of_their_own(values: Any, wanted: list[float]) -> None:
     assert rates(values) == [[0.5**step, value] for step, value in enumerate(wanted)]
+
+
+def test_the_rate_of_queries_and_keys_follows_the_schedule() -> None:
+    """Each group keeps its own rate at the start; queries and keys have the factor of the rest, not that of the values."""
+    optimizer = torch.optim.AdamW(memrewrite.param_groups(tiny.rewritten("modular")[0], 1.0, 8.0, key_lr=0.25))
+    scheduler = memrewrite.schedule(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    scheduler.step()
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {"rest": 0.5, "keys": 0.125, "values": 8.0}
 
 
 def test_a_schedule_needs_the_groups_and_a_known_course() -> None:

@@ -76,7 +76,7 @@ def assert_equal(usage: Usage, expected: dict[str, ByHand]) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.sampled_from(["memory_plus", "pkm"]),
+    st.sampled_from(["memory_plus", "pkm", "peer"]),
     st.integers(1, 9),
     st.integers(1, 3),
     st.integers(1, 9),
@@ -128,6 +128,16 @@ def test_the_gate_is_what_multiplies_the_values(gate: str) -> None:
     made = nn.functional.linear(x.double(), model.gate.weight.double(), model.gate.bias.double())  # type: ignore[union-attr,arg-type]
     factor = made * made.sigmoid() if gate == "swilu" else made.sigmoid()
     assert usage.statistics().layers[0].gate_rms == pytest.approx(factor.square().mean().sqrt().item(), rel=1e-5)
+
+
+def test_the_gate_of_peer_is_the_activation_of_every_expert_read() -> None:
+    model, x = layer("peer"), torch.randn(2, 3, 8)
+    with memrewrite.watch(model) as usage:
+        model(x)
+    slots, _ = model.product_keys(x.view(6, 8))  # type: ignore[operator]
+    rows = model.pool.inputs.values.detach().double()[slots]  # type: ignore[union-attr]
+    gate = nn.functional.gelu((rows * x.view(6, 1, 8)).sum(-1))
+    assert usage.statistics().layers[0].gate_rms == pytest.approx(gate.square().mean().sqrt().item(), rel=1e-5)
 
 
 def test_pkm_has_no_gate() -> None:
