@@ -51,7 +51,7 @@ def clip_grad_norm_(
     Args:
         model: A model, rewritten or not.
         max_norm: Largest norm of the gradients of all other parameters.
-        value_max_norm: Largest norm of the gradients of the tables. Default: `max_norm`; infinity does not clip them.
+        value_max_norm: Largest norm of the gradients of the tables. Default: `max_norm`; infinity leaves them as they are.
         error_if_nonfinite: Raise RuntimeError, before anything changes, if a norm is NaN or infinite. It synchronizes.
         foreach: As in torch, for dense gradients.
 
