@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from settings import Setting
@@ -14,23 +13,22 @@ import memrewrite
 
 WIDTH, BLOCKS, HEADS = 32, 8, 4
 HIDDEN = 8 * WIDTH // 3  # as in Llama
-KEYS, PEER_KEYS = 128, 96  # per half; PEER has two tables, and about a tenth more parameters, as in the paper
-ADDRESS = {"heads": 2, "topk": 8}
-
-Rules = list[dict[str, Any]]
 
 
-def _memory_plus(setting: Setting) -> Rules:
-    options = {**ADDRESS, "qk_norm": setting.qk_norm}
-    return [{"where": {"layers": [2, 4, 6]}, "with": "memory_plus", "pool": "shared", "options": options}]
+class Memory(NamedTuple):
+    """Which layers replace the MLPs of which blocks, and the keys per half of their pool."""
+
+    kind: str
+    blocks: tuple[int, ...]
+    keys: int = 128
 
 
-def _pkm(setting: Setting) -> Rules:
-    options = {**ADDRESS, "qk_norm": setting.qk_norm}
-    return [{"where": {"layers": [4]}, "with": "pkm", "pool": "shared", "options": options}]
-
-
-MODELS: dict[str, Callable[[Setting], Rules] | None] = {"dense": None, "pkm": _pkm, "memory-plus": _memory_plus}
+MODELS: dict[str, Memory | None] = {
+    "dense": None,
+    "pkm": Memory("pkm", (4,)),
+    "peer": Memory("peer", (4,), keys=96),  # two tables, and about a tenth more parameters, as in the paper
+    "memory-plus": Memory("memory_plus", (2, 4, 6)),
+}
 
 
 def base(setting: Setting, facts: Facts) -> nn.Module:
@@ -55,16 +53,21 @@ def base(setting: Setting, facts: Facts) -> nn.Module:
 
 
 def built(setting: Setting, facts: Facts, gradient: str) -> nn.Module:
-    """The model of a setting: the base, or what its recipe makes of it, with tables of this `gradient`."""
-    model = base(setting, facts)
-    rules = MODELS[setting.model]
-    if rules is None:
+    """The model of a setting: the base, or what its recipe makes of it, with a table of this `gradient`."""
+    model, memory = base(setting, facts), MODELS[setting.model]
+    if memory is None:
         return model
-    pool = {"keys": KEYS, "seed": setting.seed, "gradient": gradient} | ({"dtype": setting.dtype} if setting.dtype else {})
-    recipe = {
-        "memrewrite": 1,
-        "pools": {"shared": pool},
-        "replace": [{**rule, "init": {"output": setting.output}} for rule in rules(setting)],
-        "verify": "off",
+    return memrewrite.apply(model, _recipe(setting, memory, gradient), {"input_ids": facts.inputs[: setting.batch]}).model
+
+
+def _recipe(setting: Setting, memory: Memory, gradient: str) -> dict[str, Any]:
+    pool = {"keys": memory.keys, "seed": setting.seed, "gradient": gradient}
+    rule = {
+        "where": {"layers": list(memory.blocks)},
+        "with": memory.kind,
+        "pool": "shared",
+        "init": {"output": setting.output},
+        "options": {"heads": 2, "topk": 8, "qk_norm": setting.qk_norm},
     }
-    return memrewrite.apply(model, recipe, {"input_ids": facts.inputs[: setting.batch]}).model
+    pools = {"shared": pool | ({"dtype": setting.dtype} if setting.dtype else {})}
+    return {"memrewrite": 1, "pools": pools, "replace": [rule], "verify": "off"}

@@ -35,7 +35,7 @@ class Setting:
     rule: str = "lazy-adam"
     seed: int = 0
     lr: float = 8e-3
-    value_lr: float = 2e-2
+    value_lr: float = 4e-2
     output: str | float = "match"
     qk_norm: bool = True
     weight_decay: float = 0.1

@@ -5,38 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from rules import RULES
 from settings import Setting
 
-VALUE_RATES = (1e-2, 2e-2, 4e-2)
+VALUE_RATES = (2e-2, 4e-2, 8e-2)
 START = Setting()
 DENSE = Setting(model="dense")
 
 
 def start(seeds: int) -> list[Setting]:
     """At which scale should a layer start?"""
-    outputs: tuple[str | float, ...] = ("paper", 2.0, "match", 0.3, "zero")
+    outputs: tuple[str | float, ...] = ("paper", "match", "zero")
     return _repeated(seeds, DENSE, *(replace(START, output=output) for output in outputs))
 
 
 def rates(seeds: int) -> list[Setting]:
-    """Which rate suits each update rule? Every rule gets the same grid."""
-    return _repeated(seeds, *(replace(START, rule=rule, value_lr=rate) for rule in EVERY_RULE for rate in VALUE_RATES))
-
-
-EVERY_RULE = ("adamw", "sparse-adam", "lazy-adam", "lazy-adam-8bit", "rowwise-adam", "rowwise-adagrad")
-BEST_RATE: dict[str, float] = {}  # of `rates`, where it is not the default
+    """Which rate of the tables suits each update rule? Every rule gets the same grid."""
+    return _repeated(seeds, *(replace(START, rule=rule, value_lr=rate) for rule in RULES for rate in VALUE_RATES))
 
 
 def rules(seeds: int) -> list[Setting]:
-    """Which update rule learns most, each at its best rate of `rates`?"""
-    every = (replace(START, rule=rule, value_lr=BEST_RATE.get(rule, START.value_lr)) for rule in EVERY_RULE)
-    return _repeated(seeds, DENSE, *every)
+    """Which update rule learns most?"""
+    return _repeated(seeds, DENSE, *(replace(START, rule=rule) for rule in RULES))
 
 
 def training(seeds: int) -> list[Setting]:
     """Do lower rates, a longer warm-up, clipping, fixed rates of the values or no norm of queries and keys help?"""
     changes = (
-        replace(START, lr=4e-3, value_lr=1e-2),
+        replace(START, lr=4e-3, value_lr=2e-2),
         replace(START, warmup=60),
         replace(START, clip=1.0),
         replace(START, fixed_values=True),
@@ -47,8 +43,8 @@ def training(seeds: int) -> list[Setting]:
 
 
 def models(seeds: int) -> list[Setting]:
-    """Dense, PKM and Memory+."""
-    return _repeated(seeds, DENSE, replace(START, model="pkm"), START)
+    """Dense, PKM, PEER and Memory+: does memory learn more facts at equal FLOPs?"""
+    return _repeated(seeds, DENSE, replace(START, model="pkm"), replace(START, model="peer"), START)
 
 
 def smoke(seeds: int) -> list[Setting]:
