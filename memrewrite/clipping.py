@@ -41,7 +41,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> GradNorms:
-    """Clip the gradients' norm, value tables apart from the rest, as in the paper ("Memory Layers at Scale", arXiv 2412.09764).
+    """Limit the norm of the gradients, that of value tables by itself, as in "Memory Layers at Scale" (arXiv 2412.09764).
 
     Each of the two sets is scaled as by `torch.nn.utils.clip_grad_norm_`: by `max_norm / (norm + 1e-6)` where that is below 1.
     The gradient of a table may be dense, sparse, or fused: the norm of a fused one is that of the sum over all its lookups
@@ -51,7 +51,7 @@ def clip_grad_norm_(
     Args:
         model: A model, rewritten or not.
         max_norm: Largest norm of the gradients of all other parameters.
-        value_max_norm: Largest norm of the gradients of the tables. Default: `max_norm`; infinity does not clip them.
+        value_max_norm: Largest norm of the gradients of the tables. Default: `max_norm`; infinity leaves them as they are.
         error_if_nonfinite: Raise RuntimeError, before anything changes, if a norm is NaN or infinite. It synchronizes.
         foreach: As in torch, for dense gradients.
 

@@ -187,6 +187,13 @@ class Recipe(Frozen):
             raise ValidationError.from_exception_data("Recipe", lines)
         return self
 
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Recipe:
+        if self.train == "memory_only" and not any(rule.kind.scalable for rule in self.replace):
+            what = "`train: memory_only` would train nothing: no layer has parameters"
+            _raise_at(("train",), what, "remove `train:`", key=True)
+        return self
+
     def to_data(self) -> dict[str, Any]:
         """The recipe as plain data that `read_recipe` accepts. Defaults are included, except those of selectors."""
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)

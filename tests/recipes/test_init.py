@@ -65,11 +65,11 @@ def test_a_misspelt_word() -> None:
         read_recipe(recipe({"score": 1}))
 
 
-def test_scores_of_a_kind_without_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Pkm, "has_scores", False)
-    assert read_recipe(recipe({"scores": "paper"}, kind="pkm"))
+def test_scores_of_a_kind_without_queries() -> None:
+    rule = {"where": {"all": True}, "with": "dense"}
+    assert read_recipe({"memrewrite": 1, "replace": [{**rule, "init": {"scores": "paper"}}]})
     with pytest.raises(RecipeError, match="no queries and keys"):
-        read_recipe(recipe({"scores": 1.0}, kind="pkm"))
+        read_recipe({"memrewrite": 1, "replace": [{**rule, "init": {"scores": 1.0}}]})
 
 
 @pytest.mark.parametrize("kind", ["identity", "none"])

@@ -39,12 +39,6 @@ EXPERTS = {"paper-134m-moe": 16, "paper-373m-moe": 8, "paper-720m-moe": 6, "pape
 ONE_LAYER = {"paper-1.3b-memory": ("pkm", 1024), "paper-1.3b-peer": ("peer", 768)}
 
 
-def of_known_kinds() -> list[str]:
-    """The gallery's recipes without those of a layer kind that this version does not have."""
-    known = {f"with: {kind.kind}" for kind in KINDS}
-    return [name for name, text in gallery().items() if known & {line.strip() for line in text.splitlines()}]
-
-
 def refusal(text: str) -> str:
     """The error message for an invalid text."""
     with pytest.raises(RecipeError) as caught:
@@ -104,6 +98,15 @@ def test_every_kind_is_accepted_and_a_kind_without_pool_refuses_one() -> None:
             read_recipe(bad)
 
 
+@pytest.mark.parametrize("kind", ["identity", "none"])
+def test_training_the_memory_alone_needs_a_layer_with_parameters(kind: str) -> None:
+    rules = [{"where": {"layers": [0]}, "with": kind}, {"where": {"layers": [1]}, "with": "dense"}]
+    assert Recipe.model_validate({"memrewrite": 1, "replace": rules, "train": "memory_only"}).train == "memory_only"
+    with pytest.raises(RecipeError, match="would train nothing") as caught:
+        read_recipe({"memrewrite": 1, "replace": rules[:1], "train": "memory_only"})
+    assert caught.value.where == "train"
+
+
 @pytest.mark.parametrize("bare", ["off", "'off'", "false"])
 def test_verify_off_is_accepted_as_text_and_as_a_boolean(bare: str) -> None:
     assert parse_recipe(edited("verify: full", f"verify: {bare}")).verify == "off"
@@ -124,7 +127,7 @@ def test_the_gallery_is_complete() -> None:
     assert set(gallery()) == {*own, *PAPER, *EXPERTS, *ONE_LAYER}
 
 
-@pytest.mark.parametrize("name", of_known_kinds())
+@pytest.mark.parametrize("name", gallery())
 def test_every_gallery_recipe_is_valid_and_has_a_description(name: str) -> None:
     recipe = read_recipe(name)
     assert recipe.memrewrite == 1
@@ -144,10 +147,10 @@ def test_the_paper_s_numbers() -> None:
         assert (rule.where.all, rule.with_) == (True, "moe")
         wanted = {"experts": experts, "routing": "expert_choice", "topk": 1, "capacity_factor": 1.0}
         assert rule.options.items() >= wanted.items()
-    for name in ONE_LAYER.keys() & set(of_known_kinds()):
+    for name, kind_and_keys in ONE_LAYER.items():
         recipe = read_recipe(name)
         assert recipe.replace[0].where.centred == Centred(count=1)
-        assert (recipe.replace[0].with_, next(iter(recipe.pools.values())).keys) == ONE_LAYER[name]
+        assert (recipe.replace[0].with_, next(iter(recipe.pools.values())).keys) == kind_and_keys
 
 
 def test_an_unknown_gallery_name_gets_the_most_similar_name_as_hint() -> None:
@@ -471,7 +474,7 @@ def test_the_json_schema_accepts_and_refuses_as_the_reader_does() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(json_schema())
     validator = jsonschema.Draft202012Validator(json_schema())
-    for name in of_known_kinds():
+    for name in gallery():
         validator.validate(yaml.safe_load(gallery()[name]))
     for kind in KINDS:
         rule = {"where": {"all": True}, "with": kind.kind, "placement": "parallel", **({"pool": "p"} if kind.uses_pool else {})}

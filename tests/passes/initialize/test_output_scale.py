@@ -169,7 +169,7 @@ def test_the_stream_is_what_the_blocks_read() -> None:
 
 
 def test_the_stream_of_a_base_initialized_as_hugging_face_does_keeps_its_scale() -> None:
-    """With the paper's start the layers are many times louder than all that is before them."""
+    """With the paper's start the layers' outputs are many times larger than all that is before them."""
     scales = {}
     for name, init in (("original", None), ("match", {}), ("paper", {"output": "paper"})):
         model = tiny.llama(hidden_size=32, num_hidden_layers=6, intermediate_size=64)
