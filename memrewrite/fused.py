@@ -62,7 +62,7 @@ class RowwiseAdagrad:
     """
 
     eps: float = 1e-8
-    value_lr_factor: float = 10.0
+    value_lr_factor: float = 5.0
 
     def fresh(self, values: Tensor) -> State:
         """`total` fp32 [N], zeros."""
@@ -88,7 +88,7 @@ class RowwiseAdam:
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    value_lr_factor: float = 10.0
+    value_lr_factor: float = 5.0
 
     def fresh(self, values: Tensor) -> State:
         """`exp_avg` [N, D] and `exp_avg_sq` fp32 [N], zeros."""
@@ -106,7 +106,7 @@ class RowwiseAdam:
         )
 
 
-DEFAULT_RULE: Rule = RowwiseAdagrad()
+DEFAULT_RULE: Rule = LazyAdam(states="bfloat16")  # the most learned for its bytes: docs/learning.md
 
 
 def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> None:
@@ -122,7 +122,7 @@ def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> No
     Args:
         optimizer: The optimizer that contains the tables as parameters; a wrapper around it is accepted.
         model: The model with the pools.
-        rule: `RowwiseAdagrad`, `RowwiseAdam` or `LazyAdam`. Default: `RowwiseAdagrad()`.
+        rule: `RowwiseAdagrad`, `RowwiseAdam` or `LazyAdam`. Default: `LazyAdam(states="bfloat16")`.
 
     Raises:
         UserError: No pool is fused; a table is float64, not in the optimizer, or already updated by an optimizer; the rule

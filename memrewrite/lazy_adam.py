@@ -56,7 +56,7 @@ class LazyAdam:
     eps: float = 1e-8
     states: str = "float32"
     catch_up: bool = False
-    value_lr_factor: float = 10.0
+    value_lr_factor: float = 5.0
 
     def __post_init__(self) -> None:
         if self.states not in ("float32", "bfloat16", "float8_e4m3fn"):
