@@ -18,6 +18,7 @@ from memrewrite.layers.contract import MemoryLayer
 from memrewrite.passes.initialize.measure import Measured, token_rms, typical
 from memrewrite.plans import Plan, Substitution
 from memrewrite.report import LayerScale
+from memrewrite.site import dtype_named
 
 log = logging.getLogger("memrewrite")
 NO_TOKEN = "no token of the example inputs reaches the MLP"  # noqa: S105 - no password
@@ -69,6 +70,8 @@ class _Start:
 
     def __init__(self, substitution: Substitution, layer: MemoryLayer, seen: Measured | None, without: str) -> None:
         self.substitution, self.layer, self.seen = substitution, layer, seen
+        dtype = dtype_named(substitution.site.dtype)
+        self.x = None if seen is None else seen.x.to(dtype)  # a model's own autocast may convert inputs of another dtype
         self.note = without if seen is None else ""
         if seen is not None and not math.isfinite(seen.mlp):
             self.note = "the MLP returns values that are not finite"
@@ -82,15 +85,15 @@ class _Start:
 
     def rms(self) -> float:
         """The rms of the layer's output on the tokens of its MLP; NaN where it is not finite."""
-        return math.nan if self.seen is None else typical(token_rms(_output(self.layer, self.seen.x)))
+        return math.nan if self.x is None else typical(token_rms(_output(self.layer, self.x)))
 
     def set_scores(self) -> None:
         """Give the scores the standard deviation that is asked for."""
         wanted = self.substitution.init.scores
-        if isinstance(wanted, str) or self.seen is None:
+        if isinstance(wanted, str) or self.x is None:
             return
         with _evaluating(self.layer):
-            std = typical(self.layer.score_std(self.seen.x))
+            std = typical(self.layer.score_std(self.x))
         if std > 0:
             self.layer.scale_scores(wanted / std)
         else:

@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def build(kind: Any = KINDS[0], dtype: torch.dtype = torch.float64, zero: bool = True, d: int = D, **options: Any) -> Net:
-    pool = Pool(PoolSpec(keys=KEYS, value_dim=d), dtype=dtype)
+    pool = Pool(PoolSpec(keys=KEYS, value_dim=d, input_dim=d if kind.reads_inputs else None), dtype=dtype)
     chosen = kind.Options(**{"heads": 2, "topk": 4, "key_dim": 8, **options})
     layers = [kind(d, d, chosen, pool, zero_output=zero, dtype=dtype) for _ in range(2)]
     pool.reset_parameters()
