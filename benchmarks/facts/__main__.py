@@ -17,9 +17,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from results import environment, table
 from settings import Json, Setting
 from studies import STUDIES
+from tables import environment, table
 
 HERE = Path(__file__).parent
 

@@ -13,7 +13,7 @@ class Setting:
     """One run. The defaults are setting C: 10,000 facts, about three times what the dense model can store.
 
     Attributes:
-        model: Name in `models.MODELS`.
+        model: Name in `compared_models.MODELS`.
         rule: Name in `rules.RULES`: how the table is updated.
         seed: Seed of the weights and of the order of the facts.
         lr: Learning rate of everything but the tables; warm-up, then cosine to zero.
@@ -55,9 +55,11 @@ class Setting:
         return " ".join(f"{name}={value}" for name, value in changed.items()) or "default"
 
     @property
-    def group(self) -> str:
-        """The same without the seed: runs of one group are repetitions."""
-        return replace(self, seed=Setting.seed).key
+    def label(self) -> str:
+        """Model, update rule, and what else differs from the defaults. Runs with one label differ in their seeds only."""
+        others = replace(self, model=Setting.model, rule=Setting.rule, seed=Setting.seed)
+        named = [self.model] if self.model == "dense" else [self.model, self.rule]
+        return ", ".join([*named, others.key] if others != Setting() else named)
 
     def to_json(self) -> Json:
         """All fields."""

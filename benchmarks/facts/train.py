@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from models import built
+from compared_models import built
 from rules import RULES, optimizers, state_bytes
 from settings import Json, Setting
 from task import ANSWERS, Facts, airports

@@ -57,8 +57,8 @@ def test_entropy_of_the_answers() -> None:
 
 @pytest.mark.usefixtures("facts")
 def test_the_table_has_a_row_for_each_setting() -> None:
-    from results import table
     from settings import Setting
+    from tables import table
     from train import run
 
     records = [run(Setting(seed=seed, model=model, **SMALL)) for model in ("dense", "peer") for seed in (0, 1)]

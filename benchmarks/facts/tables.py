@@ -12,10 +12,10 @@ from settings import Json, Setting
 
 
 def groups(records: list[Json]) -> dict[str, list[Json]]:
-    """Records by their setting without the seed, in order."""
+    """Records by the label of their setting, in order."""
     found: dict[str, list[Json]] = defaultdict(list)
     for record in records:
-        found[Setting(**record["setting"]).group].append(record)
+        found[Setting(**record["setting"]).label].append(record)
     return dict(found)
 
 
