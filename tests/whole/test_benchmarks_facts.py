@@ -64,7 +64,7 @@ def test_the_table_has_a_row_for_each_setting() -> None:
     records = [run(Setting(seed=seed, model=model, **SMALL)) for model in ("dense", "peer") for seed in (0, 1)]
     lines = table(records).splitlines()
     assert len(lines) == 4
-    assert [line.split()[1] for line in lines[2:]] == ["model=dense", "model=peer"]
+    assert [line.split()[1] for line in lines[2:]] == ["dense,", "peer,"]
     assert all("±" in line for line in lines[2:])
 
 
