@@ -16,7 +16,7 @@ from torch import Tensor
 from memrewrite.kernels import rounding
 
 RATES = {"lr": 0.05, "eps": 1e-8, "weight_decay": 0.1}
-BETAS = {"beta1": 0.9, "beta2": 0.99}
+BETAS = {"beta1": 0.9, "beta2": 0.9}  # a state in bf16 that keeps its old values differs by more than its rounding
 STEP = 3
 SLOTS = 2000
 ONE = 0x38  # the e4m3 code of 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memrewrite.kernels import reference, torch_backend
 
@@ -318,7 +318,8 @@ def test_torch_adam_as_a_rival_updates_the_rows_that_were_read(modules, monkeypa
     (grad, *_), (indices, *_), (weights, *_) = update_reads()
     values = torch.randn(60, 20)
     tables: list[Tensor] = []
-    monkeypatch.setattr(rivals.nn, "Parameter", lambda t: tables.append(torch.nn.parameter.Parameter(t)) or tables[-1])
+    kept = SimpleNamespace(Parameter=lambda t: tables.append(nn.Parameter(t)) or tables[-1])
+    monkeypatch.setattr(rivals, "nn", kept)
     for make in (rivals.dense_adam, rivals.sparse_adam):
         make(bench, values, grad, indices, weights)()
     read = torch.zeros(60, dtype=torch.bool)
