@@ -119,7 +119,7 @@ def training_step(module: nn.Module, x: Tensor) -> Callable[[], None]:
     """A forward, a backward, and a step of AdamW; a fused table is updated by `memrewrite.fuse`."""
     optimizer = torch.optim.AdamW(memrewrite.param_groups(module, lr=1e-4))
     if any(isinstance(m, Pool) and m.pending is not None for m in module.modules()):
-        memrewrite.fuse(optimizer, module)
+        memrewrite.fuse(optimizer, module, memrewrite.RowwiseAdagrad())
 
     def run() -> None:
         optimizer.zero_grad()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from memrewrite.cli import onnx, recipes
+from memrewrite.cli import onnx, recipes, usage
 from memrewrite.cli.arguments import Json, ModelArgument, RecipeArgument, Trust, load_model, read_recipe
 from memrewrite.cli.session import EXIT_CODES, Session, Settings, session
 from memrewrite.cli.streams import silence_stdout
@@ -204,22 +204,23 @@ def verify(
         current.show(document, lambda out: text_output.show_verification(out, report, directory))
 
 
-for command in (onnx.export, onnx.check, onnx.build_op):
+for command in (onnx.export, onnx.check, onnx.build_op, usage.usage):
     app.command(epilog=EXIT_CODES)(command)
 
 
 def _show_plan(current: Session, source: ModelSource, recipe: Recipe) -> None:
     from memrewrite.cli import text_output
-    from memrewrite.passes import pipeline
+    from memrewrite.passes.forecast import forecast
 
-    result = pipeline.plan(source.model, recipe, source.inputs, step=current.step)
+    result, scales = forecast(source.model, recipe, source.inputs, step=current.step)
     document: dict[str, Any] = {"plan": result.model_dump(mode="json"), "digest": result.digest()}
     document |= {"before": result.before().model_dump(), "after": result.after().model_dump()}
     document["sites"] = [
         {"path": s.site.path, "before": s.site.cost().model_dump(), "after": s.cost(result.pools).model_dump()}
         for s in result.substitutions
     ]
-    current.show(document, lambda out: text_output.show_plan(out, result))
+    document["scales"] = [scale.model_dump(mode="json") for scale in scales]
+    current.show(document, lambda out: text_output.show_plan(out, result, scales))
 
 
 def _emit_for(emit: Emit | None, source: ModelSource) -> Emit:

@@ -121,7 +121,7 @@ def _pool(plan: Plan, number: int, name: str) -> Html:
     layers = sum(layer.pool == name for layer in plan.substitutions)
     facts = [
         ("slots", f"{spec.slots:,} = {spec.keys:,}²"),
-        ("width", f"{spec.value_dim:,}"),
+        ("width", " + ".join(f"{width:,}" for width in spec.widths)),
         ("parameters", short(cost.parameters)),
         ("stored", f"{size(cost.parameter_bytes)}, {spec.dtype}"),
     ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memrewrite.passes.onnx.export import Exported
     from memrewrite.passes.onnx.file import Port
     from memrewrite.plans import Plan, Substitution
-    from memrewrite.report import Report
+    from memrewrite.report import LayerScale, Report
     from memrewrite.site import Inspection, Site
 
 Row = Sequence[str]
@@ -61,9 +61,10 @@ def edited(site: Site) -> str:
     return next((words for kind, words in EDITED.items() if kind in kinds), ", ".join(sorted(kinds)))
 
 
-def show_plan(out: Console, plan: Plan) -> None:
-    """Print site → layer with its cost, the pools, and the totals."""
-    line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}")
+def show_plan(out: Console, plan: Plan, scales: Sequence[LayerScale] = ()) -> None:
+    """Print site → layer with its cost, the pools, how large the layers start, and the totals."""
+    frozen = " · trained: the memory only" if plan.train == "memory_only" else ""
+    line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}{frozen}")
     heads: Row = ("path", "pattern", "layer", "parameters", "stored", "FLOPs/token", "read/token")
     table(out, heads, [_substitution(s, plan) for s in plan.substitutions], right=heads[3:])
     if plan.pools:
@@ -71,6 +72,10 @@ def show_plan(out: Console, plan: Plan) -> None:
         heads = ("pool", "keys", "slots", "width", "dtype", "parameters", "stored", "layers")
         table(out, heads, [_pool(plan, name) for name in plan.pools], right=("keys", "slots", *heads[5:]))
     line(out)
+    if scales:
+        heads = ("output at the start (rms)", "stream", "MLP", "layer", "layer / MLP", "")
+        table(out, heads, [_scale(scale) for scale in scales], right=heads[1:5])
+        line(out)
     _totals(out, plan.before(), plan.after())
 
 
@@ -89,11 +94,18 @@ def _substitution(substitution: Substitution, plan: Plan) -> Row:
     )
 
 
+def _scale(scale: LayerScale) -> Row:
+    ratio = scale.layer / scale.mlp if scale.layer is not None and scale.mlp else None
+    numbers = ["" if value is None else f"{value:.3g}" for value in (scale.stream, scale.mlp, scale.layer, ratio)]
+    return (scale.path or "(root)", *numbers, scale.remark)
+
+
 def _pool(plan: Plan, name: str) -> Row:
     spec, cost = plan.pools[name], plan.pools[name].cost()
     layers = sum(s.pool == name for s in plan.substitutions)
     dtype = spec.dtype or "as the model"
-    numbers = (f"{spec.keys:,}", f"{spec.slots:,}", f"{spec.value_dim:,}", dtype, f"{cost.parameters:,}")
+    width = " + ".join(f"{width:,}" for width in spec.widths)
+    numbers = (f"{spec.keys:,}", f"{spec.slots:,}", width, dtype, f"{cost.parameters:,}")
     return (name, *numbers, size(cost.parameter_bytes), f"{layers:,}")
 
 
@@ -114,7 +126,7 @@ def _bytes(name: str, before: int, after: int) -> Row:
 
 def show_report(out: Console, report: Report, saved: Path | None) -> None:
     """Print the plan, the checks, the totals, and where the result was saved."""
-    show_plan(out, report.plan)
+    show_plan(out, report.plan, report.scales)
     line(out)
     show_checks(out, report)
     before, after = report.parameters_before, report.parameters_after

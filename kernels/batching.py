@@ -6,6 +6,7 @@ A batch of lookups in one table has the tokens of all of them. A batch of tables
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,15 +17,22 @@ Halves = tuple[tuple[Tensor, Tensor], tuple[int | None, int | None]]
 _OPS = torch.ops.memrewrite
 
 
-def sparse_lookup(
-    info: Any, dims: Dims, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None, *others: Any
-) -> tuple[Tensor, int]:
-    """The lookups of a batch; its tables may differ if their gradient is dense."""
-    if dims[0] is not None and others and others[0] != "dense":
-        raise RuntimeError(f'sparse_lookup: a batch of tables has no {others[0]} gradient; under vmap use gradient="dense"')
-    values, scale, indices = _reads(info.batch_size, dims[0] is not None, dims, values, indices, scale)
-    out = _OPS.sparse_lookup(values, indices, _joined(weights, dims[2], info.batch_size), scale, *others)
-    return _parts(out, info.batch_size), 0
+def _reads_of(name: str) -> Callable[..., tuple[Tensor, int]]:
+    """The rule of an operator that reads a table for tokens. The tables of a batch may differ if their gradient is dense."""
+
+    def batched(
+        info: Any, dims: Dims, values: Tensor, indices: Tensor, of_tokens: Tensor, scale: Tensor | None = None, *others: Any
+    ) -> tuple[Tensor, int]:
+        if dims[0] is not None and others and others[0] != "dense":
+            raise RuntimeError(f'{name}: a batch of tables has no {others[0]} gradient; under vmap use gradient="dense"')
+        values, scale, indices = _reads(info.batch_size, dims[0] is not None, dims, values, indices, scale)
+        out = getattr(_OPS, name)(values, indices, _joined(of_tokens, dims[2], info.batch_size), scale, *others)
+        return _parts(out, info.batch_size), 0
+
+    return batched
+
+
+sparse_lookup, sparse_dots = _reads_of("sparse_lookup"), _reads_of("sparse_dots")
 
 
 def sparse_lookup_backward(

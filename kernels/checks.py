@@ -68,10 +68,10 @@ def check_reads(op: str, grad: Tensor, indices: Tensor, weights: Tensor) -> None
     )
 
 
-def check_range(indices: Tensor, size: int, what: str = "a table of {} slots") -> None:
+def check_range(op: str, indices: Tensor, size: int, what: str = "a table of {} slots") -> None:
     """Raise IndexError for an index outside [0, size), on the CPU only: elsewhere the check would synchronize."""
     if indices.device.type != "cpu" or not indices.numel():
         return
     low, high = (int(bound) for bound in indices.aminmax())
     if low < 0 or high >= size:
-        raise IndexError(f"sparse_lookup: index {low if low < 0 else high} is out of range for {what.format(size)}")
+        raise IndexError(f"{op}: index {low if low < 0 else high} is out of range for {what.format(size)}")

@@ -34,6 +34,11 @@ def backward_flops(
     return 0 if by_reading else (need_queries + need_keys) * forward_flops(queries, keys)
 
 
+def dots_flops(values: Tensor, indices: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
+    """Operations of `sparse_dots`: per token, the product with a gathered matrix [K, D], which torch counts as a `bmm`."""
+    return 2 * indices.numel() * x.shape[1]
+
+
 def register_when_imported() -> None:
     """Register the formulas, now or when the counter is imported."""
     if COUNTER in sys.modules:
@@ -46,6 +51,7 @@ def _register(counter: ModuleType) -> None:
     memory = torch.ops.memrewrite
     counter.register_flop_formula(memory.product_keys, get_raw=True)(forward_flops)
     counter.register_flop_formula(memory.product_keys_backward, get_raw=True)(backward_flops)
+    counter.register_flop_formula(memory.sparse_dots, get_raw=True)(dots_flops)
 
 
 class _Watch(MetaPathFinder):

@@ -33,6 +33,19 @@ def sparse_lookup(inputs: list[Any], outputs: list[Tensor], tangents: Tangents) 
     return _sum(parts)
 
 
+def sparse_dots(inputs: list[Any], outputs: list[Tensor], tangents: Tangents) -> Tensor | None:
+    """Rows times the tangent of x, and tangents of the rows times x."""
+    values, indices, x, scale, gradient, backend, pending, handle = inputs
+    values_t, x_t = tangents[0], tangents[2]
+    _refuse_scale(tangents[3])
+    parts = []
+    if x_t is not None:
+        parts.append(_OPS.sparse_dots(values, indices, x_t, scale, gradient, backend, pending, handle))
+    if values_t is not None:
+        parts.append(_OPS.sparse_dots(values_t, indices, x, scale, "dense", backend, None, 0))
+    return _sum(parts)
+
+
 def sparse_lookup_backward(inputs: list[Any], outputs: list[Tensor], tangents: Tangents) -> tuple[Tensor | None, Tensor | None]:
     """The gradient of values is bilinear in grad and weights, that of weights in grad and values."""
     grad, values, indices, weights, need_values, need_weights, *others = inputs

@@ -1,4 +1,4 @@
-"""The checks of `sparse_lookup` and its backwards: shapes, dtypes and names, for implementations and fake implementations."""
+"""The checks of `sparse_lookup`, its backwards and `sparse_dots`: shapes, dtypes and names, for implementations and fakes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from memrewrite.kernels.checks import check_reads, check_whole, is_wide, one_dev
 
 GRADIENTS = ("dense", "sparse", "fused")
 NO_ROWS = (
-    'sparse_lookup: a table with gradient "sparse" has first derivatives in reverse mode only, and none under torch.func; '
-    'use gradient "dense"'
+    'a table with gradient "sparse" has first derivatives in reverse mode only, and none under torch.func; use gradient "dense"'
 )
 NO_KEEP = (
-    'sparse_lookup: a table with gradient "fused" has no second derivatives, and no gradient under torch.func: '
+    'a table with gradient "fused" has no second derivatives, and no gradient under torch.func: '
     '`loss.backward()` trains it; use gradient "dense"'
 )
-NO_TENSOR = 'sparse_lookup: values of 8 bits, or with a scale, cannot have a gradient tensor; use gradient="fused"'
-NO_SCALE = "sparse_lookup: the scale of a table has no derivative; differentiate with respect to the values or the weights"
+NO_TENSOR = 'values of 8 bits, or with a scale, cannot have a gradient tensor; use gradient="fused"'
+NO_SCALE = "the scale of a table has no derivative; differentiate with respect to the values or the weights"
 
 
 def check(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None, grad: Tensor | None = None) -> None:
@@ -54,12 +53,31 @@ def check(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None
         same_shape("sparse_lookup", "grad", tuple(grad.shape), (indices.shape[0], values.shape[1]))
 
 
-def check_gradient(values: Tensor, gradient: str, pending: Tensor | None, *, scaled: bool) -> None:
+def check_dots(values: Tensor, indices: Tensor, x: Tensor, scale: Tensor | None = None) -> None:
+    """Raise ValueError or TypeError for wrong inputs of `sparse_dots`."""
+    if not values.dim() == indices.dim() == x.dim() == 2:
+        shapes = tuple(values.shape), tuple(indices.shape), tuple(x.shape)
+        raise ValueError("sparse_dots needs values [N, D], indices [T, K] and x [T, D], not {}, {} and {}".format(*shapes))
+    one_device("sparse_dots", values, indices, x, scale)
+    check_whole("sparse_dots", indices)
+    if not values.is_floating_point() or not is_wide(x) or (values.itemsize == 1 and scale is None):
+        raise TypeError(
+            "sparse_dots: values must have a floating dtype (8-bit values need a `scale`), and x one of 16 or more bits, "
+            f"not {values.dtype} and {x.dtype}"
+        )
+    same_shape("sparse_dots", "x", tuple(x.shape), (indices.shape[0], values.shape[1]))
+    if scale is not None:
+        if scale.dtype != torch.float32:
+            raise TypeError(f"sparse_dots: scale must be float32, not {scale.dtype}")
+        same_shape("sparse_dots", "scale", tuple(scale.shape), (values.shape[0],))
+
+
+def check_gradient(op: str, values: Tensor, gradient: str, pending: Tensor | None, *, scaled: bool) -> None:
     """Raise ValueError if the table cannot have this kind of gradient."""
     if gradient == "fused" and pending is None:
-        raise ValueError("sparse_lookup: a fused gradient needs the queue of its table: call the `Pool`, not the operator")
+        raise ValueError(f"{op}: a fused gradient needs the queue of its table: call the `Pool`, not the operator")
     if gradient != "fused" and (scaled or values.itemsize == 1):
-        raise ValueError(NO_TENSOR)
+        raise ValueError(f"{op}: {NO_TENSOR}")
 
 
 def check_backward(
@@ -75,7 +93,7 @@ def check_backward(
     check(values, indices, weights, scale, grad)
     require_known("sparse_lookup_backward", backend)
     if need_values and scale is not None:
-        raise ValueError(NO_TENSOR)
+        raise ValueError(f"sparse_lookup: {NO_TENSOR}")
 
 
 def check_rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int, backend: str) -> None:
@@ -85,11 +103,11 @@ def check_rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int, backe
     require_known("sparse_lookup_rows", backend)
 
 
-def check_names(gradient: str, backend: str) -> None:
+def check_names(op: str, gradient: str, backend: str) -> None:
     """Raise ValueError for a kind of gradient or a backend that does not exist."""
     if gradient not in GRADIENTS:
-        raise ValueError(f"sparse_lookup: there is no gradient {gradient!r}; try one of {', '.join(GRADIENTS)}")
-    require_known("sparse_lookup", backend)
+        raise ValueError(f"{op}: there is no gradient {gradient!r}; try one of {', '.join(GRADIENTS)}")
+    require_known(op, backend)
 
 
 def output_dtype(values: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:

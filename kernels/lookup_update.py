@@ -1,4 +1,4 @@
-"""The operators `rowwise_adagrad_` and `rowwise_adam_`: an optimizer step of a table, on the rows that were read.
+"""The operators `rowwise_adagrad_`, `rowwise_adam_` and `lazy_adam_`: an optimizer step of a table, on the rows that were read.
 
 The table's gradient is passed as the factors of its lookups and never materialized. `ops` registers these functions.
 """
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from memrewrite.kernels.backends import choose, require_known
 from memrewrite.kernels.checks import check_range, check_reads, one_device, require, same_shape
+from memrewrite.kernels.rounding import FP8, blocks_of
 
 LARGEST = torch.finfo(torch.float32).max
 MOST_READS = 2**30  # per update: kernels count reads in 32 bits
@@ -32,10 +33,10 @@ def adagrad(
 ) -> None:
     """`memrewrite::rowwise_adagrad_`; the public function is `ops.rowwise_adagrad_`."""
     adagrad_fake(values, scale, total, grads, indices, weights, lr, eps, weight_decay, seed, backend)
-    reads = _with_reads(values, grads, indices, weights)
+    reads = _with_reads("rowwise_adagrad_", values, grads, indices, weights)
     if reads is None:
         return
-    chosen = _chosen("rowwise_adagrad_", backend, values, scale, reads)
+    chosen = _chosen("rowwise_adagrad_", "adagrad_", backend, values, scale, reads)
     chosen.adagrad_(values, scale, total, *reads, lr=lr, eps=eps, weight_decay=weight_decay, seed=seed)
     _were_changed(values, scale, total)
 
@@ -79,10 +80,10 @@ def adam(
     """`memrewrite::rowwise_adam_`; the public function is `ops.rowwise_adam_`."""
     numbers = (lr, beta1, beta2, eps, weight_decay)
     adam_fake(values, scale, exp_avg, exp_avg_sq, grads, indices, weights, *numbers, step, seed, backend)
-    reads = _with_reads(values, grads, indices, weights)
+    reads = _with_reads("rowwise_adam_", values, grads, indices, weights)
     if reads is None:
         return
-    chosen = _chosen("rowwise_adam_", backend, values, scale, reads)
+    chosen = _chosen("rowwise_adam_", "adam_", backend, values, scale, reads)
     named = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
     chosen.adam_(values, scale, exp_avg, exp_avg_sq, *reads, **named, step=step, seed=seed)
     _were_changed(values, scale, exp_avg, exp_avg_sq)
@@ -113,13 +114,84 @@ def adam_fake(
         raise ValueError(
             f"{op}: exp_avg must be {tuple(values.shape)} in float32 or bfloat16, not {tuple(exp_avg.shape)} in {exp_avg.dtype}"
         )
-    _check_memory(op, values, scale, exp_avg_sq, exp_avg)
-    _check_numbers(op, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-    for beta in (beta1, beta2):
-        if not 0 <= beta < 1:
-            raise ValueError(f"{op}: a beta is in [0, 1), not {beta}")
-    if step < 1:
-        raise ValueError(f"{op}: step={step}: steps count from 1")
+    _check_memory(op, exp_avg)
+    _check_adam_numbers(op, lr, beta1, beta2, eps, weight_decay, step)
+
+
+def lazy_adam(
+    values: Tensor,
+    scale: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq: Tensor,
+    exp_avg_sq_scale: Tensor | None,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+    backend: str = "auto",
+) -> None:
+    """`memrewrite::lazy_adam_`; the public function is `ops.lazy_adam_`."""
+    tensors = (values, scale, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale)
+    numbers = (lr, beta1, beta2, eps, weight_decay)
+    lazy_adam_fake(*tensors, grads, indices, weights, *numbers, step, seed, backend)
+    reads = _with_reads("lazy_adam_", values, grads, indices, weights)
+    if reads is None:
+        return
+    chosen = _chosen("lazy_adam_", "lazy_adam_", backend, values, scale, reads)
+    named = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+    chosen.lazy_adam_(*tensors, *reads, **named, step=step, seed=seed)
+    _were_changed(*tensors)
+
+
+def lazy_adam_fake(
+    values: Tensor,
+    scale: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq: Tensor,
+    exp_avg_sq_scale: Tensor | None,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+    backend: str = "auto",
+) -> None:
+    """The checks of `lazy_adam`."""
+    op = "lazy_adam_"
+    _check(op, values, scale, {}, (grads, indices, weights), backend)
+    _check_moment(op, "exp_avg", values, exp_avg, exp_avg_scale)
+    _check_moment(op, "exp_avg_sq", values, exp_avg_sq, exp_avg_sq_scale)
+    if exp_avg.dtype != exp_avg_sq.dtype:
+        raise TypeError(f"{op}: exp_avg and exp_avg_sq must have one dtype, not {exp_avg.dtype} and {exp_avg_sq.dtype}")
+    _check_adam_numbers(op, lr, beta1, beta2, eps, weight_decay, step)
+
+
+def _check_moment(op: str, name: str, values: Tensor, moment: Tensor, scale: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless `moment` is a state of one number per element of the table, with its scales."""
+    one_device(op, values, moment, scale)
+    if moment.dtype not in (torch.float32, torch.bfloat16, FP8):
+        raise TypeError(f"{op}: {name} must be float32, bfloat16 or float8_e4m3fn, not {moment.dtype}")
+    same_shape(op, name, tuple(moment.shape), tuple(values.shape))
+    if (scale is None) == (moment.dtype == FP8):
+        raise TypeError(f"{op}: {name} of 8 bits needs {name}_scale, and no other does; it is {moment.dtype}")
+    if scale is not None:
+        if scale.dtype != torch.float32:
+            raise TypeError(f"{op}: {name}_scale must be float32, not {scale.dtype}")
+        same_shape(op, f"{name}_scale", tuple(scale.shape), (values.shape[0], blocks_of(values.shape[1])))
+    _check_memory(op, moment, scale)
 
 
 def _were_changed(*tensors: Tensor | None) -> None:
@@ -131,20 +203,26 @@ def _were_changed(*tensors: Tensor | None) -> None:
 _Reads = tuple[list[Tensor], list[Tensor], list[Tensor]]
 
 
-def _with_reads(values: Tensor, grads: list[Tensor], indices: list[Tensor], weights: list[Tensor]) -> _Reads | None:
+def _with_reads(op: str, values: Tensor, grads: list[Tensor], indices: list[Tensor], weights: list[Tensor]) -> _Reads | None:
     """The lookups with at least one read, their indices checked; None if there are none."""
     kept = [lookup for lookup in zip(grads, indices, weights, strict=True) if lookup[1].numel()]
     if not kept or values.shape[1] == 0:
         return None
     for _, index, _ in kept:
-        check_range(index, values.shape[0])
+        check_range(op, index, values.shape[0])
     grads, indices, weights = (list(part) for part in zip(*kept, strict=True))
     return grads, indices, weights
 
 
-def _chosen(op: str, backend: str, values: Tensor, scale: Tensor | None, reads: _Reads) -> ModuleType:
+def _chosen(op: str, function: str, backend: str, values: Tensor, scale: Tensor | None, reads: _Reads) -> ModuleType:
+    """The backend that runs an update by its `function`."""
     _, indices, weights = reads
-    return choose(op, backend, lambda b: b.supports(values, indices[0], weights[0], scale))
+
+    def reason_of(module: ModuleType) -> str | None:
+        reason: str | None = module.supports(values, indices[0], weights[0], scale)
+        return reason or (None if hasattr(module, function) else f"it has no kernel for {op}")
+
+    return choose(op, backend, reason_of)
 
 
 def _check(op: str, values: Tensor, scale: Tensor | None, states: dict[str, Tensor], reads: _Reads, backend: str) -> None:
@@ -175,6 +253,16 @@ def _check_memory(op: str, *changed: Tensor | None) -> None:
     for tensor in changed:
         if tensor is not None and any(size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
             raise ValueError(f"{op}: a tensor that is changed must have its own memory for each element, not be expanded")
+
+
+def _check_adam_numbers(op: str, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int) -> None:
+    """Raise ValueError for a number that float32 cannot represent, a β outside [0, 1), or a step below 1."""
+    _check_numbers(op, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    for beta in (beta1, beta2):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{op}: a beta is in [0, 1), not {beta}")
+    if step < 1:
+        raise ValueError(f"{op}: step={step}: steps count from 1")
 
 
 def _check_numbers(op: str, **numbers: float) -> None:

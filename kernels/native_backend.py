@@ -12,23 +12,28 @@ from struct import Struct
 import torch
 from torch import Tensor
 
-from memrewrite.kernels.native_interface import library, loaded
+from memrewrite.kernels.native_interface import TYPES, Reads, check, dense, floats, library, loaded
+from memrewrite.kernels.native_update import adagrad_, adam_, lazy_adam_
 
-__all__ = ["adagrad_", "adam_", "backward", "forward", "rows", "supports", "supports_topk", "topk", "topk_backward"]
+__all__ = [
+    "adagrad_",
+    "adam_",
+    "backward",
+    "forward",
+    "lazy_adam_",
+    "rows",
+    "supports",
+    "supports_topk",
+    "topk",
+    "topk_backward",
+]
 
 NAME = "native"
 
-# The types and structs of `cpu/kernels.h`.
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
 MOST_SLOTS, MOST_READS = 2**40, 2**31
 MOST_SCORES, MOST_K = 2**31 - 1, 2**26
-_LOOKUP = Struct("13q")
-_READS = Struct("5q")
-_PART = Struct("7q")
-_FLOATS = Struct("2q")
-_UPDATE = Struct("11q9fQ")
+_LOOKUP = Struct("13q")  # of `cpu/kernels.h`, as `_TOPK_GRADIENT`
 _TOPK_GRADIENT = Struct("8q")
-_OUTSIDE, _NO_MEMORY = 1, 2
 
 
 def supports(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None = None) -> str | None:
@@ -53,18 +58,6 @@ def supports_topk(scores1: Tensor, scores2: Tensor, k: int) -> str | None:
     return loaded()[1]
 
 
-def _check(result: int, found: ctypes.c_int64 | None, size: int, what: str = "a table of {} slots") -> None:
-    """Raise what a kernel reports: IndexError, nothing or only a part of the outputs is written then; MemoryError."""
-    if result == _OUTSIDE and found is not None:
-        raise IndexError(f"sparse_lookup: index {found.value} is out of range for {what.format(size)}")
-    if result == _NO_MEMORY:
-        raise MemoryError("native: there is no memory for the reads of a lookup")
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
 # ---------------------------------------------------------------------------------------------------------------- the lookup
 
 
@@ -72,14 +65,14 @@ def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | No
     """`sparse_lookup` of checked, non-empty inputs. Raises IndexError for an index outside the table."""
     stored = dtype if dtype in TYPES else torch.float32
     out = torch.empty((indices.shape[0], values.shape[1]), dtype=stored, device="cpu")
-    _lookup("memrewrite_lookup", values, indices, weights, scale, out)
+    _lookup("sparse_lookup", "memrewrite_lookup", values, indices, weights, scale, out)
     return out if dtype == stored else out.to(dtype)
 
 
-def _lookup(name: str, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, y: Tensor) -> None:
-    """Call a kernel with the struct `Lookup`. `weights` and `y` may be outputs, which are contiguous."""
-    values, indices, weights = _dense(values), _dense(indices), _dense(weights)
-    scale = None if scale is None else _dense(scale)
+def _lookup(op: str, kernel: str, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, y: Tensor) -> None:
+    """Call a kernel with the struct `Lookup` for the operator `op`. `weights` and `y` may be outputs, which are contiguous."""
+    values, indices, weights = dense(values), dense(indices), dense(weights)
+    scale = None if scale is None else dense(scale)
     (slots, width), (tokens, reads) = values.shape, indices.shape
     job = _LOOKUP.pack(
         values.data_ptr(),
@@ -97,9 +90,9 @@ def _lookup(name: str, values: Tensor, indices: Tensor, weights: Tensor, scale: 
         reads,
     )
     found = ctypes.c_int64()
-    result = getattr(library(), name)(job, ctypes.addressof(found))
+    result = getattr(library(), kernel)(job, ctypes.addressof(found))
     if result:
-        _check(result, found, slots)
+        check(op, result, found, slots)
 
 
 def backward(
@@ -112,16 +105,17 @@ def backward(
     need_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only if needed."""
-    grad = _dense(grad if grad.dtype in TYPES else grad.float())
+    grad = dense(grad if grad.dtype in TYPES else grad.float())
     grad_values = grad_weights = None
     if need_weights:
         grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device="cpu")
-        _lookup("memrewrite_lookup_dots", values, indices, grad_weights, scale, grad)
+        _lookup("sparse_lookup_backward", "memrewrite_lookup_dots", values, indices, grad_weights, scale, grad)
     if need_values:
         grad_values = torch.empty(values.shape, dtype=values.dtype, device="cpu")
-        found, reads = ctypes.c_int64(), _Reads([grad], [indices], [weights], values.shape[0])
-        _check(
-            library().memrewrite_lookup_scatter(reads.packed, _floats(grad_values), ctypes.addressof(found)),
+        found, reads = ctypes.c_int64(), Reads([grad], [indices], [weights], values.shape[0])
+        check(
+            "sparse_lookup_backward",
+            library().memrewrite_lookup_scatter(reads.packed, floats(grad_values), ctypes.addressof(found)),
             found,
             reads.slots,
         )
@@ -133,115 +127,10 @@ def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Te
     count = min(indices.numel(), slots)
     read = torch.empty(count, dtype=torch.int64, device="cpu")
     sums = torch.empty((count, grad.shape[1]), dtype=grad.dtype, device="cpu")
-    found, reads = ctypes.c_int64(), _Reads([grad], [indices], [weights], slots)
+    found, reads = ctypes.c_int64(), Reads([grad], [indices], [weights], slots)
     run = library().memrewrite_lookup_rows
-    _check(run(reads.packed, read.data_ptr(), _floats(sums), count, ctypes.addressof(found)), found, slots)
+    check("sparse_lookup_rows", run(reads.packed, read.data_ptr(), floats(sums), count, ctypes.addressof(found)), found, slots)
     return read, sums
-
-
-def _floats(tensor: Tensor | None) -> bytes:
-    return _FLOATS.pack(0, 0) if tensor is None else _FLOATS.pack(tensor.data_ptr(), TYPES[tensor.dtype])
-
-
-class _Reads:
-    """The struct `Reads`, and the memory that it points to. Gradients of several dtypes, and float64, become float32."""
-
-    def __init__(self, grads: list[Tensor], indices: list[Tensor], weights: list[Tensor], slots: int) -> None:
-        same = all(grad.dtype == grads[0].dtype for grad in grads)
-        dtype = grads[0].dtype if same and grads[0].dtype in TYPES else torch.float32
-        self.slots = slots
-        self.tensors = [
-            (_dense(grad.to(dtype)), _dense(index), _dense(weight if weight.dtype in TYPES else weight.float()))
-            for grad, index, weight in zip(grads, indices, weights, strict=True)
-        ]
-        self.parts = ctypes.create_string_buffer(
-            b"".join(
-                _PART.pack(
-                    grad.data_ptr(),
-                    index.data_ptr(),
-                    index.dtype == torch.int64,
-                    weight.data_ptr(),
-                    TYPES[weight.dtype],
-                    *index.shape,
-                )
-                for grad, index, weight in self.tensors
-            )
-        )
-        address = ctypes.addressof(self.parts)
-        self.packed = _READS.pack(address, len(self.tensors), TYPES[dtype], slots, grads[0].shape[1])
-
-
-# --------------------------------------------------------------------------------------------------------------- the updates
-
-
-def adagrad_(
-    values: Tensor,
-    scale: Tensor | None,
-    total: Tensor,
-    grads: list[Tensor],
-    indices: list[Tensor],
-    weights: list[Tensor],
-    *,
-    lr: float,
-    eps: float,
-    weight_decay: float,
-    seed: int,
-) -> None:
-    """`ops.rowwise_adagrad_` of checked inputs with at least one read."""
-    numbers = (lr, eps, 1 - lr * weight_decay, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    _update(values, scale, total, None, _Reads(grads, indices, weights, values.shape[0]), numbers, seed)
-
-
-def adam_(
-    values: Tensor,
-    scale: Tensor | None,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grads: list[Tensor],
-    indices: list[Tensor],
-    weights: list[Tensor],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    seed: int,
-) -> None:
-    """`ops.rowwise_adam_` of checked inputs with at least one read."""
-    betas = (beta1, 1 - beta1, beta2, 1 - beta2, 1 - beta1**step, 1 - beta2**step)
-    numbers = (lr, eps, 1 - lr * weight_decay, *betas)
-    _update(values, scale, exp_avg_sq, exp_avg, _Reads(grads, indices, weights, values.shape[0]), numbers, seed)
-
-
-def _update(
-    values: Tensor,
-    scale: Tensor | None,
-    square: Tensor,
-    exp_avg: Tensor | None,
-    reads: _Reads,
-    numbers: tuple[float, ...],
-    seed: int,
-) -> None:
-    """Update copies of the tensors that are not contiguous, then copy them back: the kernels read and write whole rows."""
-    given = [t for t in (values, scale, square, exp_avg) if t is not None]
-    own = {id(tensor): _dense(tensor) for tensor in given}
-    table, moment = own[id(values)], None if exp_avg is None else own[id(exp_avg)]
-    job = _UPDATE.pack(
-        *_READS.unpack(reads.packed),
-        *_FLOATS.unpack(_floats(table)),
-        0 if scale is None else own[id(scale)].data_ptr(),
-        own[id(square)].data_ptr(),
-        *_FLOATS.unpack(_floats(moment)),
-        *numbers,
-        seed % 2**64,
-    )
-    found = ctypes.c_int64()
-    _check(library().memrewrite_update(job, ctypes.addressof(found)), found, reads.slots)
-    for tensor in given:
-        if own[id(tensor)] is not tensor:
-            tensor.copy_(own[id(tensor)])
 
 
 # ----------------------------------------------------------------------------------------------------------------- the top-k
@@ -249,23 +138,24 @@ def _update(
 
 def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tensor, Tensor]:
     """`product_key_topk` of checked, non-empty inputs; of equal scores the one with the smaller index is first."""
-    scores1, scores2 = _dense(scores1), _dense(scores2)
+    scores1, scores2 = dense(scores1), dense(scores2)
     shape, n1, n2 = (*scores1.shape[:-1], k), scores1.shape[-1], scores2.shape[-1]
     scores = torch.empty(shape, dtype=torch.float32, device="cpu")
     indices = torch.empty(shape, dtype=torch.int64, device="cpu")
     inputs = TYPES[scores1.dtype], scores1.data_ptr(), scores2.data_ptr()
     sizes = scores1.numel() // n1, n1, n2, k, softmax
-    _check(library().memrewrite_topk(*inputs, scores.data_ptr(), indices.data_ptr(), *sizes), None, 0)
+    check("product_key_topk", library().memrewrite_topk(*inputs, scores.data_ptr(), indices.data_ptr(), *sizes), None, 0)
     return scores, indices
 
 
 def topk_backward(grad: Tensor, indices: Tensor, n1: int, n2: int) -> tuple[Tensor, Tensor]:
     """Adds each score's gradient to both halves: [..., k] -> [..., n1], [..., n2] in the dtype of `grad`."""
-    wide, indices = _dense(grad.float()), _dense(indices)
+    wide, indices = dense(grad.float()), dense(indices)
     leading, k = indices.shape[:-1], indices.shape[-1]
     grad1, grad2 = (torch.empty((*leading, n), dtype=torch.float32, device="cpu") for n in (n1, n2))
     pointers = (tensor.data_ptr() for tensor in (wide, indices, grad1, grad2))
     job = _TOPK_GRADIENT.pack(*pointers, indices.numel() // k, n1, n2, k)
     found = ctypes.c_int64()
-    _check(library().memrewrite_topk_gradient(job, ctypes.addressof(found)), found, n1 * n2, "{} pairs of keys")
+    result = library().memrewrite_topk_gradient(job, ctypes.addressof(found))
+    check("product_key_topk_backward", result, found, n1 * n2, "{} pairs of keys")
     return grad1.to(grad.dtype), grad2.to(grad.dtype)

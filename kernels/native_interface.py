@@ -1,4 +1,4 @@
-"""Loads the native library for torch: the functions of `cpu/exports.cpp`, which run on torch's threads."""
+"""Loads the native library for torch: the functions of `cpu/exports.cpp`, which run on torch's threads; and their structs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import ctypes
 import logging
 from functools import lru_cache
 from pathlib import Path
+from struct import Struct
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from memrewrite.kernels import native_library
 
 log = logging.getLogger("memrewrite.kernels")
+
+# The types and structs of `cpu/kernels.h`.
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float8_e4m3fn: 3}
+READS = Struct("5q")
+PART = Struct("7q")
+FLOATS = Struct("2q")
+_OUTSIDE, _NO_MEMORY = 1, 2
 
 
 @lru_cache(maxsize=1)
@@ -68,3 +77,49 @@ def library() -> ctypes.CDLL:
     if found is None:
         raise RuntimeError(f"native: {reason}")
     return found
+
+
+def check(op: str, result: int, found: ctypes.c_int64 | None, size: int, what: str = "a table of {} slots") -> None:
+    """Raise what a kernel reports to the operator `op`: IndexError, with none or a part of the outputs written; MemoryError."""
+    if result == _OUTSIDE and found is not None:
+        raise IndexError(f"{op}: index {found.value} is out of range for {what.format(size)}")
+    if result == _NO_MEMORY:
+        raise MemoryError(f"{op}: the native kernel has no memory for the reads of a lookup")
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def floats(tensor: Tensor | None) -> bytes:
+    """The struct `Floats` of a contiguous tensor; without a tensor its pointer is null."""
+    return FLOATS.pack(0, 0) if tensor is None else FLOATS.pack(tensor.data_ptr(), TYPES[tensor.dtype])
+
+
+class Reads:
+    """The struct `Reads`, and the memory that it points to. Gradients of several dtypes, and float64, become float32."""
+
+    def __init__(self, grads: list[Tensor], indices: list[Tensor], weights: list[Tensor], slots: int) -> None:
+        same = all(grad.dtype == grads[0].dtype for grad in grads)
+        dtype = grads[0].dtype if same and grads[0].dtype in TYPES else torch.float32
+        self.slots = slots
+        self.tensors = [
+            (dense(grad.to(dtype)), dense(index), dense(weight if weight.dtype in TYPES else weight.float()))
+            for grad, index, weight in zip(grads, indices, weights, strict=True)
+        ]
+        self.parts = ctypes.create_string_buffer(
+            b"".join(
+                PART.pack(
+                    grad.data_ptr(),
+                    index.data_ptr(),
+                    index.dtype == torch.int64,
+                    weight.data_ptr(),
+                    TYPES[weight.dtype],
+                    *index.shape,
+                )
+                for grad, index, weight in self.tensors
+            )
+        )
+        address = ctypes.addressof(self.parts)
+        self.packed = READS.pack(address, len(self.tensors), TYPES[dtype], slots, grads[0].shape[1])

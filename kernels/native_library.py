@@ -16,7 +16,7 @@ from pathlib import Path
 from struct import Struct
 
 FOLDERS = (Path(__file__).with_name("cpu"), Path(__file__).with_name("onnxruntime"))  # the sources
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra")
 ARCHITECTURES = (80, 90, 100)  # the last one also as PTX, for newer GPUs
 BUILD_AGAIN = "build it again: memrewrite build-op --overwrite"

@@ -16,6 +16,7 @@ from memrewrite.kernels import batching, derivatives, flops, forward_mode
 from memrewrite.kernels import lookup_update as _update
 from memrewrite.kernels import product_key_topk as _topk
 from memrewrite.kernels import product_keys as _keys
+from memrewrite.kernels import sparse_dots as _dots
 from memrewrite.kernels import sparse_lookup as _lookup
 from memrewrite.kernels.derivatives import Rules
 from memrewrite.kernels.lookup_checks import NO_KEEP, NO_ROWS
@@ -73,6 +74,14 @@ _OPS = (
         tags=(torch.Tag.cudagraph_unsafe,),  # a replayed CUDA graph would not update the queue
     ),
     _Op(
+        "sparse_dots(Tensor values, Tensor indices, Tensor x, Tensor? scale=None, str gradient='dense', str backend='auto', "
+        "Tensor? pending=None, int handle=0) -> Tensor",
+        _dots.forward,
+        _dots.forward_fake,
+        batching.sparse_dots,
+        Rules(_dots.grad_of, _dots.context, forward_mode.sparse_dots),
+    ),
+    _Op(
         f"rowwise_adagrad_({_TABLE}, Tensor(c!) total, {_READS}, float lr, float eps, float weight_decay, int seed, "
         "str backend='auto') -> ()",
         _update.adagrad,
@@ -85,6 +94,15 @@ _OPS = (
         "float eps, float weight_decay, int step, int seed, str backend='auto') -> ()",
         _update.adam,
         _update.adam_fake,
+        derivatives.refuse(_NO_UPDATE),
+        _NO_UPDATE,
+    ),
+    _Op(
+        f"lazy_adam_({_TABLE}, Tensor(c!) exp_avg, Tensor(d!)? exp_avg_scale, Tensor(e!) exp_avg_sq, "
+        f"Tensor(f!)? exp_avg_sq_scale, {_READS}, float lr, float beta1, float beta2, float eps, float weight_decay, int step, "
+        "int seed, str backend='auto') -> ()",
+        _update.lazy_adam,
+        _update.lazy_adam_fake,
         derivatives.refuse(_NO_UPDATE),
         _NO_UPDATE,
     ),

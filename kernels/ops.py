@@ -8,6 +8,7 @@ from torch import Tensor
 from memrewrite.kernels import operators as _operators  # noqa: F401 (registers the operators)
 from memrewrite.kernels import product_key_topk as _topk
 from memrewrite.kernels import product_keys as _keys
+from memrewrite.kernels import sparse_dots as _dots
 from memrewrite.kernels import sparse_lookup as _lookup
 from memrewrite.kernels.direct import dispatch_adds_nothing
 from memrewrite.kernels.pending import Pending
@@ -54,10 +55,53 @@ def sparse_lookup(
     """
     if dispatch_adds_nothing(values, indices, weights, scale):
         return _lookup.forward(values, indices, weights, scale, gradient, backend, dtype=dtype)
-    waiting = (None, 0) if pending is None else (pending.count, pending.handle)
     lookup = torch.ops.memrewrite.sparse_lookup.default
-    out: Tensor = lookup(values, indices, weights, scale, gradient, backend, *waiting, dtype)
+    out: Tensor = lookup(values, indices, weights, scale, gradient, backend, *_waiting(pending), dtype)
     return out
+
+
+def sparse_dots(
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    scale: Tensor | None = None,
+    *,
+    gradient: str = "dense",
+    backend: str = "auto",
+    pending: Pending | None = None,
+) -> Tensor:
+    """Products of table rows with a token: `out[t, j] = values[indices[t, j]] . x[t]` (u_i . x of PEER, arXiv 2407.04153).
+
+    Differentiable as `sparse_lookup`, in `x` and `values`: the gradient of `x` is a lookup, and that of `values` has the
+    factors `x` and the gradient of the output. O(T·(D + K)) memory, never O(T·K·D); the indices are checked on the CPU only.
+
+    Args:
+        values: Table [N, D], floating-point.
+        indices: Rows to read [T, K], int32 or int64.
+        x: Tokens [T, D] in any floating-point dtype of 16 or more bits.
+        scale: Row scales [N], float32: row n is `scale[n] * values[n]`. `values` may then be 8-bit (float8_e4m3fn).
+        gradient: Kind of the gradient of `values`: "dense", "sparse" or "fused", as in `sparse_lookup`.
+        backend: "auto", "triton" (CUDA devices), "native" (CPU, after `memrewrite build-op`) or "torch".
+        pending: Queue of the table, for "fused".
+
+    Returns:
+        [T, K], float32 (float64 for float64 values).
+
+    Raises:
+        ValueError: Shapes, devices or names are wrong.
+        TypeError: Dtypes are wrong.
+        IndexError: On the CPU, an index is outside the table.
+    """
+    if dispatch_adds_nothing(values, indices, x, scale):
+        return _dots.forward(values, indices, x, scale, gradient, backend)
+    dots = torch.ops.memrewrite.sparse_dots.default
+    out: Tensor = dots(values, indices, x, scale, gradient, backend, *_waiting(pending))
+    return out
+
+
+def _waiting(pending: Pending | None) -> tuple[Tensor | None, int]:
+    """A queue as two arguments of an operator."""
+    return (None, 0) if pending is None else (pending.count, pending.handle)
 
 
 def product_key_topk(
@@ -189,3 +233,45 @@ def rowwise_adam_(
     """
     numbers = (lr, *betas, eps, weight_decay, step, seed, backend)
     torch.ops.memrewrite.rowwise_adam_(values, scale, exp_avg, exp_avg_sq, grads, indices, weights, *numbers)
+
+
+def lazy_adam_(
+    values: Tensor,
+    scale: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq: Tensor,
+    exp_avg_sq_scale: Tensor | None,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+    backend: str = "auto",
+) -> None:
+    """Adam with one second moment per element, in place, on the rows that the lookups read; other rows do not change.
+
+    `m = β1 m + (1 - β1) g`, `v = β2 v + (1 - β2) g²` and
+    `p = p (1 - lr wd) - lr m / (1 - β1^step) / (sqrt(v / (1 - β2^step)) + eps)` (algorithm 2 of arXiv 1711.05101, on
+    the rows). Other arguments and errors as in `rowwise_adam_`.
+
+    The moments of one dtype are stored in float32, or rounded stochastically in bfloat16 or float8_e4m3fn. In 8 bits, each
+    block of 128 columns of a row (the last one may be shorter) has a float32 scale: its largest absolute value / 448, or 1 for
+    a block of zeros. There `exp_avg_sq` holds the root of v, for its range; a positive root is never stored as zero.
+
+    Args:
+        exp_avg: First moments m [N, D], float32, bfloat16 or float8_e4m3fn.
+        exp_avg_scale: Scales of `exp_avg` [N, ceil(D / 128)], float32, for float8_e4m3fn; else None.
+        exp_avg_sq: Second moments v [N, D], in the dtype of `exp_avg`; in float8_e4m3fn, sqrt(v).
+        exp_avg_sq_scale: Scales of `exp_avg_sq`, as for `exp_avg`.
+        betas: β1 and β2.
+        step: Number of this step, from 1.
+    """
+    numbers = (lr, *betas, eps, weight_decay, step, seed, backend)
+    states = (exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale)
+    torch.ops.memrewrite.lazy_adam_(values, scale, *states, grads, indices, weights, *numbers)

@@ -67,6 +67,10 @@ class Pending:
         taken, self.waiting = self.waiting, []
         return taken
 
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply the gradient by `factor`, a 0-dim tensor: the weights of all factors, which become fp32."""
+        self.waiting = [r._replace(weights=r.weights.float() * factor.to(r.weights.device)) for r in self.waiting]
+
     @contextmanager
     def tried(self) -> Iterator[None]:
         """Context manager: inside, gradients are accepted without an optimizer; they are discarded at the exit."""

@@ -51,7 +51,7 @@ def grad_of(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
 def backward(grad: Tensor, indices: Tensor, n1: int, n2: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """`memrewrite::product_key_topk_backward`: adds each score's gradient to both halves; -> [..., n1], [..., n2]."""
     _check_backward(grad, indices, n1, n2, backend)
-    check_slots(indices, n1, n2)
+    check_slots("product_key_topk_backward", indices, n1, n2)
     leading = indices.shape[:-1]
     if indices.numel() == 0:
         return grad.new_zeros(*leading, n1), grad.new_zeros(*leading, n2)
@@ -124,6 +124,6 @@ def _check_backward(grad: Tensor, indices: Tensor, n1: int, n2: int, backend: st
     require_known(op, backend)
 
 
-def check_slots(slots: Tensor, n1: int, n2: int) -> None:
+def check_slots(op: str, slots: Tensor, n1: int, n2: int) -> None:
     """Raise IndexError for a slot that is no pair of keys, on the CPU only."""
-    check_range(slots, n1 * n2, "{} pairs of keys")
+    check_range(op, slots, n1 * n2, "{} pairs of keys")

@@ -106,7 +106,7 @@ def backward(
     """
     _check_backward(grad, slots, queries, keys, backend)
     (_, n, width), k = keys.shape, slots.shape[-1]
-    product_key_topk.check_slots(slots, n, n)
+    product_key_topk.check_slots("product_keys_backward", slots, n, n)
     if not (slots.numel() and keys.numel()):
         return queries.new_zeros(queries.shape if need_queries else 0), keys.new_zeros(keys.shape if need_keys else 0)
     grad = grad.to(torch.promote_types(keys.dtype, torch.float32))

@@ -15,6 +15,12 @@ def sparse_lookup(values: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("tk,tkd->td", weights.to(wide), values[indices.long()].to(wide))
 
 
+def sparse_dots(values: Tensor, indices: Tensor, x: Tensor) -> Tensor:
+    """`out[t, j] = values[indices[t, j]] . x[t]`: [N, D], [T, K], [T, D] -> [T, K]."""
+    wide = torch.promote_types(values.dtype, x.dtype)
+    return torch.einsum("td,tkd->tk", x.to(wide), values[indices.long()].to(wide))
+
+
 def product_key_topk(scores1: Tensor, scores2: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest sums `scores1[i] + scores2[j]` and their slots `i * n2 + j`: [..., n1], [..., n2] -> two [..., k]."""
     sums = scores1.unsqueeze(-1) + scores2.unsqueeze(-2)  # [..., n1, n2]
@@ -63,3 +69,23 @@ def rowwise_adam(
     new = values * (1 - lr * weight_decay) - lr * (mean / (1 - betas[0] ** step)) / below.unsqueeze(-1)
     rows = touched.unsqueeze(-1)
     return torch.where(rows, new, values), torch.where(rows, mean, exp_avg), torch.where(touched, square, exp_avg_sq)
+
+
+def lazy_adam(
+    state: tuple[Tensor, Tensor, Tensor],
+    gradient: Tensor,
+    touched: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """New values, exp_avg and exp_avg_sq, all [N, D], from the old ones and a dense gradient."""
+    values, exp_avg, exp_avg_sq = state
+    mean = betas[0] * exp_avg + (1 - betas[0]) * gradient
+    square = betas[1] * exp_avg_sq + (1 - betas[1]) * gradient.square()
+    below = root(square / (1 - betas[1] ** step)) + eps
+    new = values * (1 - lr * weight_decay) - lr * (mean / (1 - betas[0] ** step)) / below
+    rows = touched.unsqueeze(-1)
+    return torch.where(rows, new, values), torch.where(rows, mean, exp_avg), torch.where(rows, square, exp_avg_sq)

@@ -1,17 +1,22 @@
 """Stores fp32 rows in fewer bits, with unbiased stochastic rounding.
 
-A table in fp8 (e4m3) has one fp32 scale per row, chosen so that the largest entry of each row has the largest fp8 value.
+A table in fp8 (e4m3) has one fp32 scale per row, chosen so that the largest entry of each row has the largest fp8 value; an
+optimizer state in fp8 has one per block of a row.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-_MANTISSA = {torch.bfloat16: 7, torch.float16: 10, FP8: 3}  # mantissa bits
-_LOWEST = {torch.bfloat16: -126, torch.float16: -14, FP8: -6}  # exponent of the smallest normal number
+BLOCK = 128  # columns of an optimizer state in fp8 that share a scale
+# Per type: an integer of its size, mantissa bits, exponent of the smallest normal number, largest code, code of NaN.
+_TYPES = {torch.float16: (torch.int16, 10, -14, 0x7C00, 0x7E00), FP8: (torch.uint8, 3, -6, 0x7E, 0x7F)}
+# Bits of a subnormal number, in steps of its type: the mantissa's, and those below, to which random bits are added.
+_DRAWN = 30
 
 
 def row_scale(rows: Tensor) -> Tensor:
@@ -20,18 +25,55 @@ def row_scale(rows: Tensor) -> Tensor:
     return torch.where(largest == 0, 1.0, largest / FP8_MAX)
 
 
+def blocks_of(width: int) -> int:
+    """Number of blocks of a row: the last one may be shorter."""
+    return (width + BLOCK - 1) // BLOCK
+
+
+def block_scale(rows: Tensor) -> Tensor:
+    """The scales of the blocks of fp8 rows, as `row_scale` of each block. [R, D] -> fp32 [R, blocks]."""
+    count, width = rows.shape
+    blocks = blocks_of(width)
+    return row_scale(F.pad(rows, (0, blocks * BLOCK - width)).view(count, blocks, BLOCK))
+
+
+def by_column(scale: Tensor, width: int) -> Tensor:
+    """The scale of every column: [R, blocks] -> [R, width]."""
+    return scale.repeat_interleave(BLOCK, -1)[:, :width]
+
+
 def stored(rows: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """fp32 rows rounded stochastically to `dtype`: up or down with probabilities that make the result unbiased.
 
-    Infinities and NaN do not change. Above the largest number, fp8 is clamped and other types round as the hardware does.
+    Random bits are added below the last bit that is kept, and the sum is cut off. Infinities and NaN do not change, except that
+    an infinity is NaN in fp8. Above the largest number, fp8 is clamped and other types round as the hardware does.
     """
-    if dtype not in _MANTISSA:
-        return rows.to(dtype)
-    chance = torch.rand(rows.shape, generator=generator, device=rows.device)
-    _, exponent = torch.frexp(rows)  # rows = m * 2**exponent with 0.5 <= |m| < 1
-    power = (exponent - 1).clamp(min=_LOWEST[dtype]) - _MANTISSA[dtype]
-    steps = torch.ldexp(rows, -power)  # exact: only the exponent moves
-    rounded = torch.ldexp((steps + chance).floor(), power)
-    if dtype == FP8:
-        rounded = rounded.clamp(-FP8_MAX, FP8_MAX)  # e4m3fn has no infinity: it would become NaN
-    return torch.where(rows.isfinite(), rounded, rows).to(dtype)
+    if dtype == torch.bfloat16:
+        return _bf16(rows, generator)
+    if dtype in _TYPES:
+        return _narrow(rows, dtype, generator)
+    return rows.to(dtype)
+
+
+def _bf16(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """The upper half of the bits, after 16 random bits were added; four of these are cut from one random word."""
+    words = torch.empty((rows.numel() + 3) // 4, dtype=torch.int64, device=rows.device)
+    random = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: rows.numel()].view(rows.shape)
+    sums = torch.add(rows.contiguous().view(torch.int32), random).add_(0x8000)  # `random` is from -0x8000 to 0x7FFF
+    narrow = sums.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+    return narrow.masked_fill_(rows.isnan(), torch.nan)
+
+
+def _narrow(rows: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """`stored` for the types in which small numbers of fp32 are subnormal: multiples of one step."""
+    integer, fraction, lowest, most, nan = _TYPES[dtype]
+    random = torch.empty(rows.shape, dtype=torch.int32, device=rows.device).random_(generator=generator)  # 31 bits
+    size, cut, below = rows.abs(), 23 - fraction, _DRAWN - fraction
+    codes = size.view(torch.int32) + (random & (2**cut - 1)) - ((lowest + 126) << 23)  # of the exponent `lowest` is 1
+    codes = codes.bitwise_right_shift_(cut).clamp_(max=most)
+    steps = (size.clamp(max=2.0**lowest) * 2.0 ** (fraction - lowest + below)).int()
+    small = steps.add_(random & (2**below - 1)).bitwise_right_shift_(below)
+    codes = torch.where(size < 2.0**lowest, small, codes)
+    codes.masked_fill_(rows.isnan() if dtype == torch.float16 else rows.isfinite().logical_not_(), nan)
+    negative = rows.contiguous().view(torch.int32) >> 31  # ones or zeros
+    return codes.bitwise_or_(negative << (8 * dtype.itemsize - 1)).to(integer).view(dtype)

@@ -42,7 +42,7 @@ def forward(
     """`memrewrite::sparse_lookup`: [N, D], [T, K], [T, K] -> [T, D]; the public function is `ops.sparse_lookup`."""
     check(values, indices, weights, scale)
     dtype = output_dtype(values, weights, scale, dtype)
-    check_names(gradient, backend)
+    check_names("sparse_lookup", gradient, backend)
     chosen = choose("sparse_lookup", backend, lambda b: b.supports(values, indices, weights, scale))
     if indices.numel() == 0 or values.shape[1] == 0:
         return weights.new_zeros(indices.shape[0], values.shape[1], dtype=dtype)
@@ -64,7 +64,7 @@ def forward_fake(
     """Shape and dtype of `forward`."""
     check(values, indices, weights, scale)
     dtype = output_dtype(values, weights, scale, dtype)
-    check_names(gradient, backend)
+    check_names("sparse_lookup", gradient, backend)
     return weights.new_empty(indices.shape[0], values.shape[1], dtype=dtype)
 
 
@@ -74,7 +74,7 @@ def context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     if ctx.needs_input_grad[3]:
         raise RuntimeError(NO_SCALE)
     if ctx.needs_input_grad[0]:
-        check_gradient(values, ctx.gradient, pending, scaled=scale is not None)
+        check_gradient("sparse_lookup", values, ctx.gradient, pending, scaled=scale is not None)
     ctx.save_for_backward(values, indices, weights, scale)
     ctx.pending = pending  # not with save_for_backward: later lookups mutate it, which torch would report as an error
 
@@ -83,22 +83,35 @@ def grad_of(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradient of `forward`, computed by the backward operators."""
     values, indices, weights, scale = ctx.saved_tensors
     need_values, _, need_weights = ctx.needs_input_grad[:3]
-    grad_values = None
-    if need_values and ctx.gradient == "fused":
-        if torch.is_grad_enabled():
-            raise RuntimeError(NO_KEEP)
-        if _is_wanted(ctx.next_functions[0][0]):
-            torch.ops.memrewrite.sparse_lookup_keep(grad, indices, weights, ctx.pending, ctx.handle)
-    elif need_values and ctx.gradient == "sparse":
-        if torch._C._are_functorch_transforms_active():  # which cannot wrap a COO tensor
-            raise RuntimeError(NO_ROWS)
-        grad_values = torch.ops.memrewrite.sparse_lookup_rows(grad, indices, weights, values.shape[0], ctx.backend)
-        grad_values = grad_values.to(values.dtype)
     need_dense = need_values and ctx.gradient == "dense"
+    rows = row_gradient(ctx, values, grad, indices, weights) if need_values and not need_dense else None
     lookup_backward = torch.ops.memrewrite.sparse_lookup_backward
     dense, grad_weights = lookup_backward(grad, values, indices, weights, need_dense, need_weights, scale, ctx.backend)
-    grad_values = dense if need_dense else grad_values
+    grad_values = dense if need_dense else rows
     return grad_values, None, grad_weights if need_weights else None, None, None, None, None, None, None
+
+
+def row_gradient(ctx: Any, values: Tensor, grad: Tensor, indices: Tensor, weights: Tensor) -> Tensor | None:
+    """The gradient of a table that is not dense, from its factors: row-sparse, or None, kept in the queue of fused updates.
+
+    Args:
+        ctx: Of the operator whose first input is the table, with `gradient`, `backend`, `pending` and `handle`.
+        values: The table [N, D].
+        grad: [T, D].
+        indices: [T, K].
+        weights: [T, K].
+    """
+    if ctx.gradient == "sparse":
+        if torch._C._are_functorch_transforms_active():  # which cannot wrap a COO tensor
+            raise RuntimeError(NO_ROWS)
+        wide = grad.to(torch.promote_types(grad.dtype, values.dtype))  # the rows are stored in the dtype of this factor
+        rows: Tensor = torch.ops.memrewrite.sparse_lookup_rows(wide, indices, weights, values.shape[0], ctx.backend)
+        return rows.to(values.dtype)
+    if torch.is_grad_enabled():
+        raise RuntimeError(NO_KEEP)
+    if _is_wanted(ctx.next_functions[0][0]):
+        torch.ops.memrewrite.sparse_lookup_keep(grad, indices, weights, ctx.pending, ctx.handle)
+    return None
 
 
 def _is_wanted(table: Any) -> bool:
@@ -198,7 +211,7 @@ def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int, backend: st
     check_rows(grad, indices, weights, slots, backend)
     count, width = min(indices.numel(), slots), grad.shape[1]
     if slots == 0:
-        check_range(indices, slots)
+        check_range("sparse_lookup_rows", indices, slots)
     if count == 0 or width == 0:
         return _coo(indices.new_zeros(count, dtype=torch.int64), grad.new_zeros(count, width), slots)
     chosen = choose("sparse_lookup_rows", backend, lambda b: b.supports(grad, indices, weights))

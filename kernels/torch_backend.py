@@ -15,9 +15,20 @@ from torch import Tensor
 from memrewrite.kernels.checks import check_range
 from memrewrite.kernels.torch_reads import in_pieces, row_gradients, sorted_reads, wide_rows
 from memrewrite.kernels.torch_topk import topk, topk_backward
-from memrewrite.kernels.torch_update import adagrad_, adam_
+from memrewrite.kernels.torch_update import adagrad_, adam_, lazy_adam_
 
-__all__ = ["adagrad_", "adam_", "backward", "forward", "rows", "supports", "supports_topk", "topk", "topk_backward"]
+__all__ = [
+    "adagrad_",
+    "adam_",
+    "backward",
+    "forward",
+    "lazy_adam_",
+    "rows",
+    "supports",
+    "supports_topk",
+    "topk",
+    "topk_backward",
+]
 
 NAME = "torch"
 SMALL = 2**24  # elements of a table that may be converted whole, if it has fewer rows than there are reads
@@ -36,7 +47,7 @@ def supports_topk(scores1: Tensor, scores2: Tensor, k: int) -> str | None:
 
 def forward(values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`sparse_lookup` of checked, non-empty inputs. Raises IndexError for an index outside the table (CPU only)."""
-    check_range(indices, values.shape[0])
+    check_range("sparse_lookup", indices, values.shape[0])
     wide = _computed(weights.dtype if scale is not None else values.dtype)
     # one embedding bag needs one dtype for both, and rounds its sums to that dtype
     if scale is None and (values.dtype == wide or values.dtype == weights.dtype == dtype):
@@ -60,7 +71,7 @@ def backward(
     need_weights: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `values` (dense [N, D]) and of `weights` [T, K], each only if needed, in their dtypes."""
-    check_range(indices, values.shape[0])
+    check_range("sparse_lookup_backward", indices, values.shape[0])
     grad, indices = grad.contiguous(), indices.contiguous()  # the gradient of a sum is an expanded tensor
     grad_values = _scatter(grad, values, indices, weights) if need_values else None
     grad_weights = _weights_gradient(grad, values, indices, scale, weights.dtype) if need_weights else None
@@ -69,7 +80,7 @@ def backward(
 
 def rows(grad: Tensor, indices: Tensor, weights: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     """The rows that are read, int64 [R], and their gradients [R, D], with R = min(T·K, slots); no device synchronization."""
-    check_range(indices, slots)
+    check_range("sparse_lookup_rows", indices, slots)
     wide = grad.dtype if grad.dtype == weights.dtype else _computed(grad.dtype)
     reads = sorted_reads([grad.to(wide)], [indices], [weights.to(wide)])
     count = min(indices.numel(), slots)

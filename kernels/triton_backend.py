@@ -111,6 +111,14 @@ def adam_(*tensors: Any, **numbers: Any) -> None:
         triton_update.adam_(*tensors, **numbers)
 
 
+def lazy_adam_(*tensors: Any, **numbers: Any) -> None:
+    """`ops.lazy_adam_` of checked inputs with at least one read: `torch_backend.lazy_adam_` has the signature."""
+    from memrewrite.kernels import triton_lazy_adam
+
+    with _at(tensors[0]):
+        triton_lazy_adam.lazy_adam_(*tensors, **numbers)
+
+
 def topk(scores1: Tensor, scores2: Tensor, k: int, softmax: bool) -> tuple[Tensor, Tensor]:
     """`product_key_topk` of checked inputs with at least one row."""
     from memrewrite.kernels import triton_topk

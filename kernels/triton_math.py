@@ -73,15 +73,16 @@ def decode_words(words):
 
 
 @triton.jit
-def encode_e4m3(x, uniform):
-    """e4m3 bytes of fp32 values, stochastically rounded (unbiased); `uniform` in [0, 1)."""
-    size = tl.abs(x)
-    exponent = tl.maximum(((size.to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127, -6)
-    steps = tl.floor(size * power_of_two(3 - exponent) + uniform)  # 8..16, fewer for subnormal numbers
-    code = tl.minimum((exponent + 6) * 8 + steps.to(tl.int32), 0x7E)  # 16 steps carry into the exponent
-    code = tl.where(size == size, code, 0x7F)
-    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
-    return (code | sign).to(tl.uint8)
+def encode_e4m3(x, bits):
+    """e4m3 bytes of fp32 values, stochastically rounded by 16 random bits (unbiased).
+
+    Times 2^-120, the smallest normal numbers of e4m3 are those of fp32, so the code is the number's top bits, for subnormal
+    numbers too; what is added below them may carry into the exponent.
+    """
+    size = (tl.abs(x) * 7.52316384526264e-37).to(tl.int32, bitcast=True)
+    code = tl.minimum((size + bits * 16 + 8) >> 20, 0x7E)
+    code = tl.where(x == x, code, 0x7F)
+    return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit

@@ -37,6 +37,8 @@ KERNELS = {
     "token_dots": Kernel(("width",), SLICES, 16),
     # `moments` is 1 for Adagrad and 2 for Adam; a program has `pieces` blocks of a row
     "update": Kernel(("width", "moments"), ("rows", "block", "pieces", "warps", "registers", "cache"), 16),
+    # `state_bytes`: of an element of the moments
+    "lazy_adam": Kernel(("width", "state_bytes"), ("rows", "block", "pieces", "warps", "registers", "cache"), 128),
     "topk_half": Kernel(("n", "k"), ("rows", "chunk", "group", "warps", "registers")),
     "topk_pair": Kernel(("k",), ("rows", "chunk", "group", "warps", "registers")),
 }

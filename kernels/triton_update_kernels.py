@@ -17,7 +17,6 @@ from memrewrite.kernels.triton_math import (
     encode_e4m3,
     random_bits,
     round_to,
-    uniform,
 )
 from memrewrite.kernels.triton_segments import load_reads
 
@@ -222,7 +221,7 @@ def store_pieces(
         if not EXACT:
             bits = random_bits(seed, 0, slot, first, D, BLOCK_D)
         if values.dtype.element_ty == tl.uint8:
-            stored = encode_e4m3(rows[p] / scale, uniform(bits))
+            stored = encode_e4m3(rows[p] / scale, bits)
         else:
             stored = round_to(rows[p], bits, values.dtype.element_ty)
         tl.store(values + at + col, stored, col < D, eviction_policy="evict_first")

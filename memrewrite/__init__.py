@@ -10,8 +10,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from memrewrite.clipping import clip_grad_norm_, unscale_
     from memrewrite.errors import MemrewriteError, VerificationError
     from memrewrite.fused import RowwiseAdagrad, RowwiseAdam, fuse
+    from memrewrite.layers.moe import aux_loss
+    from memrewrite.lazy_adam import LazyAdam, catch_up
+    from memrewrite.passes.initialize.calibrate import calibrate
+    from memrewrite.passes.match_outputs import match_outputs
     from memrewrite.passes.onnx.export import export_onnx
     from memrewrite.passes.onnx.session import onnx_session
     from memrewrite.passes.pipeline import apply, explain, inspect, plan
@@ -20,47 +25,71 @@ if TYPE_CHECKING:
     from memrewrite.passes.torch_compile.backend import backend
     from memrewrite.recipes.schema import Recipe
     from memrewrite.report import Report
-    from memrewrite.training import param_groups
+    from memrewrite.training import freeze, param_groups, schedule
+    from memrewrite.usage.trainer_callback import UsageCallback
+    from memrewrite.usage.watch import watch
 
 __version__ = version("memrewrite")
 
 _MODULES = {
+    "LazyAdam": "memrewrite.lazy_adam",
     "MemrewriteError": "memrewrite.errors",
     "Recipe": "memrewrite.recipes.schema",
     "Report": "memrewrite.report",
     "RowwiseAdagrad": "memrewrite.fused",
     "RowwiseAdam": "memrewrite.fused",
+    "UsageCallback": "memrewrite.usage.trainer_callback",
     "VerificationError": "memrewrite.errors",
     "apply": "memrewrite.passes.pipeline",
+    "aux_loss": "memrewrite.layers.moe",
     "backend": "memrewrite.passes.torch_compile.backend",
+    "calibrate": "memrewrite.passes.initialize.calibrate",
+    "catch_up": "memrewrite.lazy_adam",
+    "clip_grad_norm_": "memrewrite.clipping",
     "explain": "memrewrite.passes.pipeline",
     "export_onnx": "memrewrite.passes.onnx.export",
+    "freeze": "memrewrite.training",
     "fuse": "memrewrite.fused",
     "inspect": "memrewrite.passes.pipeline",
     "load": "memrewrite.passes.storage.load",
+    "match_outputs": "memrewrite.passes.match_outputs",
     "onnx_session": "memrewrite.passes.onnx.session",
     "param_groups": "memrewrite.training",
     "plan": "memrewrite.passes.pipeline",
     "save": "memrewrite.passes.storage.checkpoint",
+    "schedule": "memrewrite.training",
+    "unscale_": "memrewrite.clipping",
+    "watch": "memrewrite.usage.watch",
 }
 __all__ = [
+    "LazyAdam",
     "MemrewriteError",
     "Recipe",
     "Report",
     "RowwiseAdagrad",
     "RowwiseAdam",
+    "UsageCallback",
     "VerificationError",
     "apply",
+    "aux_loss",
     "backend",
+    "calibrate",
+    "catch_up",
+    "clip_grad_norm_",
     "explain",
     "export_onnx",
+    "freeze",
     "fuse",
     "inspect",
     "load",
+    "match_outputs",
     "onnx_session",
     "param_groups",
     "plan",
     "save",
+    "schedule",
+    "unscale_",
+    "watch",
 ]
 
 

@@ -16,22 +16,33 @@ from torch.optim import Optimizer
 from memrewrite.errors import UserError
 from memrewrite.kernels import ops
 from memrewrite.kernels.pending import Factors, Pending, refuse_capture
-from memrewrite.layers.value_table import ValueTable
+from memrewrite.layers.value_table import Table
+from memrewrite.lazy_adam import CatchUp, LazyAdam, hooks_of
+
+__all__ = ["LazyAdam", "RowwiseAdagrad", "RowwiseAdam", "Rule", "fuse"]
 
 State = dict[str, Tensor]
 
 
 class Rule(Protocol):
-    """An update rule for table rows: its optimizer state, and one step."""
+    """An update rule for the rows of a table: its optimizer state, and one step.
+
+    Attributes:
+        value_lr_factor: The rate of the tables that suits the rule, as a multiple of the other parameters' rate.
+    """
+
+    @property
+    def value_lr_factor(self) -> float:
+        """A multiple of the other parameters' rate; `memrewrite.param_groups` uses it."""
 
     def fresh(self, values: Tensor) -> State:
         """The state before the first step, for a table `values` [N, D]."""
 
-    def step(self, pool: ValueTable, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
+    def step(self, pool: Table, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
         """Update the rows that were read, in place.
 
         Args:
-            pool: The pool whose table is updated.
+            pool: The table that is updated.
             state: State that `fresh` created; updated in place.
             reads: Gradient factors of every lookup since the last step.
             step: Number of this step, from 1.
@@ -47,15 +58,17 @@ class RowwiseAdagrad:
 
     Attributes:
         eps: Added to the square root of the accumulator.
+        value_lr_factor: The rate that suits the rule, as a multiple of the other parameters' rate.
     """
 
     eps: float = 1e-8
+    value_lr_factor: float = 5.0
 
     def fresh(self, values: Tensor) -> State:
         """`total` fp32 [N], zeros."""
         return {"total": values.new_zeros(values.shape[0], dtype=torch.float32)}
 
-    def step(self, pool: ValueTable, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
+    def step(self, pool: Table, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
         """Update the rows that were read, in place."""
         ops.rowwise_adagrad_(pool.values, pool.scale, state["total"], *_lists(reads), eps=self.eps, **numbers)
 
@@ -70,10 +83,12 @@ class RowwiseAdam:
     Attributes:
         betas: Decay rates of the first and second moment.
         eps: Added to the square root of the second moment.
+        value_lr_factor: The rate that suits the rule, as a multiple of the other parameters' rate.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    value_lr_factor: float = 5.0
 
     def fresh(self, values: Tensor) -> State:
         """`exp_avg` [N, D] and `exp_avg_sq` fp32 [N], zeros."""
@@ -83,7 +98,7 @@ class RowwiseAdam:
             "exp_avg_sq": values.new_zeros(values.shape[0], dtype=torch.float32),
         }
 
-    def step(self, pool: ValueTable, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
+    def step(self, pool: Table, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
         """Update the rows that were read, in place."""
         moments = state["exp_avg"], state["exp_avg_sq"]
         ops.rowwise_adam_(
@@ -91,51 +106,62 @@ class RowwiseAdam:
         )
 
 
-def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> None:
-    """Make `optimizer.step()` update the pools of `model` whose gradient is "fused".
+DEFAULT_RULE: Rule = LazyAdam(states="bfloat16")  # the most learned for its bytes: docs/learning.md
 
-    Learning rate and weight decay are those of the parameter group that contains a pool's `values`, read at every step.
-    Weight decay is decoupled and applies to the rows that were read. The state of the update is in `optimizer.state`, so
-    `state_dict` and `load_state_dict` include it; call `load_state_dict` after `fuse`. Gradients accumulate exactly over
-    micro-batches until the step. `optimizer.zero_grad()` discards them; `model.zero_grad()` does not. Gradient clipping
-    sees only the other parameters. A loss scaled by a `GradScaler` is not unscaled here: use bf16.
+
+def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> None:
+    """Make `optimizer.step()` update the tables of the pools of `model` whose gradient is "fused".
+
+    These are the `values` of a pool, and also its `inputs.values` for `peer`; each has a state of its own. Learning rate and
+    weight decay are those of the parameter group that contains the table, read at every step. Weight decay is decoupled and
+    applies to the rows that were read. The state of the update is in `optimizer.state`, so `state_dict` and `load_state_dict`
+    include it; call `load_state_dict` after `fuse`. Gradients accumulate exactly over micro-batches until the step.
+    `optimizer.zero_grad()` discards them; `model.zero_grad()` does not. torch's gradient clipping and `GradScaler` see only the
+    other parameters: use `memrewrite.clip_grad_norm_` and `memrewrite.unscale_`.
 
     Args:
-        optimizer: The optimizer that contains the parameters `values` of these pools; a wrapper around it is accepted.
+        optimizer: The optimizer that contains the tables as parameters; a wrapper around it is accepted.
         model: The model with the pools.
-        rule: `RowwiseAdagrad` or `RowwiseAdam`. Default: `RowwiseAdagrad()`.
+        rule: `RowwiseAdagrad`, `RowwiseAdam` or `LazyAdam`. Default: `LazyAdam(states="bfloat16")`.
 
     Raises:
-        UserError: No pool is fused; a pool's `values` are float64, not in the optimizer, or already updated by an
-            optimizer; the optimizer maximizes; or several processes train (each would update its own copy).
+        UserError: No pool is fused; a table is float64, not in the optimizer, or already updated by an optimizer; the rule
+            does not support its dtype; the optimizer maximizes; or several processes train (each would update its own copy).
     """
-    optimizer = _innermost(optimizer)
-    pools = {name: m for name, m in model.named_modules() if isinstance(m, ValueTable) and m.pending is not None}
+    optimizer = innermost(optimizer)
+    pools = {name: m for name, m in model.named_modules() if isinstance(m, Table) and m.pending is not None}
     if not pools:
         raise UserError('no pool of this model has the gradient "fused"', hint="set `gradient: fused` for it in the recipe")
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise UserError("fused updates need a single process: other processes would not get them", hint="gradient: dense")
+    rule = rule or DEFAULT_RULE
     for name, pool in pools.items():
         _check(optimizer, name, pool)
-    _attach(optimizer, pools, rule or RowwiseAdagrad())
+        if isinstance(rule, LazyAdam):
+            rule.check(name, pool.values)
+    _attach(optimizer, pools, rule)
     for pool in pools.values():
         _queue(pool).taker = optimizer
+        for old in hooks_of(pool):  # of an optimizer that was deleted
+            old.remove(pool)
+        if isinstance(rule, LazyAdam) and rule.catch_up:
+            CatchUp(optimizer, rule).attach(pool)
 
 
-def _innermost(optimizer: Optimizer) -> Optimizer:
+def innermost(optimizer: Optimizer) -> Optimizer:
     """The optimizer that performs the step: some libraries wrap it in one that only forwards calls and has no hooks."""
     while "_optimizer_step_post_hooks" not in vars(optimizer) and isinstance(getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]
     return optimizer
 
 
-def _queue(pool: ValueTable) -> Pending:
+def _queue(pool: Table) -> Pending:
     if pool.pending is None:
         raise UserError("this pool is not fused", hint="gradient: fused")
     return pool.pending
 
 
-def _check(optimizer: Optimizer, name: str, pool: ValueTable) -> None:
+def _check(optimizer: Optimizer, name: str, pool: Table) -> None:
     group = _group_of(optimizer, pool.values)
     if group is None:
         hint = "build it with memrewrite.param_groups(model, lr=...)"
@@ -154,7 +180,7 @@ def _group_of(optimizer: Optimizer, values: Tensor) -> dict[str, Any] | None:
     return next((g for g in optimizer.param_groups if any(p is values for p in g["params"])), None)
 
 
-def _attach(optimizer: Optimizer, pools: dict[str, ValueTable], rule: Rule) -> None:
+def _attach(optimizer: Optimizer, pools: dict[str, Table], rule: Rule) -> None:
     """Hook into step, zero_grad and load_state_dict of the optimizer. No hook keeps a reference to the optimizer."""
     loaded: dict[nn.Parameter, State] = {}
     owner = ref(optimizer)
@@ -204,7 +230,7 @@ def _saved_numbers(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[int
 class _Update:
     """One pool's step, after all checks."""
 
-    pool: ValueTable
+    pool: Table
     state: State
     reads: list[Factors]
     step: int
@@ -212,16 +238,18 @@ class _Update:
 
 
 @torch.no_grad()
-def _step(optimizer: Optimizer, pools: dict[str, ValueTable], rule: Rule) -> None:
+def _step(optimizer: Optimizer, pools: dict[str, Table], rule: Rule) -> None:
     """Update every pool that was read. All are checked before the first changes; a failed one keeps its gradient."""
     updates = [_ready(optimizer, name, pool, rule) for name, pool in pools.items() if _queue(pool).waiting]
     for update in updates:
         rule.step(update.pool, update.state, update.reads, update.step, update.numbers)
         update.state["step"] += 1
+        for hook in hooks_of(update.pool):
+            hook.follow(update.pool)
         _queue(update.pool).take()
 
 
-def _ready(optimizer: Optimizer, name: str, pool: ValueTable, rule: Rule) -> _Update:
+def _ready(optimizer: Optimizer, name: str, pool: Table, rule: Rule) -> _Update:
     refuse_capture(pool.values)
     group = _group_of(optimizer, pool.values)
     if group is None:
@@ -239,11 +267,12 @@ def _ready(optimizer: Optimizer, name: str, pool: ValueTable, rule: Rule) -> _Up
 
 
 def _check_state(rule: Rule, values: Tensor, state: State) -> None:
-    """Raise `UserError` for the state of another rule, or for a state in another dtype than the rule's."""
+    """Raise `UserError` for the state of another rule, or for a state in another dtype or number of dimensions."""
     with torch.device("meta"):
         wanted = rule.fresh(torch.empty(values.shape, dtype=values.dtype))
-    if {"step", *wanted} != set(state) or any(state[key].dtype != t.dtype for key, t in wanted.items()):
-        found = ", ".join(f"{key} {getattr(t, 'dtype', type(t).__name__)}" for key, t in state.items())
+    kinds = {key: (t.dtype, t.dim()) for key, t in wanted.items()}
+    if {"step", *kinds} != set(state) or any((state[key].dtype, state[key].dim()) != kind for key, kind in kinds.items()):
+        found = ", ".join(f"{key} {getattr(t, 'dtype', type(t).__name__)} {list(t.shape)}" for key, t in state.items())
         raise UserError(
             f"the optimizer state of a pool is {found}, which is not the state of {rule}",
             hint="call load_state_dict after memrewrite.fuse, with the rule used in training",

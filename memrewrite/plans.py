@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from memrewrite.cost import Cost
 from memrewrite.frozen import Frozen
@@ -13,6 +15,40 @@ from memrewrite.site import Site, itemsize_of
 
 ROOT = "memory"  # pools are registered on the root module as `model.memory.<name>`
 Placement = Literal["replace", "parallel"]
+Train = Literal["all", "memory_only"]
+MAX_MULTIPLE = 1e6
+Multiple = Annotated[float, Field(strict=True, gt=0, le=MAX_MULTIPLE, allow_inf_nan=False)]
+Output = Literal["paper", "zero"] | Multiple
+MATCH: Output = 1.0
+DEFAULT_OUTPUT: dict[Placement, Output] = {"replace": MATCH, "parallel": "zero"}  # of a recipe's rule without `init`
+
+
+class LayerInit(Frozen):
+    """How a layer starts.
+
+    Attributes:
+        output: "paper": with the paper's initialization; "zero": its output is 0; a number: with an output whose rms is this
+            multiple of the MLP's output rms on the example inputs.
+        scores: "paper": with the paper's initialization; a number: the standard deviation of a query's scores over all slots.
+    """
+
+    output: Output = "paper"
+    scores: Literal["paper"] | Multiple = "paper"
+
+    @property
+    def zero(self) -> bool:
+        """True if the layer's output starts at 0."""
+        return self.output == "zero"
+
+    @property
+    def measured(self) -> bool:
+        """True if it depends on what the layer and its MLP compute on the example inputs."""
+        return not isinstance(self.output, str) or not isinstance(self.scores, str)
+
+
+def _of_earlier_versions(data: dict[str, Any]) -> LayerInit:
+    """What a plan without `init` means: parallel layers started at zero, all others as in the paper."""
+    return LayerInit(output="zero" if data.get("placement") == "parallel" else "paper")
 
 
 class Substitution(Frozen):
@@ -24,6 +60,7 @@ class Substitution(Frozen):
         pool: Name of the pool that the layer reads, if the kind reads one.
         placement: "replace": the layer replaces the MLP; "parallel": its output is added to the MLP's.
         options: All options of the layer kind, defaults included.
+        init: How the layer starts. In plans of earlier versions: at zero in parallel, else as in the paper.
     """
 
     site: Site
@@ -31,6 +68,7 @@ class Substitution(Frozen):
     pool: str | None
     placement: Placement
     options: dict[str, Any]
+    init: LayerInit = Field(default_factory=_of_earlier_versions)
 
     def cost(self, pools: dict[str, PoolSpec]) -> Cost:
         """Cost of the new layer for one token and one call, without the parameters of the pool.
@@ -40,11 +78,10 @@ class Substitution(Frozen):
         """
         kind = kind_named(self.kind)
         spec = pools[self.pool] if self.pool else None
-        parallel = self.placement == "parallel"
         itemsize = itemsize_of(self.site.dtype)
         options = kind.Options.model_validate(self.options)
-        layer = kind.cost(self.site.d_in, self.site.d_model, options, spec, itemsize, zero_output=parallel)
-        return layer + self.site.cost() if parallel else layer
+        layer = kind.cost(self.site.d_in, self.site.d_model, options, spec, itemsize, zero_output=self.init.zero)
+        return layer + self.site.cost() if self.placement == "parallel" else layer
 
 
 class Plan(Frozen):
@@ -56,6 +93,7 @@ class Plan(Frozen):
         captured: How the model was captured.
         pools: Pools by name, complete.
         substitutions: One per selected site.
+        train: "memory_only": after the rewrite only pools and layers require gradients; "all": nothing is frozen.
     """
 
     memrewrite: Literal[1] = 1
@@ -63,6 +101,12 @@ class Plan(Frozen):
     captured: str
     pools: dict[str, PoolSpec]
     substitutions: tuple[Substitution, ...]
+    train: Train = "all"
+
+    @property
+    def measured(self) -> bool:
+        """True if the start of a layer depends on what the model computes on the example inputs."""
+        return any(substitution.init.measured for substitution in self.substitutions)
 
     def before(self) -> Cost:
         """Cost of the selected MLPs: parameters counted once, flops and bytes read for one token over all calls."""

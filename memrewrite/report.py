@@ -34,6 +34,39 @@ class Check(Frozen):
     hint: str = ""
 
 
+LOUD = 3  # times the rms of the MLP
+
+
+class LayerScale(Frozen):
+    """How large a layer's output is at its start, measured on the example inputs.
+
+    An rms is that of a token's features, and of all tokens the median; tokens of zeros are left out.
+
+    Attributes:
+        path: Path of the site.
+        stream: rms of the residual stream where the site's block begins; None outside of a block, and in graphs.
+        mlp: rms of the MLP's output. None: not measured, or not finite.
+        layer: rms of the layer's output, on the MLP's input. None: not measured, or not finite.
+        note: Why the layer does not start as the recipe says, or "".
+    """
+
+    path: str
+    stream: float | None = None
+    mlp: float | None = None
+    layer: float | None = None
+    note: str = ""
+
+    @property
+    def loud(self) -> bool:
+        """True if the layer starts with more than 3 times the rms of its MLP."""
+        return self.layer is not None and self.mlp is not None and self.layer > LOUD * self.mlp
+
+    @property
+    def remark(self) -> str:
+        """What is unusual about it, in words; else ""."""
+        return " · ".join(filter(None, (f"more than {LOUD} times its MLP" if self.loud else "", self.note)))
+
+
 class Report(Frozen):
     """The result of one rewrite. The property `model` is not part of the JSON.
 
@@ -45,6 +78,8 @@ class Report(Frozen):
         before: Cost of the selected MLPs per token.
         after: Cost of the new layers per token.
         seconds: Wall-clock time of the rewrite.
+        scales: How large each layer starts, in the order of the plan; empty where nothing was measured, and in reports of
+            earlier versions.
     """
 
     plan: Plan
@@ -54,6 +89,7 @@ class Report(Frozen):
     before: Cost
     after: Cost
     seconds: float
+    scales: tuple[LayerScale, ...] = ()
     _model: nn.Module | None = PrivateAttr(default=None)
 
     @property

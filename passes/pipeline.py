@@ -29,6 +29,7 @@ from memrewrite.passes.models.state_guard import StateGuard
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
 from memrewrite.passes.rewrite.build_layers import pools_of, refuse_rewritten
+from memrewrite.passes.rewrite.edit_graph import with_own_parameters
 from memrewrite.passes.rewrite.given_graph import GivenGraph
 from memrewrite.passes.rewrite.host_tracing import trace_hosts
 from memrewrite.passes.storage.graph_json import hosts_to_json
@@ -40,6 +41,7 @@ from memrewrite.recipes.schema import Recipe
 from memrewrite.record import RewriteRecord
 from memrewrite.report import Report
 from memrewrite.site import Inspection
+from memrewrite.training import freeze
 
 Model = nn.Module | ExportedProgram
 Emit = Literal["module", "graph"]
@@ -65,7 +67,7 @@ def inspect(model: Model, inputs: Any = None, *, step: Step | None = None) -> In
         >>> found = memrewrite.inspect(model, {"input_ids": torch.arange(8)[None]})
         >>> [(site.path, site.pattern, site.d_model) for site in found.sites]
     """
-    return _look(model, inputs, step or _ignore).locations.located
+    return look_at(model, inputs, step or ignore).locations.located
 
 
 @exclusive
@@ -76,9 +78,9 @@ def survey(
     wanted = None if recipe is None else read_recipe(recipe)
     if wanted is not None and isinstance(model, nn.Module):
         refuse_rewritten(model)
-    look = _look(model, inputs, step or _ignore)
+    look = look_at(model, inputs, step or ignore)
     tree = outline(model, look.capture)
-    return look.locations.located, tree, None if wanted is None else _planned(model, look, wanted)
+    return look.locations.located, tree, None if wanted is None else planned_for(model, look, wanted)
 
 
 @exclusive
@@ -101,7 +103,7 @@ def explain(model: Model, path: str, inputs: Any = None, *, step: Step | None = 
     Example:
         >>> print(memrewrite.explain(model, "layers.3.attn", inputs).verdict)
     """
-    look = _look(model, inputs, step or _ignore)
+    look = look_at(model, inputs, step or ignore)
     return explained(model, look.capture, look.locations, path)
 
 
@@ -130,7 +132,7 @@ def plan(model: Model, recipe: RecipeLike, inputs: Any = None, *, step: Step | N
     wanted = read_recipe(recipe)
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
-    return _planned(model, _look(model, inputs, step or _ignore), wanted)
+    return planned_for(model, look_at(model, inputs, step or ignore), wanted)
 
 
 @exclusive
@@ -167,13 +169,15 @@ def apply(
         >>> report = memrewrite.apply(model, "memory-plus", {"input_ids": torch.arange(8)[None]})
         >>> memrewrite.save(report.model, "rewritten")
     """
-    wanted, report_step = read_recipe(recipe), step or _ignore
+    wanted, report_step = read_recipe(recipe), step or ignore
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
     with StateGuard(model) as state, torch.enable_grad():
         report = _applied(model, wanted, inputs, emit, allow_large, report_step)
         if report.model is model:
             state.release()  # the edit stays
+    if report.plan.train == "memory_only":
+        freeze(report.model if report.model is model else with_own_parameters(report.model))
     return report
 
 
@@ -183,13 +187,15 @@ def _applied(model: Model, wanted: Recipe, inputs: Any, emit: Emit, allow_large:
     if emit == "graph" and not is_traced(model):
         model, look = _look_at_export(model, inputs, step)
     else:
-        look = _look(model, inputs, step)
-    planned = _planned(model, look, wanted)
+        look = look_at(model, inputs, step)
+    planned = planned_for(model, look, wanted)
     if not allow_large:
         refuse_too_large(planned)
     size = _size(model)
     done, graphs = _rewrite(model, planned, look, wanted, step)
-    if isinstance(model, nn.Module) and done.model is not model:
+    if isinstance(model, ExportedProgram):
+        done.model.eval()  # a program has no mode, and a new graph module would be in train mode, its layers too
+    elif done.model is not model:
         _copy_modes(model, done.model)
     report = Report(
         plan=planned,
@@ -199,6 +205,7 @@ def _applied(model: Model, wanted: Recipe, inputs: Any, emit: Emit, allow_large:
         before=planned.before(),
         after=planned.after(),
         seconds=time.perf_counter() - begun,
+        scales=done.scales,
     ).of_model(done.model)
     refuse_failed(
         done.checks,
@@ -216,7 +223,7 @@ def _applied(model: Model, wanted: Recipe, inputs: Any, emit: Emit, allow_large:
     return report
 
 
-class _Look(NamedTuple):
+class Look(NamedTuple):
     """A captured model with its located MLPs; `given` for a model that is rewritten as a graph."""
 
     capture: Capture
@@ -224,7 +231,7 @@ class _Look(NamedTuple):
     given: GivenGraph | None
 
 
-def _look(model: Model, inputs: Any, step: Step) -> _Look:
+def look_at(model: Model, inputs: Any, step: Step) -> Look:
     """Capture a model and locate its MLPs."""
     if inputs is None and not isinstance(model, ExportedProgram):
         raise ModelError("no example inputs were given", hint="give a tuple, a dict or (args, kwargs) that the model runs on")
@@ -236,11 +243,11 @@ def _look(model: Model, inputs: Any, step: Step) -> _Look:
         lowered = bool(captured.segments[0].values)
         if look.given is not None and lowered and look.given.all_hidden():  # in modules that the graph calls: edit these
             captured = capture(model, inputs, as_module_tree=True)
-            look = _Look(captured, locate(captured), None)
+            look = Look(captured, locate(captured), None)
     return look
 
 
-def _look_at_export(model: Model, inputs: Any, step: Step) -> tuple[Model, _Look]:
+def _look_at_export(model: Model, inputs: Any, step: Step) -> tuple[Model, Look]:
     """Export a live module with dynamic shapes, and locate the MLPs in its graph. Returns the graph's program, too."""
     step("capturing the model with dynamic shapes")
     with evaluating(model):
@@ -251,18 +258,19 @@ def _look_at_export(model: Model, inputs: Any, step: Step) -> tuple[Model, _Look
         return captured.segments[0].program, _located(as_graph(captured))
 
 
-def _located(captured: Capture) -> _Look:
+def _located(captured: Capture) -> Look:
     locations = locate(captured)
-    return _Look(captured, locations, GivenGraph(locations) if captured.is_graph else None)
+    return Look(captured, locations, GivenGraph(locations) if captured.is_graph else None)
 
 
-def _planned(model: Model, look: _Look, recipe: Recipe) -> Plan:
+def planned_for(model: Model, look: Look, recipe: Recipe) -> Plan:
+    """The plan of a recipe for a captured model."""
     planned = select(look.locations.located, recipe, live=look.given is None)
     taken = isinstance(model, nn.Module) and hasattr(model, ROOT)
     return planned.model_copy(update={"root": f"memrewrite_{ROOT}"}) if taken else planned
 
 
-def _rewrite(model: Model, planned: Plan, look: _Look, recipe: Recipe, step: Step) -> tuple[Rewrite, str | None]:
+def _rewrite(model: Model, planned: Plan, look: Look, recipe: Recipe, step: Step) -> tuple[Rewrite, str | None]:
     """Edit and verify a graph or a module tree; and the graphs of modules whose forward becomes one, as JSON."""
     with_checks = recipe.verify != "off"
     if look.given is not None:
@@ -287,5 +295,5 @@ def _size(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _ignore(_: str) -> None:
+def ignore(_: str) -> None:
     """Ignores progress messages."""

@@ -29,7 +29,10 @@ def json_schema() -> dict[str, Any]:
 
 
 def _options_of(kind: type[MemoryLayer], definitions: dict[str, Any]) -> dict[str, Any]:
-    """The if-then of one kind: which options it has, and whether it needs a pool. Nested definitions move to the top level."""
+    """The if-then of one kind: its options, whether it needs a pool, and whether it can be added to an MLP.
+
+    Nested definitions move to the top level.
+    """
     name = f"{kind.kind}_options"
     options = kind.Options.model_json_schema(by_alias=True, ref_template=f"#/$defs/{name}_{{model}}")
     for inner, definition in options.pop("$defs", {}).items():
@@ -40,6 +43,8 @@ def _options_of(kind: type[MemoryLayer], definitions: dict[str, Any]) -> dict[st
         then["required"] = ["pool"]
     else:
         then["properties"]["pool"] = {"type": "null"}
+    if kind.replaces_only:
+        then["properties"]["placement"] = {"const": "replace"}
     return {"if": {"properties": {"with": {"const": kind.kind}}, "required": ["with"]}, "then": then}
 
 

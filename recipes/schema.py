@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import keyword
-import re
-from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -21,22 +19,15 @@ from memrewrite.frozen import Frozen
 from memrewrite.layers.contract import LayerOptions, MemoryLayer
 from memrewrite.layers.kinds import KINDS
 from memrewrite.layers.pool import Backend, Gradient, Pools, PoolSpec, ValueType, needs_fused
-from memrewrite.plans import Placement
-from memrewrite.recipes.regex_limits import too_slow
+from memrewrite.plans import DEFAULT_OUTPUT, MATCH, MAX_MULTIPLE, LayerInit, Multiple, Placement, Train
+from memrewrite.recipes.field_types import Count, Text, Whole
 from memrewrite.recipes.validation_errors import did_you_mean, one_of, refused, shown
+from memrewrite.recipes.where import Where
 from memrewrite.recipes.yaml_scalars import Writer
 
 VERSIONS = (1,)  # the format versions this package reads
 MAX_KEYS = 2**16  # per half: 2**32 slots, 64 times the paper's largest pool
-MAX_SIZE = 2**31 - 1  # of every other number that counts something
 _ANY_WIDTH = 2**12 * 3 * 5 * 7
-
-# strict: otherwise `true` would be accepted as the number 1, and text as a number
-Whole = Annotated[int, Field(strict=True)]
-Index = Annotated[int, Field(strict=True, ge=0, le=MAX_SIZE)]
-Count = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE)]
-Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(strict=True, min_length=1, max_length=10_000)]
 
 
 class PoolEntry(Frozen):
@@ -57,59 +48,38 @@ class PoolEntry(Frozen):
         return self
 
 
-class Centred(Frozen):
-    """`count` blocks at distance `stride`, around the middle of the stack of blocks."""
+class Init(Frozen):
+    """How the layers of a rule start, measured on the example inputs."""
 
-    count: Count = Field(description="Number of blocks.")
-    stride: Count = Field(default=1, description="Distance from one block to the next, in blocks.")
+    output: Literal["match", "paper", "zero"] | Multiple | None = Field(
+        default=None,
+        description="The output at the start. 'match': as large as the MLP's (the same rms); a number: this multiple of it; "
+        "'paper': the paper's initialization; 'zero': 0. Default: 'match'; for `placement: parallel` 'zero'.",
+    )
+    scores: Literal["paper"] | Multiple = Field(
+        default="paper",
+        description="Scores of queries and keys at the start. 'paper': the paper's initialization; a number: the standard "
+        "deviation of a query's scores over all slots.",
+    )
 
-
-class Where(Frozen):
-    """Selects MLPs: an MLP must match every selector that is set."""
-
-    layers: tuple[Index, ...] | None = Field(default=None, min_length=1, description="Blocks by index, from 0.")
-    centred: Centred | None = Field(default=None, description="Blocks around the middle of the stack, as in the paper.")
-    every: Count | None = Field(default=None, description="Every n-th block of the stack: indices n-1, 2n-1, ...")
-    path: Text | None = Field(default=None, description="Glob over module paths, such as 'model.layers.*.mlp'.")
-    regex: Text | None = Field(default=None, description="Regular expression over module paths.")
-    pattern: Text | None = Field(default=None, description="MLP pattern, such as 'gated', as `inspect` shows it.")
-    d_model: Count | None = Field(default=None, description="Width of the MLP's output.")
-    all: Flag = Field(default=False, description="true: every MLP found.")
-    tower: Text | None = Field(default=None, description="Path of the stack of blocks, for models with more than one.")
-
-    @field_validator("layers")
+    @field_validator("output", "scores", mode="before")
     @classmethod
-    def _each_once(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        twice = [index for index, times in Counter(layers or ()).items() if times > 1]
-        if twice:
-            raise refused(f"block {min(twice)} is listed twice", "list every block once")
-        return layers
+    def _word_or_number(cls, value: Any, info: ValidationInfo) -> Any:
+        words = ("match", "paper", "zero") if info.field_name == "output" else ("paper",)
+        if isinstance(value, str) and value not in words:
+            hint = did_you_mean(value, words) or f"{one_of(words)}, or a number"
+            raise refused(f"`{info.field_name}` cannot be {shown(value)}", hint)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MAX_MULTIPLE
+        if not (number or isinstance(value, str) or (value is None and info.field_name == "output")):
+            what = f"`{info.field_name}` must be a number above 0, at most {MAX_MULTIPLE:g}, not {shown(value)}"
+            raise refused(what, f"{one_of(words)}, or such a number")
+        return value
 
-    @field_validator("regex")
-    @classmethod
-    def _compiles(cls, regex: str | None) -> str | None:
-        try:
-            re.compile(regex or "")
-            slow = too_slow(regex or "")
-        except (re.error, RecursionError, OverflowError) as error:
-            hint = "correct the expression, or use `path` with a glob such as '*.mlp'"
-            raise refused(f"{shown(regex)} is not a regular expression: {error}", hint) from None
-        if slow:
-            hint = "use at most three repeats, not inside one another, or `path` with a glob such as '*.mlp'"
-            raise refused(f"{shown(regex)} may take too long: {slow}", hint)
-        return regex
-
-    @property
-    def counts(self) -> bool:
-        """True if a selector depends on block numbers, and so on the whole stack of blocks."""
-        return any(selector is not None for selector in (self.layers, self.centred, self.every, self.tower))
-
-    @model_validator(mode="after")
-    def _selects(self) -> Where:
-        if not self.model_dump(exclude_defaults=True):
-            names = ", ".join(f"`{name}`" for name in type(self).model_fields)
-            raise refused("`where` selects nothing", f"set at least one of {names}; `all: true` selects every MLP")
-        return self
+    def of_layer(self, placement: Placement, kind: type[MemoryLayer]) -> LayerInit:
+        """The same for a layer of this placement and kind, in a plan."""
+        default = DEFAULT_OUTPUT[placement] if kind.scalable else "paper"
+        wanted = default if self.output is None else self.output
+        return LayerInit(output=MATCH if wanted == "match" else wanted, scores=self.scores)
 
 
 class Rule(Frozen):
@@ -129,6 +99,7 @@ class Rule(Frozen):
         validate_default=True,
         description="Options of the layer kind; the others have their defaults.",
     )
+    init: Init = Field(default_factory=Init, description="How the layers start.")
 
     @property
     def kind(self) -> type[MemoryLayer]:
@@ -161,6 +132,12 @@ class Rule(Frozen):
             _raise_at(("with",), f"{self.with_!r} reads a pool, but the rule names none", "add `pool:` to this rule")
         if not self.kind.uses_pool and self.pool is not None:
             _raise_at(("pool",), f"{self.with_!r} reads no pool", "remove `pool:` from this rule", key=True)
+        if not self.kind.scalable and self.init.output is not None:
+            _raise_at(("init", "output"), f"{self.with_!r} has no parameters to initialize", "remove `output:`", key=True)
+        if not self.kind.has_scores and self.init.scores != "paper":
+            _raise_at(("init", "scores"), f"{self.with_!r} has no queries and keys", "remove `scores:`", key=True)
+        if self.placement == "parallel" and self.kind.replaces_only:
+            _raise_at(("placement",), self.kind.replaces_only, "placement: replace")
         return self
 
 
@@ -170,6 +147,10 @@ class Recipe(Frozen):
     memrewrite: Literal[1] = Field(description="Version of the recipe format: 1.")
     pools: dict[str, PoolEntry] = Field(default_factory=dict, description="Value tables by name, shared by the layers.")
     replace: tuple[Rule, ...] = Field(min_length=1, description="Rules; no two may select the same MLP.")
+    train: Train = Field(
+        default="all",
+        description="'memory_only': all other parameters are frozen (`requires_grad=False`); 'all': nothing is frozen.",
+    )
     verify: Literal["full", "off"] = Field(default="full", description="'full': check the rewritten model; 'off': no checks.")
 
     @field_validator("memrewrite", mode="before")
@@ -206,6 +187,13 @@ class Recipe(Frozen):
             raise ValidationError.from_exception_data("Recipe", lines)
         return self
 
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Recipe:
+        if self.train == "memory_only" and not any(rule.kind.scalable for rule in self.replace):
+            what = "`train: memory_only` would train nothing: no layer has parameters"
+            _raise_at(("train",), what, "remove `train:`", key=True)
+        return self
+
     def to_data(self) -> dict[str, Any]:
         """The recipe as plain data that `read_recipe` accepts. Defaults are included, except those of selectors."""
         data = self.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -233,7 +221,7 @@ def _kinds() -> dict[str, type[MemoryLayer]]:
 def _buildable(rule: Rule, loc: tuple[str | int, ...], entry: PoolEntry | None) -> list[InitErrorDetails]:
     """What the kind's `check` refuses for every model: tested with a width that suits every option."""
     width = rule.where.d_model or _ANY_WIDTH
-    pool = None if entry is None else _spec(entry, width)
+    pool = None if entry is None else _spec(entry, width, rule.kind.reads_inputs)
     try:
         rule.kind.check(width, width, rule.layer_options(), pool)
         rule.kind.check_trainable(width, rule.layer_options(), pool)
@@ -243,9 +231,9 @@ def _buildable(rule: Rule, loc: tuple[str | int, ...], entry: PoolEntry | None) 
     return []
 
 
-def _spec(entry: PoolEntry, width: int) -> PoolSpec:
+def _spec(entry: PoolEntry, width: int, has_inputs: bool) -> PoolSpec:
     fields = entry.model_dump(exclude_none=True)
-    return PoolSpec.model_validate({"value_dim": width, **fields})
+    return PoolSpec.model_validate({"value_dim": width, "input_dim": width if has_inputs else None, **fields})
 
 
 def _can_be_attribute(name: str) -> bool:

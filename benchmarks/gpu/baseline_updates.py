@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from memrewrite.kernels import rounding
 
 SLICE = 1 << 26  # table elements updated at once
+SMALLEST = 2.0**-9  # positive number of e4m3
 
 
 def table_gradient(grads: list[Tensor], indices: list[Tensor], weights: list[Tensor], slots: int) -> tuple[Tensor, Tensor]:
@@ -83,6 +84,66 @@ def adam_(
         _store(exp_avg, part, mean, touched[part], generator)
         push = mean.div_(1 - beta1**step).div_(below[part].unsqueeze(-1))
         _move(values, scale, part, push, touched[part], lr, weight_decay, generator)
+
+
+def lazy_adam_(
+    values: Tensor,
+    scale: Tensor | None,
+    exp_avg: Tensor,
+    exp_avg_scale: Tensor | None,
+    exp_avg_sq: Tensor,
+    exp_avg_sq_scale: Tensor | None,
+    grads: list[Tensor],
+    indices: list[Tensor],
+    weights: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    seed: int,
+) -> None:
+    """As `ops.lazy_adam_`."""
+    generator = torch.Generator(values.device).manual_seed(seed)
+    sums, touched = table_gradient(grads, indices, weights, values.shape[0])
+    for part in _slices(values):
+        mean = _moment(exp_avg, exp_avg_scale, part).lerp_(sums[part], 1 - beta1)
+        square = _moment(exp_avg_sq, exp_avg_sq_scale, part)
+        square = square if exp_avg_sq_scale is None else square.square_()
+        square.lerp_(sums[part].square(), 1 - beta2)
+        _store_moment(exp_avg, exp_avg_scale, part, mean, touched[part], generator)
+        kept = square if exp_avg_sq_scale is None else square.sqrt()
+        _store_moment(exp_avg_sq, exp_avg_sq_scale, part, kept, touched[part], generator, roots=True)
+        below = square.div_(1 - beta2**step).sqrt_().add_(eps)
+        push = mean.div_(1 - beta1**step).div_(below)
+        _move(values, scale, part, push, touched[part], lr, weight_decay, generator)
+
+
+def _moment(state: Tensor, scale: Tensor | None, part: slice) -> Tensor:
+    """Rows of a state of one number per element, in fp32."""
+    wide = state[part].to(torch.float32, copy=True)
+    return wide if scale is None else wide.mul_(rounding.by_column(scale[part], state.shape[1]))
+
+
+def _store_moment(
+    state: Tensor,
+    scale: Tensor | None,
+    part: slice,
+    new: Tensor,
+    touched: Tensor,
+    generator: torch.Generator,
+    *,
+    roots: bool = False,
+) -> None:
+    """Write the rows that were read; in 8 bits with a scale per block, where positive roots stay positive."""
+    if scale is not None:
+        block_scale = rounding.block_scale(new)
+        new = new / rounding.by_column(block_scale, state.shape[1])
+        new = torch.where(new > 0, new.clamp(min=SMALLEST), new) if roots else new
+        scale[part] = torch.where(touched.unsqueeze(-1), block_scale, scale[part])
+    _store(state, part, new, touched, generator)
 
 
 def _slices(values: Tensor) -> list[slice]:

@@ -21,7 +21,7 @@ from correctness_keys import product_keys
 from correctness_large import large_table
 from correctness_update import Check, close, moving, same, updates
 from harness import Bench, Case, Result, Stop
-from lookup import timed_widths
+from lookup import odd_widths, timed_widths
 from sections import COVERAGE
 from torch import Tensor
 
@@ -37,6 +37,13 @@ UPDATES = (  # dtype of the table, of the output's gradient, of the weights
     (torch.float32, torch.float32, torch.float32),
     (FP8, torch.bfloat16, torch.float32),
     (FP8, torch.float32, torch.float32),
+)
+LAZY_ADAM = (  # those, and the dtype of the moments
+    (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16, torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16, torch.float32, FP8),
+    (torch.float32, torch.float32, torch.float32, torch.float32),
+    (FP8, torch.bfloat16, torch.float32, FP8),
 )
 WIDEST = 8192  # of the updates: two slices
 SLOTS = 4096
@@ -97,6 +104,14 @@ def checks(bench: Bench) -> Iterator[tuple[str, Callable[[Bench], Check]]]:
                     f"{rule} D={dim} {table}, gradients {grad}, weights {weights}",
                     partial(updates, rule=rule, dim=dim, dtypes=dtypes),
                 )
+    widths = (20, bench.sizes.dims[0], bench.sizes.dims[-1], odd_widths(bench)[0], *(() if bench.rehearse else (WIDEST,)))
+    for dim in dict.fromkeys(widths):
+        for *dtypes, kind in LAZY_ADAM:
+            table, grad, weights, moments = map(_short, (*dtypes, kind))
+            yield (
+                f"lazy_adam D={dim} {table}, gradients {grad}, weights {weights}, moments {moments}",
+                partial(updates, rule="lazy_adam", dim=dim, dtypes=tuple(dtypes), kind=kind),
+            )
 
 
 def cases(bench: Bench) -> Iterator[Case]:

@@ -9,13 +9,17 @@ from collections.abc import Generator
 
 import data as data
 import torch
+from calls import poison
 from harness import Bench, Stop
 from torch import Tensor
 
+from memrewrite.kernels import rounding
+
 RATES = {"lr": 0.05, "eps": 1e-8, "weight_decay": 0.1}
-BETAS = {"beta1": 0.9, "beta2": 0.99}
+BETAS = {"beta1": 0.9, "beta2": 0.9}  # a state in bf16 that keeps its old values differs by more than its rounding
 STEP = 3
 SLOTS = 2000
+ONE = 0x38  # the e4m3 code of 1
 STEPS = {
     torch.float32: 1e-5,
     torch.bfloat16: 1e-2,
@@ -42,13 +46,16 @@ def same(name: str, one: Tensor | None, two: Tensor | None) -> None:
         raise Stop(f"{name}: not the same bits")
 
 
-def updates(bench: Bench, rule: str, dim: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]) -> Check:
+def updates(
+    bench: Bench, rule: str, dim: int, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], kind: torch.dtype | None = None
+) -> Check:
     """A step with one lookup, and one with two lookups of one table: read rows follow the rule, others do not change.
 
-    `dtypes` are those of the table, of the output's gradient, and of the weights. The same seed gives the same bits. Rows in
-    fp8 are within half a rounding step on average, each scaled so that its largest entry is 448.
+    `dtypes` are those of the table, of the output's gradient, and of the weights; `kind` is that of the moments of lazy Adam.
+    The same seed gives the same bits. Rows in fp8 are within half a rounding step on average, each scaled so that its largest
+    entry is 448.
     """
-    dtype, *kinds = dtypes
+    dtype, *others = dtypes
     slots, device = 100 if bench.rehearse else SLOTS, bench.device
     scale: Tensor | None = None
     if dtype.itemsize == 1:
@@ -56,9 +63,9 @@ def updates(bench: Bench, rule: str, dim: int, dtypes: tuple[torch.dtype, torch.
     else:
         values = data.table(slots, dim, dtype, device)
     ran = []
-    for lookups in _lookups(bench, slots, dim, *kinds):
+    for lookups in _lookups(bench, slots, dim, *others):
         tables = [(values.clone(), None if scale is None else scale.clone()) for _ in range(2)]
-        states = [step(bench, rule, *table, *lookups) for table in tables]
+        states = [step(bench, rule, *table, *lookups, kind=kind) for table in tables]
         ran.append((lookups, tables, states[0]))
     yield
     error = 0.0
@@ -70,9 +77,17 @@ def updates(bench: Bench, rule: str, dim: int, dtypes: tuple[torch.dtype, torch.
             same("scales of rows that were not read", scales[~rows], scale[~rows])
             close("scales", scales[rows], want[rows].abs().amax(-1) / 448, 1e-5)
         error = max(error, close("rows", wide_of(got, scales), want, STEPS[dtype]))
-        for name in want_state:
-            error = max(error, close(name, state[name], want_state[name], STEPS[state[name].dtype]))
+        for name, moment in want_state.items():
+            error = max(error, close(name, *comparable(name, state, moment), STEPS[state[name].dtype]))
     return error
+
+
+def comparable(name: str, state: dict[str, Tensor], want: Tensor) -> tuple[Tensor, Tensor]:
+    """A state in float64, and what to compare it with: states of 8 bits have a scale per block, and the roots of squares."""
+    got, scale = state[name].float().double(), state.get(f"{name}_scale")
+    if scale is None:
+        return got, want
+    return got * rounding.by_column(scale, got.shape[1]), want.sqrt() if name == "exp_avg_sq" else want
 
 
 def wide_of(values: Tensor, scale: Tensor | None) -> Tensor:
@@ -120,8 +135,19 @@ def step(
     indices: list[Tensor],
     weights: list[Tensor],
     fill: Tensor | slice = slice(None),
+    kind: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """The kernel's step, in place; returns the new state. The first moment starts at 0.25 in the rows `fill`, elsewhere NaN."""
+    """The kernel's step, in place; returns the new state.
+
+    First moments start at 0.25 and second ones at 0.5 in the rows `fill`; elsewhere, those of elements are NaN. `kind` is the
+    dtype of the moments of lazy Adam.
+    """
+    if rule == "lazy_adam":
+        moments = _moments(values, kind or values.dtype, fill)
+        tables = (moments.get(name) for name in ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"))
+        reads = (grads, indices, weights)
+        bench.kernels.lazy_adam_(values, scale, *tables, *reads, **RATES, **BETAS, step=STEP, seed=7)
+        return moments
     rowwise = torch.full((values.shape[0],), 0.5, device=values.device)
     if rule == "adagrad":
         bench.kernels.adagrad_(values, scale, rowwise, grads, indices, weights, **RATES, seed=7)
@@ -134,6 +160,21 @@ def step(
     return {"exp_avg": mean, "exp_avg_sq": rowwise}
 
 
+def _moments(values: Tensor, kind: torch.dtype, fill: Tensor | slice) -> dict[str, Tensor]:
+    """The moments of lazy Adam before a step, with scales if they have 8 bits."""
+    state: dict[str, Tensor] = {}
+    for name, start in (("exp_avg", 0.25), ("exp_avg_sq", 0.5)):
+        state[name] = table = poison(torch.empty(values.shape, dtype=kind, device=values.device))
+        if kind.itemsize == 1:
+            table.view(torch.uint8)[fill] = ONE
+            blocks = (values.shape[0], rounding.blocks_of(values.shape[1]))
+            state[f"{name}_scale"] = scale = torch.full(blocks, torch.nan, device=values.device)
+            scale[fill] = start**0.5 if name == "exp_avg_sq" else start
+        else:
+            table[fill] = start
+    return state
+
+
 def expected(
     rule: str, p: Tensor, grads: list[Tensor], indices: list[Tensor], weights: list[Tensor]
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -143,7 +184,7 @@ def expected(
         for j in range(index.shape[1]):
             g.index_add_(0, index[:, j].long(), weight[:, j, None].double() * grad.double())
         rows[index.flatten().long()] = True
-    square, lr = g.square().mean(-1), RATES["lr"]
+    square, lr = g.square() if rule == "lazy_adam" else g.square().mean(-1), RATES["lr"]
     decayed = p * (1 - lr * RATES["weight_decay"])
     if rule == "adagrad":
         total = 0.5 + square
@@ -154,7 +195,7 @@ def expected(
         mean = beta1 * 0.25 + (1 - beta1) * g
         second = beta2 * 0.5 + (1 - beta2) * square
         root = (second / (1 - beta2**STEP)).sqrt() + RATES["eps"]
-        new = decayed - lr * mean / (1 - beta1**STEP) / root.unsqueeze(-1)
+        new = decayed - lr * mean / (1 - beta1**STEP) / (root if rule == "lazy_adam" else root.unsqueeze(-1))
         state = {"exp_avg": mean, "exp_avg_sq": second}
     before = {"total": 0.5, "exp_avg": 0.25, "exp_avg_sq": 0.5}
     for name, new_state in state.items():

@@ -14,6 +14,7 @@ ROOT = import_checkout.ROOT
 FILES = {  # file with such tests → packages it imports that a GPU machine may lack
     "tests/kernels/test_contract.py": (),
     "tests/kernels/test_devices.py": (),
+    "tests/layers/test_clipping.py": ("hypothesis", "sortedcontainers", "pydantic", "yaml"),
     "tests/layers/test_fused.py": ("hypothesis", "sortedcontainers", "pydantic", "yaml"),
     "tests/whole/test_gpu.py": ("onnx", "onnxruntime"),
 }

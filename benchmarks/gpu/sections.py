@@ -38,13 +38,14 @@ SECTIONS = (
     Section("decode", 20, "lookup", "decode_cases", LOOKUP),
     Section("backward", 50, "lookup", "backward_cases", LOOKUP),
     Section("topk", 25, "steps", "topk_cases", TOPK),
-    Section("update", 25, "steps", "update_cases", UPDATE),
+    Section("update", 35, "steps", "update_cases", (*UPDATE, "lazy_adam")),
     Section("training step", 25, "steps", "step_cases", (*LOOKUP, *TOPK, *UPDATE)),
     Section("memory size", 30, "large_tables", "cases", (*LOOKUP, *TOPK, *UPDATE)),
     Section("layer", 55, "layers", "layer_cases", (*LOOKUP, *TOPK, *UPDATE)),
     Section("compile", 25, "layers", "compile_cases", (*LOOKUP, *TOPK, *UPDATE)),
     Section("onnx", 25, "onnx_cuda"),
-    Section("sweep", 60, "sweep", checks=(*LOOKUP, *TOPK, *UPDATE)),  # last: it gets the time that the others leave
+    # last: it gets the time that the others leave
+    Section("sweep", 60, "sweep", checks=(*LOOKUP, *TOPK, *UPDATE, "lazy_adam")),
 )
 NAMES = tuple(section.name for section in SECTIONS)
 RATES = "ceilings"  # the section that measures the rates which the others are compared to

@@ -11,6 +11,7 @@ from typing import Any
 
 import baseline_updates
 import data as data
+import element_updates
 import torch
 from calls import forward
 from harness import Bench, Case, Result, Run, Target
@@ -78,7 +79,10 @@ def topk_backward(bench: Bench, n: int) -> Iterator[Result]:
 
 
 def update_cases(bench: Bench) -> Iterator[Case]:
-    """Both rules with the narrowest and the widest table, uniform reads; skewed reads; a table in the L2; fp32 weights; fp8."""
+    """The row-wise rules with the narrowest and the widest table; skewed reads; a table in the L2; fp32 weights; fp8.
+
+    Then the rule with a second moment per element.
+    """
     first, last = bench.sizes.dims[0], bench.sizes.dims[-1]
     for dim in dict.fromkeys((first, last)):
         for rule in ("adagrad", "adam"):
@@ -91,6 +95,7 @@ def update_cases(bench: Bench) -> Iterator[Case]:
     yield Case(
         f"adagrad D={last} fp8", partial(update, rule="adagrad", dim=last, pattern="uniform", fp8=True, kind=torch.float32)
     )
+    yield from element_updates.cases(bench)
 
 
 def update(

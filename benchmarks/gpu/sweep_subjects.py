@@ -12,10 +12,11 @@ from typing import Any
 
 import data
 import torch
+from element_updates import zero_moment
 from torch import Tensor
 from triton import next_power_of_2
 
-from memrewrite.kernels import triton_backward, triton_lookup, triton_segments, triton_topk, triton_update
+from memrewrite.kernels import triton_backward, triton_lazy_adam, triton_lookup, triton_segments, triton_topk, triton_update
 from memrewrite.kernels.triton_plans import CACHES, KERNELS, PlanError
 from memrewrite.kernels.triton_topk_plans import Plan, check_halves
 
@@ -67,6 +68,7 @@ def subjects(rehearse: bool) -> Iterator[Subject]:
         yield _gradients(width, BF16)
         yield _dots(width, BF16)
         yield _update(width, BF16)
+        yield _lazy_adam(width, BF16, FP8)
     if rehearse:
         yield from _topk(32, 2, BF16)
     else:
@@ -213,6 +215,38 @@ def _update_plans(width: int) -> list[dict[str, Any]]:
         for cache, registers in limits
         for block, pieces, warps, rows in shapes
     ]
+
+
+def _lazy_adam(width: int, dtype: torch.dtype, moments: torch.dtype) -> Subject:
+    """For a table of 16 or 32 bits: its rows are cut into slices, of which the widest is a row of up to 1024 columns."""
+
+    def inputs(device: torch.device, pattern: str) -> Inputs:
+        values, indices, weights, _ = _inputs(width, dtype, device, pattern)
+        table, state = values.clone(), [t for _ in range(2) for t in zero_moment(values, moments)]
+        grad = data.normal(indices.shape[0], width, dtype=dtype, device=device)
+        some = slice(None, None, values.shape[0] // 5000 or 1)
+
+        def step() -> None:
+            numbers = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "step": 1, "seed": 0}
+            triton_lazy_adam.lazy_adam_(table, None, *state, [grad], [indices], [weights], **numbers)
+
+        def outputs() -> tuple[Tensor, ...]:
+            table.copy_(values)
+            for moment, scale in (state[:2], state[2:]):
+                moment.zero_()
+                if scale is not None:
+                    scale.fill_(1)
+            step()
+            return table[some].clone(), *(t[some].float() for t in state if t is not None)
+
+        return Inputs(step, outputs)
+
+    plans = _plans(
+        "lazy_adam", [256, 128, 512], registers=(80, 64, 96, 128), cache=CACHES, rows=(2, 4), warps=(1, 2), pieces=(1, 2)
+    )
+    threads = [plan for plan in plans if 128 <= plan["block"] // plan["warps"] <= 512]
+    functions = (triton_lazy_adam.lazy_adam_rows,)
+    return Subject("lazy_adam", dtype, (width, moments.itemsize), threads, inputs, functions)
 
 
 def _topk(n: int, k: int, dtype: torch.dtype) -> Iterator[Subject]:

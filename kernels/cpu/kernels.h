@@ -148,13 +148,19 @@ void lookup_scatter_cpu(const Reads& reads, const Floats& out, const Threads& th
 // of reads or of slots, whichever is smaller. The remaining rows repeat the last slot, with zeros.
 void lookup_rows_cpu(const Reads& reads, int64_t* found, const Floats& out, int64_t rows, const Threads& threads);
 
-// A step of row-wise Adagrad or, with `exp_avg`, of row-wise Adam; the formulas are in `ops.py`.
+constexpr int64_t kBlock = 128;  // columns of a state in FLOAT8 that share a scale
+
+// A step of row-wise Adagrad; with `square` and `exp_avg`, of row-wise Adam; with `exp_avg` and `exp_avg_sq`, of Adam with one
+// second moment per element. The formulas are in `ops.py`.
 struct Update {
   Reads reads;
   Floats values;    // [slots, width]
   float* scale;     // [slots], or nullptr
-  float* square;    // [slots]: Adagrad's sum or Adam's mean of squares
-  Floats exp_avg;   // [slots, width]; data is nullptr for Adagrad
+  float* square;    // [slots]: Adagrad's sum, or the mean of squares of row-wise Adam
+  Floats exp_avg;   // [slots, width]
+  float* exp_avg_scale;     // [slots, blocks], of FLOAT8
+  Floats exp_avg_sq;        // [slots, width], of the type of exp_avg
+  float* exp_avg_sq_scale;  // [slots, blocks], of FLOAT8
   float lr, eps;
   float keep;              // 1 - lr * weight_decay
   float beta1, rest1;      // rest: 1 - beta

@@ -38,7 +38,7 @@ MEMREWRITE_CLONES void adagrad(const Update& job, int64_t slot, float* g, int64_
   for (int64_t c = 0; c < width; ++c) g[c] = g[c] * job.lr / below;
 }
 
-// The same. M is the type of the first moment.
+// The same, for row-wise Adam. M is the type of the first moment.
 template <class M>
 MEMREWRITE_CLONES void adam(const Update& job, int64_t slot, float* g, int64_t width) {
   const float square = job.beta2 * job.square[slot] + job.rest2 * mean_of_squares(g, width);
@@ -50,6 +50,56 @@ MEMREWRITE_CLONES void adam(const Update& job, int64_t slot, float* g, int64_t w
     const float mean = job.beta1 * widen(moment[c]) + job.rest1 * g[c];
     narrow(mean, random.at(c), moment + c);
     g[c] = mean / job.correct1 * job.lr / below;
+  }
+}
+
+// The same, with one second moment per element. M is the type of both moments.
+template <class M>
+MEMREWRITE_CLONES void lazy_adam(const Update& job, int64_t slot, float* g, int64_t width) {
+  const RandomRow random1(job.seed, uint64_t(slot), 1), random2(job.seed, uint64_t(slot), 2);
+  M* first = static_cast<M*>(job.exp_avg.data) + slot * width;
+  M* second = static_cast<M*>(job.exp_avg_sq.data) + slot * width;
+  for (int64_t c = 0; c < width; ++c) {
+    const float mean = job.beta1 * widen(first[c]) + job.rest1 * g[c];
+    const float square = job.beta2 * widen(second[c]) + job.rest2 * (g[c] * g[c]);
+    narrow(mean, random1.at(c), first + c);
+    narrow(square, random2.at(c), second + c);
+    g[c] = mean / job.correct1 * job.lr / (std::sqrt(square / job.correct2) + job.eps);
+  }
+}
+
+// The scale of numbers that are stored in FLOAT8. The bits of magnitudes have the order of the magnitudes; NaN is largest.
+MEMREWRITE_INLINE float scale_of(const float* x, int64_t count) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+  return largest == 0 ? 1.0f : bit_cast<float>(largest) / kFloat8Max;
+}
+
+// The same, with moments in FLOAT8, block by block. The second moment is stored as its root.
+MEMREWRITE_CLONES void lazy_adam_float8(const Update& job, int64_t slot, float* g, int64_t width) {
+  const RandomRow random1(job.seed, uint64_t(slot), 1), random2(job.seed, uint64_t(slot), 2);
+  Float8* first = static_cast<Float8*>(job.exp_avg.data) + slot * width;
+  Float8* second = static_cast<Float8*>(job.exp_avg_sq.data) + slot * width;
+  const int64_t blocks = ceil_div(width, kBlock);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = block * kBlock, count = std::min(kBlock, width - begin);
+    float* scale1 = job.exp_avg_scale + slot * blocks + block;
+    float* scale2 = job.exp_avg_sq_scale + slot * blocks + block;
+    float mean[kBlock], root[kBlock];
+    for (int64_t i = 0, c = begin; i < count; ++i, ++c) {
+      const float known = widen(second[c]) * *scale2;
+      const float square = job.beta2 * (known * known) + job.rest2 * (g[c] * g[c]);
+      mean[i] = job.beta1 * (widen(first[c]) * *scale1) + job.rest1 * g[c];
+      root[i] = std::sqrt(square);
+      g[c] = mean[i] / job.correct1 * job.lr / (std::sqrt(square / job.correct2) + job.eps);
+    }
+    *scale1 = scale_of(mean, count);
+    *scale2 = scale_of(root, count);
+    for (int64_t i = 0, c = begin; i < count; ++i, ++c) {
+      narrow(mean[i] / *scale1, random1.at(c), first + c);
+      narrow(root[i] / *scale2, random2.at(c), second + c);
+      second[c].bits = uint8_t(second[c].bits + (second[c].bits == 0 && root[i] > 0));  // zero would divide by eps
+    }
   }
 }
 
@@ -74,12 +124,15 @@ MEMREWRITE_CLONES void apply(const Update& job, int64_t slot, float* change, int
 
 void update(const Update& job, int64_t slot, float* g) {
   const int64_t width = job.reads.width;
+  const Type type = job.exp_avg.type;
   if (job.exp_avg.data == nullptr) {
     adagrad(job, slot, g, width);
-  } else if (job.exp_avg.type == FLOAT32) {
-    adam<float>(job, slot, g, width);
+  } else if (job.exp_avg_sq.data == nullptr) {
+    type == FLOAT32 ? adam<float>(job, slot, g, width) : adam<BFloat16>(job, slot, g, width);
+  } else if (type == FLOAT8) {
+    lazy_adam_float8(job, slot, g, width);
   } else {
-    adam<BFloat16>(job, slot, g, width);
+    type == FLOAT32 ? lazy_adam<float>(job, slot, g, width) : lazy_adam<BFloat16>(job, slot, g, width);
   }
   with_type(job.values.type, [&](auto number) { apply<decltype(number)>(job, slot, g, width); });
 }
@@ -111,7 +164,9 @@ void update_cpu(const Update& job, const Threads& threads) {
       for (int64_t s = reads.segment_at(total * piece / pieces); s < end; ++s) {
         if (s + 1 < end) {
           prefetch(job.values, reads.slots[s + 1], job.reads.width);
-          if (job.exp_avg.data != nullptr) prefetch(job.exp_avg, reads.slots[s + 1], job.reads.width);
+          for (const Floats& state : {job.exp_avg, job.exp_avg_sq}) {
+            if (state.data != nullptr) prefetch(state, reads.slots[s + 1], job.reads.width);
+          }
         }
         sum_segment<G>(reads, s, job.reads.width, g.data(), rows.data());
         update(job, reads.slots[s], g.data());

@@ -17,6 +17,8 @@ from memrewrite.errors import ModelError
 if TYPE_CHECKING:
     from memrewrite.cost import Cost
     from memrewrite.layers.pool import Pool, PoolSpec
+    from memrewrite.site import Site
+    from memrewrite.usage.counter import ReadCounter
 
 
 class LayerOptions(BaseModel):
@@ -38,11 +40,25 @@ class MemoryLayer(nn.Module, ABC):
         kind: Name of the kind in recipes.
         Options: Class of its options.
         uses_pool: True if the kind reads a pool.
+        scalable: False for a kind without parameters: nothing sets the scale of its output.
+        has_scores: True if the kind selects slots by scores of queries and keys.
+        constant: True if the output is the same for every input.
+        regroups: True if the kind multiplies tokens in groups that other tokens change: their outputs may move by rounding.
+        replaces_only: Why the kind cannot be added to an MLP (`placement: parallel`); "" if it can.
+        reads_inputs: True if it reads the pool's second table too; the plan gives the pool this table.
+        counter: What counts the slots that the layer reads while `memrewrite.watch` watches it; else None.
     """
 
     kind: ClassVar[str]
     Options: ClassVar[type[LayerOptions]]
     uses_pool: ClassVar[bool] = True
+    scalable: ClassVar[bool] = True
+    has_scores: ClassVar[bool] = False
+    constant: ClassVar[bool] = False
+    regroups: ClassVar[bool] = False
+    replaces_only: ClassVar[str] = ""
+    reads_inputs: ClassVar[bool] = False
+    counter: ReadCounter | None = None
 
     @abstractmethod
     def __init__(
@@ -88,9 +104,21 @@ class MemoryLayer(nn.Module, ABC):
         return self._pool[0] if self._pool else None
 
     @classmethod
+    def complete(cls, options: LayerOptions, site: Site) -> LayerOptions:
+        """The options with those that are None taken from the MLP at `site`; by default unchanged. A plan has complete options.
+
+        Raises:
+            UserError: The MLP does not say what an option must be.
+        """
+        return options
+
+    @classmethod
     @abstractmethod
     def check(cls, d_model: int, d_out: int, options: LayerOptions, pool: PoolSpec | None) -> None:
-        """Raise `UserError` if no layer can be built with these options and this pool (odd `key_dim`, `topk` > keys, ...)."""
+        """Raise `UserError` if no layer can be built with these options and this pool (odd `key_dim`, `topk` > keys, ...).
+
+        Options that are None and that `complete` sets later are accepted.
+        """
 
     @classmethod
     def check_trainable(cls, d_model: int, options: LayerOptions, pool: PoolSpec | None) -> None:
@@ -123,13 +151,44 @@ class MemoryLayer(nn.Module, ABC):
             zero_output: As in `__init__`.
         """
 
+    def read_counter(self) -> ReadCounter | None:
+        """A new counter that fits this layer; None if the kind reads no slots, as by default.
+
+        A kind that returns one calls `self.counter.count` in its forward unless `self.counter` is None.
+        """
+        return None
+
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize the parameters in place as in the paper; no effect on meta tensors."""
 
+    @property
+    def output_is_pool(self) -> bool:
+        """True if the scale of the output is that of the pool's values alone: then `Pool.scale_values_` changes it."""
+        return False
+
+    @abstractmethod
+    def scale_output(self, factor: float) -> None:
+        """Multiply the output by `factor`, in place, through parameters of the layer's own that the output is linear in.
+
+        Args:
+            factor: Not negative.
+
+        Raises:
+            TypeError: There are no such parameters (`output_is_pool`).
+        """
+
+    def score_std(self, x: Tensor) -> Tensor:
+        """The standard deviation of every token's scores: `[T, d_model] -> [T]`. Raises TypeError without `has_scores`."""
+        raise TypeError(f"{type(self).__name__} has no queries and keys")
+
+    def scale_scores(self, factor: float) -> None:
+        """Multiply the scores of queries and keys by `factor`, in place. Raises TypeError without `has_scores`."""
+        raise TypeError(f"{type(self).__name__} has no queries and keys")
+
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., d_model]` to `[..., d_out]`; each token is computed independently of the others."""
+        """Map `[..., d_model]` to `[..., d_out]`; in eval mode each token is computed independently of the others."""
 
     def extra_repr(self) -> str:
         """Widths and options, for `print(model)`."""

@@ -6,10 +6,14 @@ from difflib import get_close_matches
 
 from memrewrite.errors import UserError
 from memrewrite.layers.contract import MemoryLayer
+from memrewrite.layers.dense import Dense
+from memrewrite.layers.identity import Identity, Nothing
 from memrewrite.layers.memory_plus import MemoryPlus
+from memrewrite.layers.moe import Moe
+from memrewrite.layers.peer import Peer
 from memrewrite.layers.pkm import Pkm
 
-KINDS: tuple[type[MemoryLayer], ...] = (MemoryPlus, Pkm)
+KINDS: tuple[type[MemoryLayer], ...] = (MemoryPlus, Pkm, Peer, Moe, Dense, Identity, Nothing)
 
 
 def kind_named(name: str) -> type[MemoryLayer]:

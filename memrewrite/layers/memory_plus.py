@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from memrewrite.cost import Cost, dense_cost
 from memrewrite.layers.contract import LayerOptions, options_as
-from memrewrite.layers.linear import empty_linear
+from memrewrite.layers.linear import empty_linear, scale_
 from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.product_key_layer import (
     ProductKeyLayer,
@@ -43,6 +43,7 @@ class MemoryPlus(ProductKeyLayer):
 
     kind = "memory_plus"
     Options = MemoryPlusOptions
+    gated = True
 
     def __init__(
         self,
@@ -97,10 +98,17 @@ class MemoryPlus(ProductKeyLayer):
             nn.init.normal_(self.value_proj.weight, 0.0, self.d_out**-0.5, generator=generator)
         nn.init.zeros_(self.value_proj.bias)
 
+    def scale_output(self, factor: float) -> None:
+        """Multiply W2 and its bias by `factor`."""
+        scale_(self.value_proj, factor)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_out], each token independently."""
         tokens = self.tokens_of(x)  # [T, d]
         y = self.read(tokens)  # [T, d_v]
         gate = self.gate(tokens)  # [T, d_v] or [T, 1]
-        out: Tensor = self.value_proj(y * (F.silu(gate) if self.swilu else gate.sigmoid()))
+        gate = F.silu(gate) if self.swilu else gate.sigmoid()
+        if self.counter is not None:
+            self.counter.count_gate(gate)
+        out: Tensor = self.value_proj(y * gate)
         return out.reshape(*x.shape[:-1], self.d_out)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from memrewrite.cost import Cost, dense_cost
 from memrewrite.layers.contract import LayerOptions, options_as
-from memrewrite.layers.linear import empty_linear
+from memrewrite.layers.linear import empty_linear, scale_
 from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.product_key_layer import (
     ProductKeyLayer,
@@ -77,6 +77,17 @@ class Pkm(ProductKeyLayer):
         else:
             nn.init.normal_(self.value_proj.weight, 0.0, self.d_out**-0.5, generator=generator)
         nn.init.zeros_(self.value_proj.bias)
+
+    @property
+    def output_is_pool(self) -> bool:
+        """True without a projection."""
+        return self.value_proj is None
+
+    def scale_output(self, factor: float) -> None:
+        """Multiply the projection and its bias by `factor`. Raises TypeError without a projection."""
+        if self.value_proj is None:
+            raise TypeError("the output is a weighted sum of the pool's values: scale these")
+        scale_(self.value_proj, factor)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [..., d_out], each token independently."""

@@ -1,4 +1,4 @@
-"""The shared value table of a recipe: its specification, its module, and the container of all pools of a model.
+"""The shared tables of a recipe: their specification, their module, and the container of all pools of a model.
 
 A `PoolSpec` is in the plan; a `Pool` is built from it; `Pools` is registered once on the root module as `model.memory`.
 """
@@ -16,11 +16,12 @@ from torch import nn
 from memrewrite.cost import Cost
 from memrewrite.errors import UserError
 from memrewrite.frozen import Frozen
-from memrewrite.layers.value_table import ValueTable
+from memrewrite.layers.value_table import InputTable, ValueTable
 from memrewrite.record import RewriteRecord
 from memrewrite.site import itemsize_of
 
 FP8 = "float8_e4m3fn"
+_SEED_OF_INPUTS = 0x9E3779B97F4A7C15  # added to a pool's seed: its two tables have different values
 
 ValueType = Literal["float32", "float16", "bfloat16", "float64", "float8_e4m3fn"]
 Gradient = Annotated[
@@ -43,7 +44,7 @@ def needs_fused(dtype: str | None, gradient: str) -> bool:
 
 
 class PoolSpec(Frozen):
-    """A value table V [keys², value_dim] of eq. (1) of arXiv 2412.09764.
+    """A value table V [keys², value_dim] of eq. (1) of arXiv 2412.09764, and for some layer kinds a second table on its slots.
 
     Attributes:
         keys: Keys per half (√N); the table has keys² = N slots.
@@ -53,6 +54,8 @@ class PoolSpec(Frozen):
         dtype: Dtype of the stored values. None: the dtype that the pool is built with.
         gradient: How the table is trained: "dense", "sparse" or "fused".
         backend: Kernels that read it: "auto", "triton", "native" or "torch".
+        input_dim: Width of a second table u [keys², input_dim], which kinds with `reads_inputs` multiply with their input.
+            The plan sets it. None: there is no second table.
 
     Raises:
         pydantic.ValidationError: For sizes below 1, and for an 8-bit table whose gradient is not "fused".
@@ -67,6 +70,7 @@ class PoolSpec(Frozen):
     )
     gradient: Gradient = "dense"
     backend: Backend = "auto"
+    input_dim: int | None = Field(default=None, gt=0, description="Width of the second table; None: there is none.")
 
     @model_validator(mode="after")
     def _can_learn(self) -> PoolSpec:
@@ -79,10 +83,15 @@ class PoolSpec(Frozen):
         """Number of rows of the table: keys²."""
         return self.keys**2
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Widths of the tables: of the values, and of the inputs if there are any."""
+        return (self.value_dim,) if self.input_dim is None else (self.value_dim, self.input_dim)
+
     def cost(self) -> Cost:
-        """Parameters and bytes of the table (float32 where the spec has no dtype). Reads are in the cost of the layers."""
-        parameters = self.slots * self.value_dim
-        scales = 4 * self.slots if self.dtype == FP8 else 0
+        """Parameters and bytes of the tables (float32 where the spec has no dtype). Reads are in the cost of the layers."""
+        parameters = self.slots * sum(self.widths)
+        scales = 4 * self.slots * len(self.widths) if self.dtype == FP8 else 0
         return Cost(parameters=parameters, parameter_bytes=parameters * itemsize_of(self.dtype or "float32") + scales)
 
 
@@ -90,28 +99,39 @@ class Pool(ValueTable):
     """The value table of a recipe's pool, shared by memory layers: a `ValueTable` of keys² rows with its specification.
 
     Args:
-        spec: Size, dtype and training of the table.
-        device: Device of the table.
-        dtype: Dtype of the table if the spec has none.
+        spec: Size, dtype and training of the tables.
+        device: Device of the tables.
+        dtype: Dtype of the tables if the spec has none.
+
+    Attributes:
+        inputs: The second table, a child module, so that its parameter is `memory.<name>.inputs.values`; None if the spec has
+            no `input_dim`.
     """
 
     def __init__(self, spec: PoolSpec, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         stored = dtype if spec.dtype is None else getattr(torch, spec.dtype)
-        super().__init__(
-            spec.slots,
-            spec.value_dim,
-            dtype=stored,
-            gradient=spec.gradient,
-            backend=spec.backend,
-            seed=spec.seed,
-            device=device,
-        )
+        how: dict[str, Any] = {"dtype": stored, "gradient": spec.gradient, "backend": spec.backend, "device": device}
+        super().__init__(spec.slots, spec.value_dim, seed=spec.seed, **how)
         self.spec = spec
+        seed = (spec.seed + _SEED_OF_INPUTS) % 2**63
+        self.inputs = None if spec.input_dim is None else InputTable(spec.slots, spec.input_dim, seed=seed, **how)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Sample the rows of all tables in place, as `Table` does."""
+        super().reset_parameters(generator)
+        if self.inputs is not None:
+            self.inputs.reset_parameters(generator)
+
+    @torch.no_grad()
+    def scale_values_(self, factor: float) -> None:
+        """Multiply all values by `factor`, in place; of an 8-bit table, the scales of the rows."""
+        (self.values if self.scale is None else self.scale).mul_(factor)
 
     def extra_repr(self) -> str:
         """Slots and width, for `print(model)`."""
         how = "" if self.spec.gradient == "dense" else f", gradient={self.spec.gradient!r}"
-        return f"slots={self.spec.keys}², value_dim={self.spec.value_dim}, dtype={self.values.dtype}{how}"
+        width = f"value_dim={self.spec.value_dim}" + (f", input_dim={self.spec.input_dim}" if self.inputs is not None else "")
+        return f"slots={self.spec.keys}², {width}, dtype={self.values.dtype}{how}"
 
 
 class Pools(nn.Module):

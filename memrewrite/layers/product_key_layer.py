@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -14,6 +16,9 @@ from memrewrite.layers.contract import LayerOptions, MemoryLayer, options_as
 from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.product_keys import ProductKeys
 from memrewrite.site import dtype_named, itemsize_of
+
+if TYPE_CHECKING:
+    from memrewrite.usage.counter import ReadCounter
 
 MAX_HEADS, MAX_WIDTH = 2**12, 2**16  # the paper: 4 heads, 32 slots, keys of at most 1024; larger numbers are mistakes
 
@@ -50,7 +55,14 @@ class ProductKeyOptions(LayerOptions):
 
 
 class ProductKeyLayer(MemoryLayer):
-    """Base class of the kinds that read a pool through product keys: selects the slots and reads `y = s V_I`, eq. (1)."""
+    """Base class of the kinds that read a pool through product keys: selects the slots and reads `y = s V_I`, eq. (1).
+
+    Attributes:
+        gated: True if the kind multiplies what it reads by a gate, and calls `counter.count_gate` with it.
+    """
+
+    gated: ClassVar[bool] = False
+    has_scores = True
 
     def __init__(
         self,
@@ -110,12 +122,46 @@ class ProductKeyLayer(MemoryLayer):
             what = f"`backend: {spec.backend}` cannot run this layer on {device}: {reason}"
             raise UserError(what, hint="backend: auto, which selects the fastest that can")
 
+    def score_std(self, x: Tensor) -> Tensor:
+        """As `ProductKeys.score_std`."""
+        return self.product_keys.score_std(x)
+
+    def scale_scores(self, factor: float) -> None:
+        """As `ProductKeys.scale_scores`."""
+        self.product_keys.scale_scores(factor)
+
     def read(self, tokens: Tensor) -> Tensor:
         """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; one lookup sums the rows of all heads."""
-        pool = self._pool[0]
-        slots, s = self.product_keys(tokens, pool.backend)
-        y = pool(slots, s, tokens.dtype).to(tokens.dtype)
+        slots, s = self.select(tokens)
+        y = self._pool[0](slots, self.weights(tokens, slots, s), tokens.dtype).to(tokens.dtype)
         return F.dropout(y, self.dropout, self.training)
+
+    def select(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots (int64) and weights, both [T, heads·topk], of tokens [T, d_model]; counted while the layer is watched."""
+        slots, s = self.product_keys(tokens, self._pool[0].backend)
+        if self.counter is not None:
+            self.counter.count(slots, s)
+        return slots, s
+
+    def read_counter(self) -> ReadCounter:
+        """A new counter of the slots that `select` returns."""
+        from memrewrite.usage.counter import ReadCounter
+
+        keys, n = self.product_keys, self.product_keys.keys.shape[2]
+        return ReadCounter((n, n), keys.heads, keys.topk, gated=self.gated, device=keys.keys.device)
+
+    def weights(self, tokens: Tensor, slots: Tensor, s: Tensor) -> Tensor:
+        """The weights of the rows that `read` sums: by default the softmax weights themselves.
+
+        Args:
+            tokens: [T, d_model].
+            slots: The slots of each token, [T, heads·topk].
+            s: Their softmax weights, [T, heads·topk].
+
+        Returns:
+            [T, heads·topk].
+        """
+        return s
 
 
 def needed(pool: PoolSpec | None) -> PoolSpec:
@@ -146,8 +192,13 @@ def product_key_cost(d_model: int, options: ProductKeyOptions, pool: PoolSpec | 
     """
     spec, key_dim = needed(pool), options.query_width(d_model)
     queries = options.heads * key_dim
-    rows = options.heads * options.topk * spec.value_dim
-    row_itemsize = itemsize if spec.dtype is None else itemsize_of(spec.dtype)
     scales = key_dim if options.qk_norm else 0  # the two norms' scales, key_dim / 2 each
     dense = dense_cost(d_model * queries + queries * spec.keys, queries + scales, itemsize)
-    return dense + Cost(flops=2 * rows, bytes_read=rows * row_itemsize)
+    return dense + rows_cost(options, spec, spec.value_dim, itemsize)
+
+
+def rows_cost(options: ProductKeyOptions, pool: PoolSpec, width: int, itemsize: int) -> Cost:
+    """Cost of one multiply-add per entry of the rows that a token reads from a table of the pool, whose rows have `width`."""
+    entries = options.heads * options.topk * width
+    row_itemsize = itemsize if pool.dtype is None else itemsize_of(pool.dtype)
+    return Cost(flops=2 * entries, bytes_read=entries * row_itemsize)

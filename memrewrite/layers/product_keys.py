@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memrewrite.kernels import ops
-from memrewrite.layers.linear import empty_linear
+from memrewrite.layers.linear import empty_linear, scale_
 
 
 class ProductKeys(nn.Module):
@@ -70,10 +70,36 @@ class ProductKeys(nn.Module):
 
     def forward(self, x: Tensor, backend: str = "auto") -> tuple[Tensor, Tensor]:
         """[T, d_model] -> slots (int64) and weights (fp32 or wider; their sum per head is 1), both [T, heads·k]."""
-        q = F.dropout(self.query(x), self.query_dropout, self.training)
-        q = q.view(-1, 2 * self.heads, self.half_dim)  # [T, 2h, n/2]
-        keys = self.keys.flatten(0, 1)  # [2h, √N, n/2]
-        if self.query_norm is not None and self.key_norm is not None:
-            q, keys = self.query_norm(q), self.key_norm(keys)
+        q, keys = self._queries_and_keys(x)
         s, slots = ops.product_keys(q, keys, self.topk, backend=backend)  # [h, T, k]
         return slots.transpose(0, 1).flatten(1), s.transpose(0, 1).flatten(1)
+
+    def _queries_and_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The halves of queries [T, 2h, n/2] and keys [2h, √N, n/2], normalized with `qk_norm`."""
+        q = F.dropout(self.query(x), self.query_dropout, self.training)
+        q = q.view(-1, 2 * self.heads, self.half_dim)
+        keys = self.keys.flatten(0, 1)
+        if self.query_norm is not None and self.key_norm is not None:
+            return self.query_norm(q), self.key_norm(keys)
+        return q, keys
+
+    @torch.no_grad()
+    def score_std(self, x: Tensor) -> Tensor:
+        """The standard deviation of a query's scores over all N slots: [T, d_model] -> [T], fp32 or wider.
+
+        The scores of slot (i, j) are s1_i + s2_j, so their variance is the sum of the halves' variances; it is averaged over
+        the heads.
+        """
+        q, keys = self._queries_and_keys(x)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        scores = torch.einsum("tad,and->tan", q.to(wide), keys.to(wide))  # [T, 2h, √N]
+        variance = scores.var(-1, correction=0)  # [T, 2h]
+        return (variance.sum(-1) / self.heads).sqrt()
+
+    @torch.no_grad()
+    def scale_scores(self, factor: float) -> None:
+        """Multiply all scores by `factor`: the query projection, or with `qk_norm` the scale of the keys."""
+        if self.key_norm is not None:
+            self.key_norm.weight.mul_(factor)
+            return
+        scale_(self.query, factor)

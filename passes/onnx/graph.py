@@ -6,6 +6,7 @@ function of standard operators for each memory operator, so that any runtime can
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from memrewrite.errors import ExportError, in_one_line
-from memrewrite.kernels.onnx_functions import DOMAIN, functions
+from memrewrite.kernels.onnx_functions import DOMAIN, NATIVE, functions
 from memrewrite.passes.capture.torch_messages import quiet
 from memrewrite.passes.models.exclusive import tracing_alone
 from memrewrite.passes.onnx.attention import prepare_attention
@@ -30,14 +31,14 @@ SELECTION = "memory.{}.{}"  # names of a top-k's outputs: its number in the grap
 def onnx_graph(program: ExportedProgram, operators: Operators = "both") -> tuple[onnx_ir.Model, int]:
     """`program` in ONNX, and how many product-key top-ks it has; their outputs are named by `SELECTION`.
 
-    `operators`: "both" adds a function for every memory operator, "native" leaves the nodes to a library, "standard" inlines
-    the functions. Raises `ExportError` with torch's reason if `torch.onnx` cannot translate the program.
+    `operators`: "both" adds a function for every memory operator, "native" only for those that the native library does not
+    have, "standard" inlines the functions. Raises `ExportError` with torch's reason if `torch.onnx` cannot translate the
+    program.
     """
     model = _translated(program)
     model.ir_version = IR_VERSION
     selections = _name_selections(model)
-    if operators != "native":
-        _attach_functions(model)
+    _attach_functions(model, without=NATIVE if operators == "native" else ())
     if operators == "standard":
         from onnx_ir.passes.common import InlinePass
 
@@ -102,13 +103,13 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _attach_functions(model: onnx_ir.Model) -> None:
-    """Add a function for every memory operator that the graph calls."""
+def _attach_functions(model: onnx_ir.Model, without: Sequence[str]) -> None:
+    """Add a function for every memory operator that the graph calls, except for those in `without`."""
     import onnx_ir
 
     called = {node.op_type for node in model.graph if node.domain == DOMAIN}
     for proto in functions(OPSET):
-        if proto.name in called:
+        if proto.name in called.difference(without):
             function = onnx_ir.serde.deserialize_function(proto)
             model.functions[function.identifier()] = function
 

@@ -19,7 +19,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map
 
 from memrewrite.errors import ExportError, ModelError
-from memrewrite.layers.pool import Pool, record_of
+from memrewrite.layers.pool import record_of
+from memrewrite.layers.value_table import Table
 from memrewrite.passes.capture.capture import is_traced
 from memrewrite.passes.models.example_inputs import example_inputs
 from memrewrite.passes.models.forward import Inputs, as_inputs, on_device_of, run
@@ -85,11 +86,11 @@ def _converted(
 
     A table of 8 or 64 bits is converted to the model's type, since the memory operators in ONNX have none of these.
     """
-    pools = [pool for pool in model.modules() if isinstance(pool, Pool)] if isinstance(model, nn.Module) else []
-    tables = {id(pool.values) for pool in pools} | {id(pool.scale) for pool in pools}
-    own = {t.dtype for t in _tensors(model) if t.is_floating_point() and id(t) not in tables}
+    tables = [table for table in model.modules() if isinstance(table, Table)] if isinstance(model, nn.Module) else []
+    stored = {id(table.values) for table in tables} | {id(table.scale) for table in tables}
+    own = {t.dtype for t in _tensors(model) if t.is_floating_point() and id(t) not in stored}
     target = getattr(torch, dtype) if dtype else torch.float32 if own - set(COMPUTED) else None
-    narrow = any(pool.values.dtype not in TABLES for pool in pools)
+    narrow = any(table.values.dtype not in TABLES for table in tables)
     if (target is None or own <= {target}) and not narrow:
         return model, inputs, _named(own)
     if isinstance(model, ExportedProgram) or is_traced(model):
@@ -99,10 +100,10 @@ def _converted(
             hint="convert the model before it is traced, or export the live module",
         )
     copied = copy.deepcopy(model)
-    table = target or (min(own, key=str) if len(own) == 1 else torch.float32)
-    for pool in copied.modules():
-        if isinstance(pool, Pool) and pool.values.dtype not in TABLES:
-            _convert_table(pool, table)
+    wanted = target or (min(own, key=str) if len(own) == 1 else torch.float32)
+    for table in copied.modules():
+        if isinstance(table, Table) and table.values.dtype not in TABLES:
+            _convert_table(table, wanted)
     if target is not None:
         if dtype is None:
             log.warning("the model computes in %s, which runtimes do not support: it is exported as float32", _named(own))
@@ -141,13 +142,13 @@ def _convert(model: nn.Module, dtype: torch.dtype, inputs: Inputs) -> None:
             module._buffers[name] = buffer
 
 
-def _convert_table(pool: Pool, dtype: torch.dtype) -> None:
+def _convert_table(table: Table, dtype: torch.dtype) -> None:
     """Convert a table of a type that no native kernel supports to `dtype`; rows of 8 bits are multiplied by their scales."""
-    log.warning("a table of %s is exported as %s", _named({pool.values.dtype}), _named({dtype}))
-    scale = 1.0 if pool.scale is None else pool.scale.unsqueeze(-1)
+    log.warning("a table of %s is exported as %s", _named({table.values.dtype}), _named({dtype}))
+    scale = 1.0 if table.scale is None else table.scale.unsqueeze(-1)
     with torch.no_grad():
-        pool.values = nn.Parameter((pool.values.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype))
-    pool.scale = None
+        table.values = nn.Parameter((table.values.to(torch.promote_types(dtype, torch.float32)) * scale).to(dtype))
+    table.scale = None
 
 
 def _named(dtypes: set[torch.dtype]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from memrewrite.errors import ExportError, in_one_line
 from memrewrite.kernels.native_library import BUILD_AGAIN, built_library, damage
-from memrewrite.kernels.onnx_functions import DOMAIN
+from memrewrite.kernels.onnx_functions import DOMAIN, NATIVE
 from memrewrite.passes.onnx.reading import read_graph
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def onnx_session(
     Args:
         path: The ONNX file; a file of weights must be next to it.
         providers: Execution providers as for `onnxruntime.InferenceSession`; the session runs on the first one.
-        op: Which kernels run the memory operators: "native" those of the native library, "standard" the functions of
-            standard operators in the file. "auto" uses the library if it is built and has kernels for the provider.
+        op: Which kernels run the memory operators: "native" those of the native library, for the operators that it has,
+            "standard" the functions of standard operators in the file. "auto" uses the library if it is built and has kernels
+            for the provider.
         library: The native library; if None, the one that `memrewrite build-op` built.
         options: Session options. The library is registered with them, so use them for one session only.
 
@@ -62,9 +63,11 @@ def onnx_session(
         hint = "memrewrite build-op, or export with --op both"
         raise ExportError("the file's memory operators have no functions: they need the library", where=str(path), hint=hint)
     session = _opened(path, providers, native, options)
-    session.memory_kernels = dict.fromkeys(operators, "standard" if native is None else "native")
+    session.memory_kernels = {}
     for name, count in operators.items():
-        kernel = "its function of standard operators" if native is None else f"the native kernel of {native.name}"
+        by_library = native is not None and name in NATIVE
+        session.memory_kernels[name] = "native" if by_library else "standard"
+        kernel = f"the native kernel of {native.name}" if native and by_library else "its function of standard operators"
         log.info("%s (%d nodes) runs on %s by %s", name, count, provider, kernel)
     return session
 

@@ -31,6 +31,11 @@ def _sparse_lookup(values: Number, indices: Index, weights: Weight) -> Number:
 
 
 @_inlined
+def _sparse_dots(values: Number, indices: Index, x: Weight) -> FLOAT:
+    return _memory.SparseDots(values, indices, x)  # type: ignore[no-any-return]
+
+
+@_inlined
 def _product_key_topk(scores1: Number, scores2: Number, k: int, softmax: bool = False) -> tuple[FLOAT, INT64]:
     scores, slots = _memory.ProductKeyTopk(scores1, scores2, k=k, softmax=softmax)
     return scores, slots
@@ -54,6 +59,7 @@ def _product_keys(queries: Number, keys: Number, k: int, softmax: bool = True) -
 TRANSLATIONS: dict[Any, Any] = {
     torch.ops.memrewrite.product_keys.default: _product_keys,
     torch.ops.memrewrite.sparse_lookup.default: _sparse_lookup,
+    torch.ops.memrewrite.sparse_dots.default: _sparse_dots,
     torch.ops.memrewrite.product_key_topk.default: _product_key_topk,
 }
 ARGUMENTS = {target: len(function.op_signature.params) for target, function in TRANSLATIONS.items()}  # how many ONNX has

@@ -24,7 +24,8 @@ def refuse_pool(name: str, spec: PoolSpec, sites: Sequence[Site]) -> None:
     place = f"pools.{name}"
     size, devices = spec.cost().parameter_bytes, sorted({site.device for site in sites})
     if size > MAX_BYTES:
-        what = f"pool {name!r} would have {size:,} bytes: {spec.slots:,} slots × {spec.value_dim:,} {spec.dtype}"
+        width = " + ".join(f"{width:,}" for width in spec.widths)
+        what = f"pool {name!r} would have {size:,} bytes: {spec.slots:,} slots × {width} {spec.dtype}"
         raise SelectError(what, where=place, hint="lower `keys` or `value_dim`")
     if len(devices) > 1:
         what = f"the sites that share pool {name!r} are on different devices: {devices}"
@@ -40,14 +41,14 @@ def refuse_pool(name: str, spec: PoolSpec, sites: Sequence[Site]) -> None:
             raise SelectError(what, where=place, hint="`gradient: dense` or `fused`, or another `dtype`")
 
 
-def refuse_layer(kind: type[MemoryLayer], site: Site, options: LayerOptions, pool: PoolSpec | None, parallel: bool) -> None:
+def refuse_layer(kind: type[MemoryLayer], site: Site, options: LayerOptions, pool: PoolSpec | None, zero_output: bool) -> None:
     """Raise `UserError` for a layer that cannot be built at a site, trained, or run by the pool's `backend`."""
     kind.check(site.d_in, site.d_model, options, pool)
     kind.check_trainable(site.d_in, options, pool)
     if site.dtype not in COMPUTED:
         what = f"the MLP at {site.path!r} has weights of {site.dtype}, in which no layer can compute"
         raise UserError(what, hint="convert the model: `model.float()`, or leave this site out")
-    cost = kind.cost(site.d_in, site.d_model, options, pool, itemsize_of(site.dtype), zero_output=parallel)
+    cost = kind.cost(site.d_in, site.d_model, options, pool, itemsize_of(site.dtype), zero_output=zero_output)
     if max(cost.parameter_bytes, cost.bytes_read) > MAX_BYTES:
         what = (
             f"a layer at {site.path!r} would have {cost.parameters:,} parameters and read {cost.bytes_read:,} bytes per token"

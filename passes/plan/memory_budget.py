@@ -21,7 +21,7 @@ def refuse_too_large(plan: Plan) -> None:
         layers = sum(_bytes_of(s, plan) for s in plan.substitutions if s.site.device == device)
         free = free_memory(torch.device(device))
         if free is not None and tables + layers > free:
-            sizes = ", ".join(f"{n}: {p.slots:,} × {p.value_dim} {p.dtype}" for n, p in pools.items())
+            sizes = ", ".join(f"{n}: {p.slots:,} × {' + '.join(map(str, p.widths))} {p.dtype}" for n, p in pools.items())
             raise SelectError(
                 f"the pools need {tables / 2**30:.1f} GiB ({sizes}), the layers {layers / 2**30:.1f} GiB, and {device} has "
                 f"{free / 2**30:.1f} GiB free",

@@ -15,7 +15,8 @@ from memrewrite.layers.pool import PoolSpec
 from memrewrite.passes.plan.feasible import COMPUTED, refuse_layer, refuse_pool
 from memrewrite.passes.plan.selectors import fitting, matching
 from memrewrite.plans import Plan, Substitution
-from memrewrite.recipes.schema import Recipe, Rule, Where
+from memrewrite.recipes.schema import Recipe, Rule
+from memrewrite.recipes.where import Where
 from memrewrite.site import Binding, Inspection, Site
 
 
@@ -46,9 +47,9 @@ def select(located: Inspection, recipe: Recipe, *, live: bool = True) -> Plan:
     chosen = [(site, *chosen_by[site.path]) for site in located.sites if site.path in chosen_by]
     if live:
         chosen = [(_within(site, [s for s, _, _ in chosen]), index, rule) for site, index, rule in chosen]
-    pools = {name: _pool(recipe, name, [s for s, _, rule in chosen if rule.pool == name]) for name in recipe.pools}
+    pools = {name: _pool(recipe, name, [(s, rule) for s, _, rule in chosen if rule.pool == name]) for name in recipe.pools}
     substitutions = tuple(_substitution(site, index, rule, pools, live) for site, index, rule in chosen)
-    return Plan(captured=located.captured, pools=pools, substitutions=substitutions)
+    return Plan(captured=located.captured, pools=pools, substitutions=substitutions, train=recipe.train)
 
 
 def narrowed(sites: Sequence[Site], recipe: Recipe, towers: dict[int, str]) -> dict[int, Rule]:
@@ -79,9 +80,11 @@ def _within(site: Site, chosen: Sequence[Site]) -> Site:
 
 
 def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec], live: bool) -> Substitution:
-    kind, options = kind_named(rule.with_), rule.layer_options()
+    kind = kind_named(rule.with_)
+    init = rule.init.of_layer(rule.placement, kind)
     try:
-        refuse_layer(kind, site, options, pools[rule.pool] if rule.pool else None, rule.placement == "parallel")
+        options = kind.complete(rule.layer_options(), site)
+        refuse_layer(kind, site, options, pools[rule.pool] if rule.pool else None, init.zero)
     except UserError as error:
         raise SelectError(error.what, where=f"replace[{index}] at {site.path!r}", hint=error.hint) from error
     unreachable = next((b for b in site.bindings if b.kind == "none"), None)
@@ -92,12 +95,17 @@ def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec]
             hint="leave this site out, or rewrite the exported program: `--emit graph`",
         )
     return Substitution(
-        site=site, kind=kind.kind, pool=rule.pool, placement=rule.placement, options=options.model_dump(mode="json")
+        site=site,
+        kind=kind.kind,
+        pool=rule.pool,
+        placement=rule.placement,
+        options=options.model_dump(mode="json"),
+        init=init,
     )
 
 
-def _pool(recipe: Recipe, name: str, sites: Sequence[Site]) -> PoolSpec:
-    requested = recipe.pools[name]
+def _pool(recipe: Recipe, name: str, readers: Sequence[tuple[Site, Rule]]) -> PoolSpec:
+    requested, sites = recipe.pools[name], [site for site, _ in readers]
     widths, dtypes = sorted({s.d_model for s in sites}), sorted({s.dtype for s in sites})
     if requested.value_dim is None and len(widths) > 1:
         raise SelectError(
@@ -114,7 +122,15 @@ def _pool(recipe: Recipe, name: str, sites: Sequence[Site]) -> PoolSpec:
     if requested.dtype is None and dtypes[0] not in COMPUTED:
         what = f"the sites of pool {name!r} have weights of {dtypes[0]}, which is no dtype of a new table"
         raise SelectError(what, where=f"pools.{name}", hint="give the pool a `dtype`")
-    completed = {"value_dim": requested.value_dim or widths[0], "dtype": requested.dtype or dtypes[0]}
+    inputs = sorted({site.d_in for site, rule in readers if rule.kind.reads_inputs})
+    if len(inputs) > 1:
+        what = f"the sites whose layers read the input weights of pool {name!r} have inputs of different widths: {inputs}"
+        raise SelectError(what, where=f"pools.{name}", hint="use one pool for each width")
+    completed = {
+        "value_dim": requested.value_dim or widths[0],
+        "input_dim": inputs[0] if inputs else None,
+        "dtype": requested.dtype or dtypes[0],
+    }
     pool = PoolSpec.model_validate(requested.model_dump() | completed)
     refuse_pool(name, pool, sites)
     return pool

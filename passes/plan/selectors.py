@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from memrewrite.errors import SelectError
-from memrewrite.recipes.schema import Where
+from memrewrite.recipes.where import Where
 from memrewrite.site import Site
 
 

@@ -7,13 +7,12 @@ functions, for gated MLPs with either half as the gate. A middle that has weight
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
+from memrewrite.layers.activations import ACTIVATIONS
 from memrewrite.passes.graphs.dataflow import LITERAL, Dataflow
 from memrewrite.passes.graphs.evaluate import evaluate
 from memrewrite.passes.graphs.nodes import CanonicalNode
@@ -22,29 +21,6 @@ from memrewrite.passes.graphs.shapes import SAMPLE, shape_of
 from memrewrite.passes.regions.region import Region
 
 UNKNOWN = "?"
-KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu2": lambda x: F.relu(x).square(),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "selu": F.selu,
-    "celu": F.celu,
-    "mish": F.mish,
-    "softplus": F.softplus,
-    "hardswish": F.hardswish,
-    "hardsigmoid": F.hardsigmoid,
-    "softsign": F.softsign,
-    "laplace": lambda x: 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0)))),
-    "square": torch.square,
-    "identity": lambda x: x,
-}
 LIMIT = 1 << 24  # elements evaluated at most
 
 
@@ -76,7 +52,7 @@ def _evaluate(flow: Dataflow, region: Region, middle: list[CanonicalNode]) -> st
     if hidden is None:
         return UNKNOWN
     for a, b in _halves(samples, hidden.shape[-1]):
-        for name, known in KNOWN.items():
+        for name, known in ACTIVATIONS.items():
             if torch.allclose(hidden.reshape(-1), (known(a) * b).reshape(-1), rtol=1e-6, atol=1e-6):
                 return name
     return UNKNOWN

@@ -51,9 +51,10 @@ def build_all(
     pools = _add_pools(model, plan, edit, initialise, device)
     layers: dict[str, nn.Module] = {}
     for number, substitution in enumerate(plan.substitutions):
-        layer = build_layer(substitution, pools, device or _device(model, substitution.site))
+        on = device or _device(model, substitution.site)
+        layer = build_layer(substitution, pools, on)
         if initialise:
-            layer.reset_parameters(generator_of(layer, plan, number))
+            layer.reset_parameters(generator_of(on, plan, number))
         layers[substitution.site.path] = layer
     return layers
 
@@ -79,7 +80,7 @@ def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, d
         site.d_model,
         kind.Options.model_validate(substitution.options),
         pools[substitution.pool] if substitution.pool else None,
-        zero_output=substitution.placement == "parallel",
+        zero_output=substitution.init.zero,
         device=device,
         dtype=dtype_named(site.dtype),
     )
@@ -99,9 +100,8 @@ def _device(model: nn.Module, site: Site) -> torch.device:
     return weight.device
 
 
-def generator_of(layer: nn.Module, plan: Plan, number: int) -> torch.Generator | None:
+def generator_of(device: torch.device, plan: Plan, number: int) -> torch.Generator | None:
     """The random numbers of one layer, the same on every run: the seed depends on the pool's seed and the layer's number."""
-    device = next(layer.parameters()).device
     if device.type == "meta":
         return None
     name = plan.substitutions[number].pool

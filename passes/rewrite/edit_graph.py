@@ -82,6 +82,17 @@ def copy_of(module: fx.GraphModule) -> fx.GraphModule:
     return _copy_and_nodes(module)[0]
 
 
+def with_own_parameters(module: nn.Module) -> nn.Module:
+    """The result of an edit, its parameters replaced by new ones on the same memory: the given model's keep their flags."""
+    own: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                own[p] = own[p] if p in own else nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+                part._parameters[name] = own[p]
+    return module
+
+
 class GraphEdit:
     """Inserts layers into a copy of a segment's graph module."""
 

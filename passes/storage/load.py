@@ -36,6 +36,7 @@ from memrewrite.passes.storage.saved_tensors import (
 )
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
+from memrewrite.training import freeze
 
 GRAPH = "model.pt2"
 RECORD = {"recipe": "recipe.yaml", "plan": PLAN, "report": REPORT, "graphs": GRAPHS}  # fields and their files
@@ -99,6 +100,8 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
             raise CheckpointError(what, where=str(files.folder), hint="load it on a larger machine") from error
         raise
     edit.commit()
+    if plan.train == "memory_only":
+        freeze(model)
     return model
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from memrewrite.errors import MemrewriteError
 from memrewrite.frozen import Frozen
 from memrewrite.layers.contract import MemoryLayer
-from memrewrite.layers.kinds import kind_named
+from memrewrite.layers.kinds import KINDS, kind_named
 from memrewrite.layers.pool import Pools
 from memrewrite.passes.storage.manifest import SavedFiles, first_fault, tampered
 from memrewrite.plans import Plan, Substitution
@@ -64,10 +64,16 @@ def _faults(plan: Plan) -> Iterator[str]:
     if len(set(sites)) < len(sites):
         yield "two layers are at one site"
     for name, spec in plan.pools.items():
-        if spec.slots * spec.value_dim > MAX_SIZE:
+        if spec.slots * sum(spec.widths) > MAX_SIZE:
             yield f"the pool {name!r} has more than {MAX_SIZE} entries"
+        if spec.input_dim is not None and not any(s.pool == name and _reads_inputs(s.kind) for s in plan.substitutions):
+            yield f"no layer reads the input weights of the pool {name!r}"
     for substitution in plan.substitutions:
         yield from (f"the layer at {substitution.site.path!r}: {fault}" for fault in _layer_faults(substitution, plan))
+
+
+def _reads_inputs(kind: str) -> bool:
+    return any(known.kind == kind and known.reads_inputs for known in KINDS)
 
 
 def _layer_faults(substitution: Substitution, plan: Plan) -> Iterator[str]:

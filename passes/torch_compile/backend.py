@@ -18,6 +18,8 @@ from torch import Tensor, fx, nn
 from memrewrite.errors import MemrewriteError, ModelError, SelectError
 from memrewrite.passes.capture.capture import lowered_segment
 from memrewrite.passes.capture.segment import Capture
+from memrewrite.passes.initialize.measure import Measured
+from memrewrite.passes.initialize.output_scale import set_scales
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.forward import run
@@ -38,11 +40,12 @@ from memrewrite.passes.torch_compile.lifted_weights import (
 from memrewrite.passes.verify.checks import CHECKS, identity
 from memrewrite.passes.verify.evidence import refuse_failed
 from memrewrite.passes.verify.gradient_flow import gradient
+from memrewrite.passes.verify.measured_mlps import measured_graph
 from memrewrite.passes.verify.verify import verify_graph
 from memrewrite.plans import Plan
 from memrewrite.recipes.reader import RecipeLike, read_recipe
 from memrewrite.recipes.schema import Recipe
-from memrewrite.report import Check
+from memrewrite.report import Check, LayerScale
 from memrewrite.site import Inspection, Site
 
 log = logging.getLogger("memrewrite")
@@ -70,8 +73,8 @@ def backend(
         allow_large: do not compare the size of the pools with the free memory of their devices.
 
     Returns:
-        The backend. Its `memory` contains the pools and layers, `located` the MLPs; `check()` raises an error for a rule of
-        the recipe that has selected nothing.
+        The backend. Its `memory` contains the pools and layers, `located` the MLPs, `scales` how large the layers start, on
+        the inputs of the call that compiled them; `check()` raises an error for a rule of the recipe that has selected nothing.
 
     Raises:
         RecipeError: the recipe cannot be read, or is not well formed. Errors about a graph (`SelectError`,
@@ -98,6 +101,7 @@ class Backend:
         self.memory = LayerStore().eval()
         self.graphs: list[Inspection] = []  # the MLPs of each graph, in the order of compilation
         self.checks: list[tuple[Check, ...]] = []  # of each graph that was rewritten
+        self.scales: list[LayerScale] = []  # how large each layer starts, in the order in which they were built
         self._recipe, self._model, self._then = recipe, model, then
         self._on_located, self._allow_large = on_located, allow_large
         self._in_parts = False  # an earlier graph was broken: this one may be the rest of a model
@@ -199,16 +203,24 @@ class Backend:
         """The rewritten graph, its checks added to `checks`. Raises `VerificationError` if one failed."""
         weights = dict(tensors_of(part.module))
         built_before = [self.memory.known(weights, s) is not None for s in plan.substitutions]
+        kept_pools = set(self.memory.pools._modules)
         if not self._allow_large and not all(built_before):
             refuse_too_large(plan)
         layers = self.memory.layers_for(plan, weights)
+        new = {s.site.path: layers[s.site.path] for s, known in zip(plan.substitutions, built_before, strict=True) if not known}
         result = emit_layers(captured.segments[0], plan, locations, layers, self.memory.pools)
+
+        def start(measured: Mapping[str, Measured]) -> None:
+            self.scales += set_scales(plan, new, measured, kept_pools=kept_pools)
+
         if self._recipe is not None and self._recipe.verify != "off":
             captured = replace(captured, outputs=run(part.module, captured.inputs))
             after = [check for check in CHECKS if not any(built_before) or check not in AS_BUILT]
-            checks = verify_graph(result, layers, plan, captured, locations, after)
+            checks = verify_graph(result, layers, plan, captured, locations, after, start=start)
             self.checks.append(checks)
             refuse_failed(checks, where="torch.compile", hint="please report the model and the recipe")
+        elif new:
+            start(measured_graph(plan, captured, locations) if plan.measured else {})
         return result
 
 

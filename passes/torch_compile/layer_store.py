@@ -70,8 +70,9 @@ class LayerStore(nn.Module):
                 self.pools.add_module(name, pool.train(self.training))
 
     def _new(self, plan: Plan, substitution: Substitution, weights: Mapping[str, Tensor]) -> MemoryLayer:
-        layer = build_layer(substitution, self.pools, _device(weights, substitution)).train(self.training)
-        layer.reset_parameters(generator_of(layer, self._with(plan, substitution), len(self._known)))
+        device = _device(weights, substitution)
+        layer = build_layer(substitution, self.pools, device).train(self.training)
+        layer.reset_parameters(generator_of(device, self._with(plan, substitution), len(self._known)))
         name = base = substitution.site.path.replace(".", "/") or "root"
         while name in self.layers._modules:  # other weights with that name: another model, or one frame for many blocks
             name = f"{base}#{len(self.layers._modules)}"

@@ -13,6 +13,7 @@ import torch
 
 from memrewrite.errors import CaptureError
 from memrewrite.layers.contract import MemoryLayer
+from memrewrite.layers.value_table import Table
 from memrewrite.passes.capture.capture import recapture
 from memrewrite.passes.models.fingerprints import differing, hashed
 from memrewrite.passes.models.forward import run
@@ -93,10 +94,13 @@ def sharing(after: RewrittenModel) -> Check:
     pools, tensors = pools_of(after.model), tensors_of(after.model)
     for name in after.plan.pools:
         pool = pools[name]
-        storage = pool.values.untyped_storage()._cdata
-        names = [n for n, t in tensors if t.layout == torch.strided and t.untyped_storage()._cdata == storage]
-        if names != [f"{after.plan.root}.{name}.values"]:
-            return checked("sharing", False, len(names), f"pool {name!r} has {len(names)} names: {', '.join(names[:3])}")
+        for path, table in pool.named_modules(prefix=f"{after.plan.root}.{name}"):
+            if not isinstance(table, Table):
+                continue
+            storage = table.values.untyped_storage()._cdata
+            names = [n for n, t in tensors if t.layout == torch.strided and t.untyped_storage()._cdata == storage]
+            if names != [f"{path}.values"]:
+                return checked("sharing", False, len(names), f"pool {name!r} has {len(names)} names: {', '.join(names[:3])}")
         for substitution in after.plan.substitutions:
             layer = after.layers[substitution.site.path]
             if substitution.pool == name and (not isinstance(layer, MemoryLayer) or layer.pool is not pool):
@@ -110,6 +114,8 @@ def identity(after: AfterEdit) -> Check:
     """Are the outputs bit-equal to the original's, where every layer is in parallel with its MLP and starts at zero?"""
     if any(s.placement != "parallel" for s in after.plan.substitutions):
         return skipped("identity", "some MLPs were replaced: the model computes something else now, as the recipe requests")
+    if not all(s.init.zero for s in after.plan.substitutions):
+        return skipped("identity", "some layers do not start at zero: the model computes something else now, as requested")
     if after.on_meta:
         return skipped("identity", "the model is on meta: there are no values to compare")
     different = differing(after.capture.outputs, run(after.model, after.inputs))

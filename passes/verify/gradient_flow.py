@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from memrewrite.errors import ModelError, in_one_line
 from memrewrite.kernels.pending import Pending
-from memrewrite.layers.pool import Pool
+from memrewrite.layers.contract import MemoryLayer
+from memrewrite.layers.value_table import Table
 from memrewrite.passes.models.forward import run
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
@@ -23,7 +24,8 @@ from memrewrite.report import Check
 def gradient(after: RewrittenModel) -> Check:
     """Do the outputs depend on every layer, and does every new parameter get a finite gradient that is not all zeros?
 
-    Zero-initialized matrices of layers are set to small random values for this check, and to zero after it.
+    Zero-initialized matrices of layers are set to small random values for this check, and to zero after it. A layer whose
+    output is constant by its kind need not be reached.
     """
     if after.on_meta:
         return skipped("gradient", "the model is on meta: there are no values to differentiate")
@@ -48,6 +50,8 @@ def gradient(after: RewrittenModel) -> Check:
         cause, hint = _cause(read)
         return checked("gradient", False, len(bad), f"{len(bad)} new parameters get none: {', '.join(bad[:3])}{cause}", hint)
     note = f"; {len(idle)} layers get no token from these inputs, or run where the model keeps no gradients" if idle else ""
+    if not new:
+        return checked("gradient", True, 0, "the new layers have no parameters to train")
     if not pairs:
         return skipped("gradient", f"no new parameter can be checked{note}")
     return checked("gradient", True, len(pairs), f"all {len(pairs)} new parameters get a finite gradient{note}")
@@ -65,8 +69,8 @@ def _parameters_of(after: RewrittenModel, sites: Collection[str]) -> set[int]:
 @contextmanager
 def _without_updates(after: RewrittenModel) -> Iterator[dict[nn.Parameter, Pending]]:
     """The queues of tables with fused updates, by their values; inside, they need no optimizer and update nothing."""
-    pools = [m for module in after.new_modules() for m in module.modules() if isinstance(m, Pool)]
-    queues = {pool.values: pool.pending for pool in pools if pool.pending is not None}
+    tables = [m for module in after.new_modules() for m in module.modules() if isinstance(m, Table)]
+    queues = {table.values: table.pending for table in tables if table.pending is not None}
     with ExitStack() as stack:
         for queue in queues.values():
             stack.enter_context(queue.tried())
@@ -111,10 +115,11 @@ def _gradients(
     now = {path for (path, _), grad in zip(flat, reach, strict=True) if grad is not None}
     live = [out for _, out in flat if out.requires_grad]
     none = (None,) * len(parameters)
-    grads = torch.autograd.grad(_random_sum(live), parameters, allow_unused=True) if live else none
+    grads = torch.autograd.grad(_random_sum(live), parameters, allow_unused=True) if live and parameters else none
     without = {path for path, outs in outputs_of.items() if outs and not any(out.requires_grad for out in outs)} - after.reached
     empty = {path for path, outs in outputs_of.items() if outs and not any(out.numel() for out in outs)}
-    return sorted(after.reached - now), grads, frozenset(without | empty), inputs_of
+    constant = {path for path, layer in after.layers.items() if isinstance(layer, MemoryLayer) and layer.constant}
+    return sorted(after.reached - now - constant), grads, frozenset(without | empty), inputs_of
 
 
 @contextmanager

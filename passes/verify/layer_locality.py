@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from memrewrite.layers.kinds import kind_named
 from memrewrite.passes.locate.token_perturbation import Tokens
 from memrewrite.passes.models.process_state import SEED
 from memrewrite.passes.rewrite.hooks import UseStoredInput
 from memrewrite.passes.verify.evidence import RewrittenModel, checked, skipped
 from memrewrite.passes.verify.gradient_flow import nonzero_layers
-from memrewrite.passes.verify.mlp_locality import outcome_of
+from memrewrite.passes.verify.mlp_locality import ROUTED, outcome_of
 from memrewrite.plans import Substitution
 from memrewrite.report import Check
 from memrewrite.site import dtype_named
@@ -23,7 +27,7 @@ ROWS, LENGTH = 2, 4  # the shape of the tokens that the layers are called on
 
 
 def tokenwise(after: RewrittenModel) -> Check:
-    """Does a token's output of every layer depend on that token, and on no other?"""
+    """Does a token's output of every layer depend on that token (unless the kind is constant), and on no other?"""
     if after.on_meta:
         return skipped("tokenwise", "the model is on meta: there are no values to change")
     with nonzero_layers(after):
@@ -37,15 +41,29 @@ def tokenwise(after: RewrittenModel) -> Check:
 
 
 def _wrong(layer: nn.Module, substitution: Substitution) -> str:
-    site = substitution.site
-    like = next(layer.parameters())
-    generator = torch.Generator().manual_seed(SEED)
+    site, kind = substitution.site, kind_named(substitution.kind)
+    device = next((p.device for p in layer.parameters()), torch.device("cpu"))  # without parameters it runs on any
+    generator, dtype = torch.Generator().manual_seed(SEED), dtype_named(site.dtype)
     shape = (ROWS, LENGTH, site.d_in)
-    x, other = (torch.randn(shape, generator=generator).to(like.device, dtype_named(site.dtype)) for _ in range(2))
+    x, other = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     tokens = ROWS * LENGTH
     into, out = (Tokens.consecutive(tokens * width, tokens, ROWS) for width in (site.d_in, site.d_model))
-    found = outcome_of(lambda given: _output(layer, given, site.axis), x, other, into, out, 0.0)
-    return found.wrong or ("every input gives the same output" if found.constant else "")
+    allowed = ROUTED * torch.finfo(dtype).eps if kind.regroups else 0.0
+    with _in_eval_mode(layer):
+        found = outcome_of(lambda given: _output(layer, given, site.axis), x, other, into, out, allowed)
+    return found.wrong or ("every input gives the same output" if found.constant and not kind.constant else "")
+
+
+@contextmanager
+def _in_eval_mode(layer: nn.Module) -> Iterator[None]:
+    """Context manager: the layer is in eval mode inside; in training an expert may choose among all tokens."""
+    training = [module for module in layer.modules() if module.training]
+    layer.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _output(layer: nn.Module, given: Tensor, axis: int) -> Tensor:

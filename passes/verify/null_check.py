@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from memrewrite.errors import ModelError
+from memrewrite.passes.initialize.measure import Probe
 from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.models.fingerprints import differing
 from memrewrite.passes.models.forward import run
@@ -23,13 +24,20 @@ from memrewrite.site import Site
 Calls = Mapping[str, tuple[SiteCall, ...]]
 
 
-def run_with_originals(before: BeforeEdit, *, gradients: bool = False) -> tuple[Any, dict[str, OriginalMLP]]:
+def run_with_originals(
+    before: BeforeEdit, *, gradients: bool = False, probe: Probe | None = None
+) -> tuple[Any, dict[str, OriginalMLP]]:
     """The live model's outputs with every selected MLP replaced by itself as an `OriginalMLP`, and these by site path.
 
-    The model is as before when it returns.
+    `probe` records what the MLPs do. The model is as before when it returns.
     """
-    with originals_placed(before, before.locations.found) as wrapped:
+    with originals_placed(before, before.locations.found) as wrapped, watching(probe, before.model, wrapped):
         return run(before.model, before.capture.inputs, gradients=gradients), wrapped
+
+
+def watching(probe: Probe | None, model: nn.Module, wrapped: Mapping[str, OriginalMLP]) -> AbstractContextManager[None]:
+    """Inside, the probe, if there is one, records what the `wrapped` MLPs do."""
+    return nullcontext() if probe is None else probe.watching(model, wrapped)
 
 
 @contextmanager

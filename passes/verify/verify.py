@@ -10,14 +10,16 @@ from torch import nn
 
 from memrewrite.errors import ModelError, in_one_line
 from memrewrite.passes.capture.segment import Capture
+from memrewrite.passes.initialize.measure import Measured, Probe
 from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import fingerprints
-from memrewrite.passes.models.forward import run, warm_up
-from memrewrite.passes.rewrite.edit_graph import copy_of, emit_originals, graph_module_of
+from memrewrite.passes.models.forward import warm_up
+from memrewrite.passes.rewrite.edit_graph import copy_of, graph_module_of
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.verify.checks import CHECKS, untouched
 from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, checked, skipped
 from memrewrite.passes.verify.gradient_flow import reached
+from memrewrite.passes.verify.measured_mlps import run_originals
 from memrewrite.passes.verify.mlp_locality import locality
 from memrewrite.passes.verify.null_check import null, refuse_unrepeatable
 from memrewrite.plans import Plan
@@ -80,18 +82,25 @@ def verify_graph(
     capture: Capture,
     locations: LocatedSites,
     after: Sequence[Callable[[AfterEdit], Check]] = CHECKS,
+    *,
+    start: Callable[[Mapping[str, Measured]], None] = lambda _: None,
 ) -> tuple[Check, ...]:
-    """The checks of a graph that was rewritten to `result`, with `layers` by site path; `after` are those after the edit."""
+    """The checks of a graph that was rewritten to `result`, with `layers` by site path; `after` are those after the edit.
+
+    `start` receives what the MLPs do on the example inputs, by site path, before the checks after the edit.
+    """
     segment = capture.segments[0]
     original = copy_of(graph_module_of(segment))
 
+    probe = Probe(s.site for s in plan.substitutions)
+
     def run_wrapped(gradients: bool) -> tuple[Any, dict[str, OriginalMLP]]:
-        wrapped_graph, wrapped = emit_originals(segment, plan, locations)
-        return run(wrapped_graph, capture.inputs, gradients=gradients), wrapped
+        return run_originals(plan, capture, locations, None if gradients else probe, gradients=gradients)
 
     one_mode = "a graph is checked as it was given: in one mode"
     before = BeforeEdit(original, plan, capture, locations)
     first, sites = before_editing(before, run_wrapped, lambda _: skipped("null_train", one_mode))
+    start(probe.measured())
     rewritten = AfterEdit(
         model=result,
         plan=plan,

@@ -47,6 +47,10 @@ def calls(backend: str) -> dict[str, Call]:
     numbers: Call = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.1, "seed": 1, "backend": backend}
     adam: Call = {**numbers, "beta1": 0.5, "beta2": 0.75, "step": 2}
     moments: Call = {"exp_avg": randn(N, D), "exp_avg_sq": torch.ones(N)}
+    roots = torch.rand(N, D, generator=torch.Generator().manual_seed(0))
+    both_scales: Call = {"exp_avg_scale": rounding.block_scale(wide), "exp_avg_sq_scale": rounding.block_scale(roots)}
+    elements: Call = {"exp_avg": randn(N, D), "exp_avg_scale": None, "exp_avg_sq": roots, "exp_avg_sq_scale": None}
+    coded: Call = {**elements, "exp_avg": randn(N, D).to(rounding.FP8), "exp_avg_sq": roots.to(rounding.FP8), **both_scales}
     needs: Call = {"need_values": True, "need_weights": True, "backend": backend}
     halves: Call = {"slots": indices(KEYS**2, H, T, TOP), "queries": randn(T, 2 * H, D), "keys": randn(2 * H, KEYS, D)}
     few: Call = {**halves, "slots": indices(4, H, T, TOP), "keys": randn(2 * H, TOP, D)}
@@ -58,10 +62,14 @@ def calls(backend: str) -> dict[str, Call]:
         "sparse_lookup_backward with a scale": {"grad": randn(T, D), **eight, **reads, **needs, "need_values": False},
         "sparse_lookup_rows": {"grad": randn(T, D), **reads, "slots": N, "backend": backend},
         "sparse_lookup_keep": {"grad": randn(T, D), **reads, "pending": QUEUE.count, "handle": QUEUE.handle},
+        "sparse_dots": {"values": wide, "indices": reads["indices"], "x": randn(T, D), "gradient": "dense", "backend": backend},
+        "sparse_dots with a scale": {**eight, "indices": reads["indices"], "x": randn(T, D), "backend": backend},
         "rowwise_adagrad_": {"values": wide, "scale": None, "total": torch.ones(N), **lists, **numbers},
         "rowwise_adagrad_ with a scale": {**eight, "total": torch.ones(N), **lists, **numbers},
         "rowwise_adam_": {"values": wide, "scale": None, **moments, **lists, **adam},
         "rowwise_adam_ with a scale": {**eight, **moments, **lists, **adam},
+        "lazy_adam_": {"values": wide, "scale": None, **elements, **lists, **adam},
+        "lazy_adam_ with scales": {**eight, **coded, **lists, **adam},
         "product_key_topk": {"scores1": randn(T, KEYS), "scores2": randn(T, KEYS + 1), "k": TOP, "backend": backend},
         "product_key_topk_backward": {
             "grad": randn(T, TOP),
@@ -191,7 +199,8 @@ def copied(x: Any) -> Any:
 
 def changed(call: Call) -> list[Tensor]:
     """What an update changes, as fp32 numbers."""
-    found = [call.get(name) for name in ("values", "scale", "total", "exp_avg", "exp_avg_sq")]
+    names = ("values", "scale", "total", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+    found = [call.get(name) for name in names]
     return [x.detach().float() for x in found if isinstance(x, Tensor) and x.layout is torch.strided and not x.is_meta]
 
 

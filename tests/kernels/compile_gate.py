@@ -28,7 +28,15 @@ from machine_code import Code, read
 from memrewrite.kernels import triton_plans
 from memrewrite.kernels.compile_variants import CompileVariant
 
-MODULES = ("triton_lookup", "triton_segments", "triton_backward", "triton_update", "triton_quantize", "triton_topk")
+MODULES = (
+    "triton_lookup",
+    "triton_segments",
+    "triton_backward",
+    "triton_update",
+    "triton_lazy_adam",
+    "triton_quantize",
+    "triton_topk",
+)
 ARCHITECTURES = (80, 90, 100)
 BASELINE = Path(__file__).with_suffix(".json")
 GROWTH, SLACK = 1.15, 8  # a register count passes if it grew by at most this factor, or by at most this many

@@ -208,6 +208,8 @@ ENTRIES = [  # of the table of plans: kernel, dtype, size, plan
     ("token_dots", "bfloat16", [1024], {"rows": 8, "block": 256, "warps": 1}),
     ("update", "bfloat16", [2048, 1], SLICED),
     ("update", "float8_e4m3fn", [2048, 2], SLICED),
+    ("lazy_adam", "bfloat16", [2048, 2], SLICED),
+    ("lazy_adam", "float8_e4m3fn", [2048, 1], SLICED),
     ("topk_half", "bfloat16", [4096, 64], {"rows": 16, "chunk": 32, "group": 16, "warps": 1}),
     ("topk_pair", "float32", [32], {"rows": 16, "chunk": 16, "group": 1, "warps": 1}),
 ]

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from closeness import assert_norm_close, most_reads
+from closeness import assert_norm_close, most_reads, norm_bound, relative_error
 from devices import GPU, INTERPRETED
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from memrewrite.kernels import (
     product_key_topk,
     reference,
     rounding,
+    sparse_dots,
     sparse_lookup,
     torch_backend,
     triton_backend,
@@ -253,6 +254,24 @@ def test_eight_bits(backend, size, dtype):
         assert_norm_close(gw, right_gw, d)
 
 
+@pytest.mark.parametrize("size", [(60, 20, 9, 7), (63, 576, 3, 128), (1000, 1024, 1, 7), (1, 1, 1, 1)], ids=str)
+def test_dots(backend, size):
+    n, d, t, k = size
+    wide, indices, _ = lookup(n, d, t, k)
+    scale, cases = rounding.row_scale(wide), [torch.float32, torch.bfloat16, torch.float16]
+    for dtype in cases:
+        for of_x, table in zip(cases, (wide.to(dtype), wide.to(dtype), (wide / scale[:, None]).to(FP8)), strict=True):
+            x, rows = random_grad(t, d, of_x), scale if table.dtype == FP8 else None
+            got = sparse_dots.forward(table, indices, x, rows, "dense", backend.NAME)
+            right = reference.sparse_dots(wide_of(table, rows), indices, x.double())
+            assert got.dtype == torch.float32
+            assert_norm_close(got, right, d)
+
+
+def wide_of(values: Tensor, scale: Tensor | None) -> Tensor:
+    return values.double() if scale is None else values.double() * scale[:, None].double()
+
+
 # ------------------------------------------------------------------------------------------------------------ the updates
 
 NUMBERS = {"lr": 0.125, "eps": 2.0**-20, "weight_decay": 0.0}
@@ -310,6 +329,49 @@ def test_updates_with_half_gradients_and_fp32_weights(backend):
     want = reference.rowwise_adagrad(values, total, gradient, touched, **NUMBERS)
     lookup_update.adagrad(values, None, total, *reads, *NUMBERS.values(), 0, backend.NAME)
     torch.testing.assert_close((values, total), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("size", [(60, 20, 9, 7, 1), (24, 200, 9, 3, 2)], ids=str)
+def test_a_second_moment_per_element(backend, size, states):
+    """The table exactly, moments rounded to a neighbor; rows that were not read keep their bits, and one seed repeats."""
+    n, d, t, k, lookups = size
+    values, reads = update_inputs(n, d, t, k, lookups, exact=False)
+    moments = [(values * factor).abs() for factor in (0.5, 0.1)]
+    scales = [rounding.block_scale(moment) if states == FP8 else None for moment in moments]
+
+    def wide(moment: Tensor, scale: Tensor | None) -> Tensor:
+        return moment.double() if scale is None else moment.float().double() * rounding.by_column(scale, d).double()
+
+    start = [
+        (moment if scale is None else moment / rounding.by_column(scale, d)).to(states)
+        for moment, scale in zip(moments, scales, strict=True)
+    ]
+    power = 1 if states != FP8 else 2  # moments of 8 bits are the roots of the squares
+    known = [wide(start[0], scales[0]), wide(start[1], scales[1]) ** power]
+    gradient = reference.table_gradient([g.double() for g in reads[0]], reads[1], [w.double() for w in reads[2]], n)
+    touched = torch.zeros(n, dtype=torch.bool, device=DEVICE)
+    touched[torch.cat([i.flatten() for i in reads[1]])] = True
+    numbers = {**NUMBERS, "weight_decay": 0.01}
+    want = reference.lazy_adam((values.double(), *known), gradient, touched, **numbers, betas=(0.5, 0.75), step=2)
+
+    def run(seed: int) -> list[Tensor | None]:
+        tables = [values, None, start[0], scales[0], start[1], scales[1]]
+        new = [None if table is None else table.clone() for table in tables]
+        lr, eps, decay = numbers.values()
+        lookup_update.lazy_adam(*new, *reads, lr, 0.5, 0.75, eps, decay, 2, seed, backend.NAME)
+        return new
+
+    table, _, mean, mean_scale, square, square_scale = run(5)
+    assert_norm_close(table, want[0], t * k)
+    rounded = {torch.float32: norm_bound(torch.float32, t * k), torch.bfloat16: 2.0**-7, FP8: 2.0**-3}[states]
+    assert relative_error(wide(mean, mean_scale), want[1]) <= rounded
+    assert relative_error(wide(square, square_scale), want[2] ** (1 / power)) <= rounded
+    for new, old in ((table, values), (mean, start[0]), (square, start[1])):
+        assert torch.equal(new[~touched].view(torch.uint8), old[~touched].view(torch.uint8))
+    same, other = run(5), run(6)
+    assert torch.equal(mean.view(torch.uint8), same[2].view(torch.uint8))
+    assert torch.equal(mean.view(torch.uint8), other[2].view(torch.uint8)) == (states == torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, FP8], ids=str)

@@ -108,6 +108,11 @@ CASES = {
         lambda g, v, w: plain_lookup_backward(g, v, w)[1],
         (randn(T, D), randn(N, D, seed=1), randn(T, K, seed=2)),
     ),
+    "dots": Case(
+        lambda v, x: ops.sparse_dots(v, INDICES, x),
+        lambda v, x: reference.sparse_dots(v, INDICES, x),
+        (randn(N, D), randn(T, D, seed=1)),
+    ),
     "topk": Case(
         lambda a, b: ops.product_key_topk(a, b, TOP)[0], plain_topk(False), (randn(2, T, KEYS), randn(2, T, KEYS, seed=1))
     ),
@@ -320,6 +325,11 @@ def test_batched_indices_slots_and_scales() -> None:
             got = vmap(ops.sparse_lookup, in_dims=dims)(*chosen)
             parts = [[x[b] if d == 0 else x for x, d in zip(chosen, dims, strict=True)] for b in range(3)]
             torch.testing.assert_close(got, torch.stack([ops.sparse_lookup(*part) for part in parts]))
+            for number, x in enumerate((randn(3, T, D), randn(3, T, D).float())):
+                pick = number if dims[2] is None else slice(None)
+                got = vmap(ops.sparse_dots, in_dims=dims)(chosen[0], chosen[1], x[pick], chosen[3])
+                parts = [(*part[:2], x[number] if dims[2] is None else x[b], part[3]) for b, part in enumerate(parts)]
+                torch.testing.assert_close(got, torch.stack([ops.sparse_dots(*part) for part in parts]))
     slots = torch.stack([SLOTS, SLOTS.flip(0), (SLOTS + 1) % KEYS**2])
     g = randn(HEADS, T, TOP)
     got = vmap(lambda s: OPS.product_key_topk_backward(g, s, KEYS, KEYS))(slots)
@@ -369,7 +379,7 @@ def test_tangents_of_half_types(dtypes: tuple[torch.dtype, torch.dtype]) -> None
     torch.testing.assert_close(tangent, best)  # the sums are linear
 
 
-@pytest.mark.parametrize("name", ["lookup", "product_keys_softmax"])
+@pytest.mark.parametrize("name", ["lookup", "dots", "product_keys_softmax"])
 def test_compiled(name: str) -> None:
     """Compiled code enters levels of forward mode that `torch.autograd.forward_ad` does not know of."""
     case = CASES[name]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 
-from memrewrite.kernels import native_backend, native_interface, native_library, ops, reference
+from memrewrite.kernels import native_backend, native_interface, native_library, ops, reference, rounding
 from memrewrite.kernels.direct import dispatch_adds_nothing
 
 pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="there is no C++ compiler")
@@ -46,12 +46,29 @@ def everything(values: Tensor, indices: Tensor, weights: Tensor) -> list[Tensor]
     native_backend.adagrad_(table, None, total, *reads, lr=0.1, eps=1e-8, weight_decay=0.1, seed=3)
     numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 2, "seed": 4}
     native_backend.adam_(table, None, moment, total, *reads, **numbers)
+    lazy = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        scales = [torch.ones(n, rounding.blocks_of(d)) if dtype == torch.float8_e4m3fn else None for _ in range(2)]
+        moments = [torch.zeros(n, d).to(dtype) for _ in range(2)]
+        native_backend.lazy_adam_(table, None, moments[0], scales[0], moments[1], scales[1], *reads, **numbers)
+        lazy += [moment.view(torch.uint8) for moment in moments] + [scale for scale in scales if scale is not None]
     scores = torch.randn(2, 300, 130, generator=torch.Generator().manual_seed(2))
     best, slots = native_backend.topk(scores[0], scores[1], 32, True)
     out = native_backend.forward(values, indices, weights, None, values.dtype)
     gradients = native_backend.backward(grad, values, indices, weights, None, True, True)
     rows = native_backend.rows(grad, indices, weights, n)
-    return [table, total, moment, best, slots, out, *gradients, *rows, *native_backend.topk_backward(best, slots, 130, 130)]
+    return [
+        table,
+        total,
+        moment,
+        *lazy,
+        best,
+        slots,
+        out,
+        *gradients,
+        *rows,
+        *native_backend.topk_backward(best, slots, 130, 130),
+    ]
 
 
 @pytest.mark.usefixtures("native_kernels")
@@ -105,7 +122,7 @@ def test_an_index_outside_the_table_is_refused_and_nothing_changes(bad: int, ind
         with pytest.raises(IndexError, match=f"index {bad} is out of range for a table of 60 slots"):
             call()
     assert torch.equal(values, before)
-    with pytest.raises(IndexError, match="index 81 is out of range for 81 pairs of keys"):
+    with pytest.raises(IndexError, match="product_key_topk_backward: index 81 is out of range for 81 pairs of keys"):
         native_backend.topk_backward(torch.ones(2, 1), torch.tensor([[80], [81]]), 9, 9)
 
 

@@ -290,7 +290,7 @@ def loss_of(model: nn.Module, seed: int = 0, tokens: int = 24) -> Tensor:
 def optimizer_of(model: nn.Module, lr: float = 1e-3, value_lr: float = 1e-2, rule=None) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW(memrewrite.param_groups(model, lr=lr, value_lr=value_lr))
     if any(isinstance(m, Pool) and m.pending is not None for m in model.modules()):
-        fuse(optimizer, model, rule)
+        fuse(optimizer, model, rule or RowwiseAdagrad())
     return optimizer
 
 
@@ -372,7 +372,7 @@ def test_no_gradient_table_is_allocated(gradient, has_table):
     pool.reset_parameters()
     optimizer = torch.optim.SGD([pool.values], lr=0.1)
     if gradient == "fused":
-        fuse(optimizer, pool)
+        fuse(optimizer, pool, RowwiseAdagrad())
     indices, weights = torch.randint(0, 40000, (8, 16)), torch.rand(8, 16, requires_grad=True)
 
     def run() -> None:
@@ -414,7 +414,7 @@ def test_each_table_and_step_has_its_own_seed_and_a_second_run_the_same_ones(mon
     for _ in range(2):
         pools = nn.ModuleList(Pool(PoolSpec(keys=3, value_dim=4, seed=seed, gradient="fused")) for seed in (0, 1))
         optimizer = torch.optim.SGD(pools.parameters(), lr=0.1)
-        fuse(optimizer, pools)
+        fuse(optimizer, pools, RowwiseAdagrad())
         for _ in range(2):
             for pool in pools:
                 pool.reset_parameters()
@@ -504,7 +504,7 @@ def test_state_of_another_rule_is_refused():
     other = Shared(dtype="bfloat16")
     late = torch.optim.AdamW(memrewrite.param_groups(other, lr=1e-3))
     late.load_state_dict(saved)  # before `fuse`: torch rounds the state to bf16
-    fuse(late, other)
+    fuse(late, other, RowwiseAdagrad())
     with pytest.raises(UserError, match=r"total torch\.bfloat16"):
         train(other, late, range(1))
     adam = Shared(dtype="bfloat16")
@@ -732,9 +732,22 @@ def test_tensors_of_two_devices_are_refused():
 def test_optimizers_that_prepare_a_state_in_their_constructor():
     model = Shared()
     optimizer = torch.optim.Adagrad(memrewrite.param_groups(model, lr=1e-3))
-    fuse(optimizer, model)
+    fuse(optimizer, model, RowwiseAdagrad())
     train(model, optimizer, range(2))
     assert set(optimizer.state[model.pool.values]) == {"step", "total"}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float8_e4m3fn"])
+def test_the_default_rule_has_both_moments_of_each_element_in_bf16(dtype):
+    model = Shared(dtype=dtype) if dtype else Shared()
+    optimizer = torch.optim.AdamW(memrewrite.param_groups(model, lr=1e-3))
+    fuse(optimizer, model)
+    train(model, optimizer, range(2))
+    state = optimizer.state[model.pool.values]
+    assert {name: t.dtype for name, t in state.items() if name != "step"} == dict.fromkeys(
+        ("exp_avg", "exp_avg_sq"), torch.bfloat16
+    )
+    assert state["exp_avg_sq"].shape == model.pool.values.shape
 
 
 def test_states_are_matched_by_position_not_by_saved_number():

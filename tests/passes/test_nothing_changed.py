@@ -313,6 +313,7 @@ STAGES = [
     "verify.verified_rewrite.fingerprints",
     "verify.verified_rewrite.before_editing",
     "verify.verified_rewrite.substitute",
+    "verify.verified_rewrite.set_scales",
     "verify.verified_rewrite.AfterEdit",
     "verify.verified_rewrite.verify",
     "verify.verify.null",

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from memrewrite.errors import RecipeError
+from memrewrite.recipes.field_types import MAX_SIZE
 from memrewrite.recipes.reader import LISTED, parse_recipe, read_recipe
 from memrewrite.recipes.regex_limits import too_slow
-from memrewrite.recipes.schema import MAX_KEYS, MAX_SIZE
+from memrewrite.recipes.schema import MAX_KEYS
 from memrewrite.recipes.yaml_source import MAX_BYTES
 
 SECONDS = 5.0  # each takes less than one; a loaded machine is slower

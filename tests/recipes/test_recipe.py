@@ -13,10 +13,12 @@ from pydantic import BaseModel
 
 from memrewrite.errors import RecipeError
 from memrewrite.layers.kinds import KINDS
+from memrewrite.recipes.field_types import MAX_SIZE
 from memrewrite.recipes.gallery_index import describe, gallery
 from memrewrite.recipes.json_schema import json_schema
 from memrewrite.recipes.reader import parse_recipe, read_recipe
-from memrewrite.recipes.schema import MAX_KEYS, MAX_SIZE, Centred, PoolEntry, Recipe, Rule, Where
+from memrewrite.recipes.schema import MAX_KEYS, PoolEntry, Recipe, Rule
+from memrewrite.recipes.where import Centred, Where
 from memrewrite.recipes.yaml_source import MAX_BYTES
 
 GOOD = """\
@@ -31,7 +33,10 @@ replace:
     options: {heads: 4, topk: 32}
 verify: full
 """
-PAPER = {"paper-134m", "paper-373m", "paper-720m", "paper-1.3b", "paper-8b"}
+POOLS = {"paper-1.3b-4m": 2048, "paper-1.3b-16m": 4096, "paper-1.3b-64m": 8192, "paper-8b": 4096}  # keys per half
+PAPER = {"paper-134m", "paper-373m", "paper-720m", "paper-1.3b", *POOLS}
+EXPERTS = {"paper-134m-moe": 16, "paper-373m-moe": 8, "paper-720m-moe": 6, "paper-1.3b-moe": 4}
+ONE_LAYER = {"paper-1.3b-memory": ("pkm", 1024), "paper-1.3b-peer": ("peer", 768)}
 
 
 def refusal(text: str) -> str:
@@ -93,6 +98,15 @@ def test_every_kind_is_accepted_and_a_kind_without_pool_refuses_one() -> None:
             read_recipe(bad)
 
 
+@pytest.mark.parametrize("kind", ["identity", "none"])
+def test_training_the_memory_alone_needs_a_layer_with_parameters(kind: str) -> None:
+    rules = [{"where": {"layers": [0]}, "with": kind}, {"where": {"layers": [1]}, "with": "dense"}]
+    assert Recipe.model_validate({"memrewrite": 1, "replace": rules, "train": "memory_only"}).train == "memory_only"
+    with pytest.raises(RecipeError, match="would train nothing") as caught:
+        read_recipe({"memrewrite": 1, "replace": rules[:1], "train": "memory_only"})
+    assert caught.value.where == "train"
+
+
 @pytest.mark.parametrize("bare", ["off", "'off'", "false"])
 def test_verify_off_is_accepted_as_text_and_as_a_boolean(bare: str) -> None:
     assert parse_recipe(edited("verify: full", f"verify: {bare}")).verify == "off"
@@ -109,7 +123,8 @@ def test_anchors_and_merges_are_supported() -> None:
 
 
 def test_the_gallery_is_complete() -> None:
-    assert set(gallery()) == {"memory-plus", "memory-plus-fused", "memory-plus-parallel", "pkm", *PAPER}
+    own = {"memory-plus", "memory-plus-fused", "memory-plus-parallel", "pkm", "peer", "moe", "dense", "without-mlps"}
+    assert set(gallery()) == {*own, *PAPER, *EXPERTS, *ONE_LAYER}
 
 
 @pytest.mark.parametrize("name", gallery())
@@ -124,9 +139,18 @@ def test_every_gallery_recipe_is_valid_and_has_a_description(name: str) -> None:
 def test_the_paper_s_numbers() -> None:
     for name in PAPER:
         recipe = read_recipe(name)
-        assert recipe.pools["shared"].keys == (4096 if name == "paper-8b" else 1024)
+        assert recipe.pools["shared"].keys == POOLS.get(name, 1024)
         assert recipe.replace[0].where.centred == Centred(count=3, stride=4 if name == "paper-134m" else 8)
         assert recipe.replace[0].options | {"heads": 4, "topk": 32} == recipe.replace[0].options
+    for name, experts in EXPERTS.items():
+        (rule,) = read_recipe(name).replace
+        assert (rule.where.all, rule.with_) == (True, "moe")
+        wanted = {"experts": experts, "routing": "expert_choice", "topk": 1, "capacity_factor": 1.0}
+        assert rule.options.items() >= wanted.items()
+    for name, kind_and_keys in ONE_LAYER.items():
+        recipe = read_recipe(name)
+        assert recipe.replace[0].where.centred == Centred(count=1)
+        assert (recipe.replace[0].with_, next(iter(recipe.pools.values())).keys) == kind_and_keys
 
 
 def test_an_unknown_gallery_name_gets_the_most_similar_name_as_hint() -> None:
@@ -450,8 +474,12 @@ def test_the_json_schema_accepts_and_refuses_as_the_reader_does() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     jsonschema.Draft202012Validator.check_schema(json_schema())
     validator = jsonschema.Draft202012Validator(json_schema())
-    for text in gallery().values():
-        validator.validate(yaml.safe_load(text))
+    for name in gallery():
+        validator.validate(yaml.safe_load(gallery()[name]))
+    for kind in KINDS:
+        rule = {"where": {"all": True}, "with": kind.kind, "placement": "parallel", **({"pool": "p"} if kind.uses_pool else {})}
+        data = {"memrewrite": 1, "replace": [rule], **({"pools": {"p": {"keys": 64}}} if kind.uses_pool else {})}
+        assert validator.is_valid(data) == (not kind.replaces_only)
     assert validator.is_valid(yaml.safe_load(GOOD))
     cases = ("unknown option", "bad option", "empty where", "kind", "no pool", "wrong type", "wrong version", "dtype")
     for case in cases:

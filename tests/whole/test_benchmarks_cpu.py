@@ -34,6 +34,20 @@ def test_the_cpu_benchmark(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "ours / best" in capsys.readouterr().out
 
 
+def test_the_benchmark_of_updates(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    sizes = {"keys": 8, "dim": 20, "heads": 2, "topk": 4, "tokens": 3, "rounds": 1}
+    small = [f"--{name}={value}" for name, value in sizes.items()]
+    bench("update_cpu").main([*small, "--json", str(tmp_path / "cpu.json")])
+    rows = json.loads((tmp_path / "cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert [sum(row["table"] == dtype for row in rows) for dtype in ("float32", "bfloat16", "float8_e4m3fn")] == [7, 7, 5]
+    found = {(row["table"], row["rule"]): row["bytes_per_slot"] for row in rows}
+    assert found["float32", "dense AdamW"] == found["float32", "lazy Adam, float32"] == 12 * 20
+    assert found["bfloat16", "lazy Adam, float8_e4m3fn"] == 4 * 20 + 8
+    assert found["float8_e4m3fn", "row-wise Adagrad"] == 20 + 8
+    assert "bytes a slot" in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------- ONNX Runtime benchmarks
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memrewrite.kernels import reference, torch_backend
 
@@ -121,6 +121,24 @@ def test_a_rounded_weight_of_an_update_is_found(modules):
         correctness.finished(updates(bench_with(modules, adagrad_=rounded_update), **case))
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+def test_a_wrong_moment_of_an_element_is_found(modules, name, moments):
+    """Some columns of a state of lazy Adam are left as they were."""
+    correctness, updates = modules("correctness"), modules("correctness_update").updates
+    case = {"rule": "lazy_adam", "dim": 200, "dtypes": (torch.float32,) * 3, "kind": moments}
+    assert correctness.finished(updates(bench_with(modules), **case)) < 0.08
+    place, bits = {"exp_avg": 2, "exp_avg_sq": 4}[name], modules("correctness_large").bits_of
+
+    def wrong(*tables: Any, **numbers: Any) -> None:
+        old = tables[place].clone()
+        torch_backend.lazy_adam_(*tables, **numbers)
+        bits(tables[place])[:, ::8] = bits(old)[:, ::8]
+
+    with pytest.raises(modules("harness").Stop, match=f"{name}: relative error"):
+        correctness.finished(updates(bench_with(modules, lazy_adam_=wrong), **case))
+
+
 def overflowing(function: Any, at: int) -> Any:
     """`function` as if slot times width overflowed in 32 bits: the last rows are taken from the front of the table."""
 
@@ -133,7 +151,11 @@ def overflowing(function: Any, at: int) -> Any:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
-@pytest.mark.parametrize(("name", "at"), [("forward", 1), ("backward", 2), ("rows", 1), ("adagrad_", 4), ("adam_", 5)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "at"),
+    [("forward", 1), ("backward", 2), ("rows", 1), ("adagrad_", 4), ("adam_", 5), ("lazy_adam_", 7)],
+    ids=str,
+)
 def test_a_32_bit_overflow_is_found(modules, name, at, dtype):
     large, finished = modules("correctness_large").large_table, modules("correctness").finished
     assert finished(large(bench_with(modules), dtype)) < 0.08
@@ -200,7 +222,8 @@ def real(request: Any, modules: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_checks_launch_every_plan_that_is_timed(modules, real):
     correctness = modules("correctness")
     names = {name for name, _ in correctness.timed_launches(real)}
-    assert {"lookup_forward", "add_chunks", "segment_gradients", "update_rows", "half_kernel", "pair_kernel"} <= names
+    assert {"lookup_forward", "add_chunks", "segment_gradients", "half_kernel", "pair_kernel"} <= names
+    assert {"update_rows", "lazy_adam_rows"} <= names
     assert len(list(correctness.timed_is_checked(real))) == 1
 
 
@@ -259,6 +282,53 @@ def test_the_rival_of_the_update_is_right(modules, monkeypatch, rule, dtype):
     assert torch.equal(got.view(torch.uint8), values.view(torch.uint8)) is False
 
 
+@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8], ids=str)
+def test_the_rival_of_lazy_adam_is_right(modules, monkeypatch, dtype, moments):
+    """As the backend of torch does it, up to one step of what is rounded."""
+    rival = modules("baseline_updates")
+    monkeypatch.setattr(rival, "SLICE", 20 * 7)
+    reads = update_reads(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+    wide = torch.randn(60, 20)
+    scale = wide.abs().amax(-1) / 448 if dtype == FP8 else None
+    values = (wide if scale is None else wide / scale[:, None]).to(dtype)
+    block = None if moments != FP8 else torch.rand(60, 1)
+    tables = (values, scale, torch.randn(60, 20).to(moments), block, torch.rand(60, 20).to(moments), block)
+    numbers = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.99, "step": 3}
+    got, want = ([None if t is None else t.clone() for t in tables] for _ in range(2))
+    rival.lazy_adam_(*got, *reads, **numbers, seed=0)
+    torch_backend.lazy_adam_(*want, *reads, **numbers, seed=1)
+    touched = torch.zeros(60, dtype=torch.bool)
+    touched[torch.cat([index.flatten() for index in reads[1]])] = True
+    for before, one, two, factor in zip(tables[::2], got[::2], want[::2], (1, 3, 5), strict=True):
+        assert torch.equal(one[~touched].view(torch.uint8), before[~touched].view(torch.uint8))
+        assert not torch.equal(one.view(torch.uint8), before.view(torch.uint8))
+        scales = [1.0 if each[factor] is None else each[factor].view(60, 1) for each in (got, want)]
+        rel = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, FP8: 2.0**-3}[one.dtype]
+        first, second = one.float() * scales[0], two.float() * scales[1]
+        torch.testing.assert_close(first, second, rtol=0, atol=1.01 * rel * float(second.abs().max()))
+    for one, two in zip(got[1::2], want[1::2], strict=True):
+        assert (one is None) == (two is None)
+        assert one is None or torch.allclose(one, two, rtol=1e-4)
+
+
+def test_torch_adam_as_a_rival_updates_the_rows_that_were_read(modules, monkeypatch):
+    """SparseAdam changes only these rows; both move them by the step of Adam's first update: the rate."""
+    rivals, bench = modules("element_updates"), bench_with(modules)
+    (grad, *_), (indices, *_), (weights, *_) = update_reads()
+    values = torch.randn(60, 20)
+    tables: list[Tensor] = []
+    kept = SimpleNamespace(Parameter=lambda t: tables.append(nn.Parameter(t)) or tables[-1])
+    monkeypatch.setattr(rivals, "nn", kept)
+    for make in (rivals.dense_adam, rivals.sparse_adam):
+        make(bench, values, grad, indices, weights)()
+    read = torch.zeros(60, dtype=torch.bool)
+    read[indices.flatten()] = True
+    for table in tables:
+        assert torch.equal(table[~read], values[~read])
+        torch.testing.assert_close((table - values)[read].abs(), torch.full((int(read.sum()), 20), 1e-3), rtol=0.02, atol=0)
+
+
 class Waits(torch.overrides.TorchFunctionMode):
     """Raises where the host would wait for a device: values as Python numbers, shapes that depend on values."""
 
@@ -286,6 +356,8 @@ def test_the_rival_of_the_update_never_waits_for_the_device(modules):
     with Waits():
         rival.adagrad_(values, None, total, *update_reads(), **numbers)
         rival.adam_(values, None, torch.randn(60, 20), total, *update_reads(), **numbers, beta1=0.9, beta2=0.9, step=2)
+        moments = [t for _ in range(2) for t in (torch.zeros(60, 20).to(FP8), torch.ones(60, 1))]
+        rival.lazy_adam_(values, None, *moments, *update_reads(), **numbers, beta1=0.9, beta2=0.9, step=2)
     with Waits(), pytest.raises(AssertionError, match="waits"):
         torch_backend.adagrad_(values, None, total, *update_reads(), **numbers)
 

@@ -29,7 +29,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
 
 
 def test_shell_commands_run_as_printed(shell: Commands) -> None:
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     for number, command in enumerate(COMMANDS):
         done = shell.cold(command) if number == 0 else shell.run(command)
         assert done.code == 0, f"{command}\n{done.out}\n{done.err}"

@@ -21,9 +21,9 @@ from memrewrite.errors import ExportError, in_one_line
 from memrewrite.passes.onnx.check.input_sets import NEW, PAST, Feeds, InputSet, evaluated, lengths_of
 from memrewrite.passes.onnx.file import Port
 from memrewrite.passes.storage.json_text import parse_json
-from memrewrite.passes.storage.manifest import is_saved, read_manifest
+from memrewrite.passes.texts.tokenizer import COPY, TOKENIZER, file_text, unreadable
 
-TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+SETTINGS = "tokenizer_config.json"
 MOST_BYTES = 2**32  # of all arrays in an archive: a few bytes may expand to any number
 SENTENCES = (
     "A memory layer reads a few rows.",
@@ -104,7 +104,7 @@ def text_inputs(directory: str | Path, ports: Sequence[Port]) -> list[dict[str, 
     names = {port.name for port in ports if not port.name.startswith("past_key_values.")}
     known = {"input_ids", "attention_mask", "position_ids", "token_type_ids"}
     folder = Path(directory)
-    text = _text_of(folder, TOKENIZER) if "input_ids" in names and names <= known else None
+    text = file_text(folder, TOKENIZER, ExportError) if "input_ids" in names and names <= known else None
     if text is None:
         return []
     from tokenizers import Tokenizer
@@ -123,7 +123,7 @@ def text_inputs(directory: str | Path, ports: Sequence[Port]) -> list[dict[str, 
         encoded = [tokenizer.encode_batch(batch) for batch in batches]
     except Exception as error:  # of `tokenizers`, which raises plain `Exception`
         what = f"the tokenizer cannot be read: {in_one_line(error)}"
-        raise ExportError(what, where=str(folder / TOKENIZER), hint="copy or download the file again") from error
+        raise ExportError(what, where=str(folder / TOKENIZER), hint=COPY) from error
     fields = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
     return [
         _as_text({name: torch.tensor([getattr(one, field) for one in batch]) for name, field in fields.items()}, ports)
@@ -133,28 +133,12 @@ def text_inputs(directory: str | Path, ports: Sequence[Port]) -> list[dict[str, 
 
 def _settings(folder: Path) -> dict[str, Any]:
     """What `tokenizer_config.json` contains; nothing if there is none."""
-    text = _text_of(folder, SETTINGS)
+    text = file_text(folder, SETTINGS, ExportError)
     try:
         data = {} if text is None else parse_json(text)
     except ValueError as error:
-        raise _unreadable(folder / SETTINGS, error) from error
+        raise unreadable(folder / SETTINGS, error, ExportError) from error
     return data if isinstance(data, dict) else {}
-
-
-def _text_of(folder: Path, name: str) -> str | None:
-    """The text of a file of a model's directory, or None; of a saved directory, only of a file that its manifest names."""
-    if is_saved(folder):
-        files = read_manifest(folder)
-        return files.text(name) if name in files else None
-    try:
-        return (folder / name).read_text(encoding="utf-8") if (folder / name).is_file() else None
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder / name, error) from error
-
-
-def _unreadable(file: Path, error: Exception) -> ExportError:
-    what = f"the tokenizer's {file.name} cannot be read: {in_one_line(error, kind=False)}"
-    return ExportError(what, where=str(file), hint="copy or download the file again")
 
 
 def _id(tokenizer: Any, token: Any) -> int | None:

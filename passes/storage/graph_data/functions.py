@@ -22,7 +22,7 @@ from memrewrite.passes.storage.graph_data.fields import Malformed, shown
 from memrewrite.passes.storage.graph_data.results import NUMBER, TENSOR, TENSORS, Result
 
 GETITEM = "_operator.getitem"  # of the results of an operator
-MEMORY = ("sparse_lookup", "product_keys", "product_key_topk")
+MEMORY = ("sparse_lookup", "sparse_dots", "product_keys", "product_key_topk")
 # The operators of ATen whose names begin with an underscore and that torch.export writes. The others are parts of kernels,
 # which do not check their arguments, or are of no use in a forward.
 PRIVATE = """

@@ -18,8 +18,9 @@ from memrewrite.errors import RecipeError, SelectError, UserError
 from memrewrite.passes.plan import feasible
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
+from memrewrite.recipes.field_types import MAX_SIZE
 from memrewrite.recipes.reader import read_recipe
-from memrewrite.recipes.schema import MAX_SIZE, Recipe
+from memrewrite.recipes.schema import Recipe
 
 ONE = located(site(0))
 TWO = located(site(0), site(1))
@@ -62,7 +63,7 @@ WHERE = st.sampled_from(
 RULES = st.fixed_dictionaries(
     {
         "where": WHERE,
-        "with": st.sampled_from(["memory_plus", "pkm"]),
+        "with": st.sampled_from(["memory_plus", "pkm", "peer"]),
         "pool": st.just("p"),
         "placement": st.sampled_from(["replace", "parallel"]),
         "options": OPTIONS,

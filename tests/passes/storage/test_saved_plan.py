@@ -39,6 +39,11 @@ def _set(*path: str | int, to: Any) -> Callable[[Any], object]:
     return change
 
 
+def _as_peer(plan: Any) -> None:
+    plan["substitutions"][0]["kind"] = "peer"
+    del plan["substitutions"][0]["options"]["gate"]
+
+
 FIRST = ("substitutions", 0)
 SITE = (*FIRST, "site")
 BINDING = (*SITE, "bindings", 0)
@@ -58,6 +63,10 @@ PLANS: dict[str, tuple[Callable[[Any], object], str]] = {
     "fraction for a number": (_set("pools", "shared", "keys", to=8.0), "keys"),
     "truth for a number": (_set("pools", "shared", "keys", to=True), "keys"),
     "pool above all sizes": (_set("pools", "shared", "keys", to=2**60), "entries"),
+    "inputs that no layer reads": (_set("pools", "shared", "input_dim", to=16), "reads the input weights"),
+    "inputs of zero": (_set("pools", "shared", "input_dim", to=0), "input_dim"),
+    "inputs above all sizes": (_set("pools", "shared", "input_dim", to=2**60), "entries"),
+    "no inputs for a layer that reads them": (_as_peer, "no input weights"),
     "option of another kind": (_set(*FIRST, "options", "nope", to=1), "options"),
     "option of another type": (_set(*FIRST, "options", "heads", to="2"), "options"),
     "option above all sizes": (_set(*FIRST, "options", "heads", to=2**60), "heads"),

@@ -28,6 +28,20 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+def paper(placement: str = "replace", **changes: Any) -> dict[str, Any]:
+    """A recipe whose layers start as in the paper: a graph after a rewritten one reads other inputs than in the live model."""
+    recipe = tiny.recipe(placement, **changes)
+    if placement == "replace":
+        recipe["replace"][0]["init"] = {"output": "paper"}
+    return recipe
+
+
+def live(name: str, placement: str = "replace") -> tuple[Any, dict[str, Any]]:
+    """The same model rewritten by `apply`, and its inputs."""
+    model, inputs = tiny.named(name)
+    return memrewrite.apply(model, tiny.recipe(placement, verify="off"), inputs).model, inputs
+
+
 def compiled(module: nn.Module, recipe: Any = None, *, then: Any = "eager", **options: Any) -> tuple[Any, Backend]:
     ours = memrewrite.backend(recipe, then=then, **options)
     return torch.compile(module, backend=ours), ours
@@ -78,7 +92,7 @@ def test_a_function_that_calls_a_model() -> None:
 
 def test_parameters_that_dynamo_keeps_in_the_graph() -> None:
     model, inputs = tiny.named("modular")
-    expected, _ = tiny.rewritten("modular")
+    expected, _ = live("modular")
     with torch._dynamo.config.patch(inline_inbuilt_nn_modules=False):
         fast, ours = compiled(model, tiny.recipe())
         assert torch.equal(tiny.values_of(fast, inputs), tiny.values_of(expected, inputs))
@@ -92,7 +106,7 @@ def test_parameters_that_dynamo_keeps_in_the_graph() -> None:
     ("name", "placement"), [*((name, "parallel") for name in NAMES), ("modular", "replace"), ("t5", "replace")]
 )
 def test_it_computes_what_the_live_rewrite_computes(name: str, placement: str) -> None:
-    (expected, inputs), (model, _) = tiny.rewritten(name, placement), tiny.named(name)
+    (expected, inputs), (model, _) = live(name, placement), tiny.named(name)
     fast, ours = compiled(model, tiny.recipe(placement))
     assert torch.equal(tiny.values_of(fast, inputs), tiny.values_of(expected, inputs))
     (checks,) = ours.checks
@@ -102,7 +116,7 @@ def test_it_computes_what_the_live_rewrite_computes(name: str, placement: str) -
 @pytest.mark.parametrize(("placement", "then"), [("replace", "inductor"), ("parallel", "aot_eager")])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_the_next_backend(placement: str, then: str) -> None:
-    (expected, _), (model, _) = tiny.rewritten("modular", placement), tiny.named("modular")
+    (expected, _), (model, _) = live("modular", placement), tiny.named("modular")
     fast, ours = compiled(model, tiny.recipe(placement), then=then)
     for shape in [(2, 5), (3, 7), (5, 4)]:
         inputs = {"ids": tiny.tokens(*shape)}
@@ -125,7 +139,7 @@ def test_a_function_as_backend_gets_the_rewritten_graph() -> None:
 
 
 def test_marked_dynamic() -> None:
-    (expected, _), (model, _) = tiny.rewritten("modular"), tiny.named("modular")
+    (expected, _), (model, _) = live("modular"), tiny.named("modular")
     fast, ours = compiled(model, tiny.recipe())
     ids = tiny.tokens(2, 5)
     torch._dynamo.mark_dynamic(ids, 1)
@@ -172,7 +186,7 @@ def test_the_memory_is_loaded_in_place(then: str) -> None:
 @pytest.mark.parametrize(("placement", "then"), [("replace", "eager"), ("parallel", "aot_eager"), ("replace", "inductor")])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_gradients_are_those_of_the_live_rewrite(placement: str, then: str) -> None:
-    (expected, inputs), (model, _) = tiny.rewritten("modular", placement), tiny.named("modular")
+    (expected, inputs), (model, _) = live("modular", placement), tiny.named("modular")
     tiny.open_up(expected)
     fast, ours = compiled(model, tiny.recipe(placement), then=then)
     tiny.values_of(fast, inputs)
@@ -203,7 +217,7 @@ def test_the_memory_is_trained() -> None:
 
 
 def test_without_gradients_and_in_inference_mode() -> None:
-    (expected, inputs), (model, _) = tiny.rewritten("modular"), tiny.named("modular")
+    (expected, inputs), (model, _) = live("modular"), tiny.named("modular")
     fast, ours = compiled(model, tiny.recipe())
     with torch.inference_mode():
         assert torch.equal(fast(**inputs), expected(**inputs))
@@ -234,7 +248,7 @@ def broken() -> Broken:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_across_a_graph_break_one_pool_is_shared(placement: str) -> None:
     (expected, inputs), model = tiny.rewritten("modular", placement), broken()
-    fast, ours = compiled(model, tiny.recipe(placement))
+    fast, ours = compiled(model, paper(placement))
     assert torch.equal(tiny.values_of(fast, inputs), tiny.values_of(expected, inputs))
     assert len(ours.graphs) == 2
     assert [name for name, _ in ours.memory.named_parameters() if name.endswith("values")] == ["pools.shared.values"]
@@ -244,7 +258,7 @@ def test_across_a_graph_break_one_pool_is_shared(placement: str) -> None:
 @pytest.mark.parametrize("where", [{"layers": [0, 2]}, {"centred": {"count": 1}}, {"every": 3}, {"tower": "blocks"}], ids=str)
 def test_across_a_graph_break_blocks_are_counted_in_the_model(where: dict[str, Any]) -> None:
     model, inputs = broken(), {"ids": tiny.tokens()}
-    recipe = tiny.recipe(where=where)
+    recipe = paper(where=where)
     expected = memrewrite.apply(tiny.modular(), recipe, inputs)
     fast, ours = compiled(model, recipe, model=model)
     tiny.values_of(fast, inputs)
@@ -289,7 +303,7 @@ def test_a_frame_that_dynamo_skips() -> None:
     model = broken()
     model.__class__ = Looped
     (expected, inputs) = tiny.rewritten("modular")
-    fast, ours = compiled(model, tiny.recipe(where={"tower": "blocks"}), model=model)
+    fast, ours = compiled(model, paper(where={"tower": "blocks"}), model=model)
     assert torch.equal(tiny.values_of(fast, inputs), tiny.values_of(expected, inputs))
     assert len(ours.memory.plan) == tiny.BLOCKS
     ours.check()
@@ -299,7 +313,7 @@ def test_a_frame_that_dynamo_skips() -> None:
 def test_blocks_compiled_one_by_one_have_their_own_layers(known: bool) -> None:
     """Dynamo runs one graph for all blocks, with their weights as inputs: one layer must not."""
     (expected, inputs), (model, _) = tiny.rewritten("modular"), tiny.named("modular")
-    ours = memrewrite.backend(tiny.recipe(), then="eager", model=model if known else None)
+    ours = memrewrite.backend(paper(), then="eager", model=model if known else None)
     for block in model.blocks:
         block.compile(backend=ours)
     out = tiny.values_of(model, inputs)
@@ -340,9 +354,9 @@ class Counting(nn.Module):
 def test_buffers_are_mutated_once_for_each_call() -> None:
     torch.manual_seed(0)
     model, x = Counting(), torch.randn(2, 3, 8)
-    reference = memrewrite.apply(copy.deepcopy(model), tiny.recipe(verify="off"), (x,)).model
+    reference = memrewrite.apply(copy.deepcopy(model), paper(verify="off"), (x,)).model
     reference.seen.zero_()
-    fast, ours = compiled(model, tiny.recipe())
+    fast, ours = compiled(model, paper())
     for _ in range(2):
         assert torch.equal(fast(x), reference(x))
         assert torch.equal(model.seen, reference.seen)
@@ -403,9 +417,9 @@ def test_autocast_inside_the_model(placement: str) -> None:
     torch.manual_seed(0)
     model, x = Cast().eval(), torch.randn(2, 3, 8)
     expected = nn.Sequential(copy.deepcopy(model.block))
-    memrewrite.apply(expected, tiny.recipe(placement), (x,))
-    out = compiled(model, tiny.recipe(placement))[0](x)
-    around = compiled(copy.deepcopy(model.block), tiny.recipe(placement))[0]
+    memrewrite.apply(expected, paper(placement), (x,))
+    out = compiled(model, paper(placement))[0](x)
+    around = compiled(copy.deepcopy(model.block), paper(placement))[0]
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(out, expected(x))
         assert torch.equal(around(x), expected(x))
@@ -461,9 +475,9 @@ def test_a_bad_recipe_is_refused_at_once() -> None:
 
 
 def test_a_failed_check_stops_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from memrewrite.passes.verify import verify
+    from memrewrite.passes.verify import measured_mlps
 
-    monkeypatch.setattr(verify, "emit_originals", lambda *_: (_ for _ in ()).throw(VerificationError("broken")))
+    monkeypatch.setattr(measured_mlps, "emit_originals", lambda *_: (_ for _ in ()).throw(VerificationError("broken")))
     fast, _ = compiled(tiny.modular(), tiny.recipe())
     with pytest.raises(VerificationError, match="broken"):
         fast(tiny.tokens())

@@ -1,0 +1,1 @@
+"""Texts for a model: the tokenizer of its directory, and token ids in pieces that fit its context."""
