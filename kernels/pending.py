@@ -8,7 +8,7 @@ micro-batches, activations recomputed in the backward): the table does not chang
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import ReferenceType, WeakValueDictionary, ref
@@ -26,6 +26,11 @@ class Factors(NamedTuple):
     grad: Tensor  # [T, D]
     indices: Tensor  # [T, K]
     weights: Tensor  # [T, K]
+
+
+def as_lists(reads: Sequence[Factors]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The factors of several lookups as the operators of updates take them: gradients, indices and weights."""
+    return [r.grad for r in reads], [r.indices for r in reads], [r.weights for r in reads]
 
 
 class Pending:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from memrewrite.errors import UserError
 from memrewrite.kernels import ops
-from memrewrite.kernels.pending import Factors, Pending, refuse_capture
+from memrewrite.kernels.pending import Factors, Pending, as_lists, refuse_capture
 from memrewrite.layers.value_table import Table
 from memrewrite.lazy_adam import CatchUp, LazyAdam, hooks_of
 
@@ -70,7 +70,7 @@ class RowwiseAdagrad:
 
     def step(self, pool: Table, state: State, reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
         """Update the rows that were read, in place."""
-        ops.rowwise_adagrad_(pool.values, pool.scale, state["total"], *_lists(reads), eps=self.eps, **numbers)
+        ops.rowwise_adagrad_(pool.values, pool.scale, state["total"], *as_lists(reads), eps=self.eps, **numbers)
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ class RowwiseAdam:
         """Update the rows that were read, in place."""
         moments = state["exp_avg"], state["exp_avg_sq"]
         ops.rowwise_adam_(
-            pool.values, pool.scale, *moments, *_lists(reads), betas=self.betas, eps=self.eps, step=step, **numbers
+            pool.values, pool.scale, *moments, *as_lists(reads), betas=self.betas, eps=self.eps, step=step, **numbers
         )
 
 
-DEFAULT_RULE: Rule = LazyAdam(states="bfloat16")  # the most learned for its bytes: docs/learning.md
+DEFAULT_RULE: Rule = LazyAdam(states="bfloat16")  # it learned the most for its bytes: docs/learning.md
 
 
 def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> None:
@@ -260,9 +260,8 @@ def _ready(optimizer: Optimizer, name: str, pool: Table, rule: Rule) -> _Update:
         state.update(rule.fresh(pool.values), step=torch.zeros((), dtype=torch.float32, device="cpu"))
     _check_state(rule, pool.values, state)
     step = int(state["step"]) + 1
-    seed = (pool.seed * 0x9E3779B1 + step) % 2**62  # different at every step, the same after a resume
     decay = float(group.get("weight_decay", 0.0))
-    numbers = {"lr": float(group["lr"]), "weight_decay": decay, "seed": seed, "backend": pool.backend}
+    numbers = {"lr": float(group["lr"]), "weight_decay": decay, "seed": pool.seed_at(step), "backend": pool.backend}
     return _Update(pool, state, list(_queue(pool).waiting), step, numbers)
 
 
@@ -277,7 +276,3 @@ def _check_state(rule: Rule, values: Tensor, state: State) -> None:
             f"the optimizer state of a pool is {found}, which is not the state of {rule}",
             hint="call load_state_dict after memrewrite.fuse, with the rule used in training",
         )
-
-
-def _lists(reads: list[Factors]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    return [r.grad for r in reads], [r.indices for r in reads], [r.weights for r in reads]

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from memrewrite.errors import UserError
 from memrewrite.kernels import ops, rounding
-from memrewrite.kernels.pending import Factors
+from memrewrite.kernels.pending import Factors, as_lists
 from memrewrite.layers.value_table import Table
 
 CHUNK = 2**18  # elements that are brought up to date at once: in float64 they fit in the cache
@@ -91,7 +91,7 @@ class LazyAdam:
 
     def step(self, pool: Table, state: dict[str, Tensor], reads: list[Factors], step: int, numbers: dict[str, Any]) -> None:
         """Update the rows that were read, in place. Raises `UserError` if a forward did not bring them up to date."""
-        lists = ([r.grad for r in reads], [r.indices for r in reads], [r.weights for r in reads])
+        lists = as_lists(reads)
         rows = torch.cat([index.flatten() for index in lists[1]]).unique() if self.catch_up else None  # type: ignore[no-untyped-call]
         if rows is not None:
             if not bool((state["row_step"][rows] == step - 1).all()):
@@ -116,7 +116,7 @@ class LazyAdam:
             rows = rows.flatten()
             stale = rows[known[rows] < now].unique()  # type: ignore[no-untyped-call]
         table = pool.values.data  # a change of rows that no lookup has read: backward passes need not see it
-        random = torch.Generator(table.device).manual_seed((pool.seed * 0x9E3779B1 + now) % 2**62)
+        random = torch.Generator(table.device).manual_seed(pool.seed_at(now))
         for part in stale.split(max(1, CHUNK // max(1, table.shape[1]))):  # type: ignore[no-untyped-call]
             moments = state["exp_avg"][part], state["exp_avg_sq"][part]
             row, mean, square = self._missed(table[part], *moments, known[part].long(), now, state)

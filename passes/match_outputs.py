@@ -117,11 +117,12 @@ def _run(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module], stayed: 
     """One forward in which every layer returns zeros."""
     at_layers = {s.site.path: Record(s.site) for s in plan.substitutions}
     at_mlps = {site.path: Record(site) for site in stayed}
+    modules = dict(model.named_modules(remove_duplicate=False))
     with ExitStack() as hooks:
         for substitution in plan.substitutions:
             site, record = substitution.site, at_layers[substitution.site.path]
             hooks.callback(layers[site.path].register_forward_hook(_silent(record), prepend=True).remove)
-            watch_block(model, site, record, hooks)
+            watch_block(modules, site, record, hooks)
         for site in stayed:
             for exit_, item in _exits(model, site):
                 hooks.callback(exit_.register_forward_hook(_output_of(at_mlps[site.path], item), prepend=True).remove)

@@ -65,13 +65,12 @@ def text_usage(
     if not isinstance(model, nn.Module):
         what = "an exported graph contains operators in place of layers: what they read is not counted"
         raise ModelError(what, where=str(folder), hint="save the model rewritten with `--emit module`")
-    if content is None:
-        with watch(model) as usage:
+    tokens = 0 if content is None else piece_length(model, length)
+    with watch(model) as usage:
+        if content is None:
             report_step("running the example inputs")
             run(model, source.inputs)
-        return TextUsage(usage, 0, 0)
-    tokens = piece_length(model, length)
-    with watch(model) as usage:
+            return TextUsage(usage, 0, 0)
         report_step("splitting the text into tokens")
         parts = pieces(tokenizer, content, tokens)
         for number, ids in enumerate(parts):

@@ -73,6 +73,10 @@ class Table(nn.Module):
             seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
             quantize.sample_(self.values, self.scale, spread, seed)
 
+    def seed_at(self, step: int) -> int:
+        """The seed of the stochastic rounding at a step: different at every step, the same after a resume."""
+        return (self.seed * 0x9E3779B1 + step) % 2**62
+
     def _how(self) -> dict[str, Any]:
         """Arguments of an operator that reads this table."""
         learns = torch.is_grad_enabled()  # without autograd the kind of gradient is irrelevant; keep it out of exported graphs

@@ -1,8 +1,9 @@
 """Measures MLPs in one forward of the model: a sample of their inputs, and the rms of their outputs and of the residual stream.
 
-Flow: hooks on the modules that stand for the MLPs and on the blocks around them → one forward → `Measured` for each MLP. All
-calls of an MLP are counted together. The rms of a token is that of its features; of all tokens the median is taken, because in
-trained models a few tokens are hundreds of times larger than all others. Tokens of zeros (padding) are left out.
+Flow: hooks on the modules that are called in place of the MLPs, and on the blocks around them → one forward → `Measured` for
+each MLP. All calls of an MLP are counted together. The rms of a token is that of its features; of all tokens the median is
+taken, because in trained models a few tokens are hundreds of times larger than all others. Tokens of zeros (padding) are left
+out.
 """
 
 from __future__ import annotations
@@ -44,15 +45,16 @@ class Probe:
 
     @contextmanager
     def watching(self, model: nn.Module, mlps: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Inside, calls of the modules that stand for the MLPs, by site path, are recorded; earlier records are dropped.
+        """Inside, calls of the modules in place of the MLPs, by site path, are recorded; earlier records are dropped.
 
         Their first argument is the MLP's input and their result its output.
         """
         self._records = {path: Record(self._sites[path]) for path in mlps}
+        modules = dict(model.named_modules(remove_duplicate=False))
         with ExitStack() as hooks:
             for path, record in self._records.items():
                 hooks.callback(mlps[path].register_forward_hook(record.mlp_hook, prepend=True).remove)
-                watch_block(model, self._sites[path], record, hooks)
+                watch_block(modules, self._sites[path], record, hooks)
             yield
 
     def measured(self) -> dict[str, Measured]:
@@ -75,7 +77,7 @@ class Record:
         return any(len(x) for x in self._x)
 
     def mlp_hook(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook of a module that stands for the MLP."""
+        """Forward hook of the module that is called in place of the MLP."""
         self.read(args[0])
         self.returned(output)
 
@@ -103,10 +105,13 @@ class Record:
         return Measured(torch.cat(self._x), self.rms(), stream if math.isfinite(stream) else None)
 
 
-def watch_block(model: nn.Module, site: Site, record: Record, hooks: ExitStack) -> None:
-    """Record the residual stream where the site's block begins, until `hooks` are closed; nothing outside of a block."""
+def watch_block(modules: Mapping[str, nn.Module], site: Site, record: Record, hooks: ExitStack) -> None:
+    """Record the residual stream where the site's block begins, until `hooks` are closed; nothing outside of a block.
+
+    `modules` are those of the model, by every path that they have.
+    """
     path = ".".join(site.path.split(".")[: len(site.tower.split(".")) + 1])
-    block = None if site.block is None else dict(model.named_modules(remove_duplicate=False)).get(path)
+    block = None if site.block is None else modules.get(path)
     if block is not None:
         hooks.callback(block.register_forward_pre_hook(record.block_hook, with_kwargs=True, prepend=True).remove)
 

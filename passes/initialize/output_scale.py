@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from memrewrite.layers.contract import MemoryLayer
 from memrewrite.passes.initialize.measure import Measured, token_rms, typical
+from memrewrite.passes.models.forward import layer_in_eval_mode
 from memrewrite.plans import Plan, Substitution
 from memrewrite.report import LayerScale
 from memrewrite.site import dtype_named
@@ -92,7 +92,7 @@ class _Start:
         wanted = self.substitution.init.scores
         if isinstance(wanted, str) or self.x is None:
             return
-        with _evaluating(self.layer):
+        with layer_in_eval_mode(self.layer):
             std = typical(self.layer.score_std(self.x))
         if std > 0:
             self.layer.scale_scores(wanted / std)
@@ -146,15 +146,5 @@ def _scale_pool(starts: list[_Start], kept: bool) -> None:
 
 def _output(layer: MemoryLayer, x: Tensor) -> Tensor:
     """The layer's output for tokens [n, d_in]: its forward alone; its hooks expect the arguments of the MLP's module."""
-    with _evaluating(layer):
+    with layer_in_eval_mode(layer):
         return layer.forward(x)
-
-
-@contextmanager
-def _evaluating(layer: MemoryLayer) -> Iterator[None]:
-    training = layer.training
-    layer.eval()
-    try:
-        yield
-    finally:
-        layer.train(training)

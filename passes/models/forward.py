@@ -112,6 +112,18 @@ def evaluating(model: nn.Module | ExportedProgram) -> AbstractContextManager[Non
     return in_mode(model, training=False)
 
 
+@contextmanager
+def layer_in_eval_mode(layer: nn.Module) -> Iterator[None]:
+    """Context manager: a memory layer is in eval mode inside. Nothing else is guarded: its forward changes no state."""
+    training = [module for module in layer.modules() if module.training]
+    layer.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def run(model: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Any:
     """The outputs of one forward from fixed seeds, on copies of the inputs. Model and generators are as before afterwards.
 

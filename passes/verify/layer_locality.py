@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from memrewrite.layers.kinds import kind_named
 from memrewrite.passes.locate.token_perturbation import Tokens
+from memrewrite.passes.models.forward import layer_in_eval_mode
 from memrewrite.passes.models.process_state import SEED
 from memrewrite.passes.rewrite.hooks import UseStoredInput
 from memrewrite.passes.verify.evidence import RewrittenModel, checked, skipped
@@ -49,21 +47,9 @@ def _wrong(layer: nn.Module, substitution: Substitution) -> str:
     tokens = ROWS * LENGTH
     into, out = (Tokens.consecutive(tokens * width, tokens, ROWS) for width in (site.d_in, site.d_model))
     allowed = ROUTED * torch.finfo(dtype).eps if kind.regroups else 0.0
-    with _in_eval_mode(layer):
+    with layer_in_eval_mode(layer):  # in training an expert may choose among all tokens
         found = outcome_of(lambda given: _output(layer, given, site.axis), x, other, into, out, allowed)
     return found.wrong or ("every input gives the same output" if found.constant and not kind.constant else "")
-
-
-@contextmanager
-def _in_eval_mode(layer: nn.Module) -> Iterator[None]:
-    """Context manager: the layer is in eval mode inside; in training an expert may choose among all tokens."""
-    training = [module for module in layer.modules() if module.training]
-    layer.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _output(layer: nn.Module, given: Tensor, axis: int) -> Tensor:
