@@ -2,72 +2,123 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import torch
-from settings import Setting
-from task import Facts
+from scales import SCALES, Scale
+from settings import Json, Setting
+from tasks.sequences import Sequences
 from torch import nn
 
 import memrewrite
 
-WIDTH, BLOCKS, HEADS = 32, 8, 4
-HIDDEN = 8 * WIDTH // 3  # as in Llama
+EVERYWHERE = {"all": True}
+DENSE = 2  # times the arithmetic of the blocks, in `dense-2x`
 
 
-class Memory(NamedTuple):
-    """Which layers replace the MLPs of which blocks, and the keys per half of their pool."""
-
-    kind: str
-    blocks: tuple[int, ...]
-    keys: int = 128
+def _dense(setting: Setting, scale: Scale) -> None:
+    """The base model itself."""
 
 
-MODELS: dict[str, Memory | None] = {
-    "dense": None,
-    "pkm": Memory("pkm", (4,)),
-    "peer": Memory("peer", (4,), keys=96),  # two tables, and about a tenth more parameters, as in the paper
-    "memory-plus": Memory("memory_plus", (2, 4, 6)),
+def _wide(setting: Setting, scale: Scale) -> Json:
+    """Every MLP so wide that a block, attention included, has twice the arithmetic."""
+    attention, mlp = 4 * scale.width**2, 3 * scale.width * scale.hidden
+    hidden = round((DENSE * (attention + mlp) - attention) / (3 * scale.width))
+    return {"where": EVERYWHERE, "with": "dense", "options": {"d_hidden": hidden}}
+
+
+def _moe(setting: Setting, scale: Scale) -> Json:
+    """Every MLP a mixture, with the fewest experts that have more parameters than Memory+, as in the paper."""
+    mlp = 3 * scale.width * scale.hidden
+    memory = scale.keys[1] ** 2 * scale.width + 3 * (_memory_layer(scale) - mlp)
+    experts = (memory + scale.blocks * mlp) // (scale.blocks * (mlp + scale.width)) + 1
+    return {"where": EVERYWHERE, "with": "moe", "options": {"experts": experts}}
+
+
+def _memory_layer(scale: Scale) -> int:
+    """Parameters of one Memory+ layer, its table left out, with two heads and the default key width."""
+    width, key = scale.width, scale.width // 2
+    return 2 * (width * key + scale.keys[1] * key + width**2)
+
+
+def _pkm(setting: Setting, scale: Scale) -> Json:
+    return _memory("pkm", (scale.middle,), setting)
+
+
+def _peer(setting: Setting, scale: Scale) -> Json:
+    return _memory("peer", (scale.middle,), setting)
+
+
+def _memory_plus(setting: Setting, scale: Scale) -> Json:
+    return _memory("memory_plus", scale.three, setting)
+
+
+def _memory(kind: str, blocks: tuple[int, ...], setting: Setting) -> Json:
+    options = {"heads": setting.heads, "topk": setting.topk, "qk_norm": setting.qk_norm}
+    return {"where": {"layers": list(blocks)}, "with": kind, "options": options}
+
+
+MODELS: dict[str, Callable[[Setting, Scale], Json | None]] = {
+    "dense": _dense,
+    "dense-2x": _wide,
+    "moe": _moe,
+    "pkm": _pkm,
+    "peer": _peer,
+    "memory-plus-small": _memory_plus,
+    "memory-plus": _memory_plus,
+    "memory-plus-large": _memory_plus,
 }
+MAIN = ("dense", "pkm", "peer", "memory-plus")
 
 
-def base(setting: Setting, facts: Facts) -> nn.Module:
-    """A Llama with the initial weights of Transformers."""
+def keys_of(setting: Setting) -> int:
+    """Keys per half of a setting's pool. PEER has two tables, and a little more parameters than Memory+, as in the paper."""
+    small, medium, large = SCALES[setting.scale].keys
+    of_model = {"memory-plus-small": small, "memory-plus-large": large, "peer": 3 * medium // 4}
+    return setting.keys or of_model.get(setting.model, medium)
+
+
+def base(setting: Setting, vocabulary: int) -> nn.Module:
+    """A Llama whose weights start from N(0, width^-1/2), as the paper's do, where the setting says nothing else."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(setting.seed)
+    scale = SCALES[setting.scale]
     config = LlamaConfig(
-        vocab_size=facts.vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=16,
+        vocab_size=vocabulary,
+        hidden_size=scale.width,
+        intermediate_size=scale.hidden,
+        num_hidden_layers=scale.blocks,
+        num_attention_heads=scale.heads,
+        num_key_value_heads=scale.heads,
+        max_position_embeddings=32,
         tie_word_embeddings=True,
-        initializer_range=setting.initializer_range,
+        initializer_range=setting.initializer_range or scale.width**-0.5,
         use_cache=False,
     )
     model: nn.Module = LlamaForCausalLM(config)
     return model
 
 
-def built(setting: Setting, facts: Facts, gradient: str) -> nn.Module:
-    """The model of a setting: the base, or what its recipe makes of it, with a table of this `gradient`."""
-    model, memory = base(setting, facts), MODELS[setting.model]
-    if memory is None:
+def recipe(setting: Setting, gradient: str) -> Json | None:
+    """The recipe that makes the model of a setting of the base, with tables of this `gradient`; None for the base itself."""
+    rule = MODELS[setting.model](setting, SCALES[setting.scale])
+    if rule is None:
+        return None
+    rule["init"] = {"output": setting.output}
+    blocks = rule["where"].get("layers")
+    if blocks is None:
+        return {"memrewrite": 1, "replace": [rule], "verify": "off"}
+    names = [f"pool_{block}" if setting.separate else "shared" for block in blocks]
+    pool = {"keys": keys_of(setting), "seed": setting.seed, "gradient": gradient}
+    pools = {name: pool | ({"dtype": setting.dtype} if setting.dtype else {}) for name in names}
+    rules = [rule | {"where": {"layers": [block]}, "pool": name} for block, name in zip(blocks, names, strict=True)]
+    return {"memrewrite": 1, "pools": pools, "replace": rules, "verify": "off"}
+
+
+def built(setting: Setting, task: Sequences, gradient: str) -> nn.Module:
+    """The model of a setting: the base, or what its recipe makes of it."""
+    model, wanted = base(setting, task.vocabulary), recipe(setting, gradient)
+    if wanted is None:
         return model
-    return memrewrite.apply(model, _recipe(setting, memory, gradient), {"input_ids": facts.inputs[: setting.batch]}).model
-
-
-def _recipe(setting: Setting, memory: Memory, gradient: str) -> dict[str, Any]:
-    pool = {"keys": memory.keys, "seed": setting.seed, "gradient": gradient}
-    rule = {
-        "where": {"layers": list(memory.blocks)},
-        "with": memory.kind,
-        "pool": "shared",
-        "init": {"output": setting.output},
-        "options": {"heads": 2, "topk": 8, "qk_norm": setting.qk_norm},
-    }
-    pools = {"shared": pool | ({"dtype": setting.dtype} if setting.dtype else {})}
-    return {"memrewrite": 1, "pools": pools, "replace": [rule], "verify": "off"}
+    return memrewrite.apply(model, wanted, {"input_ids": task.train[: setting.batch, :-1]}).model

@@ -1,4 +1,4 @@
-"""Learning curves as a picture that is readable in grey and at half size."""
+"""Pictures that are readable in grey and at half size."""
 
 from __future__ import annotations
 
@@ -6,32 +6,91 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from settings import Json
-from tables import groups
+from groups import TERA, Group
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tables import names
 
-STYLES = ("-", "--", "-.", ":")
-MARKS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":")
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+SIZE, DPI = (8, 5), 120
 
 
-def curves(records: list[Json], path: Path) -> None:
-    """Bits a fact against the step: the mean over the seeds, in a band from the lowest to the highest seed."""
-    import matplotlib
+def learning_curves(groups: list[Group], path: Path) -> None:
+    """Bits of an answer against exposures: the mean over the seeds, in a band from the lowest to the highest seed."""
+    figure, axes = _axes("exposures of each training sequence", "knowledge (bits of an answer)")
+    for at, (name, group) in enumerate(zip(names(groups), groups, strict=True)):
+        shown = [point[0] * group.setting.batch / group.setting.facts for point in group.runs[0]["curve"]]
+        bits = [[run["curve"][step][1] for run in group.runs] for step in range(len(shown))]
+        style = _style(at, len(groups))
+        axes.plot(shown, [mean(b) for b in bits], label=name, linestyle=LINES[at % 4], **style)
+        axes.fill_between(shown, [min(b) for b in bits], [max(b) for b in bits], color=style["color"], alpha=0.15, linewidth=0)
+    _save(figure, axes, path)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for number, (name, runs) in enumerate(groups(records).items()):
-        steps = [point[0] for point in runs[0]["curve"]]
-        bits = [[run["curve"][at][1] for run in runs] for at in range(len(steps))]
-        grey = 0.75 * number / max(1, len(groups(records)) - 1)
-        style: dict[str, Any] = {"linestyle": STYLES[number % 4], "marker": MARKS[number % 7], "color": str(grey)}
-        axes.plot(steps, [mean(at) for at in bits], label=name, linewidth=2, markersize=7, **style)
-        axes.fill_between(steps, [min(at) for at in bits], [max(at) for at in bits], color=str(grey), alpha=0.15, linewidth=0)
-    axes.set_xlabel("training step", fontsize=14)
-    axes.set_ylabel("knowledge (bits a fact)", fontsize=14)
-    axes.tick_params(labelsize=12)
+def recall_against_flops(groups: list[Group], path: Path) -> None:
+    """Recall against the arithmetic of the whole training: a line for each model with several budgets, else a point."""
+    figure, axes = _axes("arithmetic of the training (TFLOP, logarithmic)", "recall (%)")
+    models = list(dict.fromkeys(group.setting.model for group in groups))
+    for at, model in enumerate(models):
+        mine = sorted((g for g in groups if g.setting.model == model), key=lambda group: group.training_flops)
+        _error_bars(
+            axes, [g.training_flops / TERA for g in mine], mine, label=model, linestyle=LINES[at % 4], **_style(at, len(models))
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")
+    _save(figure, axes, path)
+
+
+def recall_against_slots(groups: list[Group], path: Path) -> None:
+    """Recall against the slots of the table, with the models without a table as horizontal lines."""
+    figure, axes = _axes("slots of the table (logarithmic)", "recall (%)")
+    tables = [group for group in groups if group.pool is not None]
+    families = list(dict.fromkeys(_family(group) for group in tables))
+    without = [(name, group) for name, group in zip(names(groups), groups, strict=True) if group.pool is None]
+    for at, family in enumerate(families):
+        mine = [group for group in tables if _family(group) == family]
+        style = _style(at, len(families) + len(without))
+        _error_bars(axes, [_slots(group) for group in mine], mine, label=family, linestyle=LINES[at % 4], **style)
+    for at, (name, group) in enumerate(without, len(families)):
+        color = _style(at, len(families) + len(without))["color"]
+        axes.axhline(group.recall.mean, label=name, linestyle=LINES[at % 4], color=color, linewidth=2)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({_slots(group) for group in tables}), minor=False)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    _save(figure, axes, path)
+
+
+def _error_bars(axes: Axes, places: list[float], groups: list[Group], **style: Any) -> None:
+    means, deviations = [g.recall.mean for g in groups], [g.recall.deviation for g in groups]
+    axes.errorbar(places, means, yerr=deviations, capsize=5, **style)
+
+
+def _family(group: Group) -> str:
+    """Memory+ of all sizes is one family."""
+    return group.setting.model.removesuffix("-small").removesuffix("-large")
+
+
+def _slots(group: Group) -> float:
+    return float(group.runs[0]["usage"]["pools"][0]["slots"])
+
+
+def _style(number: int, count: int) -> dict[str, Any]:
+    grey = 0.7 * number / max(1, count - 1)
+    return {"marker": MARKS[number % len(MARKS)], "color": str(grey), "linewidth": 2, "markersize": 8}
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x, fontsize=15)
+    axes.set_ylabel(y, fontsize=15)
+    axes.tick_params(labelsize=13)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=12)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure, axes
+
+
+def _save(figure: Figure, axes: Axes, path: Path) -> None:
+    axes.legend(fontsize=13)
+    figure.savefig(path, dpi=DPI)

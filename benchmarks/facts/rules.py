@@ -44,9 +44,11 @@ RULES: dict[str, Update] = {
 def optimizers(setting: Setting, model: nn.Module) -> list[Optimizer]:
     """The optimizers of one run; their groups are those of `memrewrite.param_groups`, with its names."""
     update = RULES[setting.rule]
-    rest, tables = memrewrite.param_groups(model, setting.lr, setting.value_lr, weight_decay=setting.weight_decay)
+    rate, value_rate = setting.lr, setting.lr * setting.value_factor
+    decays = {"weight_decay": setting.weight_decay, "value_decay": setting.value_decay}
+    rest, tables = memrewrite.param_groups(model, rate, value_rate, **decays)
     if update.gradient == "sparse" and tables["params"]:
-        sparse = torch.optim.SparseAdam([{"params": tables["params"], "lr": setting.value_lr, "name": VALUES}], betas=BETAS)
+        sparse = torch.optim.SparseAdam([{"params": tables["params"], "lr": value_rate, "name": VALUES}], betas=BETAS)
         return [torch.optim.AdamW([rest], betas=BETAS), sparse]
     both = torch.optim.AdamW([rest, tables], betas=BETAS)
     if update.rule is not None and tables["params"]:

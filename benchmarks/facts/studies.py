@@ -1,63 +1,153 @@
-"""The studies: each a list of settings that answers one question."""
+"""The studies: each answers one question by comparing settings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+from compared_models import MAIN, MODELS
 from rules import RULES
-from settings import Setting
+from runs import Runs
+from settings import Json, Setting
 
-VALUE_RATES = (2e-2, 4e-2, 8e-2)
-START = Setting()
+RATES = (4e-3, 8e-3, 1.6e-2)  # every model is tuned over these
+TUNING_SEED = 1000  # with this seed, which nothing else uses
+OTHER_SEEDS = 3  # at most, of all but the main models
+SMOKE_BITS, SMOKE_READ = 6.0, 0.5  # what a dense model learns at least, and the share of the slots that is read
+MEMORY = Setting()
 DENSE = Setting(model="dense")
 
 
-def start(seeds: int) -> list[Setting]:
-    """At which scale should a layer start?"""
-    outputs: tuple[str | float, ...] = ("paper", "match", "zero")
-    return _repeated(seeds, DENSE, *(replace(START, output=output) for output in outputs))
+def no_problem(records: list[Json]) -> str:
+    """A study that only reports."""
+    return ""
 
 
-def rates(seeds: int) -> list[Setting]:
-    """Which rate of the tables suits each update rule? Every rule gets the same grid."""
-    return _repeated(seeds, *(replace(START, rule=rule, value_lr=rate) for rule in RULES for rate in VALUE_RATES))
+class Study(NamedTuple):
+    """One study.
+
+    Attributes:
+        question: What it answers.
+        settings: Makes its settings of the runs and the number of seeds. It may train some first, to choose rates.
+        problem: What is wrong with its records; empty if nothing is.
+    """
+
+    question: str
+    settings: Callable[[Runs, int], list[Setting]]
+    problem: Callable[[list[Json]], str] = no_problem
 
 
-def rules(seeds: int) -> list[Setting]:
-    """Which update rule learns most?"""
-    return _repeated(seeds, DENSE, *(replace(START, rule=rule) for rule in RULES))
+def tuned(run: Runs, models: Sequence[str], seeds: int) -> dict[str, Setting]:
+    """Each model with the rate of the grid at which its run with the tuning seed learned most bits."""
+    grid = [MEMORY.but(model=model, seed=TUNING_SEED, lr=rate) for model in models for rate in RATES]
+    later = repeated(seeds, *(setting for setting in grid if setting.lr == RATES[0]))
+    records = run(grid, then=later)
+    if len(records) < len(grid):
+        sys.exit("there was no time to try all rates; the same command goes on")
+    bits = {setting: record["bits"] for setting, record in zip(grid, records, strict=True)}
+    best = {model: max((s for s in grid if s.model == model), key=bits.__getitem__) for model in models}
+    return {model: setting.but(seed=0) for model, setting in best.items()}
 
 
-def training(seeds: int) -> list[Setting]:
-    """Do lower rates, a longer warm-up, clipping, fixed rates of the values or no norm of queries and keys help?"""
-    changes = (
-        replace(START, lr=4e-3, value_lr=2e-2),
-        replace(START, warmup=60),
-        replace(START, clip=1.0),
-        replace(START, fixed_values=True),
-        replace(START, qk_norm=False),
-        replace(START, weight_decay=0.0),
-    )
-    return _repeated(seeds, START, *changes)
-
-
-def models(seeds: int) -> list[Setting]:
-    """Dense, PKM, PEER and Memory+: does memory learn more facts at equal FLOPs?"""
-    return _repeated(seeds, DENSE, replace(START, model="pkm"), replace(START, model="peer"), START)
-
-
-def smoke(seeds: int) -> list[Setting]:
-    """A minute: does a memory layer learn at all?"""
-    small = {"facts": 2000, "batch": 512, "steps": 120}
-    return _repeated(min(seeds, 1), replace(DENSE, **small), replace(START, **small))
-
-
-STUDIES: dict[str, Callable[[int], list[Setting]]] = {
-    study.__name__: study for study in (start, rates, rules, training, models, smoke)
-}
-
-
-def _repeated(seeds: int, *settings: Setting) -> list[Setting]:
+def repeated(seeds: int, *settings: Setting) -> list[Setting]:
     """Every setting with each seed; all settings of one seed come first, so that an interrupted study compares pairs."""
-    return [replace(setting, seed=seed) for seed in range(seeds) for setting in settings]
+    return [setting.but(seed=seed) for seed in range(seeds) for setting in settings]
+
+
+def models(run: Runs, seeds: int) -> list[Setting]:
+    """All models on facts, and the main ones on rules, at the rates that suit them on facts.
+
+    The main ones have more seeds than the others if `seeds` is larger than `OTHER_SEEDS`.
+    """
+    best = tuned(run, list(MODELS), seeds)
+    main = [best[model] for model in MAIN]
+    few = min(seeds, OTHER_SEEDS)
+    facts = list(dict.fromkeys(repeated(few, *best.values()) + repeated(seeds, *main)))
+    rules = [setting.but(task=task, steps=steps) for task, steps in (("countries", 150), ("addition", 200)) for setting in main]
+    return facts + repeated(few, *rules)
+
+
+def quick(run: Runs, seeds: int) -> list[Setting]:
+    """The main models, one seed, one rate."""
+    return repeated(1, *(Setting(model=model) for model in MAIN))
+
+
+def smoke(run: Runs, seeds: int) -> list[Setting]:
+    """Dense and Memory+ in a minute."""
+    small = {"facts": 4000, "batch": 512, "steps": 150}
+    return repeated(1, DENSE.but(**small), MEMORY.but(**small))
+
+
+def learning_broke(records: list[Json]) -> str:
+    """Why the records of `smoke` are not those of models that learn."""
+    dense, memory = records
+    if dense["bits"] < SMOKE_BITS:
+        return f"the dense model learned {dense['bits']:.2f} bits of an answer, not {SMOKE_BITS}"
+    if memory["bits"] <= dense["bits"]:
+        return f"Memory+ learned {memory['bits']:.2f} bits of an answer, the dense model {dense['bits']:.2f}"
+    read = memory["usage"]["pools"][0]["share_read"]
+    return "" if read > SMOKE_READ else f"Memory+ reads {100 * read:.0f} % of its slots"
+
+
+def gpu(run: Runs, seeds: int) -> list[Setting]:
+    """All models on the cities, on a CUDA device, one seed and one rate; the main ones first."""
+    common = {"device": "cuda", "scale": "d128", "task": "cities", "facts": 100_000, "batch": 8192, "steps": 300, "lr": 2e-3}
+    ordered = dict.fromkeys([*MAIN, "memory-plus-large", "dense-2x", "memory-plus-small", "moe"])
+    return repeated(1, *(Setting(**common, model=model, heads=4, topk=16) for model in ordered))  # type: ignore[arg-type]
+
+
+def transfer(run: Runs, seeds: int) -> list[Setting]:
+    """The main models, twice as wide and with half as many blocks more, at three budgets.
+
+    The rate of each is half of the one that suits it at half the width.
+    """
+    best = tuned(run, list(MODELS), seeds)
+    wide = [best[model].but(scale="d64", task="airports-in-detail", facts=12_000, lr=best[model].lr / 2) for model in MAIN]
+    return [setting.but(steps=steps) for setting in repeated(seeds, *wide) for steps in (130, 260, 520)]
+
+
+def base(run: Runs, seeds: int) -> list[Setting]:
+    """The scale at which the base's weights start, with and without memory; 0.02 is the default of transformers."""
+    best = tuned(run, list(MODELS), seeds)
+    compared = (best["dense"], best["memory-plus"])
+    return repeated(seeds, *(s.but(initializer_range=scale) for scale in (0.02, 0.06, 0.0, 0.35) for s in compared))
+
+
+def ablations(run: Runs, seeds: int) -> list[Setting]:
+    """One change of Memory+ at a time, at its tuned rate."""
+    best = tuned(run, list(MODELS), seeds)["memory-plus"]
+    changes: list[Json] = [
+        {},
+        {"separate": True, "keys": 74},  # three tables with as many slots together
+        {"separate": True},
+        {"heads": 1, "topk": 16},
+        {"heads": 4, "topk": 4},
+        {"value_factor": 1.0},
+        {"value_factor": 2.5},
+        {"value_factor": 10.0},
+        {"fixed_values": True},
+        {"value_decay": 0.1},
+        {"qk_norm": False},
+        *({"rule": rule} for rule in RULES if rule != best.rule),
+        {"dtype": "bfloat16"},
+        {"dtype": "float8_e4m3fn"},
+        {"output": "paper"},
+        {"output": "zero"},
+        {"weight_decay": 0.0},
+        {"clip": 1.0},
+    ]
+    return repeated(seeds, *(best.but(**change) for change in changes))
+
+
+STUDIES = {
+    "models": Study("Does memory learn more facts at equal arithmetic? And where nothing has to be remembered?", models),
+    "quick": Study("The same in ten minutes: the main models, one seed, untuned.", quick),
+    "smoke": Study("Does a memory layer learn at all? One minute; fails if not.", smoke, learning_broke),
+    "gpu": Study("Does memory learn more facts at equal arithmetic? On a GPU, within eight minutes.", gpu),
+    "transfer": Study(
+        "Does the order hold at twice the width, and how much arithmetic does dense need for the same?", transfer
+    ),
+    "ablations": Study("Which options of Memory+ matter?", ablations),
+    "base": Study("At which scale should the base's weights start?", base),
+}

