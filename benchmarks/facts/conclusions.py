@@ -11,13 +11,43 @@ from tables import names
 OURS = "memory-plus"
 
 
+CLAIMS = (
+    ("dense", "<", "pkm"),
+    ("pkm", "≈", "peer"),
+    ("pkm", "<", OURS),
+    ("peer", "<", OURS),
+    (f"{OURS}-small", "<", OURS),
+    (OURS, "<", f"{OURS}-large"),
+)  # the paper's order of its layers, and of its table sizes (Table 1)
+
+
 def order(groups: list[Group]) -> str:
     """The groups by recall, the lowest first: `<` before a difference of more than twice its standard error, else `≈`."""
     ordered = sorted(zip(names(groups), groups, strict=True), key=lambda pair: pair[1].recall.mean)
     said = [ordered[0][0]]
     for (_, lower), (name, higher) in pairwise(ordered):
-        said.append(f"{'<' if higher.recall.clearly_above(lower.recall) else '≈'} {name}")
-    return "Order of recall: " + " ".join(said) + "."
+        said.append(f"{_relation(lower.recall, higher.recall)} {name}")
+    chance = "" if all(group.recall.count > 1 for group in groups) else " With one seed a difference may be chance."
+    return "Order of recall: " + " ".join(said) + "." + chance
+
+
+def paper_order(groups: list[Group]) -> list[str]:
+    """For each claim of the paper about two of the models, at their largest budget: whether it holds here."""
+    largest = {group.setting.model: group for group in sorted(groups, key=lambda group: group.setting.steps)}
+    said = []
+    for lower, sign, higher in CLAIMS:
+        if lower in largest and higher in largest:
+            found = _relation(largest[lower].recall, largest[higher].recall)
+            verdict = "holds" if found == sign else f"does not hold: {lower} {found} {higher}"
+            said.append(f"The paper's {lower} {sign} {higher} {verdict}.")
+    return said
+
+
+def _relation(first: Spread, second: Spread) -> str:
+    """`<`, `>` or `≈`: by twice the standard error of the difference; with one seed by the numbers alone."""
+    if min(first.count, second.count) < 2:
+        return "<" if first.mean < second.mean else ">" if first.mean > second.mean else "≈"
+    return "<" if second.clearly_above(first) else ">" if first.clearly_above(second) else "≈"
 
 
 def baseline_wins(groups: list[Group]) -> list[str]:

@@ -49,13 +49,14 @@ def recall_against_slots(groups: list[Group], path: Path) -> None:
     tables = [group for group in groups if group.pool is not None]
     families = list(dict.fromkeys(_family(group) for group in tables))
     without = [(name, group) for name, group in zip(names(groups), groups, strict=True) if group.pool is None]
-    for at, family in enumerate(families):
-        mine = [group for group in tables if _family(group) == family]
-        style = _style(at, len(families) + len(without))
-        _error_bars(axes, [_slots(group) for group in mine], mine, label=family, linestyle=LINES[at % 4], **style)
-    for at, (name, group) in enumerate(without, len(families)):
-        color = _style(at, len(families) + len(without))["color"]
+    count = len(without) + len(families)
+    for at, (name, group) in enumerate(without):
+        color = _style(at, count)["color"]
         axes.axhline(group.recall.mean, label=name, linestyle=LINES[at % 4], color=color, linewidth=2)
+    for at, family in enumerate(families, len(without)):
+        mine = [group for group in tables if _family(group) == family]
+        style = _style(at, count)
+        _error_bars(axes, [_slots(group) for group in mine], mine, label=family, linestyle=LINES[at % 4], **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({_slots(group) for group in tables}), minor=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -65,6 +66,7 @@ def recall_against_slots(groups: list[Group], path: Path) -> None:
 def _error_bars(axes: Axes, places: list[float], groups: list[Group], **style: Any) -> None:
     means, deviations = [g.recall.mean for g in groups], [g.recall.deviation for g in groups]
     axes.errorbar(places, means, yerr=deviations, capsize=5, **style)
+    axes.set_ylim(bottom=0)
 
 
 def _family(group: Group) -> str:
@@ -77,7 +79,7 @@ def _slots(group: Group) -> float:
 
 
 def _style(number: int, count: int) -> dict[str, Any]:
-    grey = 0.7 * number / max(1, count - 1)
+    grey = 0.7 * (1 - (number + 1) / count)  # the last one, the largest Memory+, is black
     return {"marker": MARKS[number % len(MARKS)], "color": str(grey), "linewidth": 2, "markersize": 8}
 
 

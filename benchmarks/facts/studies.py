@@ -11,7 +11,7 @@ from rules import RULES
 from runs import Runs
 from settings import Json, Setting
 
-RATES = (4e-3, 8e-3, 1.6e-2)  # every model is tuned over these
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)  # every model is tuned over these
 TUNING_SEED = 1000  # with this seed, which nothing else uses
 OTHER_SEEDS = 3  # at most, of all but the main models
 SMOKE_BITS, SMOKE_READ = 6.0, 0.5  # what a dense model learns at least, and the share of the slots that is read

@@ -17,3 +17,4 @@ TASKS: dict[str, Callable[[int], Sequences]] = {
     "countries": countries,
     "addition": addition,
 }
+FACTS = ("airports", "airports-in-detail", "cities")  # the others are rules: they are asked for what was not trained
