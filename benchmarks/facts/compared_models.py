@@ -13,6 +13,7 @@ from torch import nn
 import memrewrite
 
 EVERYWHERE = {"all": True}
+EXAMPLES = 1024  # sequences, at most, on which the start of a layer is measured
 DENSE = 2  # times the arithmetic of the blocks, in `dense-2x`
 
 
@@ -121,4 +122,4 @@ def built(setting: Setting, task: Sequences, gradient: str) -> nn.Module:
     model, wanted = base(setting, task.vocabulary), recipe(setting, gradient)
     if wanted is None:
         return model
-    return memrewrite.apply(model, wanted, {"input_ids": task.train[: setting.batch, :-1]}).model
+    return memrewrite.apply(model, wanted, {"input_ids": task.train[: min(setting.batch, EXAMPLES), :-1]}).model

@@ -43,10 +43,13 @@ class Runs:
         """
         missing = [s for s in dict.fromkeys(settings) if not self._file(s).exists()]
         later = [s for s in dict.fromkeys(then or []) if not self._file(s).exists()]
-        with ThreadPoolExecutor(1 if any(s.device == "cuda" for s in missing) else self.jobs) as pool:
+        pool = ThreadPoolExecutor(1 if any(s.device == "cuda" for s in missing) else self.jobs)
+        try:
             for number, setting in enumerate(pool.map(self._run, missing), 1):
                 left = self._left(missing[number:] + later)
                 print(f"{number}/{len(missing)} {setting}: about {left / 60:.0f} min left", file=sys.stderr, flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an interruption or a failed run, no other begins
         finished = [setting for setting in dict.fromkeys(settings) if self._file(setting).exists()]
         self.records |= {setting: json.loads(self._file(setting).read_text()) for setting in finished}
         return [self.records[setting] for setting in finished]

@@ -334,12 +334,14 @@ def test_no_run_begins_when_the_time_is_over(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_run_is_named(tmp_path: Path) -> None:
+def test_a_failed_run_is_named_and_ends_the_study(tmp_path: Path) -> None:
     from runs import Runs
     from settings import Setting
 
+    broken, others = Setting(seed=7, rule="no such rule", **SMALL), [Setting(seed=seed, **SMALL) for seed in range(4)]
     with pytest.raises(SystemExit, match="seed=7"):
-        Runs(tmp_path, 1)([Setting(seed=7, rule="no such rule", **SMALL)])
+        Runs(tmp_path, 1)([broken, *others])
+    assert len(list(tmp_path.glob("*.run.json"))) <= 1  # the one that had begun
 
 
 def test_tables_have_a_row_for_each_model() -> None:
