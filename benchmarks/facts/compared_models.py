@@ -31,15 +31,15 @@ def _wide(setting: Setting, scale: Scale) -> Json:
 def _moe(setting: Setting, scale: Scale) -> Json:
     """Every MLP a mixture, with the fewest experts that have more parameters than Memory+, as in the paper."""
     mlp = 3 * scale.width * scale.hidden
-    memory = scale.keys[1] ** 2 * scale.width + 3 * (_memory_layer(scale) - mlp)
+    memory = scale.keys[1] ** 2 * scale.width + 3 * (_memory_layer(setting, scale) - mlp)
     experts = (memory + scale.blocks * mlp) // (scale.blocks * (mlp + scale.width)) + 1
     return {"where": EVERYWHERE, "with": "moe", "options": {"experts": experts}}
 
 
-def _memory_layer(scale: Scale) -> int:
-    """Parameters of one Memory+ layer, its table left out, with two heads and the default key width."""
-    width, key = scale.width, scale.width // 2
-    return 2 * (width * key + scale.keys[1] * key + width**2)
+def _memory_layer(setting: Setting, scale: Scale) -> int:
+    """Parameters of the matrices of one Memory+ layer with the default key width; its table, biases and norms are left out."""
+    key = scale.width // 2
+    return setting.heads * key * (scale.width + scale.keys[1]) + 2 * scale.width**2
 
 
 def _pkm(setting: Setting, scale: Scale) -> Json:

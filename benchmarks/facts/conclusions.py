@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 from groups import Group, Spread
@@ -85,26 +84,30 @@ def _difference(ours: Spread, other: Spread) -> str:
 
 
 def compute_ratios(groups: list[Group]) -> list[str]:
-    """How much training arithmetic the dense model needs for the recall of each other group, as a multiple of that group's."""
+    """How much training arithmetic the dense model needs for the recall, and the bits, of each other group, as a multiple."""
     dense = sorted((group for group in groups if group.setting.model == "dense"), key=lambda group: group.training_flops)
     if len({group.setting.steps for group in dense}) < 2:
         return []
     said = []
     for name, group in zip(names(groups), groups, strict=True):
         if group.setting.model != "dense":
-            needed, sign = _flops_for(group.recall.mean, dense)
-            said.append(f"dense needs {sign}{needed / group.training_flops:.2f} × the arithmetic of {name} for its recall.")
+            needed = " and ".join(f"{_ratio(group, dense, number)} for its {number}" for number in ("recall", "bits"))
+            said.append(f"Of the arithmetic of {name}, dense needs {needed}.")
     return said
 
 
-def _flops_for(recall: float, curve: list[Group]) -> tuple[float, str]:
-    """Arithmetic at which a curve of budgets reaches a recall, linear in its logarithm; outside of the curve a bound."""
-    if recall < curve[0].recall.mean:
-        return curve[0].training_flops, "less than "
-    for left, right in pairwise(curve):
-        low, high = left.recall.mean, right.recall.mean
-        if low <= recall <= high:
-            share = (recall - low) / (high - low) if high > low else 0.0
-            logs = math.log(left.training_flops), math.log(right.training_flops)
-            return math.exp(logs[0] + share * (logs[1] - logs[0])), ""
-    return curve[-1].training_flops, "more than "
+def _ratio(group: Group, dense: list[Group], number: str) -> str:
+    """The arithmetic at which the dense model of several budgets reaches a group's number, as a multiple of the group's.
+
+    Between two budgets linear in the logarithm of the arithmetic; outside of them a bound.
+    """
+    flops = [budget.training_flops for budget in dense]
+    reached, wanted = [budget.spread(number).mean for budget in dense], group.spread(number).mean
+    if wanted < reached[0]:
+        return f"less than {flops[0] / group.training_flops:.2f} ×"
+    for at, (low, high) in enumerate(pairwise(reached)):
+        if low <= wanted <= high:
+            share = (wanted - low) / (high - low) if high > low else 0.0
+            needed = flops[at] * (flops[at + 1] / flops[at]) ** share
+            return f"{needed / group.training_flops:.2f} ×"
+    return f"more than {flops[-1] / group.training_flops:.2f} ×"

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from groups import TERA, Group
+from groups import TERA, Group, Spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tables import names
@@ -23,23 +23,23 @@ def learning_curves(groups: list[Group], path: Path) -> None:
         shown = [point[0] * group.setting.batch / group.setting.facts for point in group.runs[0]["curve"]]
         bits = [[run["curve"][step][1] for run in group.runs] for step in range(len(shown))]
         style = _style(at, len(groups))
-        axes.plot(shown, [mean(b) for b in bits], label=name, linestyle=LINES[at % 4], **style)
+        axes.plot(shown, [mean(b) for b in bits], label=name, **style)
         axes.fill_between(shown, [min(b) for b in bits], [max(b) for b in bits], color=style["color"], alpha=0.15, linewidth=0)
     _save(figure, axes, path)
 
 
-def recall_against_flops(groups: list[Group], path: Path) -> None:
-    """Recall against the arithmetic of the whole training: a line for each model with several budgets, else a point."""
-    figure, axes = _axes("arithmetic of the training (TFLOP, logarithmic)", "recall (%)")
+def against_flops(groups: list[Group], path: Path, number: str, label: str) -> None:
+    """A number of the runs against the arithmetic of the training: a line for each model with several budgets, else a point."""
+    figure, axes = _axes("arithmetic of the training (TFLOP, logarithmic)", label)
     models = list(dict.fromkeys(group.setting.model for group in groups))
     for at, model in enumerate(models):
         mine = sorted((g for g in groups if g.setting.model == model), key=lambda group: group.training_flops)
-        _error_bars(
-            axes, [g.training_flops / TERA for g in mine], mine, label=model, linestyle=LINES[at % 4], **_style(at, len(models))
-        )
+        flops = [group.training_flops / TERA for group in mine]
+        _error_bars(axes, flops, [group.spread(number) for group in mine], label=model, **_style(at, len(models)))
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(bottom=0)
     _save(figure, axes, path)
 
 
@@ -51,22 +51,21 @@ def recall_against_slots(groups: list[Group], path: Path) -> None:
     without = [(name, group) for name, group in zip(names(groups), groups, strict=True) if group.pool is None]
     count = len(without) + len(families)
     for at, (name, group) in enumerate(without):
-        color = _style(at, count)["color"]
-        axes.axhline(group.recall.mean, label=name, linestyle=LINES[at % 4], color=color, linewidth=2)
+        axes.axhline(group.recall.mean, label=name, **_style(at, count) | {"marker": ""})
     for at, family in enumerate(families, len(without)):
         mine = [group for group in tables if _family(group) == family]
-        style = _style(at, count)
-        _error_bars(axes, [_slots(group) for group in mine], mine, label=family, linestyle=LINES[at % 4], **style)
+        spreads = [group.recall for group in mine]
+        _error_bars(axes, [_slots(group) for group in mine], spreads, label=family, **_style(at, count))
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted({_slots(group) for group in tables}), minor=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylim(bottom=0)
     _save(figure, axes, path)
 
 
-def _error_bars(axes: Axes, places: list[float], groups: list[Group], **style: Any) -> None:
-    means, deviations = [g.recall.mean for g in groups], [g.recall.deviation for g in groups]
+def _error_bars(axes: Axes, places: list[float], spreads: list[Spread], **style: Any) -> None:
+    means, deviations = [spread.mean for spread in spreads], [spread.deviation for spread in spreads]
     axes.errorbar(places, means, yerr=deviations, capsize=5, **style)
-    axes.set_ylim(bottom=0)
 
 
 def _family(group: Group) -> str:
@@ -79,8 +78,9 @@ def _slots(group: Group) -> float:
 
 
 def _style(number: int, count: int) -> dict[str, Any]:
-    grey = 0.7 * (1 - (number + 1) / count)  # the last one, the largest Memory+, is black
-    return {"marker": MARKS[number % len(MARKS)], "color": str(grey), "linewidth": 2, "markersize": 8}
+    """The look of one model: the last one, the largest Memory+, is black, the first one light grey."""
+    grey, line, mark = str(0.7 * (1 - (number + 1) / count)), LINES[number % len(LINES)], MARKS[number % len(MARKS)]
+    return {"color": grey, "linestyle": line, "linewidth": 2, "marker": mark, "markersize": 8}
 
 
 def _axes(x: str, y: str) -> tuple[Figure, Axes]:

@@ -103,8 +103,9 @@ def transfer(run: Runs, seeds: int) -> list[Setting]:
     The rate of each is half of the one that suits it at half the width.
     """
     best = tuned(run, list(MODELS), seeds)
-    wide = [best[model].but(scale="d64", task="airports-in-detail", facts=12_000, lr=best[model].lr / 2) for model in MAIN]
-    return [setting.but(steps=steps) for setting in repeated(seeds, *wide) for steps in (130, 260, 520)]
+    larger = {"scale": "d64", "task": "airports-in-detail", "facts": 10_000, "batch": 256}
+    wide = [best[model].but(**larger, lr=best[model].lr / 2) for model in MAIN]
+    return [setting.but(steps=steps) for setting in repeated(seeds, *wide) for steps in (260, 520, 1040)]
 
 
 def base(run: Runs, seeds: int) -> list[Setting]:

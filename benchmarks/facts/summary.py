@@ -28,12 +28,13 @@ def _of_task(task: str, groups: list[Group]) -> str:
 
 
 def draw(groups: list[Group], out: Path, study: str) -> None:
-    """Plots of every task: `STUDY-TASK-curves.png`, `-flops.png`, and `-slots.png` if tables of several sizes are compared."""
-    from plots import learning_curves, recall_against_flops, recall_against_slots
+    """Plots of every task: `STUDY-TASK-curves.png`, `-recall.png`, `-bits.png`; `-slots.png` for several tables."""
+    from plots import against_flops, learning_curves, recall_against_slots
 
     for task, mine in by_task(groups).items():
-        start = out / f"{study}-{task}"
-        learning_curves(mine, start.with_name(start.name + "-curves.png"))
-        recall_against_flops(mine, start.with_name(start.name + "-flops.png"))
+        start = f"{study}-{task}"
+        learning_curves(mine, out / f"{start}-curves.png")
+        against_flops(mine, out / f"{start}-recall.png", "recall", "recall (%)")
+        against_flops(mine, out / f"{start}-bits.png", "bits", "knowledge (bits of an answer)")
         if len({group.setting.model for group in mine if group.setting.model.startswith("memory-plus")}) > 1:
-            recall_against_slots(mine, start.with_name(start.name + "-slots.png"))
+            recall_against_slots(mine, out / f"{start}-slots.png")

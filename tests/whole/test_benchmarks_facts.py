@@ -260,13 +260,14 @@ def test_the_arithmetic_that_dense_needs() -> None:
 
     dense = [record("dense", 0, recall, steps=steps) for steps, recall in ((20, 20.0), (40, 30.0), (80, 40.0))]
     memory = [record("memory-plus", 0, recall, steps=20) for recall in (35.0,)]
+    times = f"{2 * math.sqrt(2):.2f} ×"
     assert compute_ratios(grouped(dense + memory)) == [
-        f"dense needs {2 * math.sqrt(2):.2f} × the arithmetic of memory-plus steps=20 for its recall."
+        f"Of the arithmetic of memory-plus steps=20, dense needs {times} for its recall and {times} for its bits."
     ]
     beyond = [record("memory-plus", 0, 90.0, steps=20)]
-    assert "more than 4.00 ×" in compute_ratios(grouped(dense + beyond))[0]
+    assert "more than 4.00 × for its recall" in compute_ratios(grouped(dense + beyond))[0]
     below = [record("memory-plus", 0, 5.0, steps=40)]
-    assert "less than 0.50 ×" in compute_ratios(grouped(dense + below))[0]
+    assert "less than 0.50 × for its recall" in compute_ratios(grouped(dense + below))[0]
 
 
 def test_the_smoke_study_fails_if_learning_breaks() -> None:
@@ -289,7 +290,7 @@ def test_memory_learns_in_a_minute(tmp_path: Path) -> None:
     assert "memory-plus against dense: +" in done.stdout
     found = json.loads((tmp_path / "smoke.json").read_text())
     assert [run["setting"]["model"] for run in found["runs"]] == ["dense", "memory-plus"]
-    for plot in ("curves", "flops"):
+    for plot in ("curves", "recall", "bits"):
         assert (tmp_path / f"smoke-airports-{plot}.png").stat().st_size > 10_000
 
 
