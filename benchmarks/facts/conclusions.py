@@ -67,12 +67,15 @@ def baseline_wins(groups: list[Group]) -> list[str]:
 
 
 def compared(groups: list[Group]) -> list[str]:
-    """Memory+ against each other group of a task: the difference of recall, and whether the seeds can tell it from none."""
-    ours = next((group for group in groups if group.setting.model == OURS), None)
-    if ours is None:
-        return []
-    rest = [(name, group) for name, group in zip(names(groups), groups, strict=True) if group is not ours]
-    return [f"{OURS} against {name}: {_difference(ours.recall, group.recall)}." for name, group in rest]
+    """Memory+ against each other group of its budget: the difference of recall, and whether the seeds tell it from none."""
+    named = list(zip(names(groups), groups, strict=True))
+    said = []
+    for name, group in named:
+        same = (pair for pair in named if pair[1].setting.model == OURS and pair[1].setting.steps == group.setting.steps)
+        ours = next(same, None)
+        if ours is not None and ours[1] is not group:
+            said.append(f"{ours[0]} against {name}: {_difference(ours[1].recall, group.recall)}.")
+    return said
 
 
 def _difference(ours: Spread, other: Spread) -> str:
