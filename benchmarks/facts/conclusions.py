@@ -31,12 +31,12 @@ def order(groups: list[Group]) -> str:
 
 
 def paper_order(groups: list[Group]) -> list[str]:
-    """For each claim of the paper about two of the models, at their largest budget: whether it holds here."""
-    largest = {group.setting.model: group for group in sorted(groups, key=lambda group: group.setting.steps)}
+    """For each claim of the paper about two of the models: whether it holds here."""
+    recalls = {group.setting.model: group.recall for group in reversed(groups)}
     said = []
     for lower, sign, higher in CLAIMS:
-        if lower in largest and higher in largest:
-            found = _relation(largest[lower].recall, largest[higher].recall)
+        if lower in recalls and higher in recalls:
+            found = _relation(recalls[lower], recalls[higher])
             verdict = "holds" if found == sign else f"does not hold: {lower} {found} {higher}"
             said.append(f"The paper's {lower} {sign} {higher} {verdict}.")
     return said

@@ -116,3 +116,12 @@ def by_task(groups: list[Group]) -> dict[str, list[Group]]:
     for group in groups:
         found[group.setting.task].append(group)
     return dict(found)
+
+
+def of_one_budget(groups: list[Group]) -> list[Group]:
+    """The groups that were trained for the largest number of steps that every model has."""
+    steps: dict[str, set[int]] = defaultdict(set)
+    for group in groups:
+        steps[group.setting.model].add(group.setting.steps)
+    largest = max(set.intersection(*steps.values()))
+    return [group for group in groups if group.setting.steps == largest]

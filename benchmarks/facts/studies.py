@@ -100,12 +100,14 @@ def gpu(run: Runs, seeds: int) -> list[Setting]:
 def transfer(run: Runs, seeds: int) -> list[Setting]:
     """The main models, twice as wide and with half as many blocks more, at three budgets.
 
-    The rate of each is half of the one that suits it at half the width.
+    The rate of each is half of the one that suits it at half the width. Dense has a fourth budget, which is compared with none:
+    the arithmetic that it needs for what the others know is read from its curve.
     """
     best = tuned(run, list(MODELS), seeds)
     larger = {"scale": "d64", "task": "airports-in-detail", "facts": 10_000, "batch": 256}
     wide = [best[model].but(**larger, lr=best[model].lr / 2) for model in MAIN]
-    return [setting.but(steps=steps) for setting in repeated(seeds, *wide) for steps in (260, 520, 1040)]
+    budgets = [setting.but(steps=steps) for setting in repeated(seeds, *wide) for steps in (260, 520, 1040)]
+    return budgets + repeated(seeds, wide[0].but(steps=2080))
 
 
 def base(run: Runs, seeds: int) -> list[Setting]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from conclusions import baseline_wins, compared, compute_ratios, order, paper_order
-from groups import Group, by_task
+from groups import Group, by_task, of_one_budget
 from tables import cost, learned, usage
 from tasks import FACTS
 
@@ -19,9 +19,10 @@ def _of_task(task: str, groups: list[Group]) -> str:
     tables = [learned(groups), cost(groups)]
     if any(group.pool is not None for group in groups):
         tables.append(usage(groups))
-    said = [order(groups), *compared(groups)]
+    comparable = of_one_budget(groups)
+    said = [order(comparable), *compared(groups)]
     if task in FACTS:
-        said += [*paper_order(groups), *baseline_wins(groups), *compute_ratios(groups)]
+        said += [*paper_order(comparable), *baseline_wins(comparable), *compute_ratios(groups)]
     first = groups[0]
     heading = f"## {task}: {first.runs[0]['tests']:,} questions of {first.runs[0]['entropy']:.1f} bits"
     return "\n\n".join([heading, *tables, "\n".join(f"* {sentence}" for sentence in said)])

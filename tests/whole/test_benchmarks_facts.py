@@ -234,6 +234,13 @@ def test_order_and_who_wins() -> None:
     assert "one seed" in compared(grouped(worse))[0]
 
 
+def test_models_are_compared_at_a_budget_that_all_have() -> None:
+    from groups import grouped, of_one_budget
+
+    records = [record(model, steps=steps) for model in ("dense", "pkm") for steps in (20, 40)] + [record("dense", steps=80)]
+    assert [(g.setting.model, g.setting.steps) for g in of_one_budget(grouped(records))] == [("dense", 40), ("pkm", 40)]
+
+
 def test_the_order_of_the_paper() -> None:
     from conclusions import order, paper_order
     from groups import grouped
