@@ -88,7 +88,7 @@ def _axes(x: str, y: str) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.set_xlabel(x, fontsize=15)
     axes.set_ylabel(y, fontsize=15)
-    axes.tick_params(labelsize=13)
+    axes.tick_params(which="both", labelsize=13)
     axes.grid(alpha=0.3)
     return figure, axes
 
