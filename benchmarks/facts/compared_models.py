@@ -11,9 +11,13 @@ from tasks.sequences import Sequences
 from torch import nn
 
 import memrewrite
+from memrewrite.layers.memory_plus import MemoryPlus
+from memrewrite.layers.pool import PoolSpec
+from memrewrite.plans import Plan
 
 EVERYWHERE = {"all": True}
 EXAMPLES = 1024  # sequences, at most, on which the start of a layer is measured
+FLOAT32 = 4  # bytes of a weight
 DENSE = 2  # times the arithmetic of the blocks, in `dense-2x`
 
 
@@ -31,15 +35,12 @@ def _wide(setting: Setting, scale: Scale) -> Json:
 def _moe(setting: Setting, scale: Scale) -> Json:
     """Every MLP a mixture, with the fewest experts that have more parameters than Memory+, as in the paper."""
     mlp = 3 * scale.width * scale.hidden
-    memory = scale.keys[1] ** 2 * scale.width + 3 * (_memory_layer(setting, scale) - mlp)
+    pool = PoolSpec(keys=scale.keys[1], value_dim=scale.width)
+    options = MemoryPlus.Options(**_options(setting))
+    layer = MemoryPlus.cost(scale.width, scale.width, options, pool, FLOAT32, zero_output=False)
+    memory = pool.cost().parameters + 3 * (layer.parameters - mlp)
     experts = (memory + scale.blocks * mlp) // (scale.blocks * (mlp + scale.width)) + 1
     return {"where": EVERYWHERE, "with": "moe", "options": {"experts": experts}}
-
-
-def _memory_layer(setting: Setting, scale: Scale) -> int:
-    """Parameters of the matrices of one Memory+ layer with the default key width; its table, biases and norms are left out."""
-    key = scale.width // 2
-    return setting.heads * key * (scale.width + scale.keys[1]) + 2 * scale.width**2
 
 
 def _pkm(setting: Setting, scale: Scale) -> Json:
@@ -55,8 +56,11 @@ def _memory_plus(setting: Setting, scale: Scale) -> Json:
 
 
 def _memory(kind: str, blocks: tuple[int, ...], setting: Setting) -> Json:
-    options = {"heads": setting.heads, "topk": setting.topk, "qk_norm": setting.qk_norm}
-    return {"where": {"layers": list(blocks)}, "with": kind, "options": options}
+    return {"where": {"layers": list(blocks)}, "with": kind, "options": _options(setting)}
+
+
+def _options(setting: Setting) -> Json:
+    return {"heads": setting.heads, "topk": setting.topk, "qk_norm": setting.qk_norm}
 
 
 MODELS: dict[str, Callable[[Setting, Scale], Json | None]] = {
@@ -117,9 +121,10 @@ def recipe(setting: Setting, gradient: str) -> Json | None:
     return {"memrewrite": 1, "pools": pools, "replace": rules, "verify": "off"}
 
 
-def built(setting: Setting, task: Sequences, gradient: str) -> nn.Module:
-    """The model of a setting: the base, or what its recipe makes of it."""
+def built(setting: Setting, task: Sequences, gradient: str) -> tuple[nn.Module, Plan | None]:
+    """The model of a setting, and the plan by which its recipe made it of the base; None for the base itself."""
     model, wanted = base(setting, task.vocabulary), recipe(setting, gradient)
     if wanted is None:
-        return model
-    return memrewrite.apply(model, wanted, {"input_ids": task.train[: min(setting.batch, EXAMPLES), :-1]}).model
+        return model, None
+    report = memrewrite.apply(model, wanted, {"input_ids": task.train[: min(setting.batch, EXAMPLES), :-1]})
+    return report.model, report.plan

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from groups import Group, Spread
-from tables import names
+from groups import Group, Spread, named
 
 OURS = "memory-plus"
 
@@ -22,7 +21,9 @@ CLAIMS = (
 
 def order(groups: list[Group]) -> str:
     """The groups by recall, the lowest first: `<` before a difference of more than twice its standard error, else `≈`."""
-    ordered = sorted(zip(names(groups), groups, strict=True), key=lambda pair: pair[1].recall.mean)
+    if not groups:
+        return "No budget was trained with every model."
+    ordered = sorted(named(groups), key=lambda pair: pair[1].recall.mean)
     said = [ordered[0][0]]
     for (_, lower), (name, higher) in pairwise(ordered):
         said.append(f"{_relation(lower.recall, higher.recall)} {name}")
@@ -51,8 +52,8 @@ def _relation(first: Spread, second: Spread) -> str:
 
 def baseline_wins(groups: list[Group]) -> list[str]:
     """One sentence for each measure by which a baseline is better than every Memory+."""
-    ours = {name: group for name, group in zip(names(groups), groups, strict=True) if group.setting.model.startswith(OURS)}
-    others = {name: group for name, group in zip(names(groups), groups, strict=True) if name not in ours}
+    ours = {name: group for name, group in named(groups) if group.setting.model.startswith(OURS)}
+    others = {name: group for name, group in named(groups) if name not in ours}
     if not ours or not others:
         return []
     measures = {"recall %": {name: group.recall.mean for name, group in (ours | others).items()}}
@@ -68,13 +69,13 @@ def baseline_wins(groups: list[Group]) -> list[str]:
 
 def compared(groups: list[Group]) -> list[str]:
     """Memory+ against each other group of its budget: the difference of recall, and whether the seeds tell it from none."""
-    named = list(zip(names(groups), groups, strict=True))
+    pairs = named(groups)
+    ours = {group.setting.steps: (name, group) for name, group in reversed(pairs) if group.setting.model == OURS}
     said = []
-    for name, group in named:
-        same = (pair for pair in named if pair[1].setting.model == OURS and pair[1].setting.steps == group.setting.steps)
-        ours = next(same, None)
-        if ours is not None and ours[1] is not group:
-            said.append(f"{ours[0]} against {name}: {_difference(ours[1].recall, group.recall)}.")
+    for name, group in pairs:
+        mine, our_group = ours.get(group.setting.steps, (name, group))
+        if our_group is not group:
+            said.append(f"{mine} against {name}: {_difference(our_group.recall, group.recall)}.")
     return said
 
 
@@ -92,7 +93,7 @@ def compute_ratios(groups: list[Group]) -> list[str]:
     if len({group.setting.steps for group in dense}) < 2:
         return []
     said = []
-    for name, group in zip(names(groups), groups, strict=True):
+    for name, group in named(groups):
         if group.setting.model != "dense":
             needed = " and ".join(f"{_ratio(group, dense, number)} for its {number}" for number in ("recall", "bits"))
             said.append(f"Of the arithmetic of {name}, dense needs {needed}.")

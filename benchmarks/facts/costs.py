@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from compared_models import base, built, recipe
-from rules import RULES
+from compared_models import base, built
 from settings import Json, Setting
 from tasks.sequences import Sequences, loss_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import memrewrite
+from memrewrite.plans import Plan
 
 SEQUENCES = 64  # that the counter runs
 
 
-def costs(setting: Setting, task: Sequences) -> Json:
+def costs(setting: Setting, task: Sequences, plan: Plan | None) -> Json:
     """Costs per token of a sequence without its last token; a multiply-add counts as two operations.
+
+    `plan` is that of the setting's recipe; None for the base itself.
 
     Returns:
         `parameters`; `flops`: of a forward, counted; `modelled_flops`: the same, by the cost model of a plan for the layers
         that a recipe substitutes; `training_flops`: of a forward and backward, counted (torch counts no lookups); `bytes_read`:
         of weights and table rows for one token that is decoded alone, by the cost model.
     """
-    plain, model = base(setting, task.vocabulary), built(setting.but(dtype=""), task, "dense")
-    inputs = {"input_ids": task.train[:SEQUENCES, :-1]}
-    dense, (forward, training) = _counted(plain, task)[0], _counted(model, task)
+    plain = base(setting, task.vocabulary)
+    model, _ = built(setting.but(dtype=""), task, "dense")  # a gradient that is counted without an optimizer
+    (modelled, _), (forward, training) = _counted(plain, task), _counted(model, task)
     read = sum(p.numel() * p.element_size() for p in plain.parameters())
-    modelled, wanted = dense, recipe(setting, RULES[setting.rule].gradient)
-    if wanted is not None:
-        plan = memrewrite.plan(plain, wanted, inputs)
-        modelled += plan.after().flops - plan.before().flops
-        read += plan.after().bytes_read - plan.before().bytes_read
+    if plan is not None:
+        before, after = plan.before(), plan.after()
+        modelled += after.flops - before.flops
+        read += after.bytes_read - before.bytes_read
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops": forward,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from settings import Json, Setting
 
 TERA = 1e12
+UNNAMED = ("task", "seed", "lr")  # groups that are shown together have one task; seeds and rates are columns of tables
 
 
 class Spread(NamedTuple):
@@ -55,6 +56,12 @@ class Group:
     def of_pool(self, name: str) -> float | None:
         """A number of the first pool's usage, the mean over the seeds."""
         return mean(run["usage"]["pools"][0][name] for run in self.runs) if self.pool else None
+
+    @property
+    def slots(self) -> int:
+        """Slots of all pools together; 0 without memory."""
+        usage = self.runs[0]["usage"]
+        return sum(pool["slots"] for pool in usage["pools"]) if usage else 0
 
     @property
     def recall(self) -> Spread:
@@ -110,6 +117,14 @@ def grouped(records: list[Json]) -> list[Group]:
     return [Group(runs) for runs in found.values()]
 
 
+def named(groups: list[Group]) -> list[tuple[str, Group]]:
+    """Each group after its name: the model, with its settings that are not the default and that differ among the groups."""
+    changes = [{k: v for k, v in group.setting.changed.items() if k not in UNNAMED} for group in groups]
+    fields = {name for change in changes for name in change if any(other.get(name) != change[name] for other in changes)}
+    said = [[f"{k}={v}" for k, v in change.items() if k in fields - {"model"}] for change in changes]
+    return [(" ".join([group.setting.model, *others]), group) for group, others in zip(groups, said, strict=True)]
+
+
 def by_task(groups: list[Group]) -> dict[str, list[Group]]:
     """Groups of each task, in order."""
     found: dict[str, list[Group]] = defaultdict(list)
@@ -119,9 +134,9 @@ def by_task(groups: list[Group]) -> dict[str, list[Group]]:
 
 
 def of_one_budget(groups: list[Group]) -> list[Group]:
-    """The groups that were trained for the largest number of steps that every model has."""
+    """The groups that were trained for the largest number of steps that every model has; none if there is no such number."""
     steps: dict[str, set[int]] = defaultdict(set)
     for group in groups:
         steps[group.setting.model].add(group.setting.steps)
-    largest = max(set.intersection(*steps.values()))
+    largest = max(set.intersection(*steps.values()), default=None)
     return [group for group in groups if group.setting.steps == largest]

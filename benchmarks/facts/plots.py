@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from groups import TERA, Group, Spread
+from groups import TERA, Group, Spread, named
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tables import names
 
 LINES = ("-", "--", "-.", ":")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -19,7 +19,7 @@ SIZE, DPI = (8, 5), 120
 def learning_curves(groups: list[Group], path: Path) -> None:
     """Bits of an answer against exposures: the mean over the seeds, in a band from the lowest to the highest seed."""
     figure, axes = _axes("exposures of each training sequence", "knowledge (bits of an answer)")
-    for at, (name, group) in enumerate(zip(names(groups), groups, strict=True)):
+    for at, (name, group) in enumerate(named(groups)):
         shown = [point[0] * group.setting.batch / group.setting.facts for point in group.runs[0]["curve"]]
         bits = [[run["curve"][step][1] for run in group.runs] for step in range(len(shown))]
         style = _style(at, len(groups))
@@ -48,22 +48,22 @@ def recall_against_slots(groups: list[Group], path: Path) -> None:
     figure, axes = _axes("slots of the table (logarithmic)", "recall (%)")
     tables = [group for group in groups if group.pool is not None]
     families = list(dict.fromkeys(_family(group) for group in tables))
-    without = [(name, group) for name, group in zip(names(groups), groups, strict=True) if group.pool is None]
+    without = [(name, group) for name, group in named(groups) if group.pool is None]
     count = len(without) + len(families)
     for at, (name, group) in enumerate(without):
         axes.axhline(group.recall.mean, label=name, **_style(at, count) | {"marker": ""})
     for at, family in enumerate(families, len(without)):
         mine = [group for group in tables if _family(group) == family]
         spreads = [group.recall for group in mine]
-        _error_bars(axes, [_slots(group) for group in mine], spreads, label=family, **_style(at, count))
+        _error_bars(axes, [group.slots for group in mine], spreads, label=family, **_style(at, count))
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted({_slots(group) for group in tables}), minor=False)
+    axes.set_xticks(sorted({group.slots for group in tables}), minor=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0)
     _save(figure, axes, path)
 
 
-def _error_bars(axes: Axes, places: list[float], spreads: list[Spread], **style: Any) -> None:
+def _error_bars(axes: Axes, places: Sequence[float], spreads: list[Spread], **style: Any) -> None:
     means, deviations = [spread.mean for spread in spreads], [spread.deviation for spread in spreads]
     axes.errorbar(places, means, yerr=deviations, capsize=5, **style)
 
@@ -71,10 +71,6 @@ def _error_bars(axes: Axes, places: list[float], spreads: list[Spread], **style:
 def _family(group: Group) -> str:
     """Memory+ of all sizes is one family."""
     return group.setting.model.removesuffix("-small").removesuffix("-large")
-
-
-def _slots(group: Group) -> float:
-    return float(group.runs[0]["usage"]["pools"][0]["slots"])
 
 
 def _style(number: int, count: int) -> dict[str, Any]:

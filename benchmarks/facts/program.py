@@ -21,7 +21,7 @@ def main(description: str) -> None:
     parser = argparse.ArgumentParser(description=description, prog="python benchmarks/facts", epilog=_studies())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("study", choices=STUDIES, nargs="?", default="models", metavar="STUDY", help="default: models")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of every setting (default: 3)")
+    parser.add_argument("--seeds", type=int, help="runs of every setting (default: 3; for quick, smoke and gpu 1)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default: one per CPU)")
     parser.add_argument("--minutes", type=float, help="begin no run after that time; the next call goes on")
     parser.add_argument("--out", type=Path, default=Path("build/facts"), help="folder of finished runs and results")
@@ -30,16 +30,15 @@ def main(description: str) -> None:
     study = STUDIES[options.study]
     runs = Runs(options.out, options.jobs, options.minutes)
     try:
-        settings = study.settings(runs, options.seeds)
+        settings = study.settings(runs, options.seeds or study.seeds)
         records = runs(settings)
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command goes on with the finished runs")
-    if len(records) < len(set(settings)):
-        print(f"{len(records)} of {len(set(settings))} runs are finished; the same command goes on", file=sys.stderr)
     tried = [record for setting, record in runs.records.items() if setting.seed == TUNING_SEED]
     _write(options, study, records, tried)
-    problem = study.problem(records)
-    if problem:
+    if len(records) < len(set(settings)):
+        sys.exit(f"{len(records)} of {len(set(settings))} runs are finished; the same command goes on")
+    if problem := study.problem(records):
         sys.exit(f"failed: {problem}")
 
 

