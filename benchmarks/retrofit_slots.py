@@ -32,7 +32,7 @@ from memrewrite.layers.product_keys import ProductKeys
 from memrewrite.passes.storage.source import load_source
 
 FIRST = 26  # the layers before it are computed once
-OPTIONS = {"heads": 4, "topk": 16}
+OPTIONS = {"heads": 4, "topk": 16, "qk_norm": False}
 KEYS = 128
 HELD_OUT = 512  # tokens
 
@@ -65,6 +65,7 @@ SETTINGS = {
     "centred and scaled": Setting({"shrinkage": 1.0}),
     "whitened": Setting({"deviation": None}),
     "qk_norm": Setting(options={"qk_norm": True}),
+    "qk_norm, slow keys": Setting(options={"qk_norm": True}, keys_lr=0.01),
     "qk_norm, calibrated": Setting({}, options={"qk_norm": True}),
     "noise": Setting(noise=0.5),
     "spread": Setting(spread=1.0),

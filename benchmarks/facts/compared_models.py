@@ -110,7 +110,7 @@ def recipe(setting: Setting, gradient: str) -> Json | None:
     rule = MODELS[setting.model](setting, SCALES[setting.scale])
     if rule is None:
         return None
-    rule["init"] = {"output": setting.output}
+    rule["init"] = {"output": setting.output, "scores": setting.scores}
     blocks = rule["where"].get("layers")
     if blocks is None:
         return {"memrewrite": 1, "replace": [rule], "verify": "off"}

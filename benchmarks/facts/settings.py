@@ -24,6 +24,7 @@ class Setting:
         value_factor: Learning rate of the tables, as a multiple of `lr`.
         initializer_range: Standard deviation of the base model's weights; 0: width^-1/2.
         output: `init.output` of the recipe's rules.
+        scores: `init.scores` of the recipe's rules.
         keys: Keys per half of the pool; 0: those of the model at this scale.
         separate: Give each memory layer a pool of its own instead of a shared one.
         heads: Heads of a memory layer.
@@ -34,7 +35,7 @@ class Setting:
         value_decay: Weight decay of the tables.
         clip: Largest gradient norm of the rest, and of the tables, each by itself; 0: no clipping.
         warmup: Steps of the warm-up.
-        fixed_values: Keep the tables' rate after the warm-up.
+        fixed_values: Keep the tables' rate after the warm-up, as the paper and `memrewrite.schedule` do.
         facts: Number of training sequences.
         batch: Sequences per step.
         steps: Number of steps.
@@ -50,6 +51,7 @@ class Setting:
     value_factor: float = 5.0
     initializer_range: float = 0.0
     output: str | float = "match"
+    scores: str | float = "paper"
     keys: int = 0
     separate: bool = False
     heads: int = 2
@@ -60,10 +62,10 @@ class Setting:
     value_decay: float = 0.0
     clip: float = 0.0
     warmup: int = 20
-    fixed_values: bool = False
+    fixed_values: bool = True
     facts: int = 16_000
     batch: int = 1024
-    steps: int = 450
+    steps: int = 375
     device: str = "cpu"
 
     @property

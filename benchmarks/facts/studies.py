@@ -66,7 +66,8 @@ def models(run: Runs, seeds: int) -> list[Setting]:
     main = [best[model] for model in MAIN]
     few = min(seeds, OTHER_SEEDS)
     facts = list(dict.fromkeys(repeated(few, *best.values()) + repeated(seeds, *main)))
-    rules = [setting.but(task=task, steps=steps) for task, steps in (("countries", 150), ("addition", 200)) for setting in main]
+    exercises = ({"task": "countries", "steps": 150}, {"task": "addition", "steps": 320, "batch": 512})
+    rules = [setting.but(**exercise) for exercise in exercises for setting in main]  # type: ignore[arg-type]
     return facts + repeated(few, *rules)
 
 
@@ -133,9 +134,10 @@ def ablations(run: Runs, seeds: int) -> list[Setting]:
         {"value_factor": 1.0},
         {"value_factor": 2.5},
         {"value_factor": 10.0},
-        {"fixed_values": True},
+        {"fixed_values": False},
         {"value_decay": 0.1},
         {"qk_norm": False},
+        {"qk_norm": False, "scores": 1.41},  # scores that start as they do with it
         *({"rule": rule} for rule in RULES if rule != best.rule),
         {"dtype": "bfloat16"},
         {"dtype": "float8_e4m3fn"},

@@ -23,6 +23,7 @@ from memrewrite.training import VALUES
 
 POINTS = 9  # of a learning curve
 PIECE = 2500  # sequences per evaluation call
+SAMPLE = 4000  # sequences at most that are asked for at a point of the curve; at the end all are
 
 
 def run(setting: Setting) -> Json:
@@ -45,6 +46,7 @@ def run(setting: Setting) -> Json:
     norms: list[list[float]] = []
     seconds = 0.0
     every = max(1, setting.steps // POINTS)
+    sample = task.test[:: max(1, len(task.test) // SAMPLE)]
     model.train()
     for step, batch in enumerate(_batches(task, setting), 1):
         begun = _now(setting.device)
@@ -57,7 +59,10 @@ def run(setting: Setting) -> Json:
         seconds += _now(setting.device) - begun
         if shown:
             norms.append([step, *map(float, norm)])
-            curve.append([step, *evaluate(model, task)])
+        if shown and step < setting.steps:
+            curve.append([step, *evaluate(model, task, sample)])
+    usage, last = _at_the_end(model, task)
+    curve.append([setting.steps, *last])
     _, bits, recall = curve[-1]
     return {
         "setting": setting.to_json(),
@@ -71,7 +76,7 @@ def run(setting: Setting) -> Json:
         "costs": known,
         "state_bytes": state_bytes(optims),
         "ms": 1000 * seconds / setting.steps,
-        "usage": _usage(model, task),
+        "usage": usage,
     }
 
 
@@ -113,22 +118,22 @@ def _factor(step: int, setting: Setting, *, fixed: bool) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Sequences) -> tuple[float, float]:
-    """Bits per test sequence, and recall in percent."""
+def evaluate(model: nn.Module, task: Sequences, asked: Tensor) -> tuple[float, float]:
+    """Bits per sequence of `asked` [G, L], and recall in percent."""
     was, right, nats = model.training, 0, 0.0
     model.eval()
-    for tokens in task.test.split(PIECE):
+    for tokens in asked.split(PIECE):
         logits, answers = model(input_ids=tokens[:, :-1], logits_to_keep=task.answers).logits, tokens[:, -task.answers :]
         nats += float(F.cross_entropy(logits.flatten(0, 1).double(), answers.flatten(), reduction="sum"))
         right += int((logits.argmax(-1) == answers).all(-1).sum())
     model.train(was)
-    return task.entropy - nats / len(task.test) / math.log(2), 100 * right / len(task.test)
+    return task.entropy - nats / len(asked) / math.log(2), 100 * right / len(asked)
 
 
-def _usage(model: nn.Module, task: Sequences) -> Json | None:
-    """How the layers read their tables while they answer all test sequences."""
+def _at_the_end(model: nn.Module, task: Sequences) -> tuple[Json | None, tuple[float, float]]:
+    """How the layers read their tables while they answer all test sequences, None without tables; and `evaluate` of these."""
     if not any(isinstance(module, Pool) for module in model.modules()):
-        return None
+        return None, evaluate(model, task, task.test)
     with memrewrite.watch(model) as usage:
-        evaluate(model, task)
-    return usage.statistics().model_dump(mode="json")
+        last = evaluate(model, task, task.test)
+    return usage.statistics().model_dump(mode="json"), last

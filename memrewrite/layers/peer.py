@@ -25,7 +25,7 @@ class Peer(Pkm):
     """`output = sum over heads and slots i of s_i gelu(u_i · x) v_i`: Algorithm 1 of arXiv 2407.04153.
 
     It is `pkm` with the weights `s_i gelu(u_i · x)`: s_i is the softmax of the scores of one head, gelu the exact one, u_i row
-    i of the pool's `inputs` and v_i of its values. The PEER paper also normalizes queries by a batch norm, which mixes tokens:
+    i of the pool's `inputs` and v_i of its values. The PEER paper also normalizes queries, by a batch norm, which mixes tokens:
     `qk_norm` is the choice here.
     """
 

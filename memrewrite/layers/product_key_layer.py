@@ -24,13 +24,14 @@ MAX_HEADS, MAX_WIDTH = 2**12, 2**16  # the paper: 4 heads, 32 slots, keys of at 
 
 
 class ProductKeyOptions(LayerOptions):
-    """How a layer addresses its pool: options shared by all product-key layers; defaults as in arXiv 2412.09764.
+    """How a layer addresses its pool: options shared by all product-key layers; heads, topk and key_dim as in arXiv 2412.09764.
 
     Attributes:
         heads: Independent queries per token; the values they read are summed.
         topk: Slots that each head reads (k), from 1 to the pool's keys per half.
-        key_dim: Width of a query, both halves together; even. None: half of d_model, as in Memory+.
-        qk_norm: Normalize queries and keys (RMSNorm with a learned scale).
+        key_dim: Width of a query, both halves together; even. None: half of d_model, as in Memory+, and 4 at least.
+        qk_norm: Normalize queries and keys (RMSNorm with a learned scale). The paper does so "when needed"; the default is True,
+            because small models learn much less without it (measured in docs/knowledge.md).
         query_dropout: Dropout probability on the query in training, in [0, 1).
         dropout: Dropout probability on the values read (y) in training, in [0, 1).
     """
@@ -41,17 +42,17 @@ class ProductKeyOptions(LayerOptions):
         None,
         gt=0,
         le=MAX_WIDTH,
-        description="Width of a query, both halves together; even. Default: half of d_model, as in Memory+.",
+        description="Width of a query, both halves together; even. Default: half of d_model, as in Memory+, and 4 at least.",
     )
     qk_norm: bool = Field(
-        False, description="Normalize queries and keys (RMSNorm, learned scale): stabilizes large pools on small models."
+        True, description="Normalize queries and keys (RMSNorm, learned scale): small models learn much less without it."
     )
     query_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the query in training.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability on the values read (y) in training.")
 
     def query_width(self, d_model: int) -> int:
-        """`key_dim`, or its default: half of d_model, rounded down to an even number, at least 2."""
-        return self.key_dim or max(2, d_model // 4 * 2)
+        """`key_dim`, or its default: half of d_model, rounded down to an even number, at least 4."""
+        return self.key_dim or max(4, d_model // 4 * 2)
 
 
 class ProductKeyLayer(MemoryLayer):

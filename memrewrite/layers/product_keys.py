@@ -41,7 +41,7 @@ class ProductKeys(nn.Module):
         heads: int,
         topk: int,
         key_dim: int,
-        qk_norm: bool = False,
+        qk_norm: bool = True,
         query_dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
