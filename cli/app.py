@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memrewrite.cli import onnx, recipes, usage
-from memrewrite.cli.arguments import Json, ModelArgument, RecipeArgument, Trust, load_model, read_recipe
+from memrewrite.cli.arguments import Inexact, Json, ModelArgument, RecipeArgument, Trust, load_model, read_recipe
 from memrewrite.cli.session import EXIT_CODES, Session, Settings, session
 from memrewrite.cli.streams import silence_stdout
 
@@ -77,6 +77,7 @@ def apply(
         typer.Option("--overwrite-any", metavar="DIR", help="The DIR of -o again: replace it, whatever it contains."),
     ] = None,
     allow_large: Annotated[bool, typer.Option("--allow-large", help="Continue if a pool exceeds free memory.")] = False,
+    allow_inexact: Inexact = False,
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
@@ -94,7 +95,8 @@ def apply(
         if dry_run:
             _show_plan(current, source, loaded)
         else:
-            _apply(current, source, loaded, target, _emit_for(emit, source), allow_large=allow_large)
+            allowed = {"allow_large": allow_large, "allow_inexact": allow_inexact}
+            _apply(current, source, loaded, target, _emit_for(emit, source), allowed)
 
 
 def _apply(
@@ -103,14 +105,13 @@ def _apply(
     recipe: Recipe,
     output: Target | None,
     emit: Emit,
-    *,
-    allow_large: bool,
+    allowed: dict[str, bool],
 ) -> None:
     from memrewrite.cli import text_output
     from memrewrite.passes import pipeline
     from memrewrite.passes.storage import checkpoint
 
-    report = pipeline.apply(source.model, recipe, source.inputs, emit=emit.value, allow_large=allow_large, step=current.step)
+    report = pipeline.apply(source.model, recipe, source.inputs, emit=emit.value, step=current.step, **allowed)
     saved = None
     if output is not None:
         for file in source.neighbours if emit is Emit.module else ():

@@ -32,6 +32,11 @@ Trust = Annotated[
     bool, typer.Option("--trust-code", help="Allow running Python code and unpickling objects stored with the model.")
 ]
 
+Inexact = Annotated[
+    bool,
+    typer.Option("--allow-inexact", help="Accept an exported program that computes something else than the model."),
+]
+
 
 def read_recipe(current: Session, recipe: str) -> Recipe:
     """Read the recipe from a file or the gallery."""

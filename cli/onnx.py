@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from memrewrite.cli.arguments import Json, ModelArgument, Trust, load_model
+from memrewrite.cli.arguments import Inexact, Json, ModelArgument, Trust, load_model
 from memrewrite.cli.session import session
 
 
@@ -19,6 +19,14 @@ class Operators(str, enum.Enum):
     standard = "standard"
     native = "native"
     both = "both"
+
+
+class Dynamic(str, enum.Enum):
+    """Which axes of the inputs have lengths that the file does not fix."""
+
+    all = "all"
+    batch = "batch"
+    none = "none"
 
 
 class Float(str, enum.Enum):
@@ -46,6 +54,11 @@ def export(
     with_past: Annotated[
         bool, typer.Option("--with-past", help="Export a decoder with its KV cache as inputs and outputs, for generation.")
     ] = False,
+    dynamic: Annotated[
+        Dynamic, typer.Option(help="Dynamic axes: batch and sequence where torch can (all), the batch alone (batch), or none.")
+    ] = Dynamic.all,
+    static: Annotated[bool, typer.Option("--static", help="The same as --dynamic none.")] = False,
+    allow_inexact: Inexact = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
     as_json: Json = False,
     trust_code: Trust = False,
@@ -69,6 +82,8 @@ def export(
             op=op.value,
             dtype=None if dtype is None else dtype.value,
             with_past=with_past,
+            dynamic="none" if static else dynamic.value,
+            allow_inexact=allow_inexact,
             overwrite=overwrite,
             notes={"source": _relative_path(Path(model), output)} if Path(model).exists() else {},
             step=current.step,

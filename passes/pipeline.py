@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from memrewrite.errors import ModelError, SelectError
 from memrewrite.explanation import Explanation
 from memrewrite.module_node import ModuleNode
-from memrewrite.passes.capture.capture import as_graph, capture, is_traced
+from memrewrite.passes.capture.capture import as_graph, capture, is_traced, refuse_inexact
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.explain.explain import explained
 from memrewrite.passes.explain.module_tree import outline
@@ -143,6 +143,7 @@ def apply(
     *,
     emit: Emit = "module",
     allow_large: bool = False,
+    allow_inexact: bool = False,
     step: Step | None = None,
 ) -> Report:
     """Rewrite a model by a recipe, and verify the result.
@@ -155,6 +156,8 @@ def apply(
         inputs: example inputs, as for `inspect`.
         emit: "graph" exports an `nn.Module`, with dynamic shapes, and rewrites the graph; the module does not change.
         allow_large: do not compare the size of the pools with the free memory of their devices.
+        allow_inexact: with `emit="graph"`, accept an exported program whose outputs differ from the module's by more than
+            rounding: tracing may change what a module computes. The check *capture* says how far it is.
         step: receives the name of each stage as it begins.
 
     Returns:
@@ -163,7 +166,8 @@ def apply(
     Raises:
         VerificationError: a check failed; its `report` has all checks. The model is as before.
         SelectError: also if the pools do not fit in memory, or there is no one graph of the model for `emit="graph"`.
-        RecipeError, ModelError, CaptureError: as for `plan`.
+        RecipeError, ModelError, CaptureError: as for `plan`. CaptureError also if the program for `emit="graph"` computes
+            something else than the module.
 
     Example:
         >>> report = memrewrite.apply(model, "memory-plus", {"input_ids": torch.arange(8)[None]})
@@ -173,7 +177,7 @@ def apply(
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
     with StateGuard(model) as state, torch.enable_grad():
-        report = _applied(model, wanted, inputs, emit, allow_large, report_step)
+        report = _applied(model, wanted, inputs, emit, allow_large, allow_inexact, report_step)
         if report.model is model:
             state.release()  # the edit stays
     if report.plan.train == "memory_only":
@@ -181,11 +185,13 @@ def apply(
     return report
 
 
-def _applied(model: Model, wanted: Recipe, inputs: Any, emit: Emit, allow_large: bool, step: Step) -> Report:
+def _applied(
+    model: Model, wanted: Recipe, inputs: Any, emit: Emit, allow_large: bool, allow_inexact: bool, step: Step
+) -> Report:
     """`apply`, in a guard of the model's state."""
     begun = time.perf_counter()
     if emit == "graph" and not is_traced(model):
-        model, look = _look_at_export(model, inputs, step)
+        model, look = _look_at_export(model, inputs, allow_inexact, step)
     else:
         look = look_at(model, inputs, step)
     planned = planned_for(model, look, wanted)
@@ -247,15 +253,21 @@ def look_at(model: Model, inputs: Any, step: Step) -> Look:
     return look
 
 
-def _look_at_export(model: Model, inputs: Any, step: Step) -> tuple[Model, Look]:
-    """Export a live module with dynamic shapes, and locate the MLPs in its graph. Returns the graph's program, too."""
+def _look_at_export(model: Model, inputs: Any, allow_inexact: bool, step: Step) -> tuple[Model, Look]:
+    """Export a live module with dynamic shapes, and locate the MLPs in its graph. Returns the graph's program, too.
+
+    Raises `CaptureError` for a program that computes something else than the module, unless that is allowed.
+    """
     step("capturing the model with dynamic shapes")
     with evaluating(model):
         captured = capture(model, inputs, dynamic=True)
         if not captured.is_whole:
             raise SelectError(f"there is no one graph of this model: {captured.how}", hint="use --emit module")
+        exported = as_graph(captured)
+        if not allow_inexact:
+            refuse_inexact(exported)
         step("locating its MLPs")
-        return captured.segments[0].program, _located(as_graph(captured))
+        return captured.segments[0].program, _located(exported)
 
 
 def _located(captured: Capture) -> Look:

@@ -22,12 +22,12 @@ from memrewrite.errors import CaptureError, ModelError
 from memrewrite.passes.capture.lowering import lower
 from memrewrite.passes.capture.operator_trace import record
 from memrewrite.passes.capture.segment import Capture, Segment, graph_segment, segment_of, with_names_of
-from memrewrite.passes.capture.torch_export import Refused, export_program, log
+from memrewrite.passes.capture.torch_export import BATCH_AND_SEQUENCE, Refused, export_program, log
 from memrewrite.passes.models.block_stacks import outermost_lists
 from memrewrite.passes.models.call_recorder import Recorder
+from memrewrite.passes.models.distance import distance
 from memrewrite.passes.models.forward import Inputs, as_inputs, on_device_of, on_meta, run, warm_up
 from memrewrite.passes.models.tensors import tensors_of
-
 
 def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = False, as_module_tree: bool = False) -> Capture:
     """Capture `model` with example `inputs`.
@@ -55,7 +55,7 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
         with recorder:
             outputs = run(model, arguments)
     try:
-        program, how = export_program(model, arguments, dynamic, recorder if on_meta(model) else None)
+        program, how = export_program(model, arguments, BATCH_AND_SEQUENCE if dynamic else 0, recorder if on_meta(model) else None)
         captured = Capture((segment_of("", program, arguments),), arguments, f"whole model, torch.export {how}")
     except Refused as refusal:
         captured = _block_by_block(model, arguments, recorder.block_inputs, str(refusal))
@@ -74,13 +74,27 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 
 def as_graph(captured: Capture) -> Capture:
-    """The capture of a graph, made from the whole-model capture of a live module; its weights are the module's.
+    """The capture of the program of a whole-model capture of a live module; its weights are the module's.
 
-    The outputs are the graph's own, from one forward. `captured` must be whole.
+    The outputs are the program's own, from one forward, and `distance` is how far they are from the module's. `captured` must
+    be whole.
     """
     program = captured.segments[0].program
     graph = program.module(check_guards=False) if isinstance(program, ExportedProgram) else program
-    return _given_graph(graph, captured.inputs, "an exported program, as given")
+    given = _given_graph(graph, captured.inputs, captured.how)
+    far = None if captured.outputs is None else distance(given.outputs, captured.outputs)
+    return replace(given, distance=far)
+
+
+def refuse_inexact(exported: Capture) -> None:
+    """Raise `CaptureError` for the capture of a program whose outputs differ from the live model's by more than rounding."""
+    if exported.distance is not None and not exported.distance.rounding:
+        raise CaptureError(
+            f"the exported program computes something else than the model: its outputs are {exported.distance}",
+            where=exported.how,
+            hint="edit the live model (emit='module'), or accept the program: allow_inexact=True (--allow-inexact). A model that "
+            "asks whether it is being traced, or makes other masks then, is another model as a program",
+        )
 
 
 def is_traced(model: nn.Module | ExportedProgram) -> bool:
@@ -128,7 +142,7 @@ def _block_by_block(model: nn.Module, inputs: Inputs, block_inputs: Mapping[str,
     for path, block in _blocks(model):
         if path in block_inputs:
             try:
-                program = export_program(block, block_inputs[path], dynamic=False).program
+                program = export_program(block, block_inputs[path]).program
                 segments.append(with_names_of(model, segment_of(path, program, block_inputs[path])))
             except Refused as error:
                 refused.append((path, str(error)))
@@ -174,7 +188,7 @@ def recapture(model: nn.Module, segment: Segment) -> Segment:
         return lowered_segment(model, segment.inputs) if segment.values else graph_segment(model, segment.inputs)
     block = model.get_submodule(segment.path) if segment.path else model
     try:
-        program = export_program(block, segment.inputs, dynamic=False).program
+        program = export_program(block, segment.inputs).program
     except Refused as refusal:
         raise CaptureError(f"torch.export refused the edited model: {refusal}", where=segment.path or None) from refusal
     return with_names_of(model, segment_of(segment.path, program, segment.inputs))

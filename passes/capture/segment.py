@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from memrewrite.passes.models.call_recorder import Call
+from memrewrite.passes.models.distance import Distance
 from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.models.tensors import first_names, tensors_of
 
@@ -62,6 +63,7 @@ class Capture:
     how: str  # how the graphs were captured, as users read it
     calls: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)  # of the live modules, by path
     outputs: Any = None  # of the recorded forward; None where nothing ran, as on meta
+    distance: Distance | None = None  # of a program's outputs from those of the live model that it was exported from
 
     @property
     def is_graph(self) -> bool:

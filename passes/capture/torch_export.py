@@ -1,7 +1,8 @@
 """`torch.export` of one module: several attempts, and the reasons when torch refuses all of them.
 
-Flow: non-strict and strict export with dynamic shapes (when requested), then both with static shapes → the program of the first
-attempt that works, and how it was exported → otherwise `Refused` with the reason of each attempt.
+Flow: non-strict and strict export with the dynamic axes that were requested, then with the first axis alone, then with static
+shapes → the program of the first attempt that works, and how it was exported → otherwise `Refused` with the reason of each
+attempt.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from memrewrite.passes.models.surroundings import callers_device
 
 log = logging.getLogger("memrewrite")
 PLAIN = (type(None), bool, int, float, str)  # the leaves of an output that torch can trace, with tensors
+BATCH_AND_SEQUENCE = 2  # axes of an input, the first ones, that are dynamic where a graph should fit other lengths
 REASONS = 600  # characters of torch that one refusal quotes, shared by its attempts
 
 
@@ -43,27 +45,25 @@ class ExportResult(NamedTuple):
     how: str
 
 
-def export_program(
-    model: nn.Module, inputs: Inputs, dynamic: bool, recorder: Recorder | None = None, *, axes: int = 2
-) -> ExportResult:
+def export_program(model: nn.Module, inputs: Inputs, axes: int = 0, recorder: Recorder | None = None) -> ExportResult:
     """Export `model` with `torch.export`; `inputs` are not modified.
 
-    `dynamic` makes the first `axes` axes of every input symbolic where torch can; when it cannot, all sizes are static.
-    `recorder` is entered during each non-strict attempt. Raises `Refused` with the reasons of all attempts.
+    The first `axes` axes of every input become symbolic where torch can make them so. If torch refuses the model with them, the
+    first axis alone does (the batch), then none. `recorder` is entered during each non-strict attempt. Raises `Refused` with the
+    reasons of all attempts.
     """
     model = _as_plain_module(model)
-    args, kwargs = copied(inputs)
-    shapes = _auto_dims((args, kwargs), axes) if dynamic else None
-    attempts = [(strict, dims) for dims in ((shapes, None) if shapes else (None,)) for strict in (False, True)]
+    attempts = [(strict, symbolic) for symbolic in dict.fromkeys((axes, min(axes, 1), 0)) for strict in (False, True)]
     reasons: dict[str, list[str]] = {}  # the reason, and the attempts that failed with it
-    for strict, dims in attempts:
-        how = ("strict" if strict else "non-strict") + (", dynamic shapes" if dims else "")
+    for strict, symbolic in attempts:
+        args, kwargs = copied(inputs)  # torch marks the tensors of an attempt, and refuses a static one with them
+        how = ("strict" if strict else "non-strict") + _shapes(symbolic, axes)
         omitted: set[str] = set()
         outputs = nullcontext() if strict else _traceable_outputs(model, omitted)
         recording = recorder if recorder and not strict else nullcontext()
         try:
             with tracing_alone(), StateGuard(model), torch.no_grad(), quiet(), callers_device(), recording, outputs:
-                dynamic_shapes = None if dims is None else _by_argument(model, dims)
+                dynamic_shapes = _by_argument(model, _auto_dims((args, kwargs), symbolic)) if symbolic else None
                 program = torch.export.export(model, args, kwargs, strict=strict, dynamic_shapes=dynamic_shapes)
             _refuse_nested_weights(program)
         except (Exception, SystemExit) as error:  # the model's code may call `sys.exit`
@@ -74,6 +74,13 @@ def export_program(
             log.debug("torch.export %s captured %s", how, type(model).__name__)
             return ExportResult(program, how)
     raise Refused("; ".join(f"{' / '.join(failed)}: {reason}" for reason, failed in reasons.items()))
+
+
+def _shapes(symbolic: int, requested: int) -> str:
+    """Which axes an attempt makes dynamic, as users read it."""
+    if not symbolic:
+        return ""
+    return ", dynamic shapes" if symbolic == requested else ", dynamic first axes"
 
 
 def _refuse_nested_weights(program: ExportedProgram) -> None:

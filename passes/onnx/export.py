@@ -1,6 +1,7 @@
 """`export_onnx`: a model as one ONNX file that any runtime can run, and that ONNX Runtime with the native library runs fast.
 
-Flow: prepare the model → `torch.export` → translate the graph, name its values, describe it in metadata → write, check, rename.
+Flow: prepare the model → `torch.export`, compared with the model → translate the graph, with fewer dynamic axes where torch cannot
+→ name its values, describe it in metadata → write, check, rename.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 from torch.export import ExportedProgram
@@ -17,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from memrewrite.errors import ExportError
 from memrewrite.frozen import Frozen
 from memrewrite.passes.capture.torch_export import Refused, export_program
+from memrewrite.passes.models.distance import distance
 from memrewrite.passes.models.exclusive import exclusive
-from memrewrite.passes.models.forward import evaluating
+from memrewrite.passes.models.forward import evaluating, on_meta, run
 from memrewrite.passes.onnx.file import (
     Port,
     describe,
@@ -30,7 +32,7 @@ from memrewrite.passes.onnx.file import (
     weights_of,
     write,
 )
-from memrewrite.passes.onnx.graph import OPSET, Operators, onnx_graph
+from memrewrite.passes.onnx.graph import OPSET, Operators, Untranslated, onnx_graph
 from memrewrite.passes.onnx.names import name_values
 from memrewrite.passes.onnx.prepare import Float, Prepared, prepared
 
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     import onnx_ir
 
 log = logging.getLogger("memrewrite")
+
+Dynamic = Literal["all", "batch", "none"]
+AXES: dict[Dynamic, int] = {"batch": 1, "none": 0}  # axes of an input that are dynamic; "all": those of `Prepared.axes`
 
 
 class Exported(Frozen):
@@ -63,6 +68,8 @@ def export_onnx(
     op: Operators = "both",
     dtype: Float | None = None,
     with_past: bool = False,
+    dynamic: Dynamic = "all",
+    allow_inexact: bool = False,
     overwrite: bool = False,
     notes: Mapping[str, str] | None = None,
     step: Callable[[str], None] | None = None,
@@ -71,8 +78,9 @@ def export_onnx(
 
     The graph is that of eval mode. The first two axes of every input (three with `with_past`) are dynamic if torch can export
     them so, and are named `batch`, `sequence`, or after their input. An axis is fixed if the model needs its length, or if it
-    is 1 in the example inputs; then the log has a warning. Inputs and outputs are named as in the model's forward, nested ones
-    by their path (`past_key_values.0.key`).
+    is 1 in the example inputs. If torch can export or translate the model only with fewer dynamic axes, the batch alone is
+    dynamic, or none is. In each of these cases the log has a warning. Inputs and outputs are named as in the model's forward,
+    nested ones by their path (`past_key_values.0.key`).
 
     Args:
         model: A module, rewritten or not, or an exported program. It is not changed.
@@ -86,6 +94,9 @@ def export_onnx(
         dtype: Converts a copy of the model. If None, float32 and float16 models keep their type, and models of other types
             are converted to float32, with a warning in the log.
         with_past: Export one step of a causal language model, whose cache is an input and an output.
+        dynamic: "batch" makes the first axis of every input dynamic alone, "none" fixes all lengths at those of the example.
+        allow_inexact: Write the file even if the exported program's outputs on `inputs` differ from the model's by more than
+            rounding: tracing may change what a model computes.
         overwrite: Replace an existing regular file, and delete its weights, after the new one was written and checked.
         notes: Entries to add to the file's metadata, under the prefix `memrewrite.`.
         step: Receives a short message before each stage.
@@ -95,19 +106,21 @@ def export_onnx(
 
     Raises:
         ExportError: The target exists or its directory does not, it cannot be written, inputs are missing, torch cannot export
-            the model or translate it, its numbers cannot be converted, or it has no cache as `with_past` needs.
+            the model or translate it, its program computes something else, its numbers cannot be converted, or it has no cache
+            as `with_past` needs.
         ModelError: The model does not run on the example inputs, or none can be generated.
     """
     report, target = step or (lambda _: None), output(Path(path), overwrite=overwrite)
     with evaluating(model):
         ready = prepared(model, inputs, dtype, with_past=with_past)
-        report("tracing the model")
-        program = _traced(ready)
-    if mutated := _mutated_buffers(program):
-        log.warning("the model mutates its buffers %s: the file stores them as constants", ", ".join(mutated))
-    report("translating it to ONNX")
-    graph, selections = _translated(program, ready, op, with_past=with_past)
-    form = {"op": op, "dtype": ready.dtype, "with_past": str(with_past).lower(), "selections": str(selections)}
+        traced = _in_onnx(ready, op, AXES.get(dynamic, ready.axes), allow_inexact, report)
+    graph = traced.graph
+    if traced.mutated:
+        log.warning("the model mutates its buffers %s: the file stores them as constants", ", ".join(traced.mutated))
+    if with_past:  # weights keep the names that they have in the model itself, inside the `DecoderStep`
+        for value in [*graph.graph.initializers.values()]:
+            value.name = str(value.name).removeprefix("model.")
+    form = {"op": op, "dtype": ready.dtype, "with_past": str(with_past).lower(), "selections": str(traced.selections)}
     describe(graph, {**of_rewrite(model), **form, **(notes or {})})
     report("writing the file")
     exported = _summary(graph, target.path, write(graph, target), op, ready.dtype)
@@ -115,15 +128,63 @@ def export_onnx(
     return exported
 
 
-def _traced(ready: Prepared) -> ExportedProgram:
+class _Traced(NamedTuple):
+    """A model's graph in ONNX with its final names, its number of top-ks, and the buffers that it mutates."""
+
+    graph: onnx_ir.Model
+    selections: int
+    mutated: list[str]
+
+
+def _in_onnx(ready: Prepared, op: Operators, axes: int, allow_inexact: bool, report: Callable[[str], None]) -> _Traced:
+    """The model in ONNX with `axes` dynamic axes; where `torch.onnx` cannot translate it so, with the first alone, or none."""
+    for symbolic in dict.fromkeys((axes, min(axes, 1), 0)):
+        report("tracing the model")
+        program = _exported(ready, symbolic)
+        if not allow_inexact:
+            _refuse_inexact(program, ready)
+        mutated = _mutated_buffers(program)
+        report("translating it to ONNX")
+        try:
+            graph, selections = onnx_graph(program, op)
+        except Untranslated as error:
+            if not symbolic:
+                raise
+            log.warning("with dynamic axes (%d of every input) %s; fewer are tried", symbolic, error.what)
+        else:
+            name_values(graph, program, ready.lengths)
+            return _Traced(graph, selections, mutated)
+    raise AssertionError  # the attempt without dynamic axes returns or raises
+
+
+def _exported(ready: Prepared, axes: int) -> ExportedProgram:
     """A program that the following stages may edit; a model that is already a program is traced again."""
     if not tree_leaves(ready.inputs):
         raise ExportError("the model has no example inputs", hint="give `inputs`: a tuple, a dict, or (args, kwargs)")
-    model = ready.model.module(check_guards=False) if isinstance(ready.model, ExportedProgram) else ready.model
+    model = _runnable(ready)
     try:
-        return export_program(model, ready.inputs, dynamic=True, axes=ready.axes).program
+        return export_program(model, ready.inputs, axes).program
     except Refused as refusal:
         raise ExportError(f"torch.export refused the model: {refusal}", where=type(model).__name__) from refusal
+
+
+def _runnable(ready: Prepared) -> nn.Module:
+    return ready.model.module(check_guards=False) if isinstance(ready.model, ExportedProgram) else ready.model
+
+
+def _refuse_inexact(program: ExportedProgram, ready: Prepared) -> None:
+    """Raise `ExportError` for a program whose outputs on the example differ from the model's by more than rounding."""
+    model = _runnable(ready)
+    if on_meta(model):
+        return
+    far = distance(run(program.module(check_guards=False), ready.inputs), run(model, ready.inputs))
+    if not far.rounding:
+        raise ExportError(
+            f"the exported program computes something else than the model: its outputs are {far}",
+            where=type(model).__name__,
+            hint="a model that asks whether it is being traced is another model as a program; accept it with allow_inexact=True "
+            "(--allow-inexact)",
+        )
 
 
 def _mutated_buffers(program: ExportedProgram) -> list[str]:
@@ -135,16 +196,6 @@ def _mutated_buffers(program: ExportedProgram) -> list[str]:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 found.add(buffers.get(getattr(operand, "name", "")))
     return sorted(name for name in found if name)
-
-
-def _translated(program: ExportedProgram, ready: Prepared, op: Operators, *, with_past: bool) -> tuple[onnx_ir.Model, int]:
-    """The ONNX graph of `program` with its final names, and its number of top-ks."""
-    graph, selections = onnx_graph(program, op)
-    name_values(graph, program, ready.lengths)
-    if with_past:  # weights keep the names that they have in the model itself, inside the `DecoderStep`
-        for value in [*graph.graph.initializers.values()]:
-            value.name = str(value.name).removeprefix("model.")
-    return graph, selections
 
 
 def _summary(graph: onnx_ir.Model, target: Path, data: Path | None, op: Operators, dtype: str) -> Exported:

@@ -1,8 +1,8 @@
 """Finds where located MLPs start and end in the graph that the user gave, which may be at torch level.
 
 Flow: the nodes of the given graph with the value of the MLP's input or output, in any layout → the pair of them with only
-the MLP's nodes in between, of equal token layouts where there is one → the site is bound to that pair. An MLP inside of a
-module that the graph calls has no such pair.
+the MLP's nodes in between, of equal token layouts where there is one → the site is bound to that pair. Other values in between
+may be read elsewhere: their nodes stay. An MLP inside of a module that the graph calls has no such pair.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class GivenGraph:
         pairs = [(x, y) for y in ys for x in xs]
         for x, y in sorted(pairs, key=lambda pair: shape_of(pair[0])[:-1] != shape_of(pair[1])[:-1]):
             nodes = _between(recorded, x, y, own)
-            if nodes is not None and recorded.recorded_outputs(nodes) == {y}:
+            if nodes is not None and recorded.recorded_outputs(nodes).intersection(ys) == {y}:
                 return replace(call, bound=bound._replace(nodes=frozenset(nodes), x=x, y=y))
         return None
 

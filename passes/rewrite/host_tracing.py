@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import SelectError
 from memrewrite.passes.capture.segment import Capture, segment_of
-from memrewrite.passes.capture.torch_export import Refused, export_program
+from memrewrite.passes.capture.torch_export import BATCH_AND_SEQUENCE, Refused, export_program
 from memrewrite.passes.graphs.copying import COPY, copied
 from memrewrite.passes.graphs.ops import is_assertion
 from memrewrite.passes.graphs.shapes import shape_of
@@ -44,7 +44,7 @@ def _host(model: nn.Module, path: str, plan: Plan, inputs: Inputs, before: Captu
     for training in (False, True):
         try:
             with in_mode(module, training=training):
-                program = export_program(module, inputs, dynamic=True).program
+                program = export_program(module, inputs, BATCH_AND_SEQUENCE).program
         except Refused as refusal:
             raise SelectError(f"the module {path!r} cannot become a graph: {refusal}", hint="leave its MLPs out") from refusal
         segment = segment_of(path, program, inputs)

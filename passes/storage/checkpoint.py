@@ -17,7 +17,7 @@ from torch import fx, nn
 from memrewrite.atomic_write import replacing
 from memrewrite.errors import ModelError
 from memrewrite.output_target import saved_directory
-from memrewrite.passes.capture.torch_export import export_program
+from memrewrite.passes.capture.torch_export import BATCH_AND_SEQUENCE, export_program
 from memrewrite.passes.models.forward import Inputs
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.storage.base_model import Base, base_of
@@ -107,5 +107,5 @@ def _set_default_permissions(folder: Path) -> None:
 def _save_graph(model: fx.GraphModule, inputs: Inputs, file: Path) -> None:
     """Write the archive to memory first: torch's own writer of files ends the process when the disk is full."""
     archive = io.BytesIO()
-    torch.export.save(export_program(model, inputs, dynamic=True).program, archive)
+    torch.export.save(export_program(model, inputs, BATCH_AND_SEQUENCE).program, archive)
     file.write_bytes(archive.getbuffer())

@@ -119,9 +119,11 @@ def identity(after: AfterEdit) -> Check:
     if after.on_meta:
         return skipped("identity", "the model is on meta: there are no values to compare")
     different = differing(after.capture.outputs, run(after.model, after.inputs))
-    sentence = "the rewritten model's outputs are bit-equal to the original's"
+    far = after.capture.distance
+    original = "original's" if far is None or far.exact else "exported program's"
+    sentence = f"the rewritten model's outputs are bit-equal to the {original}"
     if different:
-        sentence = f"{different} output elements of the rewritten model differ from the original's"
+        sentence = f"{different} output elements of the rewritten model differ from the {original}"
         cause, hint = not_finite(after)
         return checked("identity", False, different, sentence + cause, hint)
     return checked("identity", True, 0, sentence)

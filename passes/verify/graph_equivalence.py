@@ -8,6 +8,7 @@ parallel layer and an MLP gets the number of the MLP's output → equal outputs 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def compare(
     `found` has the calls of every site before, and `layers` the substitution of each layer, by the layer's module path.
     Raises `Differs`.
     """
-    numbers = ValueNumbering()
+    numbers, after = ValueNumbering(), _with_literals_of(before, after)
     sites = {s.site.path: s for s in layers.values()}
     calls = {path: [c for c in found[path] if c.segment is before] for path in sites}
     replaced = [(path, c) for path, own in calls.items() for c in own if sites[path].placement == "replace"]
@@ -143,6 +144,14 @@ def compare(
         if was != now:
             raise Differs(f"the layer at {path!r} does not read what the MLP read")
     return len(new_number)
+
+
+def _with_literals_of(before: Segment, after: Segment) -> Segment:
+    """`after`, in which the constant tensors of `before` are constants too: in a copy of a graph module they become buffers."""
+    constant = {str(node.target) for node in before.graph.nodes if node.op == "get_attr" and node.name in before.literals}
+    literals = {node: after.tensors[node] for node, name in after.weights.items() if name in constant}
+    weights = {node: name for node, name in after.weights.items() if node not in literals}
+    return replace(after, weights=weights, literals={**after.literals, **literals})
 
 
 def _fold_layers(

@@ -75,6 +75,17 @@ def before_editing(
     return (check, in_train_mode(before), locality(before)), sites
 
 
+def captured(capture: Capture) -> tuple[Check, ...]:
+    """Does the program that was exported from a live model compute what the model computes? No check for other graphs."""
+    far = capture.distance
+    if far is None:
+        return ()
+    sentence = f"the exported program's outputs are {far}" + (" to" if far.exact else " from") + " the live model's"
+    if not far.rounding:  # `apply` was asked to accept it
+        return (skipped("capture", f"{sentence}, as was allowed"),)
+    return (checked("capture", True, far.relative, sentence),)
+
+
 def verify_graph(
     result: nn.Module,
     layers: Mapping[str, nn.Module],
@@ -111,4 +122,4 @@ def verify_graph(
         locations=locations,
         fingerprints=fingerprints(original),
     )
-    return (*first, *(check(rewritten) for check in after))
+    return (*captured(capture), *first, *(check(rewritten) for check in after))
