@@ -52,7 +52,8 @@ class Site(Frozen):
         activation: Name of the activation function.
         axis: Feature axis of input and output: -1, except for convolutions.
         calls: Number of runs in one forward.
-        parameters: Names of all weights and biases inside.
+        parameters: Names of all weights and biases inside: those that the example used, then the others of the modules that a
+            `replace` removes, such as experts that no token visited, and buffers.
         modules: Paths of the modules inside.
         weights: Entries of all matrices.
         active: Matrix entries that one token is multiplied by: fewer than `weights` in a mixture of experts.

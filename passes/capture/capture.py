@@ -59,7 +59,7 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
         captured = Capture((segment_of("", program, arguments),), arguments, f"whole model, torch.export {how}")
     except Refused as refusal:
         captured = _block_by_block(model, arguments, recorder.block_inputs, str(refusal))
-    return replace(captured, calls=recorder.calls, outputs=outputs)
+    return replace(captured, calls=recorder.calls, outputs=outputs, state=dict(tensors_of(model)))
 
 
 def _refuse_lazy(model: nn.Module) -> None:

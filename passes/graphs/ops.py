@@ -112,7 +112,8 @@ OPS: tuple[Op, ...] = (
     Op(Kind.ALONG, "log_softmax logsumexp cumsum var std var_mean std_mean", axis=1),
     Op(Kind.ALONG, "sum mean", axis=1, adds_up=True),
     Op(Kind.ALONG, "norm linalg_vector_norm", axis=2),
-    Op(Kind.ALONG, "max min amax amin median prod", axis=1, picks=True),
+    Op(Kind.ALONG, "amax amin prod", axis=1, picks=True),
+    Op(Kind.ALONG, "max min median", axis=1, picks=True, replayed=True),  # a choice where the indices are read
     Op(Kind.ALONG, "glu", axis=1, default=-1, picks=True),
     Op(Kind.ALONG, "quantile", axis=2, picks=True),
     Op(Kind.ALONG, "sort", axis=1, default=-1, picks=True, chooses=True),
@@ -132,7 +133,7 @@ OPS: tuple[Op, ...] = (
     Op(Kind.FILL, "zeros_like ones_like full_like", elementwise=True, affine=True),
     Op(Kind.FILL, "new_zeros new_ones new_full"),
     Op(Kind.SIZE, "sym_size sym_numel"),
-    Op(Kind.ELEMENTWISE, "where complex bucketize __and__ __or__ __xor__ hardswish log_sigmoid prelu"),
+    Op(Kind.ELEMENTWISE, "where masked_fill complex polar bucketize floor_divide __and__ __or__ __xor__ hardswish log_sigmoid prelu"),
     Op(Kind.ELEMENTWISE, "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine"),
     Op(Kind.ELEMENTWISE, "rsub", terms=SUM, affine=True),
     Op(Kind.TAGGED, "add sub", terms=SUM, affine=True),

@@ -16,7 +16,7 @@ from memrewrite.passes.graphs.provenance import path_of, source_line
 from memrewrite.passes.locate.binding import BoundRegion, bind
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, recorded_graph
-from memrewrite.passes.locate.sites import Recognized, assemble, identity_of, module_types
+from memrewrite.passes.locate.sites import Recognized, assemble, identity_of, mixture_module, module_types
 from memrewrite.passes.locate.token_probe import mixes
 from memrewrite.passes.locate.within_one_block import in_two_blocks
 from memrewrite.passes.regions.activation import UNKNOWN, activation_of
@@ -33,6 +33,7 @@ def locate(capture: Capture, *, fragment: bool = False) -> LocatedSites:
     In a `fragment`, a part of a model about which its caller knows more, no output has to return to a residual stream.
     """
     groups: dict[frozenset[str], list[Recognized]] = {}
+    of_module: dict[str, frozenset[str]] = {}
     misses: list[NearMiss] = []
     types: dict[str, str] = {}
     activations: dict[Any, str] = {}
@@ -43,7 +44,10 @@ def locate(capture: Capture, *, fragment: bool = False) -> LocatedSites:
         for end, outcome in _outcomes(recorded):
             one = _recognized(recorded, *outcome, types, activations) if isinstance(outcome, tuple) else outcome
             if isinstance(one, Recognized):
-                groups.setdefault(identity_of(one.call), []).append(one)
+                weights, module = identity_of(one.call), mixture_module(one.call)
+                if module:  # calls of it may visit different experts
+                    weights = of_module.setdefault(module, weights)
+                groups.setdefault(weights, []).append(one)
             elif one.near_miss:
                 misses.append(_near_miss(segment, end, one))
     return assemble(capture, groups, misses, types, graphs)

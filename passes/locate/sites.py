@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from typing import NamedTuple
+
+from torch import Tensor, nn
 
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.graphs.nodes import inputs_of
 from memrewrite.passes.graphs.ops import op_name
-from memrewrite.passes.graphs.provenance import modules_of
+from memrewrite.passes.graphs.provenance import modules_of, path_of, source_line
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.feature_axis import LAST, feature_axis
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
@@ -57,6 +59,12 @@ def identity_of(found: SiteCall) -> frozenset[str]:
     return frozenset((*weights_of(found), *picked))
 
 
+def mixture_module(found: SiteCall) -> str:
+    """The module that is a mixture of experts, if it is one module; "" for any other region."""
+    is_module = isinstance(found.region, Mixture) and found.bound.binding.kind == "module"
+    return found.bound.binding.exit if is_module else ""
+
+
 def module_types(recorded: RecordedGraph) -> dict[str, str]:
     """The class of every module that runs, by path."""
     found: dict[str, str] = {}
@@ -73,17 +81,51 @@ def assemble(
     types: Mapping[str, str],
     recorded: Mapping[str, RecordedGraph],
 ) -> LocatedSites:
-    """One site for each group of regions that use the same weights, in the order they run."""
+    """One site for each group of regions that use the same weights, in the order they run.
+
+    A group that is a part of a mixture is a near miss: an expert alone, where the tokens of another call visited several.
+    """
     paths: dict[str, list[Recognized]] = {}
-    for group in groups.values():
+    parts = _parts_of_mixtures(groups, capture.state)
+    misses = [*misses, *parts.values()]
+    for group in (group for weights, group in groups.items() if weights not in parts):
         path = _narrowest(group[0].call)
         while path in paths:  # several MLPs in one module: distinguished by their last matrices
             path = f"{path}#{group[0].call.region.down.name}"
         paths[path] = group
     where = block_positions([path.partition("#")[0] for path in paths], types)
-    sites = [_site(path, group, where[path.partition("#")[0]]) for path, group in paths.items()]
+    sites = [_site(path, group, where[path.partition("#")[0]], capture.state) for path, group in paths.items()]
     located = Inspection(sites=tuple(sites), near_misses=tuple(dict.fromkeys(misses)), captured=capture.how)
     return LocatedSites(located, {path: tuple(one.call for one in group) for path, group in paths.items()}, recorded)
+
+
+def _parts_of_mixtures(
+    groups: Mapping[frozenset[str], list[Recognized]], state: Mapping[str, Tensor]
+) -> dict[frozenset[str], NearMiss]:
+    """The groups all of whose weights belong to a module that is a mixture in another call, each as a near miss."""
+    found: dict[frozenset[str], NearMiss] = {}
+    modules = {mixture_module(group[0].call): weights for weights, group in groups.items()}
+    modules.pop("", None)
+    for module, mixture in modules.items():
+        held = {*mixture, *(name for name in state if name.startswith(f"{module}."))}
+        for weights, group in groups.items():
+            one = group[0].call
+            if weights != mixture and held.issuperset(_weights_of_all(group)):
+                down = one.region.down
+                reason = f"its weights are a part of the mixture {module!r}, which other tokens visit as a whole"
+                path = f"{one.segment.path}.{path_of(down)}".strip(".")
+                found[weights] = NearMiss(
+                    path=path, reason=reason, node=down.name, source=source_line(down), rule="whole mixture"
+                )
+    return found
+
+
+def _weights_of_all(group: Iterable[Recognized]) -> dict[str, Tensor]:
+    """The weights of all calls of a site, by name, in order of use."""
+    found: dict[str, Tensor] = {}
+    for one in group:
+        found |= {name: one.call.recorded.flow.weight_values[name] for name in weights_of(one.call) if name not in found}
+    return found
 
 
 def _narrowest(found: SiteCall) -> str:
@@ -100,13 +142,14 @@ def _narrowest(found: SiteCall) -> str:
     return max(common[-1] if common else "", ".".join(shared), key=len)
 
 
-def _site(path: str, group: list[Recognized], place: BlockPosition) -> Site:
+def _site(path: str, group: list[Recognized], place: BlockPosition, state: Mapping[str, Tensor]) -> Site:
     (found, match, activation), region = group[0], group[0].call.region
     value, axis = region.down.meta["val"], feature_axis(found.recorded.flow, region, found.bound)
     bindings = _bindings(group, axis)
-    names = weights_of(found)
-    matrices, others = _entries(found, names)
     modules = dict.fromkeys(m for b in bindings if b.kind in ("module", "span") for m in (*b.entries[: len(b.widths)], b.exit))
+    used = _weights_of_all(group)
+    unused = _unused(state, modules, used)
+    matrices, others = _entries([*used.values(), *(tensor for tensor in unused.values() if isinstance(tensor, nn.Parameter))])
     return Site(
         path=path,
         pattern=match.pattern,
@@ -116,7 +159,7 @@ def _site(path: str, group: list[Recognized], place: BlockPosition) -> Site:
         activation=activation,
         axis=LAST if axis is None else axis,
         calls=len(group),
-        parameters=tuple(names),
+        parameters=(*used, *unused),
         modules=tuple(modules),
         weights=matrices,
         active=region.active(found.recorded.flow) if isinstance(region, Mixture) else matrices,
@@ -138,8 +181,18 @@ def _bindings(group: list[Recognized], axis: int | None) -> tuple[Binding, ...]:
     return tuple(dict.fromkeys(one.call.bound.binding for one in group))
 
 
-def _entries(found: SiteCall, names: list[str]) -> tuple[int, int]:
-    """The number of entries of a region's matrices, and of its other weights: biases, scales."""
-    tensors = [found.recorded.flow.weight_values[name] for name in names]
-    matrices = sum(math.prod(tensor.shape) for tensor in tensors if tensor.ndim >= 2)
-    return matrices, sum(math.prod(tensor.shape) for tensor in tensors if tensor.ndim < 2)
+def _unused(state: Mapping[str, Tensor], modules: Iterable[str], used: Iterable[str]) -> dict[str, Tensor]:
+    """What the modules of a site hold and the recorded region does not use: experts that no token of the example visited."""
+    inside = tuple(f"{module}." for module in modules)
+    known = {id(state[name]) for name in used if name in state}
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if name.startswith(inside) and id(tensor) not in known:
+            found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
+
+
+def _entries(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """The number of entries of matrices, and of other tensors: biases, scales."""
+    sizes = [(tensor.ndim >= 2, math.prod(tensor.shape)) for tensor in tensors]
+    return sum(size for is_matrix, size in sizes if is_matrix), sum(size for is_matrix, size in sizes if not is_matrix)

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
+from memrewrite.errors import in_one_line
 from memrewrite.passes.capture.operator_trace import captured_separately
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.evaluate import evaluate
 from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
-from memrewrite.passes.graphs.ops import op_of
+from memrewrite.passes.graphs.ops import op_name, op_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, of_sizes_alone, origin_of
 from memrewrite.passes.locate.token_perturbation import Tokens, repeatable, run_repeatable, trial
@@ -30,7 +31,21 @@ MOVED = 1e-4
 
 
 def mixes(recorded: RecordedGraph, region: Region) -> Rejection | None:
-    """Reject a region in which one token's output depends on another token. On meta tensors nothing is tested: None."""
+    """Reject a region in which one token's output depends on another token. On meta tensors nothing is tested: None.
+
+    A region whose operators fit the example's values alone, as loops do that were unrolled for them, is rejected too.
+    """
+    try:
+        return _mixes(recorded, region)
+    except _OfOtherValues as error:
+        return Rejection("token by token", f"its operators do not run on other values: {error}", region.down)
+
+
+class _OfOtherValues(Exception):  # noqa: N818 - turned into a rejection
+    """A recorded operator fails on values that it was not recorded with."""
+
+
+def _mixes(recorded: RecordedGraph, region: Region) -> Rejection | None:
     nodes = _needed(recorded, region)
     leaves: dict[fx.Node, Tensor] = {node: value for node in nodes if (value := value_of(recorded.segment, node)) is not None}
     if any(value.is_meta for value in leaves.values()):
@@ -49,7 +64,10 @@ def mixes(recorded: RecordedGraph, region: Region) -> Rejection | None:
     chosen: dict[fx.Node, Any] = {}
 
     def call(given: Tensor) -> Tensor:
-        return _output(recorded, region, nodes, leaves, given, chosen)
+        try:
+            return _output(recorded, region, nodes, leaves, given, chosen)
+        except (RuntimeError, IndexError) as error:
+            raise _OfOtherValues(in_one_line(error)) from error
 
     def rejected(reason: str) -> Rejection:
         return Rejection("token by token", reason, region.down)
@@ -102,10 +120,12 @@ def _needed(recorded: RecordedGraph, region: Region) -> list[RecordedNode]:
 
 
 def _chooses_experts(node: fx.Node, tokens: int) -> bool:
-    """True if a node chooses along an axis that is not the `tokens` many tokens."""
+    """True if a node chooses along an axis that is not the `tokens` many tokens, and its indices are read."""
     op = op_of(node)
     if op is None or not op.replayed:
         return False
+    if not op.chooses and all(op_name(user) != "getitem" or user.args[1] != 1 for user in node.users):
+        return False  # a maximum whose place nobody reads, as in an activation
     axis = node.args[op.axis] if op.axis is not None and len(node.args) > op.axis else -1
     return isinstance(axis, int) and shape_of(node.all_input_nodes[0])[axis] != tokens
 

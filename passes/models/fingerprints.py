@@ -34,11 +34,12 @@ def hashed(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Fingerprint]:
     known: dict[int, Fingerprint] = {}
     for name, tensor in (named := list(tensors)):
         if id(tensor) not in known:
-            known[id(tensor)] = Fingerprint(_hash(tensor), name)
+            known[id(tensor)] = Fingerprint(hash_of(tensor), name)
     return {name: known[id(tensor)] for name, tensor in named}
 
 
-def _hash(tensor: Tensor) -> str:
+def hash_of(tensor: Tensor) -> str:
+    """A hash of a tensor of any layout: bits, dtype, shape and `requires_grad`; on `meta` without the bits."""
     kind = f"{tensor.dtype}{tuple(tensor.shape)}{tensor.requires_grad}"
     digest = hashlib.blake2b(kind.encode(), digest_size=16)
     for part in () if tensor.is_meta else strided_parts(tensor.detach()):

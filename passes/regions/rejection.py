@@ -12,7 +12,14 @@ from typing import Final, Literal
 from memrewrite.passes.graphs.nodes import CanonicalNode
 
 RuleName = Literal[
-    "token by token", "closed", "residual", "one block", "arrangement", "one input", "matrix, nonlinearity, matrix"
+    "token by token",
+    "closed",
+    "residual",
+    "one block",
+    "whole mixture",
+    "arrangement",
+    "one input",
+    "matrix, nonlinearity, matrix",
 ]
 ADVICE: Final[dict[RuleName, str]] = {
     "token by token": (
@@ -27,6 +34,9 @@ ADVICE: Final[dict[RuleName, str]] = {
     "one block": (
         "an MLP is one step of the residual stream; several steps are found and replaced one by one, so each must be"
         " recognizable by itself"
+    ),
+    "whole mixture": (
+        "a mixture of experts is replaced as a whole: example inputs with more tokens show it whole in every call"
     ),
     "arrangement": ("it obeys every other rule: a new arrangement of matrices is a small class in passes/regions/patterns.py"),
     "one input": "all first matrices of an MLP must read one and the same value",

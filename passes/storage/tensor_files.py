@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from memrewrite.errors import CheckpointError
@@ -24,7 +25,7 @@ SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit, which suits hubs and file s
 def named_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state with each tensor under its first name only; and the other names, mapped to the first.
 
-    Raises `CheckpointError` for a value that is no tensor, or is on `meta`.
+    Raises `CheckpointError` for a value that is no tensor, is sparse or nested, or is on `meta`.
     """
     tied: dict[str, str] = {}
     seen: dict[Any, str] = {}
@@ -34,12 +35,22 @@ def named_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise CheckpointError(f"the model's state contains {name!r}, which is no tensor and cannot be saved", where=name)
         if value.is_meta:
             raise CheckpointError(f"{name!r} is on meta and has no values to save", where=name)
+        if not _is_dense(value):
+            raise CheckpointError(
+                f"{name!r} has the layout {value.layout}, and safetensors files hold dense tensors only",
+                where=name,
+                hint="make it dense; or, if the model computes it, register it with persistent=False",
+            )
         memory = memory_of(value)
         if seen.setdefault(memory, name) == name:
             state[name] = value
         else:
             tied[name] = seen[memory]
     return state, tied
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_nested
 
 
 def memory_of(value: Tensor) -> Any:
@@ -72,11 +83,14 @@ def save_tensors(state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def save_transient(model: nn.Module, saved: Set[str], folder: Path) -> None:
-    """Write the non-persistent buffers: `model.to(dtype)` has cast them too, which no config records."""
+    """Write the non-persistent buffers: `model.to(dtype)` has cast them too, which no config records.
+
+    Sparse ones are left out: the model computes them again, in the type in which it is built.
+    """
     from safetensors.torch import save_file
 
     buffers = model.named_buffers(remove_duplicate=False)
-    transient = {name: b.cpu().contiguous().clone() for name, b in buffers if name not in saved and not b.is_meta}
+    transient = {name: b.cpu().contiguous().clone() for name, b in buffers if name not in saved and not b.is_meta and _is_dense(b)}
     if transient:
         save_file(transient, folder / TRANSIENT)
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from memrewrite.passes.capture.segment import Segment
@@ -19,6 +18,7 @@ from memrewrite.passes.graphs.ops import IDENTITY, is_assertion, op_name
 from memrewrite.passes.graphs.provenance import clean, modules_of
 from memrewrite.passes.graphs.shapes import is_tensor, shape_of
 from memrewrite.passes.locate.located_sites import SiteCall
+from memrewrite.passes.models.fingerprints import hash_of
 from memrewrite.passes.rewrite.layer_call import add_output
 from memrewrite.plans import Substitution
 
@@ -108,9 +108,7 @@ def _leaf(segment: Segment, node: fx.Node) -> Any:
     if node.name in segment.weights:
         return "weight", segment.weights[node.name]
     if node.name in segment.literals:
-        value = segment.literals[node.name]
-        content = () if value.is_meta else tuple(value.detach().to("cpu", torch.float64).flatten().tolist())
-        return "literal", str(value.dtype), tuple(value.shape), content
+        return "literal", hash_of(segment.literals[node.name].detach())
     return "input", node.name
 
 
