@@ -20,9 +20,9 @@ from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.pipeline import Look, Model, ignore, look_at, planned_for
 from memrewrite.passes.rewrite.build_layers import build_layer, generator_of, refuse_rewritten
 from memrewrite.passes.rewrite.host_tracing import trace_hosts
+from memrewrite.passes.rewrite.look import Step
 from memrewrite.passes.verify.evidence import BeforeEdit
 from memrewrite.passes.verify.measured_mlps import measured_graph, measured_module
-from memrewrite.passes.verify.verified_rewrite import Step
 from memrewrite.plans import Plan
 from memrewrite.recipes.reader import RecipeLike, read_recipe
 from memrewrite.report import LayerScale

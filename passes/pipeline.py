@@ -8,21 +8,17 @@ of each stage as it begins.
 from __future__ import annotations
 
 import time
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from memrewrite.errors import ModelError, SelectError
 from memrewrite.explanation import Explanation
 from memrewrite.module_node import ModuleNode
-from memrewrite.passes.capture.capture import as_graph, capture, is_traced, refuse_inexact
-from memrewrite.passes.capture.segment import Capture
+from memrewrite.passes.capture.capture import is_traced
 from memrewrite.passes.explain.explain import explained
 from memrewrite.passes.explain.module_tree import outline
-from memrewrite.passes.locate.locate import locate
-from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.models.state_guard import StateGuard
@@ -30,11 +26,11 @@ from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
 from memrewrite.passes.rewrite.build_layers import pools_of, refuse_rewritten
 from memrewrite.passes.rewrite.edit_graph import with_own_parameters
-from memrewrite.passes.rewrite.given_graph import GivenGraph
 from memrewrite.passes.rewrite.host_tracing import trace_hosts
+from memrewrite.passes.rewrite.look import Look, Model, Step, look_at, look_at_export
 from memrewrite.passes.storage.graph_json import hosts_to_json
 from memrewrite.passes.verify.evidence import refuse_failed
-from memrewrite.passes.verify.verified_rewrite import Rewrite, Step, rewrite_graph, rewrite_module
+from memrewrite.passes.verify.verified_rewrite import Rewrite, rewrite_graph, rewrite_module
 from memrewrite.plans import ROOT, Plan
 from memrewrite.recipes.reader import RecipeLike, read_recipe
 from memrewrite.recipes.schema import Recipe
@@ -43,7 +39,6 @@ from memrewrite.report import Report
 from memrewrite.site import Inspection
 from memrewrite.training import freeze
 
-Model = nn.Module | ExportedProgram
 Emit = Literal["module", "graph"]
 
 
@@ -191,7 +186,7 @@ def _applied(
     """`apply`, in a guard of the model's state."""
     begun = time.perf_counter()
     if emit == "graph" and not is_traced(model):
-        model, look = _look_at_export(model, inputs, allow_inexact, step)
+        model, look = look_at_export(model, inputs, allow_inexact, step)
     else:
         look = look_at(model, inputs, step)
     planned = planned_for(model, look, wanted)
@@ -227,52 +222,6 @@ def _applied(
         inputs=look.capture.inputs if isinstance(done.model, fx.GraphModule) else None,
     )
     return report
-
-
-class Look(NamedTuple):
-    """A captured model with its located MLPs; `given` for a model that is rewritten as a graph."""
-
-    capture: Capture
-    locations: LocatedSites
-    given: GivenGraph | None
-
-
-def look_at(model: Model, inputs: Any, step: Step) -> Look:
-    """Capture a model and locate its MLPs."""
-    if inputs is None and not isinstance(model, ExportedProgram):
-        raise ModelError("no example inputs were given", hint="give a tuple, a dict or (args, kwargs) that the model runs on")
-    step("capturing the model")
-    with evaluating(model):
-        captured = capture(model, inputs)
-        step("locating its MLPs")
-        look = _located(captured)
-        lowered = bool(captured.segments[0].values)
-        if look.given is not None and lowered and look.given.all_hidden():  # in modules that the graph calls: edit these
-            captured = capture(model, inputs, as_module_tree=True)
-            look = Look(captured, locate(captured), None)
-    return look
-
-
-def _look_at_export(model: Model, inputs: Any, allow_inexact: bool, step: Step) -> tuple[Model, Look]:
-    """Export a live module with dynamic shapes, and locate the MLPs in its graph. Returns the graph's program, too.
-
-    Raises `CaptureError` for a program that computes something else than the module, unless that is allowed.
-    """
-    step("capturing the model with dynamic shapes")
-    with evaluating(model):
-        captured = capture(model, inputs, dynamic=True)
-        if not captured.is_whole:
-            raise SelectError(f"there is no one graph of this model: {captured.how}", hint="use --emit module")
-        exported = as_graph(captured)
-        if not allow_inexact:
-            refuse_inexact(exported)
-        step("locating its MLPs")
-        return captured.segments[0].program, _located(exported)
-
-
-def _located(captured: Capture) -> Look:
-    locations = locate(captured)
-    return Look(captured, locations, GivenGraph(locations) if captured.is_graph else None)
 
 
 def planned_for(model: Model, look: Look, recipe: Recipe) -> Plan:

@@ -36,7 +36,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "texts": ("storage",),
     "onnx/check": ("onnx", "texts", "storage", "models"),
     "torch_compile": ("initialize", "verify", "rewrite", "plan", "locate", "capture", "graphs", "models"),
-    "pipeline": ("verify", "storage", "rewrite", "explain", "locate", "plan", "capture", "models"),
+    "pipeline": ("verify", "storage", "rewrite", "explain", "plan", "capture", "models"),
     "forecast": ("pipeline", "initialize", "verify", "rewrite", "models"),
     "match_outputs": ("initialize", "rewrite", "locate", "capture", "models"),
     "verify_saved": ("storage", "verify", "rewrite", "models"),

@@ -29,6 +29,7 @@ from memrewrite.passes.models.distance import distance
 from memrewrite.passes.models.forward import Inputs, as_inputs, on_device_of, on_meta, run, warm_up
 from memrewrite.passes.models.tensors import tensors_of
 
+
 def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = False, as_module_tree: bool = False) -> Capture:
     """Capture `model` with example `inputs`.
 
@@ -55,7 +56,8 @@ def capture(model: nn.Module | ExportedProgram, inputs: Any, *, dynamic: bool = 
         with recorder:
             outputs = run(model, arguments)
     try:
-        program, how = export_program(model, arguments, BATCH_AND_SEQUENCE if dynamic else 0, recorder if on_meta(model) else None)
+        axes, tracing = BATCH_AND_SEQUENCE if dynamic else 0, recorder if on_meta(model) else None
+        program, how = export_program(model, arguments, axes, tracing)
         captured = Capture((segment_of("", program, arguments),), arguments, f"whole model, torch.export {how}")
     except Refused as refusal:
         captured = _block_by_block(model, arguments, recorder.block_inputs, str(refusal))
@@ -92,8 +94,8 @@ def refuse_inexact(exported: Capture) -> None:
         raise CaptureError(
             f"the exported program computes something else than the model: its outputs are {exported.distance}",
             where=exported.how,
-            hint="edit the live model (emit='module'), or accept the program: allow_inexact=True (--allow-inexact). A model that "
-            "asks whether it is being traced, or makes other masks then, is another model as a program",
+            hint="a model that asks whether it is being traced is another model as a program: edit the live model "
+            "(emit='module'), or accept the program with allow_inexact=True (--allow-inexact)",
         )
 
 

@@ -62,7 +62,7 @@ class Capture:
     inputs: Inputs
     how: str  # how the graphs were captured, as users read it
     calls: Mapping[str, tuple[Call, ...]] = field(default_factory=dict)  # of the live modules, by path
-    state: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of the live model: all its parameters and buffers, by name
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)  # all tensors of the live model, by name
     outputs: Any = None  # of the recorded forward; None where nothing ran, as on meta
     distance: Distance | None = None  # of a program's outputs from those of the live model that it was exported from
 

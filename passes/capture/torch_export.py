@@ -48,9 +48,9 @@ class ExportResult(NamedTuple):
 def export_program(model: nn.Module, inputs: Inputs, axes: int = 0, recorder: Recorder | None = None) -> ExportResult:
     """Export `model` with `torch.export`; `inputs` are not modified.
 
-    The first `axes` axes of every input become symbolic where torch can make them so. If torch refuses the model with them, the
-    first axis alone does (the batch), then none. `recorder` is entered during each non-strict attempt. Raises `Refused` with the
-    reasons of all attempts.
+    The first `axes` axes of every input become symbolic where torch can make them so. If torch refuses the model with them,
+    the first axis alone does (the batch), then none. `recorder` is entered during each non-strict attempt. Raises `Refused`
+    with the reasons of all attempts.
     """
     model = _as_plain_module(model)
     attempts = [(strict, symbolic) for symbolic in dict.fromkeys((axes, min(axes, 1), 0)) for strict in (False, True)]

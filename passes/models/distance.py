@@ -1,7 +1,7 @@
 """How far the outputs of one model are from those of another, and whether rounding alone explains it.
 
-Flow: the tensors of both outputs, in order → equal shapes, dtypes, integers and places of NaN and infinity, else infinitely far →
-of every tensor the norm of the difference, relative to the norm of the other → the largest, and the bound for its dtype.
+Flow: the tensors of both outputs, in order → equal shapes, dtypes, integers and places of NaN and infinity, else infinitely
+far → of every tensor the norm of the difference, relative to the norm of the other → the largest, and the bound for its dtype.
 """
 
 from __future__ import annotations

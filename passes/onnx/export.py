@@ -1,7 +1,7 @@
 """`export_onnx`: a model as one ONNX file that any runtime can run, and that ONNX Runtime with the native library runs fast.
 
-Flow: prepare the model → `torch.export`, compared with the model → translate the graph, with fewer dynamic axes where torch cannot
-→ name its values, describe it in metadata → write, check, rename.
+Flow: prepare the model → `torch.export`, compared with the model → translate the graph, with fewer dynamic axes where torch
+cannot otherwise → name its values, describe it in metadata → write, check, rename.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from memrewrite.passes.onnx.file import (
     weights_of,
     write,
 )
-from memrewrite.passes.onnx.graph import OPSET, Operators, Untranslated, onnx_graph
+from memrewrite.passes.onnx.graph import OPSET, Operators, TranslationError, onnx_graph
 from memrewrite.passes.onnx.names import name_values
 from memrewrite.passes.onnx.prepare import Float, Prepared, prepared
 
@@ -147,7 +147,7 @@ def _in_onnx(ready: Prepared, op: Operators, axes: int, allow_inexact: bool, rep
         report("translating it to ONNX")
         try:
             graph, selections = onnx_graph(program, op)
-        except Untranslated as error:
+        except TranslationError as error:
             if not symbolic:
                 raise
             log.warning("with dynamic axes (%d of every input) %s; fewer are tried", symbolic, error.what)
@@ -182,8 +182,8 @@ def _refuse_inexact(program: ExportedProgram, ready: Prepared) -> None:
         raise ExportError(
             f"the exported program computes something else than the model: its outputs are {far}",
             where=type(model).__name__,
-            hint="a model that asks whether it is being traced is another model as a program; accept it with allow_inexact=True "
-            "(--allow-inexact)",
+            hint="a model that asks whether it is being traced is another model as a program; accept it with "
+            "allow_inexact=True (--allow-inexact)",
         )
 
 

@@ -28,7 +28,7 @@ IR_VERSION = 9  # of the file: the newest that ONNX Runtime 1.17 reads; no newer
 SELECTION = "memory.{}.{}"  # names of a top-k's outputs: its number in the graph, and "scores" or "slots"
 
 
-class Untranslated(ExportError):
+class TranslationError(ExportError):
     """`torch.onnx` cannot translate a program; perhaps it can with fewer dynamic axes."""
 
 
@@ -36,7 +36,7 @@ def onnx_graph(program: ExportedProgram, operators: Operators = "both") -> tuple
     """`program` in ONNX, and how many product-key top-ks it has; their outputs are named by `SELECTION`.
 
     `operators`: "both" adds a function for every memory operator, "native" only for those that the native library does not
-    have, "standard" inlines the functions. Raises `Untranslated` with torch's reason if `torch.onnx` cannot translate the
+    have, "standard" inlines the functions. Raises `TranslationError` with torch's reason if `torch.onnx` cannot translate the
     program.
     """
     model = _translated(program)
@@ -78,7 +78,9 @@ def _translated(program: ExportedProgram) -> onnx_ir.Model:
             )
     except Exception as error:  # torch raises many types, each with a page of advice
         hint = "memrewrite --debug shows torch's report"
-        raise Untranslated(f"torch.onnx cannot translate the model: {in_one_line(_root_cause(error))}", hint=hint) from error
+        raise TranslationError(
+            f"torch.onnx cannot translate the model: {in_one_line(_root_cause(error))}", hint=hint
+        ) from error
     if translated is None:
         raise ExportError("torch.onnx returned no model")
     model: onnx_ir.Model = translated.model

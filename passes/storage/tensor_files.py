@@ -90,7 +90,8 @@ def save_transient(model: nn.Module, saved: Set[str], folder: Path) -> None:
     from safetensors.torch import save_file
 
     buffers = model.named_buffers(remove_duplicate=False)
-    transient = {name: b.cpu().contiguous().clone() for name, b in buffers if name not in saved and not b.is_meta and _is_dense(b)}
+    kept = {name: b for name, b in buffers if name not in saved and not b.is_meta and _is_dense(b)}
+    transient = {name: b.cpu().contiguous().clone() for name, b in kept.items()}
     if transient:
         save_file(transient, folder / TRANSIENT)
 

@@ -6,7 +6,7 @@ as before when the function returns; a graph is never edited in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from memrewrite.passes.models.forward import evaluating, on_meta, warm_up
 from memrewrite.passes.rewrite.edit_graph import emit_graph
 from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.rewrite.graph_host import GraphHost
+from memrewrite.passes.rewrite.look import Step
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.rewrite.undo_log import UndoLog
 from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, failed
@@ -30,8 +31,6 @@ from memrewrite.passes.verify.null_train_check import null_train
 from memrewrite.passes.verify.verify import before_editing, verify, verify_graph
 from memrewrite.plans import Plan
 from memrewrite.report import Check, LayerScale
-
-Step = Callable[[str], None]  # receives the name of a stage as it begins
 
 
 class Rewrite(NamedTuple):

@@ -484,46 +484,50 @@ def test_a_model_on_meta_with_control_flow_before_its_blocks_is_an_error() -> No
     assert caught.value.where == "Undecided"
 
 
+ATTEMPTS = [
+    f"{mode}{shapes}" for shapes in (", dynamic shapes", ", dynamic first axes", "") for mode in ("non-strict", "strict")
+]
+
+
 @pytest.mark.parametrize(
-    ("dynamic", "messages", "reasons"),
+    ("axes", "messages", "reasons"),
     [
-        (False, {}, "non-strict / strict: RuntimeError: no"),
-        (False, {"strict": "other"}, "non-strict: RuntimeError: no; strict: RuntimeError: other"),
+        (0, {}, "non-strict / strict: RuntimeError: no"),
+        (0, {"strict": "other"}, "non-strict: RuntimeError: no; strict: RuntimeError: other"),
+        (1, {}, "non-strict, dynamic shapes / strict, dynamic shapes / non-strict / strict: RuntimeError: no"),
+        (2, {}, " / ".join(ATTEMPTS) + ": RuntimeError: no"),
         (
-            True,
-            {"strict": "other"},
-            "non-strict, dynamic shapes / non-strict: RuntimeError: no; strict, dynamic shapes / strict: ",
-        ),
-        (
-            True,
-            {"non-strict, dynamic shapes": "1", "strict, dynamic shapes": "2", "non-strict": "3", "strict": "4"},
-            "non-strict, dynamic shapes: RuntimeError: 1; strict, dynamic shapes: RuntimeError: 2; "
-            "non-strict: RuntimeError: 3; strict: RuntimeError: 4",
+            2,
+            {how: str(number) for number, how in enumerate(ATTEMPTS)},
+            "; ".join(f"{how}: RuntimeError: {number}" for number, how in enumerate(ATTEMPTS)),
         ),
     ],
 )
 def test_a_refusal_has_the_reasons_of_all_attempts(
-    dynamic: bool, messages: dict[str, str], reasons: str, monkeypatch: pytest.MonkeyPatch
+    axes: int, messages: dict[str, str], reasons: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any, strict: bool, dynamic_shapes: Any, **__: Any) -> Any:
-        mode = "strict" if strict else "non-strict"
-        how = f"{mode}, dynamic shapes" if dynamic_shapes else mode
-        raise RuntimeError(messages.get(how, messages.get(mode, "no")))
+    tried = iter({0: ATTEMPTS[4:], 1: ATTEMPTS[:2] + ATTEMPTS[4:], 2: ATTEMPTS}[axes])
+    given = []
+
+    def fail(_: Any, args: Any, *__: Any, **___: Any) -> Any:
+        given.append(args[0])
+        raise RuntimeError(messages.get(next(tried), "no"))
 
     monkeypatch.setattr(torch.export, "export", fail)
     with pytest.raises(Refused) as caught:
-        export_program(build(), as_inputs(ids()), dynamic)
-    assert str(caught.value).startswith(reasons)
+        export_program(build(), as_inputs(ids()), axes)
+    assert str(caught.value) == reasons
+    assert len({id(tensor) for tensor in given}) == len(given)  # no attempt sees the tensors that another one marked
 
 
 def test_the_reasons_of_a_refusal_have_a_bounded_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    attempts = iter("abcd")
+    attempts = iter("abcdef")
     long = lambda *_, **__: (_ for _ in ()).throw(RuntimeError(next(attempts) * 5000))  # noqa: E731
     monkeypatch.setattr(torch.export, "export", long)
     with pytest.raises(Refused) as caught:
-        export_program(build(), as_inputs(ids()), dynamic=True)
-    assert len(str(caught.value)) < 800
-    assert all(f": {letter * 100}" in str(caught.value) for letter in "abcd")
+        export_program(build(), as_inputs(ids()), axes=2)
+    assert len(str(caught.value)) < 900
+    assert all(f": {letter * 80}" in str(caught.value) for letter in "abcdef")
 
 
 def test_outputs_that_torch_cannot_trace_are_omitted_and_named() -> None:
