@@ -30,8 +30,8 @@ class ProductKeyOptions(LayerOptions):
         heads: Independent queries per token; the values they read are summed.
         topk: Slots that each head reads (k), from 1 to the pool's keys per half.
         key_dim: Width of a query, both halves together; even. None: half of d_model, as in Memory+, and 4 at least.
-        qk_norm: Normalize queries and keys (RMSNorm with a learned scale). The paper does so "when needed"; the default is True,
-            because small models learn much less without it (measured in docs/knowledge.md).
+        qk_norm: Normalize queries and keys (RMSNorm with a learned scale). The paper does so "when needed"; it is the
+            default, because small models learn much less without it (measured in docs/knowledge.md).
         query_dropout: Dropout probability on the query in training, in [0, 1).
         dropout: Dropout probability on the values read (y) in training, in [0, 1).
     """

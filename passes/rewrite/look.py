@@ -48,7 +48,7 @@ def look_at(model: Model, inputs: Any, step: Step) -> Look:
     return look
 
 
-def look_at_export(model: nn.Module, inputs: Any, allow_inexact: bool, step: Step) -> tuple[Model, Look]:
+def look_at_export(model: Model, inputs: Any, allow_inexact: bool, step: Step) -> tuple[Model, Look]:
     """Export a live module with dynamic shapes, and locate the MLPs in its graph. Returns the graph's program, too.
 
     Raises `CaptureError` for a program that computes something else than the module, unless that is allowed.

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 import memrewrite
 from memrewrite.errors import UserError
 from memrewrite.explanation import Explanation
-from memrewrite.passes import pipeline
 from memrewrite.passes.explain.explain import explained
 from memrewrite.passes.graphs.provenance import line_at
+from memrewrite.passes.rewrite.look import look_at
 
 HERE = Path(__file__).name
 
@@ -77,7 +77,7 @@ class Strange(tiny.Tiny):
 def seen(name: str) -> Any:
     """A model, its capture and what was located in it."""
     model, inputs = (Strange().eval(), {"ids": tiny.tokens()}) if name == "strange" else tiny.named(name)
-    return (model, *pipeline.look_at(model, inputs, lambda _: None)[:2])
+    return (model, *look_at(model, inputs, lambda _: None)[:2])
 
 
 def explanation(path: str, name: str = "strange") -> Explanation:
@@ -214,7 +214,7 @@ def test_the_public_verb_and_its_json() -> None:
 def test_an_exported_program_has_modules_parameters_and_nodes_too() -> None:
     model, inputs = tiny.named("modular")
     program = torch.export.export(model, (), inputs)
-    before, locations, _ = pipeline.look_at(program, None, lambda _: None)
+    before, locations, _ = look_at(program, None, lambda _: None)
     verdicts = {
         path: explained(program, before, locations, path).verdict for path in ("blocks.0.mlp", "blocks", "blocks.1.norm1")
     }
@@ -236,7 +236,7 @@ def test_block_by_block() -> None:
     """Paths inside and outside of the blocks are explained by the graph that contains them."""
     torch.manual_seed(0)
     model = Untraceable([tiny.Block(tiny.WIDTH, lambda d: tiny.MLP(d, 2 * d), 0.0) for _ in range(2)]).eval()
-    before, locations, _ = pipeline.look_at(model, {"ids": tiny.tokens()}, lambda _: None)
+    before, locations, _ = look_at(model, {"ids": tiny.tokens()}, lambda _: None)
     assert len(before.segments) > 1
     verdicts = {path: explained(model, before, locations, path).verdict for path in ("blocks.1.mlp", "blocks", "norm")}
     assert verdicts == {"blocks.1.mlp": "mlp", "blocks": "holds", "norm": "no candidate"}
