@@ -252,7 +252,7 @@ def test_plan_and_dry_run_change_nothing(run: Callable[..., Any], tmp_path: Path
     before = listing(tmp_path)
     table = run("plan", "model.py", "r.yaml").stdout
     assert "blocks.2.mlp" in table
-    assert "4,728 → 1,992" in table  # parameters of one MLP and of its layer
+    assert "4,728 → 2,004" in table  # parameters of one MLP and of its layer
     assert "FLOPs per token" in table
     document = json.loads(run("plan", "model.py", "r.yaml", "--json").stdout)
     assert document["before"]["parameters"] == 2 * 4728

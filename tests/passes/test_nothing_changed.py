@@ -300,8 +300,8 @@ def test_an_exported_program_does_not_change() -> None:
 # -------------------------------------------------------------------------------------------------- something fails
 
 STAGES = [
-    "pipeline.capture",
-    "pipeline.locate",
+    "rewrite.look.capture",
+    "rewrite.look.locate",
     "pipeline.select",
     "pipeline.refuse_too_large",
     "pipeline.trace_hosts",

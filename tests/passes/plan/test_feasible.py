@@ -144,8 +144,10 @@ def test_a_recipe_that_cannot_be_trained_is_refused_where_it_is_read(
     assert hint in str(caught.value)
 
 
-def test_a_norm_of_one_entry_by_default_is_refused() -> None:
-    error = refused(located(site(0, d_in=6, d_model=6)), recipe({"all": True}, qk_norm=True))
+def test_a_norm_of_one_entry_is_refused_and_no_default() -> None:
+    narrow = located(site(0, d_in=6, d_model=6))
+    assert select(narrow, recipe({"all": True})).substitutions
+    error = refused(narrow, recipe({"all": True}, key_dim=2))
     assert "keeps only the sign" in error.what
     assert error.where == "replace[0] at 'layers.0.mlp'"
 

@@ -20,7 +20,7 @@ from memrewrite.site import Binding, Inspection, NearMiss, Site
 
 SMALL = {"heads": 2, "topk": 4}
 TABLE = 16 * 16 * 64 * 4  # bytes of 16 × 16 slots of 64 floats
-LAYER = 4 * (64 * 64 + 64 + 2 * 2 * 16 * 16 + 2 * (64 * 64 + 64))  # query of 2 heads × 32, half keys, gate and projection
+LAYER = 4 * (64 * 64 + 64 + 2 * 2 * 16 * 16 + 2 * 16 + 2 * (64 * 64 + 64))  # query, half keys, two norms, gate, projection
 
 
 def site(number: int | None, tower: str = "layers", depth: int = 24, **changes: Any) -> Site:
