@@ -244,7 +244,9 @@ def scores_of(layer: MemoryLayer, x: Tensor, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("rate", [0.25, 0.5])
 def test_query_dropout_zeroes_and_scales_entries_of_the_query(kind, rate, monkeypatch):
     """With keys that are unit vectors, a score is one entry of the query: 0, or the entry times 1 / (1 - rate)."""
-    dropping, plain = (build(kind, layers=1, heads=1, key_dim=2 * KEYS, query_dropout=p).blocks[0] for p in (rate, 0.0))
+    dropping, plain = (
+        build(kind, layers=1, heads=1, key_dim=2 * KEYS, query_dropout=p, qk_norm=False).blocks[0] for p in (rate, 0.0)
+    )
     for layer in (dropping, plain):
         layer.product_keys.keys.data.copy_(torch.eye(KEYS).expand(1, 2, KEYS, KEYS))
     x = torch.randn(200, D)
@@ -319,15 +321,15 @@ def test_a_token_reads_only_the_active_weights():
     assert dense_cost(100, 10, 2) == Cost(parameters=110, parameter_bytes=220, flops=210, bytes_read=220)
 
 
-@pytest.mark.parametrize(("d_model", "width"), [(1, 2), (3, 2), (7, 2), (8, 4), (10, 4), (97, 48), (576, 288)])
-def test_a_query_is_half_as_wide_as_the_model_and_even(d_model, width):
+@pytest.mark.parametrize(("d_model", "width"), [(1, 4), (3, 4), (7, 4), (8, 4), (10, 4), (97, 48), (576, 288)])
+def test_a_query_is_half_as_wide_as_the_model_even_and_4_at_least(d_model, width):
     assert Pkm.Options().query_width(d_model) == width
     assert Pkm.Options(key_dim=6).query_width(d_model) == 6
 
 
 def test_cost_is_the_papers_arithmetic():
     """The 1.3b block: 8.4M + 4.2M + 8.4M + 0.26M multiply-adds, and half a megabyte of rows in bf16."""
-    spec, options = PoolSpec(keys=1024, value_dim=2048), MemoryPlus.Options(key_dim=1024)
+    spec, options = PoolSpec(keys=1024, value_dim=2048), MemoryPlus.Options(key_dim=1024, qk_norm=False)
     cost = MemoryPlus.cost(2048, 2048, options, spec, 2, zero_output=False)
     macs = 2048 * 4 * 1024 + 4 * 1024 * 1024 + 2 * 2048 * 2048 + 4 * 32 * 2048
     assert cost.flops == 2 * macs + 4 * 1024 + 2 * 2048

@@ -86,7 +86,7 @@ def test_cost_of_the_tables():
     assert spec.cost().parameter_bytes == 2 * spec.cost().parameters
     eight = spec.model_copy(update={"dtype": FP8})
     assert eight.cost().parameter_bytes == 768**2 * (2048 + 1024 + 2 * 4)
-    cost = Peer.cost(1024, 2048, Peer.Options(key_dim=512), spec, 4, zero_output=False)
+    cost = Peer.cost(1024, 2048, Peer.Options(key_dim=512, qk_norm=False), spec, 4, zero_output=False)
     keys = 1024 * 4 * 512 + 4 * 512 * 768
     assert cost.flops == 2 * (keys + 128 * (1024 + 2048)) + 4 * 512
     assert cost.bytes_read == 4 * (keys + 4 * 512) + 2 * 128 * (1024 + 2048)
@@ -166,7 +166,7 @@ def test_every_kind_of_gradient_is_the_dense_one(gradient):
 def test_both_tables_are_among_the_values():
     rest, values = memrewrite.param_groups(Two(), lr=0.1)
     assert [tuple(p.shape) for p in values["params"]] == [(64, 16), (64, 16)]
-    assert len(rest["params"]) == 6
+    assert len(rest["params"]) == 10  # of each layer query, bias, keys and two norms
 
 
 def test_fused_layers_compile():

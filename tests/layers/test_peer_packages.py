@@ -19,7 +19,7 @@ SIZES = [(8, 1, 2, 2, 5), (24, 3, 5, 8, 7), (34, 2, 9, 12, 9)]  # d, heads, topk
 def built(kind: type[MemoryLayer], size: tuple[int, ...]) -> MemoryLayer:
     d, heads, topk, half, keys = size
     pool = Pool(PoolSpec(keys=keys, value_dim=d, input_dim=d if kind.reads_inputs else None, dtype="float64"))
-    return kind(d, d, kind.Options(heads=heads, topk=topk, key_dim=2 * half), pool, dtype=torch.float64)
+    return kind(d, d, kind.Options(heads=heads, topk=topk, key_dim=2 * half, qk_norm=False), pool, dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -155,7 +155,7 @@ def test_the_measured_layer_is_memory_plus_bit_for_bit(bench: Any, dtype: str) -
         grads.append([leaf.grad, *(p.grad for name, p in sorted(module.named_parameters()) if not name.startswith("pool."))])
     assert outs[0].norm() > 0
     assert torch.equal(*outs)
-    assert len(grads[0]) == len(grads[1]) == 8  # of x, keys, and weight and bias of query, gate and output
+    assert len(grads[0]) == len(grads[1]) == 10  # of x, keys, two norms, and weight and bias of query, gate and output
     assert all(torch.equal(one, two) for one, two in zip(*grads, strict=True))
 
 

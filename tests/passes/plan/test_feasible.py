@@ -129,7 +129,7 @@ def test_so_with_the_native_kernels(
     ("pool", "options", "what", "hint"),
     [
         ({}, {"topk": 1}, "the softmax over one slot is always 1", "topk: 2 or more"),
-        ({}, {"qk_norm": True, "key_dim": 2}, "keeps only the sign", "key_dim: 4 or more"),
+        ({}, {"key_dim": 2}, "keeps only the sign", "key_dim: 4 or more"),
         ({"keys": 1}, {}, "`keys` must be at least 2", "Keys per half"),
         ({"keys": 2}, {"topk": 3}, "more than the pool's 2 keys", "topk: 2 or less"),
     ],
@@ -144,12 +144,8 @@ def test_a_recipe_that_cannot_be_trained_is_refused_where_it_is_read(
     assert hint in str(caught.value)
 
 
-def test_a_norm_of_one_entry_is_refused_and_no_default() -> None:
-    narrow = located(site(0, d_in=6, d_model=6))
-    assert select(narrow, recipe({"all": True})).substitutions
-    error = refused(narrow, recipe({"all": True}, key_dim=2))
-    assert "keeps only the sign" in error.what
-    assert error.where == "replace[0] at 'layers.0.mlp'"
+def test_by_default_no_norm_is_over_one_entry() -> None:
+    assert select(located(site(0, d_in=6, d_model=6)), recipe({"all": True})).substitutions
 
 
 @pytest.mark.parametrize("backend", ["triton", "native"])
