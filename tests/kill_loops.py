@@ -33,7 +33,7 @@ from memrewrite.atomic_write import replacing
 from memrewrite.cli.output_path import write_page
 from memrewrite.output_target import Target
 from memrewrite.passes.onnx import file as onnx_file
-from memrewrite.passes.onnx.export import _traced, _translated
+from memrewrite.passes.onnx.export import _in_onnx
 from memrewrite.passes.onnx.prepare import prepared
 from memrewrite.passes.storage.manifest import MANIFEST, read_manifest
 
@@ -74,7 +74,7 @@ def operations() -> list[Operation]:
     graphs: dict[str, Any] = {}
     for which, model in models.items():
         ready = prepared(model.eval(), inputs, None, with_past=False)
-        graphs[which] = _translated(_traced(ready), ready, "both", with_past=False)[0]
+        graphs[which] = _in_onnx(ready, "both", ready.axes, allow_inexact=False, report=lambda _: None).graph
         onnx_file.describe(graphs[which], {})
 
     def save(path: Path, which: str) -> None:

@@ -116,7 +116,7 @@ WRONG = [-1, -(2**63), 2**63, 2**64, 10**100, 10**5000, 1.0, 2.5, float("inf"), 
 
 def with_value(path: tuple[str | int, ...], value: Any) -> dict[str, Any]:
     where = {"layers": [3], "centred": {"count": 1, "stride": 1}, "every": 1}
-    rule = {"where": where, "with": "pkm", "pool": "p", "options": {"heads": 1, "topk": 2}}
+    rule = {"where": where, "with": "pkm", "pool": "p", "options": {"heads": 1, "topk": 2, "qk_norm": False}}
     data: Any = {"memrewrite": 1, "pools": {"p": {"keys": MAX_KEYS}}, "replace": [rule]}
     inner = data
     for step in path[:-1]:
