@@ -67,9 +67,11 @@ def export(
     with session(context.obj, as_json) as current:
         from memrewrite.cli import text_output
         from memrewrite.cli.output_path import refuse
-        from memrewrite.errors import ExportError
+        from memrewrite.errors import ExportError, UserError
         from memrewrite.output_target import Target
 
+        if static and dynamic is not Dynamic.all:
+            raise UserError(f"--static and --dynamic {dynamic.value} cannot be combined", hint="--static is --dynamic none")
         refuse(Target(output, overwrite=overwrite, error=ExportError), read=[model])
         source = load_model(current, model, trust_code)
         current.step("preparing")

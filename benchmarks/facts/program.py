@@ -45,7 +45,7 @@ def main(description: str) -> None:
 def _write(options: argparse.Namespace, study: Study, records: list[Json], tried: list[Json]) -> None:
     """Print and write what was found."""
     groups = grouped(records)
-    parts = [study.question, *([tuning(tried)] if tried else []), summary(groups)]
+    parts = [study.question, *([tuning(tried)] if tried else []), summary(groups), _time([*tried, *records])]
     said = "\n\n".join(parts)
     print(said)
     (options.out / f"{options.study}.md").write_text(said + "\n")
@@ -53,6 +53,12 @@ def _write(options: argparse.Namespace, study: Study, records: list[Json], tried
     (options.out / f"{options.study}.json").write_text(json.dumps(found, indent=1))
     if not options.no_plots:
         draw(groups, options.out, options.study)
+
+
+def _time(records: list[Json]) -> str:
+    """The processor time of all runs that were processes of their own."""
+    seconds = [record["processor_seconds"] for record in records if "processor_seconds" in record]
+    return f"Processor time of {len(seconds)} runs: {sum(seconds) / 60:.1f} minutes."
 
 
 def _studies() -> str:

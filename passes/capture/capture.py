@@ -88,17 +88,6 @@ def as_graph(captured: Capture) -> Capture:
     return replace(given, distance=far)
 
 
-def refuse_inexact(exported: Capture) -> None:
-    """Raise `CaptureError` for the capture of a program whose outputs differ from the live model's by more than rounding."""
-    if exported.distance is not None and not exported.distance.rounding:
-        raise CaptureError(
-            f"the exported program computes something else than the model: its outputs are {exported.distance}",
-            where=exported.how,
-            hint="a model that asks whether it is being traced is another model as a program: edit the live model "
-            "(emit='module'), or accept the program with allow_inexact=True (--allow-inexact)",
-        )
-
-
 def is_traced(model: nn.Module | ExportedProgram) -> bool:
     """True if a model is a graph already: of ATen operators, or of torch's own functions and modules."""
     return isinstance(model, (ExportedProgram, fx.GraphModule))

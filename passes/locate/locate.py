@@ -16,7 +16,7 @@ from memrewrite.passes.graphs.provenance import path_of, source_line
 from memrewrite.passes.locate.binding import BoundRegion, bind
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, recorded_graph
-from memrewrite.passes.locate.sites import Recognized, assemble, identity_of, mixture_module, module_types
+from memrewrite.passes.locate.sites import Recognized, assemble, identity_of, mixture_module, module_types, parts_of_mixtures
 from memrewrite.passes.locate.token_probe import mixes
 from memrewrite.passes.locate.within_one_block import in_two_blocks
 from memrewrite.passes.regions.activation import UNKNOWN, activation_of
@@ -50,6 +50,8 @@ def locate(capture: Capture, *, fragment: bool = False) -> LocatedSites:
                 groups.setdefault(weights, []).append(one)
             elif one.near_miss:
                 misses.append(_near_miss(segment, end, one))
+    for weights, part in parts_of_mixtures(groups, capture.state).items():
+        misses.append(_near_miss(groups.pop(weights)[0].call.segment, part.node, part))
     return assemble(capture, groups, misses, types, graphs)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.graphs.nodes import inputs_of
 from memrewrite.passes.graphs.ops import op_name
-from memrewrite.passes.graphs.provenance import modules_of, path_of, source_line
+from memrewrite.passes.graphs.provenance import modules_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.feature_axis import LAST, feature_axis
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
@@ -20,6 +20,7 @@ from memrewrite.passes.locate.recorded_graph import RecordedGraph
 from memrewrite.passes.models.block_stacks import BlockPosition, block_positions
 from memrewrite.passes.regions.experts import Mixture
 from memrewrite.passes.regions.patterns import Match
+from memrewrite.passes.regions.rejection import Rejection
 from memrewrite.site import Binding, Inspection, NearMiss, Site
 
 
@@ -81,14 +82,9 @@ def assemble(
     types: Mapping[str, str],
     recorded: Mapping[str, RecordedGraph],
 ) -> LocatedSites:
-    """One site for each group of regions that use the same weights, in the order they run.
-
-    A group that is a part of a mixture is a near miss: an expert alone, where the tokens of another call visited several.
-    """
+    """One site for each group of regions that use the same weights, in the order they run."""
     paths: dict[str, list[Recognized]] = {}
-    parts = _parts_of_mixtures(groups, capture.state)
-    misses = [*misses, *parts.values()]
-    for group in (group for weights, group in groups.items() if weights not in parts):
+    for group in groups.values():
         path = _narrowest(group[0].call)
         while path in paths:  # several MLPs in one module: distinguished by their last matrices
             path = f"{path}#{group[0].call.region.down.name}"
@@ -99,24 +95,23 @@ def assemble(
     return LocatedSites(located, {path: tuple(one.call for one in group) for path, group in paths.items()}, recorded)
 
 
-def _parts_of_mixtures(
+def parts_of_mixtures(
     groups: Mapping[frozenset[str], list[Recognized]], state: Mapping[str, Tensor]
-) -> dict[frozenset[str], NearMiss]:
-    """The groups all of whose weights belong to a module that is a mixture in another call, each as a near miss."""
-    found: dict[frozenset[str], NearMiss] = {}
+) -> dict[frozenset[str], Rejection]:
+    """The groups all of whose weights belong to a module that is a mixture in another call, with the reason against them.
+
+    Such a group is an expert alone, where the tokens of another call visited several.
+    """
+    found: dict[frozenset[str], Rejection] = {}
+    used = {weights: frozenset(_weights_of_all(group)) for weights, group in groups.items()}
     modules = {mixture_module(group[0].call): weights for weights, group in groups.items()}
     modules.pop("", None)
     for module, mixture in modules.items():
         held = {*mixture, *(name for name in state if name.startswith(f"{module}."))}
+        reason = f"its weights are a part of the mixture {module!r}, which other tokens visit as a whole"
         for weights, group in groups.items():
-            one = group[0].call
-            if weights != mixture and held.issuperset(_weights_of_all(group)):
-                down = one.region.down
-                reason = f"its weights are a part of the mixture {module!r}, which other tokens visit as a whole"
-                path = f"{one.segment.path}.{path_of(down)}".strip(".")
-                found[weights] = NearMiss(
-                    path=path, reason=reason, node=down.name, source=source_line(down), rule="whole mixture"
-                )
+            if weights != mixture and used[weights] <= held:
+                found[weights] = Rejection("whole mixture", reason, group[0].call.region.down)
     return found
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from memrewrite.errors import UserError
 from memrewrite.passes.models.tensors import strided_parts
 
 DIGITS = 0.6  # of a dtype's digits that agree at least where two orders of the same arithmetic differ by rounding
@@ -25,7 +26,7 @@ class Distance:
 
     Attributes:
         relative: The largest norm of a difference, relative to the norm of the other output. Infinite where shapes, dtypes,
-            integers, or places of NaN and infinity differ.
+            integers, or places of NaN and infinity differ, and where the other output is zero.
         rounding: Whether rounding alone may cause it: at least 60 % of the digits of every output agree.
     """
 
@@ -41,8 +42,19 @@ class Distance:
         if self.exact:
             return "bit-equal"
         if self.relative == math.inf:
-            return "of another form, or with other integers or other infinities"
+            return "of another form, or with other integers or infinities, or not zero where the other is"
         return f"{self.relative:.1e} away, relative to their norm" + (", by rounding" if self.rounding else "")
+
+
+def refuse_inexact(far: Distance | None, kind: type[UserError], where: str) -> None:
+    """Raise `kind` for an exported program whose outputs are further from its model's than by rounding; None: not compared."""
+    if far is not None and not far.rounding:
+        raise kind(
+            f"the exported program computes something else than the model: its outputs are {far}",
+            where=where,
+            hint="a model that asks whether it is being traced is another model as a program: edit the live model "
+            "(emit='module'), or accept the program with allow_inexact=True (--allow-inexact)",
+        )
 
 
 def distance(found: Any, wanted: Any) -> Distance:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from memrewrite.errors import ExportError
 from memrewrite.frozen import Frozen
 from memrewrite.passes.capture.torch_export import Refused, export_program
-from memrewrite.passes.models.distance import distance
+from memrewrite.passes.models.distance import distance, refuse_inexact
 from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import evaluating, on_meta, run
 from memrewrite.passes.onnx.file import (
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("memrewrite")
 
 Dynamic = Literal["all", "batch", "none"]
-AXES: dict[Dynamic, int] = {"batch": 1, "none": 0}  # axes of an input that are dynamic; "all": those of `Prepared.axes`
+AXES: dict[Dynamic, int] = {"all": 3, "batch": 1, "none": 0}  # axes of an input that may be dynamic, at most
 
 
 class Exported(Frozen):
@@ -110,10 +110,12 @@ def export_onnx(
             as `with_past` needs.
         ModelError: The model does not run on the example inputs, or none can be generated.
     """
+    if dynamic not in AXES:
+        raise ExportError(f"`dynamic` is {dynamic!r}", hint="one of " + ", ".join(map(repr, AXES)))
     report, target = step or (lambda _: None), output(Path(path), overwrite=overwrite)
     with evaluating(model):
         ready = prepared(model, inputs, dtype, with_past=with_past)
-        traced = _in_onnx(ready, op, AXES.get(dynamic, ready.axes), allow_inexact, report)
+        traced = _in_onnx(ready, op, min(ready.axes, AXES[dynamic]), allow_inexact, report)
     graph = traced.graph
     if traced.mutated:
         log.warning("the model mutates its buffers %s: the file stores them as constants", ", ".join(traced.mutated))
@@ -137,54 +139,35 @@ class _Traced(NamedTuple):
 
 
 def _in_onnx(ready: Prepared, op: Operators, axes: int, allow_inexact: bool, report: Callable[[str], None]) -> _Traced:
-    """The model in ONNX with `axes` dynamic axes; where `torch.onnx` cannot translate it so, with the first alone, or none."""
+    """The model in ONNX with `axes` dynamic axes; where `torch.onnx` cannot translate it so, with the first alone, or none.
+
+    A model that is already a program is traced again.
+    """
+    if not tree_leaves(ready.inputs):
+        raise ExportError("the model has no example inputs", hint="give `inputs`: a tuple, a dict, or (args, kwargs)")
+    model = ready.model.module(check_guards=False) if isinstance(ready.model, ExportedProgram) else ready.model
+    where = type(model).__name__
     for symbolic in dict.fromkeys((axes, min(axes, 1), 0)):
         report("tracing the model")
-        program = _exported(ready, symbolic)
-        if not allow_inexact:
-            _refuse_inexact(program, ready)
+        try:
+            program = export_program(model, ready.inputs, symbolic).program  # which the following stages may edit
+        except Refused as refusal:
+            raise ExportError(f"torch.export refused the model: {refusal}", where=where) from refusal
+        if not (allow_inexact or on_meta(model)):
+            outputs = (run(one, ready.inputs) for one in (program.module(check_guards=False), model))
+            refuse_inexact(distance(*outputs), ExportError, where)
         mutated = _mutated_buffers(program)
         report("translating it to ONNX")
         try:
             graph, selections = onnx_graph(program, op)
         except TranslationError as error:
-            if not symbolic:
+            if not (symbolic and program.range_constraints):  # no axis is dynamic
                 raise
             log.warning("with dynamic axes (%d of every input) %s; fewer are tried", symbolic, error.what)
         else:
             name_values(graph, program, ready.lengths)
             return _Traced(graph, selections, mutated)
     raise AssertionError  # the attempt without dynamic axes returns or raises
-
-
-def _exported(ready: Prepared, axes: int) -> ExportedProgram:
-    """A program that the following stages may edit; a model that is already a program is traced again."""
-    if not tree_leaves(ready.inputs):
-        raise ExportError("the model has no example inputs", hint="give `inputs`: a tuple, a dict, or (args, kwargs)")
-    model = _runnable(ready)
-    try:
-        return export_program(model, ready.inputs, axes).program
-    except Refused as refusal:
-        raise ExportError(f"torch.export refused the model: {refusal}", where=type(model).__name__) from refusal
-
-
-def _runnable(ready: Prepared) -> nn.Module:
-    return ready.model.module(check_guards=False) if isinstance(ready.model, ExportedProgram) else ready.model
-
-
-def _refuse_inexact(program: ExportedProgram, ready: Prepared) -> None:
-    """Raise `ExportError` for a program whose outputs on the example differ from the model's by more than rounding."""
-    model = _runnable(ready)
-    if on_meta(model):
-        return
-    far = distance(run(program.module(check_guards=False), ready.inputs), run(model, ready.inputs))
-    if not far.rounding:
-        raise ExportError(
-            f"the exported program computes something else than the model: its outputs are {far}",
-            where=type(model).__name__,
-            hint="a model that asks whether it is being traced is another model as a program; accept it with "
-            "allow_inexact=True (--allow-inexact)",
-        )
 
 
 def _mutated_buffers(program: ExportedProgram) -> list[str]:

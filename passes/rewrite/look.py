@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.export import ExportedProgram
 
-from memrewrite.errors import ModelError, SelectError
-from memrewrite.passes.capture.capture import as_graph, capture, refuse_inexact
+from memrewrite.errors import CaptureError, ModelError, SelectError
+from memrewrite.passes.capture.capture import as_graph, capture
 from memrewrite.passes.capture.segment import Capture
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites
+from memrewrite.passes.models.distance import refuse_inexact
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.rewrite.given_graph import GivenGraph
 
@@ -60,7 +61,7 @@ def look_at_export(model: Model, inputs: Any, allow_inexact: bool, step: Step) -
             raise SelectError(f"there is no one graph of this model: {captured.how}", hint="use --emit module")
         exported = as_graph(captured)
         if not allow_inexact:
-            refuse_inexact(exported)
+            refuse_inexact(exported.distance, CaptureError, exported.how)
         step("locating its MLPs")
         return captured.segments[0].program, _located(exported)
 

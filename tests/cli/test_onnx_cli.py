@@ -76,6 +76,42 @@ def test_a_model_is_exported_and_checked_and_a_fault_in_the_file_is_found(run: C
 
 
 @pytest.mark.parametrize(
+    ("options", "shape"),
+    [(("--static",), [2, 5, 16]), (("--dynamic", "none"), [2, 5, 16]), (("--dynamic", "batch"), ["batch", 5, 16])],
+)
+def test_fewer_dynamic_axes(run: Callable[..., Any], options: tuple[str, ...], shape: list[Any]) -> None:
+    done = run("export", "model.py", "-o", "model.onnx", "--json", *options)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["exported"]["inputs"][0]["shape"] == shape
+
+
+def test_a_program_that_computes_something_else_is_refused_unless_allowed(run: Callable[..., Any], tmp_path: Path) -> None:
+    model = (
+        (tmp_path / "model.py").read_text()
+        + """
+import torch
+
+class Asks(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = layers()[0]
+
+    def forward(self, x):
+        return self.inner(x) * (2 if torch.compiler.is_exporting() else 1)
+
+def build():
+    return Asks()
+"""
+    )
+    (tmp_path / "model.py").write_text(model)
+    done = run("export", "model.py", "-o", "model.onnx")
+    assert done.exit_code == 2
+    assert "--allow-inexact" in done.stderr
+    assert not Path("model.onnx").exists()
+    assert run("export", "model.py", "-o", "model.onnx", "--allow-inexact").exit_code == 0
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("export", "model.py", "-o", "model.py"), "is an input of this command"),
@@ -83,6 +119,7 @@ def test_a_model_is_exported_and_checked_and_a_fault_in_the_file_is_found(run: C
         (("export", "model.py", "-o", "nowhere/model.onnx"), "cannot be written"),
         (("export", "model.py", "-o", "model.onnx", "--with-past"), "takes no 'input_ids'"),
         (("export", "model.py", "-o", "model.onnx", "--op", "fast"), "fast"),
+        (("export", "model.py", "-o", "model.onnx", "--static", "--dynamic", "batch"), "cannot be combined"),
         (("check", "nothing.onnx"), "there is no file"),
         (("check", "there.onnx"), "cannot be read as ONNX"),
     ],

@@ -14,7 +14,7 @@ from families import VOCAB, Block, Fused, Stack, Up
 from torch import Tensor, nn
 
 import memrewrite
-from memrewrite.errors import CaptureError, ExportError
+from memrewrite.errors import CaptureError, CheckpointError, ExportError
 
 INPUTS = {"ids": families.tokens(2, 5)}
 
@@ -170,3 +170,73 @@ def test_where_torch_cannot_fewer_axes_are_dynamic(batch: bool, tmp_path: Path, 
 def test_fewer_dynamic_axes_on_request(dynamic: Any, shape: tuple[Any, ...], tmp_path: Path) -> None:
     exported = memrewrite.export_onnx(made(lambda: Stack(Fused)), tmp_path / "m.onnx", INPUTS, dynamic=dynamic)
     assert exported.inputs[0].shape == shape
+
+
+def test_an_unknown_word_for_the_dynamic_axes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="`dynamic` is 'sequence'"):
+        memrewrite.export_onnx(made(lambda: Stack(Fused)), tmp_path / "m.onnx", INPUTS, dynamic="sequence")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("most", "shape"), [(1, ("batch", 5)), (0, (2, 5))])
+def test_where_torch_cannot_translate_fewer_axes_are_dynamic(
+    most: int, shape: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    translate = torch.onnx.export
+
+    def limited(program: Any, **options: Any) -> Any:
+        if len(program.range_constraints) > most:
+            raise RuntimeError("too many symbols")
+        return translate(program, **options)
+
+    monkeypatch.setattr(torch.onnx, "export", limited)
+    exported = memrewrite.export_onnx(made(lambda: Stack(Fused)), tmp_path / "m.onnx", INPUTS)
+    assert exported.inputs[0].shape == shape
+    assert "too many symbols; fewer are tried" in caplog.text
+
+
+def test_what_torch_can_translate_with_no_axes_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def refused(program: Any, **_: Any) -> Any:
+        tried.append(program)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(torch.onnx, "export", refused)
+    with pytest.raises(ExportError, match="cannot translate the model"):
+        memrewrite.export_onnx(made(lambda: OfOneLength(batch=True)), tmp_path / "m.onnx", INPUTS)
+    assert len(tried) == 1
+
+
+class Sparse(Stack):
+    """Multiplies its logits by a sparse matrix, which is an attribute, a buffer, or a buffer that is not saved."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(lambda: Block(Up()))
+        mix = torch.eye(VOCAB).mul(0.5).to_sparse()
+        if how == "attribute":
+            self.mix = mix
+        else:
+            self.register_buffer("mix", mix, persistent=how == "persistent")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits = super().forward(ids)
+        return torch.sparse.mm(self.mix, logits.reshape(-1, VOCAB).T).T.reshape(logits.shape)
+
+
+@pytest.mark.parametrize("emit", ["module", "graph"])
+@pytest.mark.parametrize("how", ["attribute", "persistent", "computed"])
+def test_sparse_tensors(how: str, emit: Any, tmp_path: Path) -> None:
+    model = made(lambda: Sparse(how))
+    before = values(model)
+    report = memrewrite.apply(model, recipe("parallel"), INPUTS, emit=emit)
+    assert torch.equal(values(report.model)[0], before[0])
+    if emit == "graph":
+        return
+    if how == "persistent":
+        with pytest.raises(CheckpointError, match=r"'mix' has the layout torch\.sparse_coo"):
+            memrewrite.save(report.model, tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+    else:
+        memrewrite.save(report.model, tmp_path / "saved")
+        loaded = memrewrite.load(tmp_path / "saved", made(lambda: Sparse(how)))
+        assert torch.equal(values(loaded)[0], values(report.model)[0])
