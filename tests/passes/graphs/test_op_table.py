@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from memrewrite.passes.graphs import ops
-from memrewrite.passes.graphs.ops import ALONG_KINDS, BY_NAME, LAYOUT_KINDS, OPS, REORDER_KINDS, Kind
+from memrewrite.passes.graphs.ops import ALONG_KINDS, BY_NAME, LAYOUT_KINDS, OPS, REORDER_KINDS, Kind, is_pointwise
 from memrewrite.passes.regions.token_axes import RULES
 
 aten = torch.ops.aten
@@ -46,6 +47,26 @@ def test_elementwise_rows_are_tagged_by_torch_or_listed() -> None:
     assert all(tagged.values()), tagged
     assert {"where", "zeros_like", "rsub"} <= ops.ELEMENTWISE
     assert "new_zeros" not in ops.ELEMENTWISE
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: aten.floor_divide.default(x, 2),
+        lambda x: aten.masked_fill.Tensor(x, x < 0, torch.zeros(())),
+        lambda x: aten.polar.default(x.abs(), x),
+        lambda x: aten.where.self(x < 0, x, x * 2),
+    ],
+    ids=["floor_divide", "masked_fill", "polar", "where"],
+)
+def test_ops_that_are_listed_as_elementwise_are(call: Any) -> None:
+    """A change of one element changes that element of the result alone."""
+    x = torch.randn(3, 4)
+    changed = x.clone()
+    changed[1, 2] = 3 - 2 * x[1, 2]
+    assert (call(x) != call(changed)).nonzero().tolist() == [[1, 2]]
+    traced = make_fx(call)(x).graph
+    assert all(is_pointwise(node) for node in traced.nodes if node.op == "call_function" and node.all_input_nodes)
 
 
 def test_facts_fit_the_kind() -> None:

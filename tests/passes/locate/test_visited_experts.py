@@ -122,7 +122,9 @@ def test_all_that_a_replaced_module_holds_goes_with_it(make: Any, twice: bool, p
     held = sum(p.numel() for p in model.get_submodule(prefix).parameters())
     report = memrewrite.apply(model, recipe(placement), inputs)
     assert report.ok
-    assert report.plan.substitutions[0].site.weights + report.plan.substitutions[0].site.biases >= held
+    used_buffers = 2 * HIDDEN if make is Normed else 0  # mean and variance, which the forward reads; not the number of batches
+    site = report.plan.substitutions[0].site
+    assert site.weights + site.biases == held + used_buffers
     names = set(dict(model.named_parameters())) | set(dict(model.named_buffers()))
     left = {name for name in names if name.startswith(f"{prefix}.") and (".experts." in name or ".norm." in name)}
     assert bool(left) == (placement == "parallel")
@@ -131,6 +133,15 @@ def test_all_that_a_replaced_module_holds_goes_with_it(make: Any, twice: bool, p
 def test_a_region_that_only_runs_on_the_examples_values_is_no_crash() -> None:
     found = memrewrite.inspect(stack(Capacity), {"ids": families.tokens(1, EXPERTS)})  # as many tokens as experts
     assert found.sites or found.near_misses
+
+
+def test_an_expert_alone_is_no_site_beside_its_mixture() -> None:
+    """With eight tokens, one call of the block is seen as a mixture, and of the other one expert and a part of the rest."""
+    found = memrewrite.inspect(stack(Capacity, twice=True), {"ids": families.tokens(2, 4)})
+    assert [site.path for site in found.sites] == ["blocks.0.block.mlp"]
+    parts = [miss for miss in found.near_misses if miss.rule == "whole mixture"]
+    assert parts
+    assert all("a part of the mixture 'blocks.0.block.mlp'" in miss.reason for miss in parts)
 
 
 def test_plain_mlps_hold_what_they_use() -> None:

@@ -101,6 +101,28 @@ def test_what_else_reads_inside_of_an_mlp_stays(name: str, placement: str, tmp_p
     memrewrite.export_onnx(report.model, tmp_path / "model.onnx", INPUTS)
 
 
+class Penalized(Block):
+    """An MLP on flattened tokens, whose flat output is also read by a penalty that the block returns."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = x + self.attention(self.norm1(x))
+        flat = self.mlp(self.norm2(x).flatten(0, 1))
+        return x + flat.view(x.shape), flat.square().mean(-1)
+
+
+@pytest.mark.parametrize("placement", ["parallel", "replace"])
+def test_all_readers_of_the_output_read_the_layer(placement: str) -> None:
+    """The flat output and its view are one value; the rewritten graph computes what the rewritten module computes."""
+    wanted = recipe(placement)
+    wanted["replace"][0]["init"] = {"output": 0.5}
+    outputs = []
+    for emit in ("module", "graph"):
+        report = memrewrite.apply(made(lambda: WithScores(lambda: Penalized(Up()))), wanted, INPUTS, emit=emit)  # type: ignore[arg-type]
+        outputs.append(values(report.model))
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 class Asks(Stack):
     """Computes something else while it is traced."""
 
