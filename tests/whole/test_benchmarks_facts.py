@@ -211,6 +211,29 @@ def test_the_rate_with_most_bits_is_chosen() -> None:
     assert {setting.seed for setting in chosen.values()} == {0}
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_the_rate_of_tables_stays_after_the_warmup_or_decays_with_the_others(fixed: bool) -> None:
+    from compared_models import built
+    from rules import RULES, optimizers
+    from settings import Setting
+    from tasks import TASKS
+    from train import _backward
+
+    setting = Setting(**{**SMALL, "warmup": 2, "steps": 8, "fixed_values": fixed})
+    task = TASKS[setting.task](setting.facts)
+    model, _ = built(setting, task, RULES[setting.rule].gradient)
+    optims = optimizers(setting, model)
+    rates: dict[int, dict[str, float]] = {}
+    for step in (1, 3, 7):
+        _backward(model, optims, task.train[:4], task.answers, setting, step)
+        rates[step] = {group["name"]: group["lr"] for optimizer in optims for group in optimizer.param_groups}
+    course = {1: 0.5, 3: (1 + math.cos(math.pi / 4)) / 2, 7: (1 + math.cos(3 * math.pi / 4)) / 2}
+    for step, factor in course.items():
+        assert rates[step]["rest"] == pytest.approx(setting.lr * factor)
+        tables = min(1, step / setting.warmup) if fixed else factor
+        assert rates[step]["values"] == pytest.approx(setting.lr * setting.value_factor * tables)
+
+
 def test_names_say_what_differs() -> None:
     from groups import grouped, named
 
