@@ -110,7 +110,7 @@ DEFAULT_RULE: Rule = LazyAdam(states="bfloat16")  # learns as much as AdamW, wit
 
 
 def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> None:
-    """Make `optimizer.step()` update the tables of the pools of `model` whose gradient is "fused".
+    """Make `optimizer.step()` update the tables of the pools of `model` whose gradient is "fused" and that are not frozen.
 
     These are the `values` of a pool, and also its `inputs.values` for `peer`; each has a state of its own. Learning rate and
     weight decay are those of the parameter group that contains the table, read at every step. Weight decay is decoupled and
@@ -125,13 +125,18 @@ def fuse(optimizer: Optimizer, model: nn.Module, rule: Rule | None = None) -> No
         rule: `RowwiseAdagrad`, `RowwiseAdam` or `LazyAdam`. Default: `LazyAdam(states="bfloat16")`.
 
     Raises:
-        UserError: No pool is fused; a table is float64, not in the optimizer, or already updated by an optimizer; the rule
-            does not support its dtype; the optimizer maximizes; or several processes train (each would update its own copy).
+        UserError: No pool is fused, or all are frozen; a table is float64, not in the optimizer, or already updated by an
+            optimizer; the rule does not support its dtype; the optimizer maximizes; or several processes train (each would
+            update its own copy).
     """
     optimizer = innermost(optimizer)
-    pools = {name: m for name, m in model.named_modules() if isinstance(m, Table) and m.pending is not None}
-    if not pools:
+    found = {name: m for name, m in model.named_modules() if isinstance(m, Table) and m.pending is not None}
+    if not found:
         raise UserError('no pool of this model has the gradient "fused"', hint="set `gradient: fused` for it in the recipe")
+    pools = {name: table for name, table in found.items() if table.values.requires_grad}
+    if not pools:
+        what = "the tables with fused updates are frozen: they require no gradient"
+        raise UserError(what, where=", ".join(found), hint="table.values.requires_grad_()")
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise UserError("fused updates need a single process: other processes would not get them", hint="gradient: dense")
     rule = rule or DEFAULT_RULE

@@ -11,7 +11,7 @@ from memrewrite.cost import Cost
 from memrewrite.frozen import Frozen
 from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import PoolSpec
-from memrewrite.site import Site, itemsize_of
+from memrewrite.site import Site, itemsize_of, relative
 
 ROOT = "memory"  # pools are registered on the root module as `model.memory.<name>`
 Placement = Literal["replace", "parallel"]
@@ -89,7 +89,8 @@ class Plan(Frozen):
 
     Attributes:
         memrewrite: Version of the format.
-        root: Attribute of the root module that contains the pools.
+        root: Name of the pools' container, an attribute of the module at `owner`.
+        owner: Path of the module that has the pools: inside of a wrapper the model, else "", the root.
         captured: How the model was captured.
         pools: Pools by name, complete.
         substitutions: One per selected site.
@@ -98,15 +99,26 @@ class Plan(Frozen):
 
     memrewrite: Literal[1] = 1
     root: str = ROOT
+    owner: str = ""
     captured: str
     pools: dict[str, PoolSpec]
     substitutions: tuple[Substitution, ...]
     train: Train = "all"
 
     @property
+    def pools_path(self) -> str:
+        """Path of the pools' container in the model."""
+        return f"{self.owner}.{self.root}" if self.owner else self.root
+
+    @property
     def measured(self) -> bool:
         """True if the start of a layer depends on what the model computes on the example inputs."""
         return any(substitution.init.measured for substitution in self.substitutions)
+
+    def relative_to(self, prefix: str) -> Plan:
+        """This plan for the module at `prefix`, which contains all that it names."""
+        substitutions = tuple(s.model_copy(update={"site": s.site.relative_to(prefix)}) for s in self.substitutions)
+        return self.model_copy(update={"owner": relative(self.owner, prefix), "substitutions": substitutions})
 
     def before(self) -> Cost:
         """Cost of the selected MLPs: parameters counted once, flops and bytes read for one token over all calls."""

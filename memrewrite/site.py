@@ -86,6 +86,16 @@ class Site(Frozen):
     tower_blocks: int
     bindings: tuple[Binding, ...]
 
+    def relative_to(self, prefix: str) -> Site:
+        """This site in the module at `prefix`, which contains it."""
+        bindings = tuple(
+            b.model_copy(update={"entries": relative_all(b.entries, prefix), "exit": relative(b.exit, prefix)})
+            for b in self.bindings
+        )
+        names = {name: relative_all(getattr(self, name), prefix) for name in ("parameters", "modules")}
+        paths = {name: relative(getattr(self, name), prefix) for name in ("path", "tower")}
+        return self.model_copy(update={**names, **paths, "bindings": bindings})
+
     def cost(self) -> Cost:
         """Cost of this MLP for one token and one call."""
         return dense_cost(self.weights, self.biases, itemsize_of(self.dtype), self.active)
@@ -121,6 +131,16 @@ class Inspection(Frozen):
     sites: tuple[Site, ...]
     near_misses: tuple[NearMiss, ...]
     captured: str
+
+
+def relative(path: str, prefix: str) -> str:
+    """A path in a model as a path in the module at `prefix`; unchanged if it is not inside."""
+    return "" if path == prefix else path.removeprefix(f"{prefix}.")
+
+
+def relative_all(paths: tuple[str, ...], prefix: str) -> tuple[str, ...]:
+    """`relative` of every path."""
+    return tuple(relative(path, prefix) for path in paths)
 
 
 def itemsize_of(dtype: str) -> int:

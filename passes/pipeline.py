@@ -22,6 +22,7 @@ from memrewrite.passes.explain.module_tree import outline
 from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import evaluating
 from memrewrite.passes.models.state_guard import StateGuard
+from memrewrite.passes.models.wrappers import model_inside
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
 from memrewrite.passes.rewrite.build_layers import pools_of, refuse_rewritten
@@ -226,9 +227,12 @@ def _applied(
 
 def planned_for(model: Model, look: Look, recipe: Recipe) -> Plan:
     """The plan of a recipe for a captured model."""
-    planned = select(look.locations.located, recipe, live=look.given is None)
-    taken = isinstance(model, nn.Module) and hasattr(model, ROOT)
-    return planned.model_copy(update={"root": f"memrewrite_{ROOT}"}) if taken else planned
+    planned, owner = select(look.locations.located, recipe, live=look.given is None), ""
+    if isinstance(model, nn.Module):
+        owner = "" if look.given is not None else model_inside(model)
+        if hasattr(model.get_submodule(owner), ROOT):
+            planned = planned.model_copy(update={"root": f"memrewrite_{ROOT}"})
+    return planned.model_copy(update={"owner": owner})
 
 
 def _rewrite(model: Model, planned: Plan, look: Look, recipe: Recipe, step: Step) -> tuple[Rewrite, str | None]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from memrewrite.errors import ModelError
+from memrewrite.layers.references import ModuleAt
 
 if TYPE_CHECKING:
     from memrewrite.cost import Cost
@@ -34,7 +35,9 @@ class MemoryLayer(nn.Module, ABC):
     """A token-wise layer `[..., d_model] -> [..., d_out]` that can replace an MLP.
 
     A kind is one subclass. The layer refers to its pool without registering it as a child: the pool is registered once, on
-    the root module, so its parameter has one name. In a deepcopy of the model, all layers share one copied pool.
+    the model, so its parameter has one name. The layer reads whatever module is registered there at the time of the call, and
+    only calls it. In a deepcopy of the model all layers share one copied pool; a deepcopy of a part of the model reads the
+    pool of that model.
 
     Attributes:
         kind: Name of the kind in recipes.
@@ -89,7 +92,7 @@ class MemoryLayer(nn.Module, ABC):
         """
         super().__init__()
         self.d_model, self.d_out, self.options, self.zero_output = d_model, d_out, options, zero_output
-        self._pool: tuple[Pool, ...] = () if pool is None else (pool,)  # in a tuple, so that it is not registered as a child
+        self._pool: ModuleAt | None = None if pool is None else ModuleAt(pool)
 
     def tokens_of(self, x: Tensor) -> Tensor:
         """[..., d_model] -> [T, d_model]. Raises `ModelError` for an input of another width: a reshape would mix tokens."""
@@ -100,8 +103,13 @@ class MemoryLayer(nn.Module, ABC):
 
     @property
     def pool(self) -> Pool | None:
-        """The pool this layer reads, or None."""
-        return self._pool[0] if self._pool else None
+        """The pool this layer reads, or None. Another library may have put a module of its own in the place of the pool."""
+        found: Pool | None = None if self._pool is None else self._pool()
+        return found
+
+    def read_pool_at(self, model: nn.Module, *path: str) -> None:
+        """Read the pool that is registered at a path of `model`, at every call anew."""
+        self._pool = ModuleAt(model, *path)
 
     @classmethod
     def complete(cls, options: LayerOptions, site: Site) -> LayerOptions:

@@ -53,9 +53,7 @@ class Peer(Pkm):
 
     def weights(self, tokens: Tensor, slots: Tensor, s: Tensor) -> Tensor:
         """`s_i gelu(u_i · x)`, [T, heads·topk], fp32 or wider; while the layer is watched, its gate is gelu(u_i · x)."""
-        inputs = self._pool[0].inputs
-        assert inputs is not None  # noqa: S101 - `check` refuses such a pool
-        hidden = F.gelu(inputs(slots, tokens))
+        hidden = F.gelu(self._pool()(slots, tokens, table="inputs"))
         if self.counter is not None:
             self.counter.count_gate(hidden)
         return s * hidden

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from memrewrite.cost import Cost
-from memrewrite.errors import UserError
+from memrewrite.errors import ModelError, UserError
 from memrewrite.frozen import Frozen
 from memrewrite.layers.value_table import InputTable, ValueTable
 from memrewrite.record import RewriteRecord
@@ -115,6 +115,38 @@ class Pool(ValueTable):
         self.spec = spec
         seed = (spec.seed + _SEED_OF_INPUTS) % 2**63
         self.inputs = None if spec.input_dim is None else InputTable(spec.slots, spec.input_dim, seed=seed, **how)
+
+    def forward(
+        self,
+        indices: Tensor,
+        operand: Tensor,
+        dtype: torch.dtype | None = None,
+        *,
+        table: Literal["values", "inputs"] = "values",
+    ) -> Tensor:
+        """Read the values as `ValueTable` does, or the rows of the second table as `InputTable` does.
+
+        Layers read both through this call, so that a module that another library puts in the place of the pool has one
+        method to forward.
+
+        Args:
+            indices: Slots [T, K], int32 or int64.
+            operand: Weights [T, K] of the values, or with `table="inputs"` tokens [T, input_dim].
+            dtype: Dtype of the result of reading values of 8 bits.
+            table: Which table is read.
+
+        Returns:
+            [T, value_dim]; with `table="inputs"` [T, K].
+
+        Raises:
+            ModelError: The pool has no second table.
+        """
+        if table == "values":
+            return super().forward(indices, operand, dtype)
+        if self.inputs is None:
+            raise ModelError("the layer reads input weights, and its pool has none", hint="PoolSpec(input_dim=...)")
+        read: Tensor = self.inputs(indices, operand)
+        return read
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Sample the rows of all tables in place, as `Table` does."""

@@ -15,6 +15,7 @@ from memrewrite.kernels.backends import BACKENDS
 from memrewrite.layers.contract import LayerOptions, MemoryLayer, options_as
 from memrewrite.layers.pool import Pool, PoolSpec
 from memrewrite.layers.product_keys import ProductKeys
+from memrewrite.layers.references import ModuleAt
 from memrewrite.site import dtype_named, itemsize_of
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ class ProductKeyLayer(MemoryLayer):
 
     Attributes:
         gated: True if the kind multiplies what it reads by a gate, and calls `counter.count_gate` with it.
+        backend: Which kernels select the slots: that of the pool.
     """
 
     gated: ClassVar[bool] = False
     has_scores = True
+    _pool: ModuleAt
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class ProductKeyLayer(MemoryLayer):
         spec = None if pool is None else pool.spec
         self.check(d_model, d_out, options, spec)
         super().__init__(d_model, d_out, options, pool, zero_output=zero_output, device=device, dtype=dtype)
-        self.dropout = options.dropout
+        self.dropout, self.backend = options.dropout, needed(spec).backend
         self.product_keys = ProductKeys(
             d_model,
             needed(spec).keys,
@@ -134,12 +137,12 @@ class ProductKeyLayer(MemoryLayer):
     def read(self, tokens: Tensor) -> Tensor:
         """`y`: [T, d_model] -> [T, d_v], in the dtype of the tokens; one lookup sums the rows of all heads."""
         slots, s = self.select(tokens)
-        y = self._pool[0](slots, self.weights(tokens, slots, s), tokens.dtype).to(tokens.dtype)
+        y: Tensor = self._pool()(slots, self.weights(tokens, slots, s), tokens.dtype).to(tokens.dtype)
         return F.dropout(y, self.dropout, self.training)
 
     def select(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Slots (int64) and weights, both [T, heads·topk], of tokens [T, d_model]; counted while the layer is watched."""
-        slots, s = self.product_keys(tokens, self._pool[0].backend)
+        slots, s = self.product_keys(tokens, self.backend)
         if self.counter is not None:
             self.counter.count(slots, s)
         return slots, s

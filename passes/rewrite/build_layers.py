@@ -48,7 +48,7 @@ def build_all(
     model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool, device: torch.device | None = None
 ) -> dict[str, nn.Module]:
     """`build_layers`, with an undo log; `initialise=False` leaves parameters unset; `device` overrides the sites' devices."""
-    pools = _add_pools(model, plan, edit, initialise, device)
+    pools = _built_pools(model, plan, initialise, device)
     layers: dict[str, nn.Module] = {}
     for number, substitution in enumerate(plan.substitutions):
         on = device or _device(model, substitution.site)
@@ -56,20 +56,30 @@ def build_all(
         if initialise:
             layer.reset_parameters(generator_of(on, plan, number))
         layers[substitution.site.path] = layer
+    owner = module_at(model, plan.owner)
+    if hasattr(owner, plan.root):
+        raise ModelError(f"the model already has an attribute {plan.root!r}, the name of the pools", where=plan.owner)
+    owner.add_module(plan.root, pools)
+    edit.done(lambda: delattr(owner, plan.root))
+    read_pools_of(owner, plan, layers)
     return layers
 
 
-def _add_pools(model: nn.Module, plan: Plan, edit: UndoLog, initialise: bool, device: torch.device | None) -> dict[str, Pool]:
+def read_pools_of(owner: nn.Module, plan: Plan, layers: Mapping[str, nn.Module]) -> None:
+    """Make `layers`, by site path, read the pools that are registered on `owner` at every call."""
+    for substitution in plan.substitutions:
+        layer = layers[substitution.site.path]
+        if substitution.pool and isinstance(layer, MemoryLayer):
+            layer.read_pool_at(owner, plan.root, substitution.pool)
+
+
+def _built_pools(model: nn.Module, plan: Plan, initialise: bool, device: torch.device | None) -> Pools:
     users = {s.pool: s.site for s in reversed(plan.substitutions) if s.pool}
     pools = {name: Pool(spec, device=device or _device(model, users[name])) for name, spec in plan.pools.items()}
     if initialise:
         for pool in pools.values():
             pool.reset_parameters()
-    if hasattr(model, plan.root):
-        raise ModelError(f"the model already has an attribute {plan.root!r}, the name of the pools")
-    model.add_module(plan.root, Pools(pools).train(model.training))
-    edit.done(lambda: delattr(model, plan.root))
-    return pools
+    return Pools(pools).train(model.training)
 
 
 def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, device: torch.device) -> MemoryLayer:
@@ -84,6 +94,8 @@ def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, d
         device=device,
         dtype=dtype_named(site.dtype),
     )
+    if substitution.pool and isinstance(pools, Pools):
+        layer.read_pool_at(pools, substitution.pool)
     if site.axis != -1:
         layer.register_forward_pre_hook(FeaturesLast(site.axis))
         layer.register_forward_hook(FeaturesBack(site.axis))

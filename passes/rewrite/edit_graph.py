@@ -22,7 +22,7 @@ from memrewrite.passes.graphs.copying import copied
 from memrewrite.passes.graphs.ops import is_assertion
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
-from memrewrite.passes.rewrite.build_layers import build_layers, pools_of
+from memrewrite.passes.rewrite.build_layers import build_layers, pools_of, read_pools_of
 from memrewrite.passes.rewrite.given_graph import given_names
 from memrewrite.passes.rewrite.layer_call import add_output, insert_layer
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
@@ -40,7 +40,9 @@ def emit_graph(segment: Segment, plan: Plan, locations: LocatedSites) -> tuple[f
     layers = build_layers(scratch, plan)
     for layer in layers.values():
         layer.train(scratch.training)
-    return emit_layers(segment, plan, locations, layers, pools_of(scratch)), layers
+    result = emit_layers(segment, plan, locations, layers, pools_of(scratch))
+    read_pools_of(result, plan, layers)
+    return result, layers
 
 
 def emit_layers(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from memrewrite.errors import ModelError, SelectError
+from memrewrite.layers.references import ModuleAt
 from memrewrite.passes.rewrite.build_layers import build_all, refuse_rewritten
 from memrewrite.passes.rewrite.graph_host import GraphHost, layer_in, put
 from memrewrite.passes.rewrite.hooks import (
@@ -97,7 +98,7 @@ def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, 
         _place_in_graph(model, site, layer, placement, edit)
         return
     stored = any(binding.kind == "span" or (placement == "parallel" and binding.takes != 0) for binding in site.bindings)
-    slot = InputSlot() if stored else None
+    slot = InputSlot(model) if stored else None
     for number, binding in enumerate(_distinct_bindings(model, site)):
         if binding.kind == "none":
             raise SelectError(f"the MLP at {site.path!r} cannot be edited in the module tree: {binding.why}")
@@ -108,8 +109,8 @@ def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, 
             swap(model, exit_, layer, edit)
         else:
             if number == 0:
-                _add_child(site, exit_, layer, edit)
-            hooked(exit_.register_forward_hook(AddMemory(layer, slot, binding.gives[0] if binding.gives else None)), edit)
+                child = _add_child(site, exit_, layer, edit)
+            hooked(exit_.register_forward_hook(AddMemory(child, slot, binding.gives[0] if binding.gives else None)), edit)
     if placement == "replace":
         _adapt_calls(site.bindings[0], layer, slot, edit)
     edit.layers[site.path] = layer
@@ -154,13 +155,14 @@ def _store_input(model: nn.Module, site: Site, binding: Binding, placement: Plac
         hooked(entry.register_forward_pre_hook(StoreInput(slot, binding.takes), with_kwargs=True), edit)
 
 
-def _add_child(site: Site, exit_: nn.Module, layer: nn.Module, edit: UndoLog) -> None:
+def _add_child(site: Site, exit_: nn.Module, layer: nn.Module, edit: UndoLog) -> ModuleAt:
     """Register a parallel layer as a child of the module that returns the MLP's output."""
     parent = _parent_of_layer(exit_)
     if hasattr(parent, CHILD):
         raise ModelError(f"the module at {site.path!r} already has an attribute {CHILD!r}, the name of the layer")
     parent.add_module(CHILD, layer)
     edit.done(lambda: delattr(parent, CHILD))
+    return ModuleAt(parent, CHILD)
 
 
 def _parent_of_layer(exit_: nn.Module) -> nn.Module:

@@ -5,23 +5,36 @@ All are plain classes at module level, so that a rewritten model can be copied, 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor, nn
 
 from memrewrite.errors import ModelError
+from memrewrite.layers.references import ModelReference, ModuleAt
 from memrewrite.passes.rewrite.layer_call import add_output
 
 
 class InputSlot:
-    """Stores an MLP's input during one forward, from the module that receives it to the hook that calls the layer."""
+    """Stores an MLP's input during one forward, from the module that receives it to the hook that calls the layer.
 
-    def __init__(self) -> None:
+    A copy of the model has a slot of its own. A copy of one module alone, which may take its place, uses the same slot.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         self.x: Tensor | None = None
+        self._model = ModelReference(model)
 
-    def __getstate__(self) -> dict[str, None]:
+    def __getstate__(self) -> dict[str, Any]:
         """An empty slot: a forward that raised may have left a tensor here, which copies of the model must not contain."""
-        return {"x": None}
+        return {"x": None, "_model": self._model}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InputSlot:
+        if not self._model.copied_in(memo):
+            return self
+        slot = memo[id(self)] = object.__new__(InputSlot)
+        slot.x, slot._model = None, copy.deepcopy(self._model, memo)
+        return slot
 
     def take(self) -> Tensor:
         """Return the input and empty the slot. Raises `RuntimeError` if it is empty."""
@@ -87,15 +100,18 @@ def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], takes: int | str) -
 
 
 class AddMemory:
-    """Forward hook of an MLP's module: adds the layer's output to the MLP's output, which may be one item of a tuple."""
+    """Forward hook of an MLP's module: adds the layer's output to the MLP's output, which may be one item of a tuple.
 
-    def __init__(self, layer: nn.Module, slot: InputSlot | None, item: int | None = None) -> None:
+    `layer` returns the layer that is registered now.
+    """
+
+    def __init__(self, layer: ModuleAt, slot: InputSlot | None, item: int | None = None) -> None:
         self.layer, self.slot, self.item = layer, slot, item
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """The module's output with the layer's output added."""
         mlp: Tensor = output if self.item is None else output[self.item]
-        total = add_output(mlp, self.layer(args[0] if self.slot is None else self.slot.take()))
+        total = add_output(mlp, self.layer()(args[0] if self.slot is None else self.slot.take()))
         if self.item is None:
             return total
         return type(output)(total if place == self.item else value for place, value in enumerate(output))

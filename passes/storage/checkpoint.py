@@ -15,16 +15,14 @@ import torch
 from torch import fx, nn
 
 from memrewrite.atomic_write import replacing
-from memrewrite.errors import ModelError
 from memrewrite.output_target import saved_directory
 from memrewrite.passes.capture.torch_export import BATCH_AND_SEQUENCE, export_program
 from memrewrite.passes.models.forward import Inputs
-from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.storage.base_model import Base, base_of
 from memrewrite.passes.storage.load import GRAPH, RECORD
 from memrewrite.passes.storage.manifest import MANIFEST, write_manifest
 from memrewrite.passes.storage.tensor_files import named_once, save_tensors, save_transient
-from memrewrite.record import RewriteRecord
+from memrewrite.passes.storage.unwrapped import unwrapped
 
 
 def save(
@@ -44,7 +42,8 @@ def save(
     saved as an exported program, `model.pt2`, in place of weights and base.
 
     Args:
-        model: a model that `memrewrite.apply` rewrote, or the graph module of its report.
+        model: a model that `memrewrite.apply` rewrote, or the graph module of its report. Of a wrapper without tensors of its
+            own (torch.compile, DDP, a trainer's module) the model inside is saved.
         directory: a new or empty directory; missing parents are created. It appears when all files are complete; after an
             error everything is as before.
         source: how `load` builds the base again. Without it, a Hugging Face model is built from its config, and any other
@@ -57,12 +56,12 @@ def save(
         The directory.
 
     Raises:
-        ModelError: the model was not rewritten by memrewrite.
+        ModelError: the model was not rewritten by memrewrite, or a wrapper around it has tensors, which would not be saved.
         CheckpointError: the directory is in use and may not be replaced; the path is no directory (a file, link or device); it
             cannot be written (disk full, no permission, ...); or a tensor cannot be saved (on `meta`).
     """
     target, report_step = saved_directory(directory, overwrite=overwrite, overwrite_any=overwrite_any), step or (lambda _: None)
-    record = _record(model)
+    model, record = unwrapped(model)
     base = source or base_of(model)
     tied: dict[str, str] = {}
     with replacing(target) as folder:
@@ -84,14 +83,6 @@ def save(
         write_manifest(folder, base, tied)
         _set_default_permissions(folder)
     return target.path
-
-
-def _record(model: nn.Module) -> RewriteRecord:
-    """The record of a rewritten model. Raises `ModelError` for a model that has none."""
-    record = pools_of(model).record
-    if record is None:
-        raise ModelError("this model has no plan", hint="rewrite it with memrewrite.apply, then save it")
-    return record
 
 
 def _set_default_permissions(folder: Path) -> None:

@@ -20,6 +20,7 @@ from memrewrite.passes.storage.graph_data.graph_reader import host_of
 from memrewrite.passes.storage.graph_data.specs import spec_to_data
 from memrewrite.passes.storage.graph_data.values import value_to_data
 from memrewrite.passes.storage.json_text import parse_json
+from memrewrite.site import relative
 
 GRAPHS = "graphs.json"
 
@@ -59,6 +60,16 @@ def hosts_from_json(text: str, *, trust_code: bool = False) -> dict[str, GraphHo
     except Malformed as reason:
         raise _unreadable(reason) from reason
     return hosts
+
+
+def graphs_relative_to(prefix: str, text: str) -> str:
+    """A text of `hosts_to_json` for the module at `prefix`, which contains all hosts."""
+    data = json.loads(text)
+    for host in data["hosts"]:
+        host["path"], host["skewed"] = relative(host["path"], prefix), [relative(site, prefix) for site in host["skewed"]]
+        for trace in host["traces"].values():
+            trace["ends"] = {relative(site, prefix): pairs for site, pairs in trace["ends"].items()}
+    return json.dumps(data, indent=1)
 
 
 def _unreadable(reason: Exception) -> CheckpointError:

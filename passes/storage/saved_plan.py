@@ -58,6 +58,8 @@ def _faults(plan: Plan) -> Iterator[str]:
     for name in (plan.root, *plan.pools):
         if not _is_name(name) or hasattr(nn.Module(), name) or (name != plan.root and hasattr(Pools({}), name)):
             yield f"{name!r} cannot be the name of a pool, or of their container"
+    if not _is_path(plan.owner):
+        yield f"{plan.owner!r} is no path of a module"
     if unread := plan.pools.keys() - {s.pool for s in plan.substitutions}:
         yield f"no layer reads the pool {min(unread)!r}"
     sites = [s.site.path for s in plan.substitutions]

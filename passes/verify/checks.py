@@ -94,7 +94,7 @@ def sharing(after: RewrittenModel) -> Check:
     pools, tensors = pools_of(after.model), tensors_of(after.model)
     for name in after.plan.pools:
         pool = pools[name]
-        for path, table in pool.named_modules(prefix=f"{after.plan.root}.{name}"):
+        for path, table in pool.named_modules(prefix=f"{after.plan.pools_path}.{name}"):
             if not isinstance(table, Table):
                 continue
             storage = table.values.untyped_storage()._cdata

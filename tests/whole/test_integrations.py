@@ -294,14 +294,6 @@ def test_moves_to_another_dtype_as_a_whole() -> None:
     assert tiny.values_of(model, inputs).dtype == torch.float64
 
 
-def test_peft(tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    model, inputs = rewritten("llama", "parallel")
-    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["memory"]))
-    assert torch.equal(tiny.values_of(wrapped, inputs), tiny.values_of(model, inputs))
-    wrapped.save_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize("name", BOTH_KINDS)
 def test_two_models_of_one_plan_are_independent(name: str) -> None:
     (one, inputs), (other, _) = rewritten(name, "parallel"), rewritten(name, "parallel")

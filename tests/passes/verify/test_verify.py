@@ -16,6 +16,7 @@ from torch import fx, nn
 
 import memrewrite
 from memrewrite.errors import VerificationError
+from memrewrite.layers.references import ModuleAt
 from memrewrite.passes.rewrite.edit_module import AddMemory, ZeroStub
 from memrewrite.passes.rewrite.undo_log import UndoLog
 from memrewrite.passes.verify import null_check, verified_rewrite
@@ -127,7 +128,7 @@ def called_twice(model: Any, edit: UndoLog) -> None:
 
 
 def added_twice(model: Any, edit: UndoLog) -> None:
-    _hooked(model.blocks[0].mlp.register_forward_hook(AddMemory(_layer(edit), None)), edit)
+    _hooked(model.blocks[0].mlp.register_forward_hook(AddMemory(ModuleAt(_layer(edit)), None)), edit)
 
 
 def added_doubled(model: Any, edit: UndoLog) -> None:
