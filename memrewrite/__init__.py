@@ -9,6 +9,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from memrewrite.on_import import when_imported
+
 if TYPE_CHECKING:
     from memrewrite.clipping import clip_grad_norm_, unscale_
     from memrewrite.errors import MemrewriteError, VerificationError
@@ -30,6 +32,13 @@ if TYPE_CHECKING:
     from memrewrite.usage.watch import watch
 
 __version__ = version("memrewrite")
+
+
+def _register() -> None:
+    import_module("memrewrite.passes.storage.rewritten_model").register()
+
+
+when_imported("transformers.models.auto.configuration_auto", _register)
 
 _MODULES = {
     "LazyAdam": "memrewrite.lazy_adam",

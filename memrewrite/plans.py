@@ -11,7 +11,7 @@ from memrewrite.cost import Cost
 from memrewrite.frozen import Frozen
 from memrewrite.layers.kinds import kind_named
 from memrewrite.layers.pool import PoolSpec
-from memrewrite.site import Site, itemsize_of, relative
+from memrewrite.site import Site, itemsize_of, joined, relative
 
 ROOT = "memory"  # pools are registered on the root module as `model.memory.<name>`
 Placement = Literal["replace", "parallel"]
@@ -119,6 +119,11 @@ class Plan(Frozen):
         """This plan for the module at `prefix`, which contains all that it names."""
         substitutions = tuple(s.model_copy(update={"site": s.site.relative_to(prefix)}) for s in self.substitutions)
         return self.model_copy(update={"owner": relative(self.owner, prefix), "substitutions": substitutions})
+
+    def moved_into(self, prefix: str) -> Plan:
+        """This plan for a model that contains this one at `prefix`."""
+        substitutions = tuple(s.model_copy(update={"site": s.site.moved_into(prefix)}) for s in self.substitutions)
+        return self.model_copy(update={"owner": joined(prefix, self.owner), "substitutions": substitutions})
 
     def before(self) -> Cost:
         """Cost of the selected MLPs: parameters counted once, flops and bytes read for one token over all calls."""

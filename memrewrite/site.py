@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
@@ -88,13 +89,20 @@ class Site(Frozen):
 
     def relative_to(self, prefix: str) -> Site:
         """This site in the module at `prefix`, which contains it."""
+        return self._renamed(lambda path: relative(path, prefix))
+
+    def moved_into(self, prefix: str) -> Site:
+        """This site in a model that contains this one at `prefix`."""
+        return self._renamed(lambda path: joined(prefix, path))
+
+    def _renamed(self, new: Callable[[str], str]) -> Site:
+        """The site with other paths."""
         bindings = tuple(
-            b.model_copy(update={"entries": relative_all(b.entries, prefix), "exit": relative(b.exit, prefix)})
-            for b in self.bindings
+            b.model_copy(update={"entries": tuple(map(new, b.entries)), "exit": new(b.exit)}) for b in self.bindings
         )
-        names = {name: relative_all(getattr(self, name), prefix) for name in ("parameters", "modules")}
-        paths = {name: relative(getattr(self, name), prefix) for name in ("path", "tower")}
-        return self.model_copy(update={**names, **paths, "bindings": bindings})
+        tower = new(self.tower) if self.tower else ""
+        names = {"parameters": tuple(map(new, self.parameters)), "modules": tuple(map(new, self.modules))}
+        return self.model_copy(update={"path": new(self.path), "tower": tower, **names, "bindings": bindings})
 
     def cost(self) -> Cost:
         """Cost of this MLP for one token and one call."""
@@ -138,9 +146,9 @@ def relative(path: str, prefix: str) -> str:
     return "" if path == prefix else path.removeprefix(f"{prefix}.")
 
 
-def relative_all(paths: tuple[str, ...], prefix: str) -> tuple[str, ...]:
-    """`relative` of every path."""
-    return tuple(relative(path, prefix) for path in paths)
+def joined(prefix: str, path: str) -> str:
+    """The path of what is at `path` in the module at `prefix`."""
+    return f"{prefix}.{path}" if path else prefix
 
 
 def itemsize_of(dtype: str) -> int:

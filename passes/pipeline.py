@@ -25,11 +25,12 @@ from memrewrite.passes.models.state_guard import StateGuard
 from memrewrite.passes.models.wrappers import model_inside
 from memrewrite.passes.plan.memory_budget import refuse_too_large
 from memrewrite.passes.plan.select import select
-from memrewrite.passes.rewrite.build_layers import pools_of, refuse_rewritten
+from memrewrite.passes.rewrite.build_layers import refuse_rewritten
 from memrewrite.passes.rewrite.edit_graph import with_own_parameters
 from memrewrite.passes.rewrite.host_tracing import trace_hosts
 from memrewrite.passes.rewrite.look import Look, Model, Step, look_at, look_at_export
 from memrewrite.passes.storage.graph_json import hosts_to_json
+from memrewrite.passes.storage.unwrapped import set_record
 from memrewrite.passes.verify.evidence import refuse_failed
 from memrewrite.passes.verify.verified_rewrite import Rewrite, rewrite_graph, rewrite_module
 from memrewrite.plans import ROOT, Plan
@@ -215,13 +216,14 @@ def _applied(
         hint="nothing was changed; please report the model and the recipe",
         report=report,
     )
-    pools_of(done.model).record = RewriteRecord(
+    record = RewriteRecord(
         plan=planned.model_dump_json(indent=1),
         recipe=wanted.to_yaml(),
         report=report.model_dump_json(indent=1),
         graphs=graphs,
         inputs=look.capture.inputs if isinstance(done.model, fx.GraphModule) else None,
     )
+    set_record(done.model, record)
     return report
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from memrewrite.errors import CheckpointError
 from memrewrite.passes.storage.hugging_face import Architecture, needed_architecture, set_generation, unusable
 from memrewrite.passes.storage.python_file import build_from_file
+from memrewrite.passes.storage.rewritten_config import base_data, is_transformers_model
 
 if TYPE_CHECKING:
     from memrewrite.passes.storage.manifest import SavedFiles
@@ -68,8 +69,7 @@ class Base:
 
 def base_of(model: nn.Module) -> Base:
     """The base of a live model: its Hugging Face config if it has one, else a base that the user passes to `load`."""
-    is_hf = type(model).__module__.startswith("transformers.") and hasattr(model, "config")
-    return Base("huggingface" if is_hf else "given")
+    return Base("huggingface" if is_transformers_model(model) else "given")
 
 
 def saved_architecture(files: SavedFiles) -> Architecture:
@@ -77,7 +77,7 @@ def saved_architecture(files: SavedFiles) -> Architecture:
     data = files.json(CONFIG)
     if not isinstance(data, dict):
         raise unusable(files.folder / CONFIG, f"{CONFIG!r} contains no JSON object")
-    return needed_architecture(data, files.folder / CONFIG)
+    return needed_architecture(base_data(data), files.folder / CONFIG)
 
 
 def build_base(files: SavedFiles, *, trust_code: bool) -> nn.Module:

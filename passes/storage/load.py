@@ -17,14 +17,14 @@ from torch.export import ExportedProgram
 
 from memrewrite.errors import CheckpointError, MemrewriteError, in_one_line
 from memrewrite.passes.models.exclusive import exclusive
-from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.rewrite.graph_host import GraphHost
 from memrewrite.passes.rewrite.undo_log import UndoLog
 from memrewrite.passes.storage.base_model import CONFIG, build_base, saved_architecture
 from memrewrite.passes.storage.exported_program import read_program
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json, refuse_unsaved_constants
-from memrewrite.passes.storage.manifest import SavedFiles, read_manifest
+from memrewrite.passes.storage.manifest import SavedFiles, is_saved, read_manifest
+from memrewrite.passes.storage.rewritten_model import load_rewritten, rewritten_data
 from memrewrite.passes.storage.saved_plan import PLAN, REPORT, read_plan, read_report
 from memrewrite.passes.storage.saved_tensors import (
     SavedTensors,
@@ -34,6 +34,7 @@ from memrewrite.passes.storage.saved_tensors import (
     saved_tensors,
     state_of,
 )
+from memrewrite.passes.storage.unwrapped import set_record
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
 from memrewrite.training import freeze
@@ -50,7 +51,8 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     and dtypes of the weights. Only files that the manifest names are read.
 
     Args:
-        directory: a directory that `save` wrote. Weights are read from safetensors only, and nothing in it is run or unpickled,
+        directory: a directory that `save` wrote, or transformers of a rewritten model (`save_pretrained`, a Trainer's
+            checkpoint). Weights are read from safetensors only, and nothing in it is run or unpickled,
             except with `trust_code`.
         model: the base model, when you build it yourself. It is edited in place; its own weights are overwritten. After an
             error the model is as before; until then, weights that differ are in memory twice. Default: the class that the
@@ -67,6 +69,8 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
             the weights do not fit `model`; memory does not suffice.
         ModelError: the saved config is no config of a model of transformers, or the saved Python file fails.
     """
+    if model is None and not is_saved(directory) and (data := rewritten_data(Path(directory))):
+        return load_rewritten(Path(directory), data)
     files = read_manifest(directory)
     if files.base.kind == "graph":
         return saved_program(files, trust_code=trust_code).module(check_guards=False)
@@ -89,7 +93,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     edit = _substitute(model, plan, hosts, files)
     try:
         tensors.fill(model, edit.done, keep=given)
-        pools_of(model).record = record
+        set_record(model, record)
         for module in model.modules():
             edit.done(partial(setattr, module, "training", module.training))
         model.eval()

@@ -75,7 +75,7 @@ def load_pretrained(
     tokenizer = gguf_tokenizer(directory / gguf) if gguf and with_tokenizer else None
     if missing := sorted(info["missing_keys"]):
         log.warning("%d tensors are not in the files and start random: %s", len(missing), ", ".join(missing[:5]))
-    return Pretrained(model, () if gguf else _config_files(directory), tokenizer)
+    return Pretrained(model, () if gguf else config_files_of(directory), tokenizer)
 
 
 def _from_gguf(file: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -196,7 +196,7 @@ def _refuse_missing_shards(directory: Path, names: list[str]) -> None:
             raise ModelError(f"weights are missing: {', '.join(lacking)}", where=str(directory / index), hint=hint)
 
 
-def _config_files(directory: Path) -> tuple[Path, ...]:
+def config_files_of(directory: Path) -> tuple[Path, ...]:
     """All files except weights and Python code: configs, tokenizer, chat template, licence."""
     found = []
     for file in sorted(directory.iterdir()):

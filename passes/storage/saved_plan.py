@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
@@ -30,27 +31,33 @@ MAX_AXES = 64  # torch's own limit of dimensions
 
 def read_plan(files: SavedFiles) -> Plan:
     """The plan of a saved directory. Raises `CheckpointError` when the file is damaged, or no plan of ours."""
-    plan = _read(files, PLAN, Plan)
+    files.json(PLAN)  # refuses what pydantic's own parser accepts: equal keys, deep nesting
+    return plan_from(files.text(PLAN), files.folder / PLAN)
+
+
+def plan_from(text: str, file: Path) -> Plan:
+    """The plan in the text of a file. Raises `CheckpointError` when it is damaged, or no plan of ours."""
+    plan = _parsed(text, file, Plan)
     fault = next(_faults(plan), None)
     if fault:
-        raise tampered(files.folder / PLAN, fault)
+        raise tampered(file, fault)
     return plan
 
 
 def read_report(files: SavedFiles) -> Report:
     """The report that was saved with the model. Raises `CheckpointError` when the file is damaged."""
-    report = _read(files, REPORT, Report)
+    files.json(REPORT)  # as for the plan
+    report = _parsed(files.text(REPORT), files.folder / REPORT, Report)
     if report.plan != read_plan(files):
         raise tampered(files.folder / REPORT, f"it is the report of another plan than {PLAN}")
     return report
 
 
-def _read(files: SavedFiles, name: str, kind: type[F]) -> F:
-    files.json(name)  # refuses what pydantic's own parser accepts: equal keys, deep nesting
+def _parsed(text: str, file: Path, kind: type[F]) -> F:
     try:
-        return kind.model_validate_json(files.text(name), strict=True)
+        return kind.model_validate_json(text, strict=True)
     except ValidationError as error:
-        raise tampered(files.folder / name, f"it is not a {kind.__name__.lower()} ({first_fault(error)})") from error
+        raise tampered(file, f"it is not a {kind.__name__.lower()} ({first_fault(error)})") from error
 
 
 def _faults(plan: Plan) -> Iterator[str]:

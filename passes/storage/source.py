@@ -33,7 +33,7 @@ from memrewrite.passes.storage.base_model import Base, base_of
 from memrewrite.passes.storage.exported_program import read_program
 from memrewrite.passes.storage.load import load, saved_program
 from memrewrite.passes.storage.manifest import is_saved, read_manifest
-from memrewrite.passes.storage.pretrained import load_pretrained
+from memrewrite.passes.storage.pretrained import config_files_of, load_pretrained
 from memrewrite.passes.storage.python_file import (
     defined_inputs,
     import_file,
@@ -43,6 +43,7 @@ from memrewrite.passes.storage.python_file import (
     model_and_inputs,
     user_error,
 )
+from memrewrite.passes.storage.rewritten_model import rewritten_data
 
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
@@ -119,6 +120,9 @@ def _is(path: Path, test: Callable[[Path], bool]) -> bool:
 def _from_directory(path: Path, trust_code: bool, with_tokenizer: bool) -> ModelSource:
     if is_saved(path):
         return _from_saved(path, trust_code)
+    if rewritten_data(path):
+        model = load(path)
+        return ModelSource(model, example_inputs(model), str(path), config_files_of(path), inputs_made=True)
     loaded = load_pretrained(path, trust_code=trust_code, with_tokenizer=with_tokenizer)
     inputs = example_inputs(loaded.model)
     return ModelSource(loaded.model, inputs, str(path), loaded.config_files, tokenizer=loaded.tokenizer, inputs_made=True)

@@ -14,6 +14,7 @@ from torch import fx, nn
 from memrewrite.errors import ModelError
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.storage.graph_json import graphs_relative_to
+from memrewrite.passes.storage.rewritten_config import carry
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
 from memrewrite.report import Report
@@ -41,6 +42,14 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, RewriteRecord]:
         return model, _relative_to(prefix, plan, pools.record)
     what = f"the pools are at {now!r}, and the plan has them at {plan.pools_path!r}"
     raise ModelError(what, hint="save the model that `memrewrite.apply` rewrote, or one that contains it")
+
+
+def set_record(model: nn.Module, record: RewriteRecord) -> None:
+    """Set the record of a rewritten model, in its pools and in its config."""
+    pools_of(model).record = record
+    plan = Plan.model_validate_json(record.plan)
+    owner = model.get_submodule(plan.owner)
+    carry(owner, _relative_to(plan.owner, plan, record) if plan.owner else record)
 
 
 def _without_suffix(path: str, suffix: str) -> str:

@@ -1,0 +1,131 @@
+"""A config of transformers that carries a rewrite, so that whatever transformers saves can be loaded as rewritten again.
+
+Flow of saving: `carry` gives a rewritten model such a config → `save_pretrained`, trainers and hubs write it: config.json with
+the `model_type` "memrewrite", the type of the base, the plan, and the graphs of modules that became graphs. transformers alone
+does not know that type, and refuses to load a model without its memory. Flow of loading: `rewritten_model`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from memrewrite.plans import Plan
+from memrewrite.record import RewriteRecord
+
+TYPE = "memrewrite"  # `model_type` in config.json, and the field that has the rewrite
+AUTO_FILE, AUTO_CLASS = "memrewrite_auto", "MemrewriteConfig"
+_AUTO_SOURCE = f'''"""Makes transformers load the memory layers: with `trust_remote_code=True`, or after `import memrewrite`."""
+
+from memrewrite.passes.storage.rewritten_model import auto_config  # pip install memrewrite
+
+{AUTO_CLASS} = auto_config()
+'''
+_FIELD = "_memrewrite"  # of the config object; not among the fields that `to_dict` returns
+
+
+def carry(model: nn.Module, record: RewriteRecord | None) -> None:
+    """Make the config of a rewritten model of transformers carry `record`, or nothing with None; of other models, no effect.
+
+    The model gets a copy of its config, in all modules that share it: other models may have been built from the same object.
+    """
+    config = getattr(model, "config", None)
+    if not is_transformers_model(model) or (record is None and not isinstance(config, _Carrying)):
+        return
+    carrying = copy.copy(config)
+    base = type(config).base if isinstance(config, _Carrying) else type(config)
+    carrying.__class__ = base if record is None else carrying_class(base)
+    if record is None:
+        del carrying.__dict__[_FIELD]
+    else:
+        carrying.__dict__[_FIELD] = _data_of(record)
+    for module in model.modules():
+        if vars(module).get("config") is config:
+            module.config = carrying
+
+
+def is_transformers_model(model: nn.Module) -> bool:
+    """True for a model whose class is one of transformers itself: its config builds it again."""
+    return type(model).__module__.startswith("transformers.") and hasattr(model, "config")
+
+
+def carried(config: Any) -> RewriteRecord | None:
+    """The record that a config carries; None for other configs."""
+    data = vars(config).get(_FIELD) if isinstance(config, _Carrying) else None
+    return None if data is None else record_from(data)
+
+
+def base_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A parsed config.json as transformers would write it for the base: without the rewrite."""
+    if not is_rewritten(data):
+        return dict(data)
+    others = {key: value for key, value in data.items() if key not in (TYPE, "auto_map")}
+    return others | {"model_type": data[TYPE].get("model_type")}
+
+
+def is_rewritten(data: Any) -> bool:
+    """True for a parsed config.json that carries a rewrite."""
+    return isinstance(data, Mapping) and data.get("model_type") == TYPE and isinstance(data.get(TYPE), Mapping)
+
+
+def with_rewrite(config: Any, data: Mapping[str, Any]) -> Any:
+    """`config`, of the base, as one that carries the rewrite in `data`, the field of a parsed config.json."""
+    config.__class__ = carrying_class(type(config))
+    config.__dict__[_FIELD] = {key: value for key, value in data.items() if key != "model_type"}
+    return config
+
+
+def record_from(data: Mapping[str, Any]) -> RewriteRecord:
+    """The record in the field of a config. It may come from a file: readers of its parts check them."""
+    graphs = data.get("graphs")
+    text = None if graphs is None else json.dumps(graphs, indent=1)
+    return RewriteRecord(plan=json.dumps(data.get("plan"), indent=1), recipe=data.get("recipe"), graphs=text)
+
+
+def _data_of(record: RewriteRecord) -> dict[str, Any]:
+    graphs = None if record.graphs is None else json.loads(record.graphs)
+    plan = Plan.model_validate_json(record.plan)  # complete: a plan of an earlier version lacks fields
+    return {"plan": plan.model_dump(mode="json"), "recipe": record.recipe, "graphs": graphs}
+
+
+class _Carrying:
+    """What a config class gets so that its objects carry a rewrite; only files that it writes show it."""
+
+    base: type
+
+    def to_dict(self) -> dict[str, Any]:
+        fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        fields.pop(_FIELD, None)
+        return fields
+
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
+        data = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
+        rewrite = vars(self).get(_FIELD)
+        if rewrite is not None:
+            data[TYPE] = {"model_type": data["model_type"], **rewrite}
+            data |= {"model_type": TYPE, "auto_map": {"AutoConfig": f"{AUTO_FILE}.{AUTO_CLASS}"}}
+            Path(json_file_path).with_name(f"{AUTO_FILE}.py").write_text(_AUTO_SOURCE, encoding="utf-8")
+        Path(json_file_path).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self).base, vars(self))
+
+
+def _restored(base: type, fields: dict[str, Any]) -> Any:
+    config = object.__new__(carrying_class(base))
+    config.__dict__.update(fields)
+    return config
+
+
+@cache
+def carrying_class(base: type) -> type:
+    """The class of configs of the class `base` that carry a rewrite. It has the name of the base, by which transformers
+    finds tokenizers and processors."""
+    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(base.__name__, (_Carrying, base), {**names, "base": base})
