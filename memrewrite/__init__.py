@@ -1,6 +1,7 @@
 """memrewrite rewrites transformers: it finds their MLPs by dataflow and replaces them with memory layers.
 
-The public API. Names are imported on first use: `import memrewrite` loads neither torch nor the passes.
+The public API. Names are imported on first use: `import memrewrite` loads neither torch nor the passes. Where torch or
+transformers is imported, they learn of the operators and of the config of rewritten models.
 """
 
 from __future__ import annotations
@@ -34,11 +35,18 @@ if TYPE_CHECKING:
 __version__ = version("memrewrite")
 
 
-def _register() -> None:
+def _register_operators() -> None:
+    """Files of torch.export, AOTInductor and TorchScript name the operators, and torch must know them to read the files."""
+    import_module("memrewrite.kernels.ops")
+
+
+def _register_config() -> None:
+    """Directories that transformers wrote of rewritten models name a `model_type` that it must know to load them."""
     import_module("memrewrite.passes.storage.rewritten_model").register()
 
 
-when_imported("transformers.models.auto.configuration_auto", _register)
+when_imported("torch", _register_operators)
+when_imported("transformers.models.auto.configuration_auto", _register_config)
 
 _MODULES = {
     "LazyAdam": "memrewrite.lazy_adam",
