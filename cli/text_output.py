@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Row = Sequence[str]
 EDITED = {"graph": "as a graph of its block", "span": "between modules", "module": "as a module"}
+SHORT = 32  # a cell of so many characters is not broken
 STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 
@@ -43,7 +45,7 @@ def show_sites(out: Console, found: Sequence[Site]) -> None:
     """Print a table of MLPs, one row each."""
     if found:
         heads = ("path", "pattern", "widths", "activation", "calls", "block", "edited")
-        table(out, heads, [_site(site) for site in found], right=("calls",))
+        table(out, heads, [_site(site) for site in found], right=("calls",), less=("calls", "block", "activation"))
 
 
 def _site(site: Site) -> Row:
@@ -66,15 +68,17 @@ def show_plan(out: Console, plan: Plan, scales: Sequence[LayerScale] = ()) -> No
     frozen = " · trained: the memory only" if plan.train == "memory_only" else ""
     line(out, f"{len(plan.substitutions)} MLPs to rewrite · captured: {plan.captured}{frozen}")
     heads: Row = ("path", "pattern", "layer", "parameters", "stored", "FLOPs/token", "read/token")
-    table(out, heads, [_substitution(s, plan) for s in plan.substitutions], right=heads[3:])
+    table(out, heads, [_substitution(s, plan) for s in plan.substitutions], right=heads[3:], less=("pattern", *heads[6:3:-1]))
     if plan.pools:
         line(out)
         heads = ("pool", "keys", "slots", "width", "dtype", "parameters", "stored", "layers")
-        table(out, heads, [_pool(plan, name) for name in plan.pools], right=("keys", "slots", *heads[5:]))
+        table(
+            out, heads, [_pool(plan, name) for name in plan.pools], right=("keys", "slots", *heads[5:]), less=("slots", "dtype")
+        )
     line(out)
     if scales:
         heads = ("output at the start (rms)", "stream", "MLP", "layer", "layer / MLP", "")
-        table(out, heads, [_scale(scale) for scale in scales], right=heads[1:5])
+        table(out, heads, [_scale(scale) for scale in scales], right=heads[1:5], less=("stream",))
         line(out)
     _totals(out, plan.before(), plan.after())
 
@@ -220,20 +224,54 @@ def line(out: Console, text: str = "") -> None:
     out.print(text, soft_wrap=True)
 
 
-def table(out: Console, heads: Row, rows: Sequence[Row], right: Sequence[str] = ()) -> None:
-    """Print a table; the columns named in `right` are right-aligned."""
+def table(out: Console, heads: Row, rows: Sequence[Row], right: Sequence[str] = (), less: Sequence[str] = ()) -> None:
+    """Print a table; the columns named in `right` are right-aligned.
+
+    On a terminal the first column, which has names that users copy, is never wrapped. Where the table is wider than the
+    terminal, the columns named in `less` are left out, the first of them first, and a line says which.
+    """
     if not out.is_terminal:
-        widths = [max(cell_len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
-        for row in (heads, *rows):
-            cells = [_padded(row[i], widths[i], heads[i] in right) for i in range(len(heads))]
-            line(out, "  ".join(cells).rstrip())
+        _plain(out, heads, rows, right)
         return
+    left_out: list[str] = []
+    while _least_width(heads, rows, left_out) > out.width and len(left_out) < len(less):
+        left_out.append(less[len(left_out)])
+    shown = [i for i, head in enumerate(heads) if head not in left_out]
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in heads:
-        drawn.add_column(head, justify="right" if head in right else "left", overflow="fold")
+    for i in shown:
+        justify: Literal["left", "right"] = "right" if heads[i] in right else "left"
+        drawn.add_column(heads[i], justify=justify, overflow="fold", no_wrap=i == 0)
     for row in rows:
-        drawn.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
-    out.print(drawn)
+        drawn.add_row(*(Text(row[i], style=STYLES.get(row[i], "")) for i in shown))
+    width = max(out.width, _least_width(heads, rows, left_out))
+    for printed in out.render_lines(drawn, out.options.update(width=width), pad=False):
+        out.print(Segments([*printed, Segment.line()]), soft_wrap=True, end="")
+    if left_out:
+        line(out, f"left out at this width: {', '.join(left_out)}")
+
+
+def _plain(out: Console, heads: Row, rows: Sequence[Row], right: Sequence[str]) -> None:
+    """Aligned text, for files and other programs: nothing is wrapped or left out."""
+    widths = [max(cell_len(row[i]) for row in (heads, *rows)) for i in range(len(heads))]
+    for row in (heads, *rows):
+        cells = [_padded(row[i], widths[i], heads[i] in right) for i in range(len(heads))]
+        line(out, "  ".join(cells).rstrip())
+
+
+def _least_width(heads: Row, rows: Sequence[Row], left_out: Sequence[str]) -> int:
+    """The width at which the first column is whole, and the others are broken between words only."""
+    widths = []
+    for i, head in enumerate(heads):
+        if head not in left_out:
+            cells = [row[i] for row in (heads, *rows)]
+            parts = cells if i == 0 else [part for cell in cells for part in _unbroken(cell)]
+            widths.append(max(map(cell_len, parts), default=0))
+    return sum(widths) + 3 * len(widths)  # with the space around columns
+
+
+def _unbroken(cell: str) -> list[str]:
+    """The parts of a cell that should stay on one line: the words of a sentence; all of a short cell, such as numbers."""
+    return [cell] if cell_len(cell) <= SHORT else cell.split()
 
 
 def _padded(cell: str, width: int, right: bool) -> str:
