@@ -27,7 +27,7 @@ def test_paths_and_numbers_are_not_broken(width: int) -> None:
     for path in ("model.layers.0.mlp", "model.layers.1.mlp"):
         assert text.count(f"{path} ") == 3  # sites, plan, scales
     assert "16 → 32 → 16" in text
-    assert "1,600 → " in text  # parameters of a layer
+    assert "1,536 → " in text  # parameters of an MLP and of its layer
     if width >= 80:
         assert max(len(line) for line in text.splitlines() if line.startswith(" ")) <= width
     assert ("left out at this width" in text) == (width < 200)
