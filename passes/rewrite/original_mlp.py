@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from memrewrite.layers.replaced import Transparent
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.copying import COPY, copied
 from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
@@ -27,7 +28,7 @@ class _Returned:
         self.outputs: list[Tensor] = []
 
 
-class OriginalMLP(nn.Module):
+class OriginalMLP(Transparent):
     """The MLP at one site, to be called as often as the site is: the n-th call runs the nodes recorded for the n-th call.
 
     `train_noise=True` switches on dropout and other random ops that were recorded in eval mode.
@@ -38,21 +39,11 @@ class OriginalMLP(nn.Module):
         # a plain list: the weights stay registered in `model` alone
         self.calls = [extract(model, call, train_noise=train_noise) for call in calls]
         self._returned = _Returned()
-        self.replaced: list[nn.Module] = []  # the modules in whose place it is called: it has their attributes
 
     @property
     def outputs(self) -> list[Tensor]:
         """What it returned so far; with gradients on: leaves, to find out what depends on them."""
         return self._returned.outputs
-
-    def __getattr__(self, name: str) -> Any:
-        """An attribute of a replaced module: the code of some models reads the weights of its submodules."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "replaced" not in vars(self) or not any(hasattr(module, name) for module in self.replaced):
-                raise
-        return next(getattr(module, name) for module in self.replaced if hasattr(module, name))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_model]."""
