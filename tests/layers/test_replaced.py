@@ -98,7 +98,7 @@ def test_code_that_scales_weights_from_outside_is_refused(make: Callable[[], Any
 VALUES: dict[str, Callable[[Any, Tensor], Any]] = {
     "a product": lambda up, x: x + F.linear(x, up.weight).mean(-1, keepdim=True),
     "a sum": lambda up, x: x + up.weight.mean(),
-    "one value": lambda up, x: x * float(up.bias.detach()[0]),
+    "one value": lambda up, x: x * up.bias[0],
     "a decision": lambda up, x: x if up.weight.isfinite().all() else x / 0,
     "an index": lambda up, x: x[:, up.weight.argmax(0) * 0][:, : x.shape[1]],
     "into the stream": lambda up, x: x.clone().mul_(up.weight[0]),
