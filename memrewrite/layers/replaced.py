@@ -31,7 +31,7 @@ class ReplacedTensor(Tensor):
     @staticmethod
     def of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: str, is_param: bool) -> ReplacedTensor:
         """A new tensor without values."""
-        make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = torch.Tensor._make_wrapper_subclass
         made: ReplacedTensor = make(ReplacedTensor, shape, dtype=dtype, device=device)
         made.owner, made._is_param = owner, is_param
         return made
@@ -42,7 +42,9 @@ class ReplacedTensor(Tensor):
         return ReplacedTensor.of(tuple(self.shape), like.dtype, like.device, self.owner, self._is_param)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run one operator: on no values, or not at all."""
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
         written = [given.get(a.name) for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -57,12 +59,13 @@ class ReplacedTensor(Tensor):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReplacedTensor:
-        return memo.setdefault(id(self), self.applied(lambda like: like))
+        copy: ReplacedTensor = memo.setdefault(id(self), self.applied(lambda like: like))
+        return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return ReplacedTensor.of, (tuple(self.shape), self.dtype, self.device, self.owner, self._is_param)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ReplacedTensor({self.owner!r}, {tuple(self.shape)}, {self.dtype}, {self.device}, no values)"
 
 
@@ -89,7 +92,7 @@ class Replacement(nn.Module):
                 vars(self)[name] = value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for outline in self._outlines:
             for module in outline.modules():
                 tensors = {name: value for name, value in vars(module).items() if isinstance(value, ReplacedTensor)}

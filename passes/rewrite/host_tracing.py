@@ -17,11 +17,12 @@ from memrewrite.passes.graphs.ops import is_assertion
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.locate import locate
 from memrewrite.passes.locate.located_sites import LocatedSites, SiteCall
+from memrewrite.passes.locate.missing import why_missing
 from memrewrite.passes.models.call_recorder import Recorder
 from memrewrite.passes.models.forward import Inputs, in_mode, run
 from memrewrite.passes.models.tensors import tensors_of
 from memrewrite.passes.rewrite.graph_host import ANY, CONSTANT, GraphHost, Trace
-from memrewrite.passes.rewrite.host_regions import what_differs, why_missing
+from memrewrite.passes.rewrite.host_regions import what_differs
 from memrewrite.plans import Plan
 from memrewrite.site import Site
 
