@@ -62,7 +62,7 @@ def _site(site: Site) -> list[tuple[str, str]]:
     for binding in site.bindings:
         ends = " + ".join(binding.entries)
         if binding.kind == "none":
-            pairs.append(("try", "--emit graph: it rewrites the captured graph and needs no module"))
+            pairs.append(("try", binding.advice or "leave it out"))
         elif ends and ends != binding.exit:
             pairs.append(("", f"{ends} → {binding.exit}"))
         elif binding.exit:

@@ -20,8 +20,8 @@ class Binding(Frozen):
         kind: "module": one module takes the MLP's input and returns its output; it is both entry and exit.
             "span": the modules at `entries` read the input, the module at `exit` returns the output, and other code runs
             in between. "graph": the module at `exit` contains the whole MLP, but no submodule starts or ends there; its
-            forward is replaced by its exported graph. "none": the module tree cannot be edited there; the captured graph
-            can (`emit="graph"`).
+            forward is replaced by its exported graph. "none": the module tree cannot be edited there; `advice`
+            says what may help.
         entries: Paths of the modules that read the MLP's input.
         widths: Features that each entry returns. Empty: the entries are not replaced; pre-hooks only read their input.
         takes: Position or keyword of the MLP's input among an entry's arguments.
@@ -29,6 +29,7 @@ class Binding(Frozen):
         gives: `(index, length)` of the MLP's output in the tuple that the exit returns; None if it returns the output.
         exit: Path of the module that returns the output.
         why: Reason for "graph" and "none".
+        advice: What to try for "none".
     """
 
     kind: Literal["module", "span", "graph", "none"]
@@ -39,6 +40,7 @@ class Binding(Frozen):
     gives: tuple[int, int] | None = None
     exit: str = ""
     why: str = ""
+    advice: str = ""
 
 
 class Site(Frozen):
@@ -52,7 +54,8 @@ class Site(Frozen):
         d_hidden: Width of the value that the last matrix reads.
         activation: Name of the activation function.
         axis: Feature axis of input and output: -1, except for convolutions.
-        calls: Number of runs in one forward.
+        calls: Number of runs in one forward, of those whose result is read.
+        unused_calls: Number of further runs, such as those on a copy of the input whose result nothing reads.
         parameters: Names of all weights and biases inside: those that the example used, then the others of the modules that a
             `replace` removes, such as experts that no token visited, and buffers.
         modules: Paths of the modules inside.
@@ -75,6 +78,7 @@ class Site(Frozen):
     activation: str
     axis: int = -1
     calls: int
+    unused_calls: int = 0
     parameters: tuple[str, ...]
     modules: tuple[str, ...]
     weights: int

@@ -59,7 +59,7 @@ def _measured(model: Model, look: Look, result: Plan) -> dict[str, Measured]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"an exported program is a graph, not a {type(model).__name__}")
     with evaluating(model):
-        hosts = trace_hosts(model, result, look.capture)
+        hosts = trace_hosts(model, result, look.capture, look.locations)
     return measured_module(BeforeEdit(model, result, look.capture, look.locations, hosts))
 
 

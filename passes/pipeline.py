@@ -246,7 +246,7 @@ def _rewrite(model: Model, planned: Plan, look: Look, recipe: Recipe, step: Step
             return rewrite_graph(planned, look.capture, locations, with_checks=with_checks, step=step), None
     module = cast(nn.Module, model)  # an exported program is a graph
     with evaluating(module):
-        hosts = trace_hosts(module, planned, look.capture)
+        hosts = trace_hosts(module, planned, look.capture, look.locations)
     graphs = hosts_to_json(hosts) if hosts else None  # before the edit: it raises an error for what cannot be saved
     return rewrite_module(module, planned, look.capture, look.locations, hosts, with_checks=with_checks, step=step), graphs
 

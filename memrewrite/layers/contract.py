@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from memrewrite.errors import ModelError
 from memrewrite.layers.references import ModuleAt
+from memrewrite.layers.replaced import Replacement
 
 if TYPE_CHECKING:
     from memrewrite.cost import Cost
@@ -31,7 +32,7 @@ class LayerOptions(BaseModel):
 O = TypeVar("O", bound=LayerOptions)  # noqa: E741 - O for options
 
 
-class MemoryLayer(nn.Module, ABC):
+class MemoryLayer(Replacement, ABC):
     """A token-wise layer `[..., d_model] -> [..., d_out]` that can replace an MLP.
 
     A kind is one subclass. The layer refers to its pool without registering it as a child: the pool is registered once, on

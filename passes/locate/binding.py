@@ -107,7 +107,7 @@ class _Binder:
         """From the modules that multiply by the first matrices to the one that multiplies by the last."""
         exit_ = self.exit()
         if exit_ is None:
-            return self.unreachable("no single module multiplies by its last matrix")
+            return self.unreachable(self.no_exit())
         readers = [up for up in self.region.ups if self.recorded.flow.unviewed(inputs_of(up)[0]) is self.region.x]
         entries = {up: self.entry(up) for up in readers}
         calls = list(dict.fromkeys(call for call in entries.values() if call is not None))
@@ -213,13 +213,36 @@ class _Binder:
 
     # ------------------------------------------------------------------------------------------------------- neither
 
+    def no_exit(self) -> str:
+        """Why no module returns the region's output."""
+        call, _ = (modules_of(self.region.down) or [("", "")])[-1]
+        nodes = set(self.recorded.by_call.get(call, ()))
+        if not call or self.closure - self.recorded.constant <= nodes:
+            return "no single module multiplies by its last matrix"  # but one that contains all of it
+        path = self.recorded.paths[call]
+        if not self.recorded.returns_one_tensor(call):
+            return f"the module {path!r}, which multiplies by its last matrix, returns more than one tensor"
+        return f"the module {path!r}, which multiplies by its last matrix, returns another value than the MLP's output"
+
     def unreachable(self, why: str) -> BoundRegion:
         """The region by its bare closure; its input is the layout of `x` that its first node reads."""
         first = next(n for n in sorted(self.closure, key=self.recorded.position.__getitem__) if self.reads_x(n))
         x = next(s for s in inputs_of(first) if self.recorded.canonical_value(s) is self.region.x)
         host = self.host()
-        binding = Binding(kind="graph", exit=host, why=why) if host else Binding(kind="none", why=why)
+        binding = Binding(kind="graph", exit=host, why=why) if host else self.nowhere(why)
         return BoundRegion(binding, frozenset(self.closure), x, origin_of(self.region.down))
+
+    def nowhere(self, why: str) -> Binding:
+        """A binding of kind `none`. Where torch cannot trace the segment, there is no graph of the model to rewrite either."""
+        segment = self.recorded.segment
+        advice = (
+            "make the MLP a module of its own, whose only argument and result are its input and output; rewrite a quantized "
+        )
+        advice += "model before it is quantized; or leave this MLP out"
+        if segment.own_segments is None:
+            return Binding(kind="none", why=why, advice=f"rewrite the exported program: `--emit graph`; or {advice}")
+        around = repr(segment.path) if segment.path else "the model"
+        return Binding(kind="none", why=f"{why}, and torch cannot export {around}", advice=advice)
 
     def host(self) -> str:
         """The narrowest module that contains the whole region and may become a graph; "" when there is none."""

@@ -90,7 +90,7 @@ def assemble(
             path = f"{path}#{group[0].call.region.down.name}"
         paths[path] = group
     where = block_positions([path.partition("#")[0] for path in paths], types)
-    sites = [_site(path, group, where[path.partition("#")[0]], capture.state) for path, group in paths.items()]
+    sites = [_site(path, group, where[path.partition("#")[0]], capture) for path, group in paths.items()]
     located = Inspection(sites=tuple(sites), near_misses=tuple(dict.fromkeys(misses)), captured=capture.how)
     return LocatedSites(located, {path: tuple(one.call for one in group) for path, group in paths.items()}, recorded)
 
@@ -137,13 +137,13 @@ def _narrowest(found: SiteCall) -> str:
     return max(common[-1] if common else "", ".".join(shared), key=len)
 
 
-def _site(path: str, group: list[Recognized], place: BlockPosition, state: Mapping[str, Tensor]) -> Site:
+def _site(path: str, group: list[Recognized], place: BlockPosition, capture: Capture) -> Site:
     (found, match, activation), region = group[0], group[0].call.region
     value, axis = region.down.meta["val"], feature_axis(found.recorded.flow, region, found.bound)
     bindings = _bindings(group, axis)
     modules = dict.fromkeys(m for b in bindings if b.kind in ("module", "span") for m in (*b.entries[: len(b.widths)], b.exit))
     used = _weights_of_all(group)
-    unused = _unused(state, modules, used)
+    unused = _unused(capture.state, modules, used)
     matrices, others = _entries([*used.values(), *(tensor for tensor in unused.values() if isinstance(tensor, nn.Parameter))])
     return Site(
         path=path,
@@ -154,6 +154,7 @@ def _site(path: str, group: list[Recognized], place: BlockPosition, state: Mappi
         activation=activation,
         axis=LAST if axis is None else axis,
         calls=len(group),
+        unused_calls=_unused_calls(group, bindings, capture),
         parameters=(*used, *unused),
         modules=tuple(modules),
         weights=matrices,
@@ -172,8 +173,18 @@ def _bindings(group: list[Recognized], axis: int | None) -> tuple[Binding, ...]:
     """The distinct bindings of a site's calls; where its features are not on one axis, no module can be replaced."""
     if axis is None:
         why = "its features are on several axes, or on different axes in its input and its output"
-        return (Binding(kind="none", why=why),)
+        advice = "leave it out, or rewrite the exported program: `--emit graph`"
+        return (Binding(kind="none", why=why, advice=advice),)
     return tuple(dict.fromkeys(one.call.bound.binding for one in group))
+
+
+def _unused_calls(group: list[Recognized], bindings: tuple[Binding, ...], capture: Capture) -> int:
+    """How often a site's modules run for a result that nothing reads: the canonical graph does not have what they compute."""
+    recorded, exits = group[0].call.recorded, {binding.exit for binding in bindings}
+    ran = max(len(capture.calls.get(path, ())) for path in exits)
+    calls = [call for call, path in recorded.paths.items() if path in exits]
+    read = sum(any(node in recorded.twin for node in recorded.by_call.get(call, ())) for call in calls)
+    return len(group) * (ran - read) // read if capture.is_whole and ran > read > 0 else 0
 
 
 def _unused(state: Mapping[str, Tensor], modules: Iterable[str], used: Iterable[str]) -> dict[str, Tensor]:

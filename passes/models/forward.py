@@ -7,7 +7,7 @@ the caller's inputs nor the model nor the RNG states, so that the outputs of two
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -124,14 +124,19 @@ def layer_in_eval_mode(layer: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def run(model: nn.Module, inputs: Inputs, *, gradients: bool = False) -> Any:
+def run(
+    model: nn.Module, inputs: Inputs, *, gradients: bool = False, at_end: Callable[[StateGuard], None] = lambda _: None
+) -> Any:
     """The outputs of one forward from fixed seeds, on copies of the inputs. Model and generators are as before afterwards.
 
-    Raises `ModelError` where the model's code raises an error, or calls `sys.exit`.
+    `at_end` is called after the forward, before what it changed is restored. Raises `ModelError` where the model's code raises
+    an error, or calls `sys.exit`.
     """
     args, kwargs = copied(inputs)
     with StateGuard(model) as state, seeded(), torch.set_grad_enabled(gradients), _users_code(model):
-        return state.apart(model(*args, **kwargs))
+        outputs = state.apart(model(*args, **kwargs))
+        at_end(state)
+        return outputs
 
 
 def warm_up(model: nn.Module, inputs: Inputs) -> None:

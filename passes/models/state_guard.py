@@ -60,6 +60,10 @@ class StateGuard:
         """Keep the model as it is: its state is not restored on exit."""
         self._objects, self._tensors = [], None
 
+    def changed(self, tensor: Tensor) -> bool:
+        """Whether the bits of a tensor of the model are others than on entry."""
+        return self._tensors is not None and self._tensors.changed(tensor)
+
     def apart(self, outputs: Any) -> Any:
         """Outputs of the model without memory in common with what will be restored."""
         return outputs if self._tensors is None else self._tensors.apart(outputs)

@@ -93,6 +93,12 @@ class TensorState(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Functions that restore the tensors: where they are stored and their flags, then every storage that has a copy."""
         return [*self._facts, *(partial(_restore_bits, self.watched[key], copy) for key, copy in self.copies.items())]
 
+    def changed(self, tensor: Tensor) -> bool:
+        """Whether the bits of a watched tensor are others than at construction."""
+        storage = storage_of(tensor)
+        copy = None if storage is None else self.copies.get(storage._cdata)
+        return storage is not None and copy is not None and not torch.equal(_bytes(storage), _bytes(copy))
+
     def apart(self, outputs: Any) -> Any:
         """`outputs` with a copy of every tensor whose storage will be restored: it keeps the values that were returned."""
 

@@ -92,7 +92,7 @@ def _substitution(site: Site, index: int, rule: Rule, pools: dict[str, PoolSpec]
         raise SelectError(
             f"the MLP at {site.path!r} cannot be edited in the module tree: {unreachable.why}",
             where=f"replace[{index}]",
-            hint="leave this site out, or rewrite the exported program: `--emit graph`",
+            hint=unreachable.advice or "leave this site out",
         )
     return Substitution(
         site=site,

@@ -34,7 +34,7 @@ from memrewrite.passes.graphs.ops import (
 from memrewrite.passes.graphs.shapes import is_tensor, shape_of
 from memrewrite.passes.regions.region import Region
 from memrewrite.passes.regions.residual_steps import spans_blocks
-from memrewrite.passes.regions.residual_stream import returns_to_stream
+from memrewrite.passes.regions.residual_stream import adds_stream, returns_to_stream
 
 CUTS = 32  # possible outputs tried for one trigger, at most
 WALK = 1 << 15  # nodes visited from one trigger, at most; a mixture written as a loop over its experts is long
@@ -188,6 +188,8 @@ def _around(flow: Dataflow, trigger: CanonicalNode, extra_inputs: Collection[Can
         region = _back(flow, y, distance + SLACK, x, extra_inputs)
         if region is None:
             continue
+        if flow.fragment and adds_stream(flow, region.x, y):
+            return  # elsewhere `returns_to_stream` is false
         x = region.x
         yield region
 

@@ -49,6 +49,19 @@ def returns_to_stream(flow: Dataflow, x: CanonicalNode, down: CanonicalNode) -> 
     return flow.fragment or _Return(flow, x, down).exists()
 
 
+def adds_stream(flow: Dataflow, x: CanonicalNode, y: CanonicalNode) -> bool:
+    """True if the value that `x` was normed or scaled from is a term of the sum `y`: then a region from `x` ends before it."""
+    stream, seen, pending = _Return(flow, x, y).stream, {y}, [y]
+    while pending and len(seen) < MAX_WALK:
+        node = flow.unviewed(pending.pop())
+        if node in stream:
+            return True
+        terms = flow.activations(node) if op_name(node) in ELEMENTWISE_SUMS else []
+        pending += [term for term in terms if term not in seen]
+        seen.update(terms)
+    return False
+
+
 class _Return:
     """The ways from the output of one region to sums with the stream of its input."""
 

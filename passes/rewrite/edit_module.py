@@ -25,7 +25,6 @@ from memrewrite.passes.rewrite.hooks import (
     StoreInput,
     TakeArgument,
     UseStoredInput,
-    ZeroStub,
 )
 from memrewrite.passes.rewrite.layer_call import CHILD
 from memrewrite.passes.rewrite.undo_log import UndoLog, hooked, module_at, swap
@@ -149,7 +148,7 @@ def _store_input(model: nn.Module, site: Site, binding: Binding, placement: Plac
     for path, width in zip_longest(binding.entries, widths):
         entry = module_at(model, path)
         if width is not None:
-            stub = ZeroStub(width, site.axis).train(model.training)
+            stub = edit.stub(width, site.axis).train(model.training)
             swap(model, entry, stub, edit)
             entry = stub
         hooked(entry.register_forward_pre_hook(StoreInput(slot, binding.takes), with_kwargs=True), edit)

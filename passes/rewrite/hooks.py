@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memrewrite.errors import ModelError
 from memrewrite.layers.references import ModelReference, ModuleAt
+from memrewrite.layers.replaced import Replacement, Transparent
 from memrewrite.passes.rewrite.layer_call import add_output
 
 
@@ -147,7 +148,7 @@ def _axis_of(x: Tensor, axis: int) -> int:
     return axis
 
 
-class ZeroStub(nn.Module):
+class ZeroStub(Replacement):
     """Replaces the first linear of a replaced MLP: returns zeros of its output width and computes nothing.
 
     Code between the MLP's modules still runs, on these zeros; the layer that replaces the last linear ignores the result.
@@ -167,3 +168,7 @@ class ZeroStub(nn.Module):
         """Shown by `print(model)`."""
         axis = "" if self.axis == -1 else f", axis={self.axis}"
         return f"width={self.width}{axis}, in place of a replaced MLP's first linear"
+
+
+class TransparentStub(Transparent, ZeroStub):
+    """A `ZeroStub` while original MLPs are in the layers' places: it has the attributes of the module that it replaces."""

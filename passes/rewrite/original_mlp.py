@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from memrewrite.layers.replaced import Transparent
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.copying import COPY, copied
 from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
@@ -27,7 +28,7 @@ class _Returned:
         self.outputs: list[Tensor] = []
 
 
-class OriginalMLP(nn.Module):
+class OriginalMLP(Transparent):
     """The MLP at one site, to be called as often as the site is: the n-th call runs the nodes recorded for the n-th call.
 
     `train_noise=True` switches on dropout and other random ops that were recorded in eval mode.
@@ -36,23 +37,13 @@ class OriginalMLP(nn.Module):
     def __init__(self, model: nn.Module, calls: Sequence[SiteCall], *, train_noise: bool = False) -> None:
         super().__init__()
         # a plain list: the weights stay registered in `model` alone
-        self.calls = [extract(model, call, train_noise=train_noise) for call in calls]
+        self.calls = [extract(model, call, training=True if train_noise else None) for call in calls]
         self._returned = _Returned()
-        self.replaced: list[nn.Module] = []  # the modules in whose place it is called: it has their attributes
 
     @property
     def outputs(self) -> list[Tensor]:
         """What it returned so far; with gradients on: leaves, to find out what depends on them."""
         return self._returned.outputs
-
-    def __getattr__(self, name: str) -> Any:
-        """An attribute of a replaced module: the code of some models reads the weights of its submodules."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "replaced" not in vars(self) or not any(hasattr(module, name) for module in self.replaced):
-                raise
-        return next(getattr(module, name) for module in self.replaced if hasattr(module, name))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_model]."""
@@ -64,8 +55,11 @@ class OriginalMLP(nn.Module):
         return self.outputs[-1].clone()  # a model may add to an MLP's output in place, which a leaf does not allow
 
 
-def extract(model: nn.Module, found: SiteCall, *, train_noise: bool = False) -> fx.GraphModule:
-    """One recorded call of an MLP as a `GraphModule` of one input, sharing its parameters with `model`."""
+def extract(model: nn.Module, found: SiteCall, *, training: bool | None = None) -> fx.GraphModule:
+    """One recorded call of an MLP as a `GraphModule` of one input, sharing its parameters with `model`.
+
+    `training` sets the mode of ops that have one, such as dropout; None leaves it as recorded.
+    """
     bound, position, root = found.bound, found.recorded.position, nn.Module()
 
     def attribute(graph: fx.Graph, kind: str, value: Tensor) -> fx.Node:
@@ -90,7 +84,7 @@ def extract(model: nn.Module, found: SiteCall, *, train_noise: bool = False) -> 
     _, values = copied(
         nodes,
         instead=instead,
-        after=lambda _, copy: _switch_on(copy) if train_noise else None,
+        after=lambda _, copy: None if training is None else _set_mode(copy, training),
         into=graph,
         values={bound.x: graph.placeholder("x")},
     )
@@ -98,16 +92,16 @@ def extract(model: nn.Module, found: SiteCall, *, train_noise: bool = False) -> 
     return fx.GraphModule(root, graph)
 
 
-def _switch_on(node: fx.Node) -> None:
-    """Make an op act as in train mode: dropouts, batch norms and randomized activations have the mode as an argument."""
+def _set_mode(node: fx.Node, training: bool) -> None:
+    """Make an op act as in one mode: dropouts, batch norms and randomized activations have the mode as an argument."""
     if isinstance(node.target, torch._ops.OpOverload):
         for number, argument in enumerate(node.target._schema.arguments):
             if argument.name not in ("train", "training"):
                 continue
             if number < len(node.args):
-                node.update_arg(number, True)
+                node.update_arg(number, training)
             else:
-                node.update_kwarg(argument.name, True)
+                node.update_kwarg(argument.name, training)
 
 
 def tensor_of(model: nn.Module, segment: Segment, node: fx.Node) -> Tensor:

@@ -8,14 +8,17 @@ from typing import Any
 from torch import nn
 
 from memrewrite.errors import SelectError
+from memrewrite.layers.replaced import Replacement
 from memrewrite.passes.rewrite.graph_host import GraphHost
+from memrewrite.passes.rewrite.hooks import ZeroStub
 
 
 class UndoLog:
     """How to undo the changes of a module tree, newest last; `revert` restores the tree, bit for bit."""
 
-    def __init__(self, hosts: Mapping[str, GraphHost] | None = None) -> None:
+    def __init__(self, hosts: Mapping[str, GraphHost] | None = None, stub: type[ZeroStub] = ZeroStub) -> None:
         self.hosts = hosts or {}  # the modules whose forward becomes a graph, by path
+        self.stub = stub  # what replaces the first modules of a replaced MLP
         self.layers: dict[str, nn.Module] = {}  # by site path
         self._undo: list[Callable[[], object]] = []
 
@@ -52,6 +55,8 @@ def hooked(handle: Any, edit: UndoLog) -> None:
 
 def swap(model: nn.Module, old: nn.Module, new: nn.Module, edit: UndoLog) -> None:
     """Put `new` in the place of `old` under every name: one module may be registered several times."""
+    if isinstance(new, Replacement):
+        new.stand_for(old)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:

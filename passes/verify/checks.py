@@ -48,8 +48,9 @@ def coverage(after: RewrittenModel) -> Check:
             handle.remove()
     for substitution in after.plan.substitutions:
         site = substitution.site
-        if seen[site.path] != [site.d_in] * site.calls:
-            sentence = f"the layer at {site.path!r} ran {len(seen[site.path])} times, its MLP {site.calls} times"
+        calls = site.calls + site.unused_calls
+        if seen[site.path] != [site.d_in] * calls:
+            sentence = f"the layer at {site.path!r} ran {len(seen[site.path])} times, its MLP {calls} times"
             by_block = isinstance(after, AfterEdit) and not after.capture.is_whole
             return checked("coverage", False, len(seen[site.path]), sentence, DECIDES if by_block else "")
     return checked("coverage", True, len(seen), f"{len(seen)} of {len(seen)} layers run as often as their MLPs did")

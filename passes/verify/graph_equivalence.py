@@ -175,8 +175,9 @@ def _fold_layers(
 
 
 def _calls_of(segment: Segment, layers: Mapping[str, Substitution]) -> list[tuple[str, list[fx.Node]]]:
-    """The nodes that each call of a layer computed, in the order of the calls."""
+    """The nodes that each call of a layer computed, in the order of the calls, for calls that the outputs depend on."""
     found: dict[str, tuple[str, list[fx.Node]]] = {}
+    live = set(_needed(segment, next(node for node in segment.graph.nodes if node.op == "output"), {}))
     for node in segment.graph.nodes:
         if node.op == "call_module" and node.target in layers:
             found[node.name] = (str(node.target), [node])
@@ -186,7 +187,7 @@ def _calls_of(segment: Segment, layers: Mapping[str, Substitution]) -> list[tupl
             whole = f"{segment.path}.{clean(path)}".strip(".")
             if whole in layers:
                 found.setdefault(call, (whole, []))[1].append(node)
-    return list(found.values())
+    return [(path, nodes) for path, nodes in found.values() if live.intersection(nodes)]
 
 
 def _is_weight(segment: Segment, node: fx.Node) -> bool:

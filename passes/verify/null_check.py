@@ -14,7 +14,9 @@ from memrewrite.passes.initialize.measure import Probe
 from memrewrite.passes.locate.located_sites import SiteCall
 from memrewrite.passes.models.fingerprints import differing
 from memrewrite.passes.models.forward import run
+from memrewrite.passes.models.state_guard import StateGuard
 from memrewrite.passes.rewrite.edit_module import place
+from memrewrite.passes.rewrite.hooks import TransparentStub
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.rewrite.undo_log import UndoLog, module_at
 from memrewrite.passes.verify.evidence import BeforeEdit, checked
@@ -29,10 +31,33 @@ def run_with_originals(
 ) -> tuple[Any, dict[str, OriginalMLP]]:
     """The live model's outputs with every selected MLP replaced by itself as an `OriginalMLP`, and these by site path.
 
-    `probe` records what the MLPs do. The model is as before when it returns.
+    `probe` records what the MLPs do. The model is as before when it returns. Raises `ModelError`, as `run_guarded` does.
     """
     with originals_placed(before, before.locations.found) as wrapped, watching(probe, before.model, wrapped):
-        return run(before.model, before.capture.inputs, gradients=gradients), wrapped
+        return run_guarded(before, gradients=gradients), wrapped
+
+
+def run_guarded(before: BeforeEdit, *, gradients: bool = False) -> Any:
+    """The outputs of the model, whose selected MLPs were replaced by themselves.
+
+    Raises `ModelError` if code outside of an MLP changes its weights in a forward: it would not change the layer.
+    """
+    state, changed = before.capture.state, list[tuple[str, str]]()
+    weights = [(s.site.path, name) for s in before.plan.substitutions for name in s.site.parameters]
+    weights = [(site, name) for site, name in weights if isinstance(state.get(name), nn.Parameter)]
+
+    def compare(guard: StateGuard) -> None:
+        changed.extend((site, name) for site, name in weights if guard.changed(state[name]))
+
+    outputs = run(before.model, before.capture.inputs, gradients=gradients, at_end=compare)
+    for site, name in changed:
+        raise ModelError(
+            f"in {'train' if before.model.training else 'eval'} mode, code outside of the MLP {site!r} changes its weights: "
+            "it would not change the layer, whose output would not fit",
+            where=name,
+            hint="switch this off in the model (weights that are scaled by mode or depth, for example), or leave this MLP out",
+        )
+    return outputs
 
 
 def watching(probe: Probe | None, model: nn.Module, wrapped: Mapping[str, OriginalMLP]) -> AbstractContextManager[None]:
@@ -43,13 +68,12 @@ def watching(probe: Probe | None, model: nn.Module, wrapped: Mapping[str, Origin
 @contextmanager
 def originals_placed(before: BeforeEdit, found: Calls, *, train_noise: bool = False) -> Iterator[dict[str, OriginalMLP]]:
     """Inside, every selected MLP of the live model is replaced by itself; with `train_noise`, as it acts in train mode."""
-    edit = UndoLog(before.hosts)
+    edit = UndoLog(before.hosts, TransparentStub)
     wrapped: dict[str, OriginalMLP] = {}
     try:
         for substitution in before.plan.substitutions:
             site = substitution.site
             original = wrapped[site.path] = OriginalMLP(before.model, found[site.path], train_noise=train_noise)
-            original.replaced = [module_at(before.model, b.exit) for b in site.bindings if b.exit]
             place(before.model, site, original, "replace", edit)
             _rewind(before.model, site, original, edit)
         yield wrapped

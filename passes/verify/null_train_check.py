@@ -25,7 +25,7 @@ from memrewrite.passes.locate.recorded_graph import RecordedGraph, recorded_grap
 from memrewrite.passes.models.fingerprints import differing
 from memrewrite.passes.models.forward import in_mode, run
 from memrewrite.passes.verify.evidence import BeforeEdit, checked, skipped
-from memrewrite.passes.verify.null_check import Calls, originals_placed
+from memrewrite.passes.verify.null_check import Calls, originals_placed, run_guarded
 from memrewrite.report import Check
 from memrewrite.site import Binding
 
@@ -77,7 +77,7 @@ def _reference(before: BeforeEdit) -> Any:
 
 def _run_in_train_mode(before: BeforeEdit, found: Calls, *, train_noise: bool = False) -> Any:
     with originals_placed(before, found, train_noise=train_noise):
-        return run(before.model, before.capture.inputs)
+        return run_guarded(before)
 
 
 # ------------------------------------------------------------------------------------------ MLPs in train mode

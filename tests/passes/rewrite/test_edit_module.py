@@ -18,7 +18,8 @@ from memrewrite.layers.contract import MemoryLayer
 from memrewrite.layers.memory_plus import MemoryPlus
 from memrewrite.layers.pool import Pool, Pools
 from memrewrite.passes.rewrite.build_layers import pools_of
-from memrewrite.passes.rewrite.edit_module import ZeroStub, layers_of, substitute
+from memrewrite.passes.rewrite.edit_module import layers_of, substitute
+from memrewrite.passes.rewrite.hooks import ZeroStub
 
 PLACEMENTS = ("replace", "parallel")
 

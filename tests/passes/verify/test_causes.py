@@ -132,7 +132,7 @@ def test_code_that_reads_a_replaced_module_is_told_what_to_try() -> None:
     model = tiny.modular()
     model.blocks[0].__class__ = ReadsWeights
     error = failure(model)
-    assert "the rewritten model does not run: AttributeError" in error.what
+    assert "the rewritten model does not run: ModelError: the model's code reads values" in error.what
     assert "placement: parallel" in str(error.hint)
     assert "report" not in str(error.hint)
 
