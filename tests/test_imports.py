@@ -30,11 +30,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "explain": ("locate", "regions", "capture", "graphs", "models"),
     "rewrite": ("locate", "capture", "graphs", "models"),
     "verify": ("initialize", "rewrite", "locate", "regions", "capture", "graphs", "models"),
-    "storage": ("storage/graph_data", "rewrite", "capture", "plan", "models"),
+    "sources": ("models",),
+    "storage": ("sources", "storage/graph_data", "rewrite", "capture", "plan", "models"),
     "storage/graph_data": ("rewrite",),
     "onnx": ("capture", "models"),
     "texts": ("storage",),
-    "onnx/check": ("onnx", "texts", "storage", "models"),
+    "onnx/check": ("onnx", "texts", "storage", "sources", "models"),
     "torch_compile": ("initialize", "verify", "rewrite", "plan", "locate", "capture", "graphs", "models"),
     "pipeline": ("verify", "storage", "rewrite", "explain", "plan", "capture", "models"),
     "forecast": ("pipeline", "initialize", "verify", "rewrite", "models"),
@@ -192,11 +193,6 @@ def test_loading_imports_no_locator() -> None:
     loaded = run(code).split()
     assert "memrewrite.passes.locate.located_sites" in loaded  # the types alone
     assert "memrewrite.passes.locate.locate" not in loaded
-
-
-def test_importing_the_package_of_kernels_registers_nothing() -> None:
-    code = "import torch, memrewrite.kernels; print(hasattr(torch.ops.memrewrite, 'sparse_lookup'))"
-    assert run(code) == "False"
 
 
 def test_importing_the_folder_under_its_own_name_is_harmless() -> None:

@@ -261,13 +261,13 @@ def plan_of(name: str, placement: str = "replace") -> Plan:
 
 def rewritten(name: str, placement: str = "replace") -> tuple[Any, dict[str, Any]]:
     """A rewritten model of the table, not verified, and inputs that fit."""
-    from memrewrite.passes.rewrite.build_layers import pools_of
     from memrewrite.passes.rewrite.edit_module import substitute
+    from memrewrite.passes.storage.unwrapped import set_record
     from memrewrite.record import RewriteRecord
 
     (model, inputs), plan = named(name), plan_of(name, placement)
     substitute(model, plan).commit()
-    pools_of(model).record = RewriteRecord(plan=plan.model_dump_json(), recipe="memrewrite: 1\n")
+    set_record(model, RewriteRecord(plan=plan.model_dump_json(), recipe="memrewrite: 1\n"))
     return model, inputs
 
 

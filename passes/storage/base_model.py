@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from memrewrite.errors import CheckpointError
-from memrewrite.passes.storage.hugging_face import Architecture, needed_architecture, set_generation, unusable
-from memrewrite.passes.storage.python_file import build_from_file
+from memrewrite.passes.sources.hugging_face import Architecture, needed_architecture, set_generation, unusable
+from memrewrite.passes.sources.python_file import build_from_file
 from memrewrite.passes.storage.rewritten_config import base_data, is_transformers_model
 
 if TYPE_CHECKING:

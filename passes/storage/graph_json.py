@@ -14,12 +14,12 @@ from torch import fx
 
 from memrewrite.errors import CheckpointError, ModelError
 from memrewrite.passes.rewrite.graph_host import GraphHost, Trace
+from memrewrite.passes.sources.json_text import parse_json
 from memrewrite.passes.storage.graph_data.fields import FORMATS, Malformed, fields_of, shown
 from memrewrite.passes.storage.graph_data.functions import name_of
 from memrewrite.passes.storage.graph_data.graph_reader import host_of
 from memrewrite.passes.storage.graph_data.specs import spec_to_data
 from memrewrite.passes.storage.graph_data.values import value_to_data
-from memrewrite.passes.storage.json_text import parse_json
 from memrewrite.site import relative
 
 GRAPHS = "graphs.json"

@@ -20,8 +20,8 @@ from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.rewrite.graph_host import GraphHost
 from memrewrite.passes.rewrite.undo_log import UndoLog
+from memrewrite.passes.sources.exported_program import read_program
 from memrewrite.passes.storage.base_model import CONFIG, build_base, saved_architecture
-from memrewrite.passes.storage.exported_program import read_program
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json, refuse_unsaved_constants
 from memrewrite.passes.storage.manifest import SavedFiles, is_saved, read_manifest
 from memrewrite.passes.storage.rewritten_model import load_rewritten, rewritten_data
@@ -93,7 +93,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
     edit = _substitute(model, plan, hosts, files)
     try:
         tensors.fill(model, edit.done, keep=given)
-        set_record(model, record)
+        set_record(model, record, edit.done)
         for module in model.modules():
             edit.done(partial(setattr, module, "training", module.training))
         model.eval()

@@ -23,9 +23,9 @@ from memrewrite.atomic_write import recover
 from memrewrite.errors import CheckpointError, in_one_line
 from memrewrite.frozen import Frozen
 from memrewrite.output_target import MANIFEST as MANIFEST
+from memrewrite.passes.sources.json_text import parse_json
+from memrewrite.passes.sources.python_file import require_trust
 from memrewrite.passes.storage.base_model import Base, Kind
-from memrewrite.passes.storage.json_text import parse_json
-from memrewrite.passes.storage.python_file import require_trust
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

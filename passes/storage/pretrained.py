@@ -20,8 +20,7 @@ import torch
 from torch import nn
 
 from memrewrite.errors import MemrewriteError, ModelError, in_one_line
-from memrewrite.passes.storage.base_model import CONFIG, GENERATION
-from memrewrite.passes.storage.hugging_face import (
+from memrewrite.passes.sources.hugging_face import (
     Architecture,
     architecture,
     base_architecture,
@@ -31,8 +30,9 @@ from memrewrite.passes.storage.hugging_face import (
     refusal,
     set_generation,
 )
-from memrewrite.passes.storage.json_text import parse_json
-from memrewrite.passes.storage.python_file import require_trust
+from memrewrite.passes.sources.json_text import parse_json
+from memrewrite.passes.sources.python_file import require_trust
+from memrewrite.passes.storage.base_model import CONFIG, GENERATION
 from memrewrite.passes.storage.saved_tensors import Header, bytes_of, headers_of, refuse_too_large, state_of, values_of
 from memrewrite.passes.storage.tensor_files import INDEX
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +23,28 @@ TYPE = "memrewrite"  # `model_type` in config.json, and the field that has the r
 AUTO_FILE, AUTO_CLASS = "memrewrite_auto", "MemrewriteConfig"
 _AUTO_SOURCE = f'''"""Makes transformers load the memory layers: with `trust_remote_code=True`, or after `import memrewrite`."""
 
-from memrewrite.passes.storage.rewritten_model import auto_config  # pip install memrewrite
+import memrewrite  # noqa: F401 - pip install memrewrite; the import registers the config
+from transformers import CONFIG_MAPPING
 
-{AUTO_CLASS} = auto_config()
+{AUTO_CLASS} = CONFIG_MAPPING["{TYPE}"]
 '''
 _FIELD = "_memrewrite"  # of the config object; not among the fields that `to_dict` returns
 
 
-def carry(model: nn.Module, record: RewriteRecord | None) -> None:
-    """Make the config of a rewritten model of transformers carry `record`, or nothing with None; of other models, no effect.
+def carry(model: nn.Module, record: RewriteRecord, done: Callable[[Callable[[], object]], None]) -> None:
+    """Make the config of a rewritten model of transformers carry `record`; no effect on other models.
 
     The model gets a copy of its config, in all modules that share it: other models may have been built from the same object.
+    `done` receives what undoes this.
     """
-    config = getattr(model, "config", None)
-    if not is_transformers_model(model) or (record is None and not isinstance(config, _Carrying)):
+    if not is_transformers_model(model):
         return
-    carrying = copy.copy(config)
-    base = type(config).base if isinstance(config, _Carrying) else type(config)
-    carrying.__class__ = base if record is None else carrying_class(base)
-    if record is None:
-        del carrying.__dict__[_FIELD]
-    else:
-        carrying.__dict__[_FIELD] = _data_of(record)
+    config: Any = model.config
+    carrying = with_rewrite(copy.copy(config), _data_of(record))
     for module in model.modules():
         if vars(module).get("config") is config:
             module.config = carrying
+            done(partial(setattr, module, "config", config))
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -76,7 +73,9 @@ def is_rewritten(data: Any) -> bool:
 
 def with_rewrite(config: Any, data: Mapping[str, Any]) -> Any:
     """`config`, of the base, as one that carries the rewrite in `data`, the field of a parsed config.json."""
-    config.__class__ = carrying_class(type(config))
+    if not isinstance(config, _Carrying):
+        base: Any = type(config)
+        config.__class__ = carrying_class(base)
     config.__dict__[_FIELD] = {key: value for key, value in data.items() if key != "model_type"}
     return config
 
@@ -117,14 +116,14 @@ class _Carrying:
         return _restored, (type(self).base, vars(self))
 
 
-def _restored(base: type, fields: dict[str, Any]) -> Any:
-    config = object.__new__(carrying_class(base))
+def _restored(base: Any, fields: dict[str, Any]) -> Any:
+    config: Any = object.__new__(carrying_class(base))
     config.__dict__.update(fields)
     return config
 
 
 @cache
-def carrying_class(base: type) -> type:
+def carrying_class(base: Any) -> Any:
     """The class of configs of the class `base` that carry a rewrite. It has the name of the base, by which transformers
     finds tokenizers and processors."""
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}

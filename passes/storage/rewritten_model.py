@@ -17,10 +17,10 @@ from torch import nn
 
 from memrewrite.errors import CheckpointError, MemrewriteError, in_one_line
 from memrewrite.passes.rewrite.edit_module import substitute
+from memrewrite.passes.sources.hugging_face import needed_architecture, quiet
+from memrewrite.passes.sources.json_text import parse_json
 from memrewrite.passes.storage.base_model import CONFIG
 from memrewrite.passes.storage.graph_json import hosts_from_json
-from memrewrite.passes.storage.hugging_face import needed_architecture, quiet
-from memrewrite.passes.storage.json_text import parse_json
 from memrewrite.passes.storage.rewritten_config import TYPE, base_data, carried, is_rewritten, with_rewrite
 from memrewrite.passes.storage.saved_plan import plan_from
 from memrewrite.passes.storage.unwrapped import set_record
@@ -36,7 +36,7 @@ def auto_config() -> type:
     """The class that transformers reads a config.json of the type "memrewrite" with. No object of it exists."""
     import transformers
 
-    class MemrewriteConfig(transformers.PreTrainedConfig):
+    class MemrewriteConfig(transformers.PreTrainedConfig):  # type: ignore[no-untyped-call]
         """Its `from_dict` returns a config of the base, which carries the rewrite."""
 
         model_type = TYPE
@@ -69,16 +69,17 @@ def _config_from(data: dict[str, Any], options: dict[str, Any]) -> Any:
     found = transformers.CONFIG_MAPPING[name].from_dict(fields, **options)
     config, *unused = found if isinstance(found, tuple) else (found,)
     config = with_rewrite(config, data[TYPE])
-    _register_models(type(config))
+    kind: Any = type(config)
+    _register_models(kind)
     return (config, *unused) if unused else config
 
 
 @cache
-def _register_models(kind: type) -> None:
+def _register_models(kind: Any) -> None:
     """Register model classes for a class of configs that carry a rewrite, with every auto class that has one for its base."""
     for mapping in _mappings():
-        if kind.base in mapping:  # type: ignore[attr-defined]
-            found = mapping[kind.base]  # type: ignore[attr-defined]
+        if kind.base in mapping:
+            found = mapping[kind.base]
             several = isinstance(found, (tuple, list))
             mapping.register(kind, tuple(map(model_class, found)) if several else model_class(found), exist_ok=True)
 
@@ -93,7 +94,7 @@ def _mappings() -> Iterator[Any]:
 
 
 @cache
-def model_class(base: type) -> type:
+def model_class(base: Any) -> Any:
     """A subclass of a model class whose constructor builds the rewritten model, as an object of `base` itself.
 
     A model with a head may build the model without it by an auto class: the outermost places all layers.
@@ -103,7 +104,7 @@ def model_class(base: type) -> type:
         outermost = not _building.get()
         token = _building.set(True)
         try:
-            base.__init__(self, config, *args, **kwargs)  # type: ignore[misc]
+            base.__init__(self, config, *args, **kwargs)
         finally:
             _building.reset(token)
         self.__class__ = base  # it can be pickled, and nothing sees another class

@@ -29,12 +29,8 @@ from memrewrite.atomic_write import recover
 from memrewrite.errors import ModelError
 from memrewrite.passes.models.example_inputs import example_inputs
 from memrewrite.passes.models.forward import Inputs
-from memrewrite.passes.storage.base_model import Base, base_of
-from memrewrite.passes.storage.exported_program import read_program
-from memrewrite.passes.storage.load import load, saved_program
-from memrewrite.passes.storage.manifest import is_saved, read_manifest
-from memrewrite.passes.storage.pretrained import config_files_of, load_pretrained
-from memrewrite.passes.storage.python_file import (
+from memrewrite.passes.sources.exported_program import read_program
+from memrewrite.passes.sources.python_file import (
     defined_inputs,
     import_file,
     importable,
@@ -43,6 +39,10 @@ from memrewrite.passes.storage.python_file import (
     model_and_inputs,
     user_error,
 )
+from memrewrite.passes.storage.base_model import Base, base_of
+from memrewrite.passes.storage.load import load, saved_program
+from memrewrite.passes.storage.manifest import is_saved, read_manifest
+from memrewrite.passes.storage.pretrained import config_files_of, load_pretrained
 from memrewrite.passes.storage.rewritten_model import rewritten_data
 
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")

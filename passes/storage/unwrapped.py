@@ -6,7 +6,7 @@ are made relative to the part of it that is left.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torch import fx, nn
@@ -44,12 +44,14 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, RewriteRecord]:
     raise ModelError(what, hint="save the model that `memrewrite.apply` rewrote, or one that contains it")
 
 
-def set_record(model: nn.Module, record: RewriteRecord) -> None:
-    """Set the record of a rewritten model, in its pools and in its config."""
+def set_record(
+    model: nn.Module, record: RewriteRecord, done: Callable[[Callable[[], object]], None] = lambda undo: None
+) -> None:
+    """Set the record of a rewritten model, in its pools and in its config. `done` receives what undoes the latter."""
     pools_of(model).record = record
     plan = Plan.model_validate_json(record.plan)
     owner = model.get_submodule(plan.owner)
-    carry(owner, _relative_to(plan.owner, plan, record) if plan.owner else record)
+    carry(owner, _relative_to(plan.owner, plan, record) if plan.owner else record, done)
 
 
 def _without_suffix(path: str, suffix: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from memrewrite.errors import ExportError, in_one_line
 from memrewrite.passes.onnx.check.input_sets import NEW, PAST, Feeds, InputSet, evaluated, lengths_of
 from memrewrite.passes.onnx.file import Port
-from memrewrite.passes.storage.json_text import parse_json
+from memrewrite.passes.sources.json_text import parse_json
 from memrewrite.passes.texts.tokenizer import COPY, TOKENIZER, file_text, unreadable
 
 SETTINGS = "tokenizer_config.json"

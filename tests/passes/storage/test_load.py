@@ -174,7 +174,7 @@ STEPS = [
     (load, "saved_tensors"),
     (load, "refuse_meta"),
     (load, "substitute"),
-    (load, "pools_of"),
+    (load, "set_record"),
     (saved_tensors, "_copy_into"),
     (saved_tensors, "state_of"),
     (saved_tensors, "_tie"),

@@ -18,7 +18,7 @@ from torch import nn
 
 from memrewrite.errors import ModelError
 from memrewrite.passes.models.example_inputs import example_inputs
-from memrewrite.passes.storage.python_file import build_from_file
+from memrewrite.passes.sources.python_file import build_from_file
 from memrewrite.passes.storage.source import load_source
 
 GOOD = """\

@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 
 from memrewrite.errors import ModelError, UserError, in_one_line
-from memrewrite.passes.storage.python_file import require_trust
+from memrewrite.passes.sources.python_file import require_trust
 
 CONTAINER = re.compile(rb'\\"type\\": \\"([\w.]+)\\"')  # in the specs of inputs and outputs, which are JSON in a JSON string
 

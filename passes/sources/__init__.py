@@ -1,0 +1,1 @@
+"""In: a config, a Python file or an archive. Out: the model that it describes; nothing in it runs without consent."""
