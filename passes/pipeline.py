@@ -258,4 +258,3 @@ def _copy_modes(given: nn.Module, result: nn.Module) -> None:
 
 def _size(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
-

@@ -92,8 +92,8 @@ def _translated(program: ExportedProgram) -> onnx_ir.Model:
 def _slices_paired_at_slices() -> Iterator[None]:
     """Inside, the optimizer of `torch.onnx` looks for pairs of `Slice` nodes at these nodes alone.
 
-    Its rule for them begins at every node of the graph, whatever its type, and each time lists all nodes: in models of 30 blocks
-    this takes longer than all the rest of the optimizer. It can match nowhere else, so the result is the same.
+    Its rule for them begins at every node of the graph, whatever its type, and each time lists all nodes: in a model of 30
+    blocks this takes longer than the rest of the optimizer. It can match nowhere else, so the result is the same.
     """
     from onnxscript.rewriter.rules.common import slice_split_rule as rule
 

@@ -105,9 +105,9 @@ def _parsed_once() -> Iterator[None]:
         raise ModelError("the package 'gguf' is needed to load this model, and is not installed", hint=hint)
     import gguf
 
-    parsed = lru_cache(gguf.GGUFReader)
-    once = {"GGUFReader": lambda path: parsed(os.path.realpath(path)), "get_tensor_name_map": lru_cache(gguf.get_tensor_name_map)}
     with _PARSING, ExitStack() as originals:
+        parsed, names = lru_cache(gguf.GGUFReader), lru_cache(gguf.get_tensor_name_map)
+        once = {"GGUFReader": lambda path: parsed(os.path.realpath(path)), "get_tensor_name_map": names}
         for name, function in once.items():
             originals.callback(setattr, gguf, name, getattr(gguf, name))
             setattr(gguf, name, function)

@@ -73,7 +73,7 @@ def _parameters_of(after: RewrittenModel, sites: Collection[str]) -> set[int]:
 def _gradients_of_rows(after: RewrittenModel) -> Iterator[dict[nn.Parameter, Pending]]:
     """Inside, no table gets a dense gradient: it is row-sparse, or its factors are in a queue.
 
-    Yields the queues of tables with fused updates, by their values; inside, they need no optimizer and update nothing.
+    Tables of float16 are an exception: torch cannot add their row-sparse gradients on the CPU. Yields the queues of tables with fused updates, by their values; inside, they need no optimizer and update nothing.
     """
     tables = [m for module in after.new_modules() for m in module.modules() if isinstance(m, Table)]
     queues = {table.values: table.pending for table in tables if table.pending is not None}
@@ -81,7 +81,7 @@ def _gradients_of_rows(after: RewrittenModel) -> Iterator[dict[nn.Parameter, Pen
         for queue in queues.values():
             stack.enter_context(queue.tried())
         for table in tables:
-            if table.gradient == "dense":
+            if table.gradient == "dense" and table.values.dtype != torch.float16:
                 stack.callback(setattr, table, "gradient", "dense")
                 table.gradient = "sparse"
         yield queues

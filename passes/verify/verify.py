@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from memrewrite.passes.rewrite.edit_graph import copy_of, graph_module_of
 from memrewrite.passes.rewrite.look import Step, ignore
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.verify.checks import CHECKS, untouched
-from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, checked, skipped
+from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, RewrittenModel, checked, skipped
 from memrewrite.passes.verify.gradient_flow import reached
 from memrewrite.passes.verify.measured_mlps import run_originals
 from memrewrite.passes.verify.mlp_locality import locality
@@ -27,6 +27,8 @@ from memrewrite.plans import Plan
 from memrewrite.report import Check
 
 log = logging.getLogger("memrewrite")
+
+Model = TypeVar("Model", bound=RewrittenModel)
 
 
 def verify(after: AfterEdit, step: Step = ignore) -> tuple[Check, ...]:
@@ -39,10 +41,11 @@ def verify(after: AfterEdit, step: Step = ignore) -> tuple[Check, ...]:
     same = untouched(after)  # before the first forward, in which a model may change its own tensors
     step("verifying")
     broken = _broken(after)
-    return (broken,) if broken else tuple(same if check is untouched else _stepped(check, after, step) for check in CHECKS)
+    return (broken,) if broken else tuple(same if check is untouched else stepped(check, after, step) for check in CHECKS)
 
 
-def _stepped(check: Callable[[AfterEdit], Check], after: AfterEdit, step: Step) -> Check:
+def stepped(check: Callable[[Model], Check], after: Model, step: Step) -> Check:
+    """The outcome of a check; `step` receives its name before."""
     step(name_of(check))
     return check(after)
 
@@ -142,4 +145,4 @@ def verify_graph(
         locations=locations,
         fingerprints=fingerprints(original),
     )
-    return (*captured(capture), *first, *(_stepped(check, rewritten, step) for check in after))
+    return (*captured(capture), *first, *(stepped(check, rewritten, step) for check in after))
