@@ -99,7 +99,7 @@ def _entries(grad: Tensor | None, queue: Pending | None) -> Tensor | None:
 def nonzero_layers(after: RewrittenModel) -> Iterator[None]:
     """Zero-initialized matrices of new layers get small random values inside, and are zeroed on exit."""
     new = [p for module in after.new_modules() for p in module.parameters()]
-    zeros = [p for p in new if p.ndim >= 2 and not any(rows.any() for rows in p.detach().split(ROWS))]
+    zeros = [p for p in new if p.ndim >= 2 and not any(rows.any() for rows in torch.split(p.detach(), ROWS))]
     try:
         for p in zeros:
             nn.init.normal_(p, 0.0, 0.02, generator=torch.Generator(p.device).manual_seed(0))
