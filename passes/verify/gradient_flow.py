@@ -73,7 +73,8 @@ def _parameters_of(after: RewrittenModel, sites: Collection[str]) -> set[int]:
 def _gradients_of_rows(after: RewrittenModel) -> Iterator[dict[nn.Parameter, Pending]]:
     """Inside, no table gets a dense gradient: it is row-sparse, or its factors are in a queue.
 
-    Tables of float16 are an exception: torch cannot add their row-sparse gradients on the CPU. Yields the queues of tables with fused updates, by their values; inside, they need no optimizer and update nothing.
+    Tables of float16 are an exception: torch cannot add their row-sparse gradients on the CPU. Yields the queues of tables with
+    fused updates, by their values; inside, they need no optimizer and update nothing.
     """
     tables = [m for module in after.new_modules() for m in module.modules() if isinstance(m, Table)]
     queues = {table.values: table.pending for table in tables if table.pending is not None}
