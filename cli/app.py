@@ -78,6 +78,7 @@ def apply(
     ] = None,
     allow_large: Annotated[bool, typer.Option("--allow-large", help="Continue if a pool exceeds free memory.")] = False,
     allow_inexact: Inexact = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Also print how long each phase of the command takes.")] = False,
     as_json: Json = False,
     trust_code: Trust = False,
 ) -> None:
@@ -96,7 +97,7 @@ def apply(
             _show_plan(current, source, loaded)
         else:
             allowed = {"allow_large": allow_large, "allow_inexact": allow_inexact}
-            _apply(current, source, loaded, target, _emit_for(emit, source), allowed)
+            _apply(current, source, loaded, target, _emit_for(emit, source), allowed, profile=profile)
 
 
 def _apply(
@@ -106,6 +107,8 @@ def _apply(
     output: Target | None,
     emit: Emit,
     allowed: dict[str, bool],
+    *,
+    profile: bool,
 ) -> None:
     from memrewrite.cli import text_output
     from memrewrite.passes import pipeline
@@ -127,7 +130,11 @@ def _apply(
         )
     document = {"report": report.model_dump(mode="json"), "ok": report.ok, "emit": emit.value}
     document["saved"] = None if saved is None else str(saved)
-    current.show(document, lambda out: text_output.show_report(out, report, saved))
+    current.step.close()
+    phases = current.step.phases.ended
+    if profile:
+        document["phases"] = [phase.model_dump() for phase in phases]
+    current.show(document, lambda out: text_output.show_report(out, report, saved, phases if profile else ()))
 
 
 @app.command(epilog=EXIT_CODES)

@@ -8,11 +8,13 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from memrewrite.phases import Phases
+
 
 class Steps:
     """Call it with the name of each step when the step begins; this ends the previous step.
 
-    Plain lines carry the seconds since the first step: `[  3.2s] capturing the model`.
+    Plain lines carry the seconds since the first step: `[  3.2s] capturing the model`. `phases` measures the steps.
     """
 
     def __init__(self, console: Console) -> None:
@@ -20,9 +22,11 @@ class Steps:
         self.begun: float | None = None
         self.live: Progress | None = None
         self.task: TaskID | None = None
+        self.phases = Phases()
 
     def __call__(self, name: str) -> None:
         """Begin a step."""
+        self.phases(name)
         now = time.perf_counter()
         self.begun = now if self.begun is None else self.begun
         if not self.console.is_terminal:
@@ -37,6 +41,7 @@ class Steps:
 
     def close(self, *, failed: bool = False) -> None:
         """End the last step; a failed step is not marked as done."""
+        self.phases.end()
         if self.live is not None:
             if not failed:
                 self._end()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from memrewrite.passes.onnx.check.routes import Compared
     from memrewrite.passes.onnx.export import Exported
     from memrewrite.passes.onnx.file import Port
+    from memrewrite.phases import Phase
     from memrewrite.plans import Plan, Substitution
     from memrewrite.report import LayerScale, Report
     from memrewrite.site import Inspection, Site
@@ -128,14 +129,25 @@ def _bytes(name: str, before: int, after: int) -> Row:
     return (name, size(before), size(after), _times(before, after))
 
 
-def show_report(out: Console, report: Report, saved: Path | None) -> None:
-    """Print the plan, the checks, the totals, and where the result was saved."""
+def show_report(out: Console, report: Report, saved: Path | None, phases: Sequence[Phase] = ()) -> None:
+    """Print the plan, the checks, how long `phases` took, the totals, and where the result was saved."""
     show_plan(out, report.plan, report.scales)
     line(out)
     show_checks(out, report)
+    if phases:
+        line(out)
+        show_phases(out, phases)
     before, after = report.parameters_before, report.parameters_after
     line(out, f"\nwhole model: {before:,} → {after:,} parameters ({_times(before, after)}), in {report.seconds:.1f} s")
     line(out, f"saved in {saved}" if saved else "not saved: use -o DIR to save the result")
+
+
+def show_phases(out: Console, phases: Sequence[Phase]) -> None:
+    """Print how long each phase took, and their sum."""
+    times = [(phase.name, phase.seconds, phase.cpu_seconds) for phase in phases]
+    times.append(("sum", sum(phase.seconds for phase in phases), sum(phase.cpu_seconds for phase in phases)))
+    rows = [(name, f"{seconds:.2f} s", f"{processor:.2f} s") for name, seconds, processor in times]
+    table(out, ("phase", "clock", "processor"), rows, right=("clock", "processor"))
 
 
 def show_verification(out: Console, report: Report, directory: Path) -> None:

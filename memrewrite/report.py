@@ -8,6 +8,7 @@ from pydantic import PrivateAttr
 
 from memrewrite.cost import Cost
 from memrewrite.frozen import Frozen
+from memrewrite.phases import Phase
 from memrewrite.plans import Plan
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Report(Frozen):
         seconds: Wall-clock time of the rewrite.
         scales: How large each layer starts, in the order of the plan; empty where nothing was measured, and in reports of
             earlier versions.
+        phases: What the rewrite spent its time on, in order; empty in reports of earlier versions.
     """
 
     plan: Plan
@@ -90,6 +92,7 @@ class Report(Frozen):
     after: Cost
     seconds: float
     scales: tuple[LayerScale, ...] = ()
+    phases: tuple[Phase, ...] = ()
     _model: nn.Module | None = PrivateAttr(default=None)
 
     @property

@@ -17,10 +17,10 @@ from memrewrite.passes.initialize.measure import Measured
 from memrewrite.passes.initialize.output_scale import set_scales
 from memrewrite.passes.models.exclusive import exclusive
 from memrewrite.passes.models.forward import evaluating
-from memrewrite.passes.pipeline import ignore, planned_for
+from memrewrite.passes.pipeline import planned_for
 from memrewrite.passes.rewrite.build_layers import build_layer, generator_of, refuse_rewritten
 from memrewrite.passes.rewrite.host_tracing import trace_hosts
-from memrewrite.passes.rewrite.look import Look, Model, Step, look_at
+from memrewrite.passes.rewrite.look import Look, Model, Step, ignore, look_at
 from memrewrite.passes.verify.evidence import BeforeEdit
 from memrewrite.passes.verify.measured_mlps import measured_graph, measured_module
 from memrewrite.plans import Plan

@@ -28,11 +28,12 @@ from memrewrite.passes.plan.select import select
 from memrewrite.passes.rewrite.build_layers import refuse_rewritten
 from memrewrite.passes.rewrite.edit_graph import with_own_parameters
 from memrewrite.passes.rewrite.host_tracing import trace_hosts
-from memrewrite.passes.rewrite.look import Look, Model, Step, look_at, look_at_export
+from memrewrite.passes.rewrite.look import Look, Model, Step, ignore, look_at, look_at_export
 from memrewrite.passes.storage.graph_json import hosts_to_json
 from memrewrite.passes.storage.unwrapped import set_record
 from memrewrite.passes.verify.evidence import refuse_failed
 from memrewrite.passes.verify.verified_rewrite import Rewrite, rewrite_graph, rewrite_module
+from memrewrite.phases import Phases
 from memrewrite.plans import ROOT, Plan
 from memrewrite.recipes.reader import RecipeLike, read_recipe
 from memrewrite.recipes.schema import Recipe
@@ -170,11 +171,11 @@ def apply(
         >>> report = memrewrite.apply(model, "memory-plus", {"input_ids": torch.arange(8)[None]})
         >>> memrewrite.save(report.model, "rewritten")
     """
-    wanted, report_step = read_recipe(recipe), step or ignore
+    wanted = read_recipe(recipe)
     if isinstance(model, nn.Module):
         refuse_rewritten(model)
-    with StateGuard(model) as state, torch.enable_grad():
-        report = _applied(model, wanted, inputs, emit, allow_large, allow_inexact, report_step)
+    with Phases(step) as phases, StateGuard(model) as state, torch.enable_grad():
+        report = _applied(model, wanted, inputs, emit, allow_large, allow_inexact, phases)
         if report.model is model:
             state.release()  # the edit stays
     if report.plan.train == "memory_only":
@@ -183,23 +184,25 @@ def apply(
 
 
 def _applied(
-    model: Model, wanted: Recipe, inputs: Any, emit: Emit, allow_large: bool, allow_inexact: bool, step: Step
+    model: Model, wanted: Recipe, inputs: Any, emit: Emit, allow_large: bool, allow_inexact: bool, phases: Phases
 ) -> Report:
     """`apply`, in a guard of the model's state."""
     begun = time.perf_counter()
     if emit == "graph" and not is_traced(model):
-        model, look = look_at_export(model, inputs, allow_inexact, step)
+        model, look = look_at_export(model, inputs, allow_inexact, phases)
     else:
-        look = look_at(model, inputs, step)
+        look = look_at(model, inputs, phases)
+    phases("planning")
     planned = planned_for(model, look, wanted)
     if not allow_large:
         refuse_too_large(planned)
     size = _size(model)
-    done, graphs = _rewrite(model, planned, look, wanted, step)
+    done, graphs = _rewrite(model, planned, look, wanted, phases)
     if isinstance(model, ExportedProgram):
         done.model.eval()  # a program has no mode, and a new graph module would be in train mode, its layers too
     elif done.model is not model:
         _copy_modes(model, done.model)
+    phases.end()
     report = Report(
         plan=planned,
         checks=done.checks,
@@ -209,6 +212,7 @@ def _applied(
         after=planned.after(),
         seconds=time.perf_counter() - begun,
         scales=done.scales,
+        phases=tuple(phases.ended),
     ).of_model(done.model)
     refuse_failed(
         done.checks,
@@ -260,7 +264,3 @@ def _copy_modes(given: nn.Module, result: nn.Module) -> None:
 
 def _size(model: Model) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def ignore(_: str) -> None:
-    """Ignores progress messages."""

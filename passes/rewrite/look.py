@@ -25,6 +25,10 @@ Model = nn.Module | ExportedProgram
 Step = Callable[[str], None]  # receives the name of each stage as it begins
 
 
+def ignore(_: str) -> None:
+    """A `Step` that ignores the names."""
+
+
 class Look(NamedTuple):
     """A captured model with its located MLPs; `given` for a model that is rewritten as a graph."""
 

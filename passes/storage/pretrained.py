@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,7 @@ from memrewrite.passes.storage.tensor_files import INDEX
 
 log = logging.getLogger("memrewrite")
 
+_PARSING = threading.Lock()  # of gguf files: one at a time
 ADAPTER, WHOLE = "adapter_config.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz", ".pt2")
@@ -61,7 +65,7 @@ def load_pretrained(
     """
     gguf = gguf or _gguf_in(directory)
     where = str(directory / gguf if gguf else directory)
-    with quiet():
+    with quiet(), _parsed_once() if gguf else nullcontext():
         try:
             model, info = _from_gguf(directory / gguf) if gguf else _from_safetensors(directory, trust_code)
         except MemrewriteError:
@@ -72,7 +76,7 @@ def load_pretrained(
                 where=where,
                 hint="the files may be truncated or of another version: copy or download them again",
             ) from error
-    tokenizer = gguf_tokenizer(directory / gguf) if gguf and with_tokenizer else None
+        tokenizer = gguf_tokenizer(directory / gguf) if gguf and with_tokenizer else None
     if missing := sorted(info["missing_keys"]):
         log.warning("%d tensors are not in the files and start random: %s", len(missing), ", ".join(missing[:5]))
     return Pretrained(model, () if gguf else config_files_of(directory), tokenizer)
@@ -80,9 +84,6 @@ def load_pretrained(
 
 def _from_gguf(file: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model of a gguf file. Its config is made from the file's own metadata."""
-    if importlib.util.find_spec("gguf") is None:
-        hint = "pip install 'memrewrite[hf]'"
-        raise ModelError("the package 'gguf' is needed to load this model, and is not installed", hint=hint)
     from transformers import AutoModelForCausalLM
 
     loader: Any = AutoModelForCausalLM
@@ -90,6 +91,27 @@ def _from_gguf(file: Path) -> tuple[nn.Module, dict[str, Any]]:
     with _alone(file) as folder:
         loaded: tuple[nn.Module, dict[str, Any]] = loader.from_pretrained(folder, gguf_file=file.name, **options)
     return loaded
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside, a gguf file is parsed once. Raises `ModelError` if the package `gguf` is not installed.
+
+    transformers parses it for the config, again for the weights and again for the tokenizer, and builds the table of all names
+    for every module; it gets `gguf`'s functions by name at each of these calls.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        hint = "pip install 'memrewrite[hf]'"
+        raise ModelError("the package 'gguf' is needed to load this model, and is not installed", hint=hint)
+    import gguf
+
+    with _PARSING, ExitStack() as originals:
+        parsed, names = lru_cache(gguf.GGUFReader), lru_cache(gguf.get_tensor_name_map)
+        once = {"GGUFReader": lambda path: parsed(os.path.realpath(path)), "get_tensor_name_map": names}
+        for name, function in once.items():
+            originals.callback(setattr, gguf, name, getattr(gguf, name))
+            setattr(gguf, name, function)
+        yield
 
 
 def _from_safetensors(directory: Path, trust_code: bool) -> tuple[nn.Module, dict[str, Any]]:

@@ -20,12 +20,15 @@ from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.verify.evidence import RewrittenModel, checked, skipped
 from memrewrite.report import Check
 
+ROWS = 4096  # of a table that are searched at once for a value that is not zero: a table may have a billion values
+
 
 def gradient(after: RewrittenModel) -> Check:
     """Do the outputs depend on every layer, and does every new parameter get a finite gradient that is not all zeros?
 
     Zero-initialized matrices of layers are set to small random values for this check, and to zero after it. A layer whose
-    output is constant by its kind need not be reached.
+    output is constant by its kind need not be reached. Of a table the gradient of the rows that were read is computed, in place
+    of one of its whole size: it is zero elsewhere.
     """
     if after.on_meta:
         return skipped("gradient", "the model is on meta: there are no values to differentiate")
@@ -34,7 +37,7 @@ def gradient(after: RewrittenModel) -> Check:
     try:
         for p in required:
             p.requires_grad_()
-        with nonzero_layers(after), _without_updates(after) as queues:
+        with nonzero_layers(after), _gradients_of_rows(after) as queues:
             unreached, found, idle, read = _gradients(after, list(new))
             grads = [_entries(g, queues.get(p)) for p, g in zip(new, found, strict=True)]
     finally:
@@ -67,20 +70,28 @@ def _parameters_of(after: RewrittenModel, sites: Collection[str]) -> set[int]:
 
 
 @contextmanager
-def _without_updates(after: RewrittenModel) -> Iterator[dict[nn.Parameter, Pending]]:
-    """The queues of tables with fused updates, by their values; inside, they need no optimizer and update nothing."""
+def _gradients_of_rows(after: RewrittenModel) -> Iterator[dict[nn.Parameter, Pending]]:
+    """Inside, no table gets a dense gradient: it is row-sparse, or its factors are in a queue.
+
+    Tables of float16 are an exception: torch cannot add their row-sparse gradients on the CPU. Yields the queues of tables with
+    fused updates, by their values; inside, they need no optimizer and update nothing.
+    """
     tables = [m for module in after.new_modules() for m in module.modules() if isinstance(m, Table)]
     queues = {table.values: table.pending for table in tables if table.pending is not None}
     with ExitStack() as stack:
         for queue in queues.values():
             stack.enter_context(queue.tried())
+        for table in tables:
+            if table.gradient == "dense" and table.values.dtype != torch.float16:
+                stack.callback(setattr, table, "gradient", "dense")
+                table.gradient = "sparse"
         yield queues
 
 
 def _entries(grad: Tensor | None, queue: Pending | None) -> Tensor | None:
     """What must be finite and not all zeros: a dense gradient, the rows of a sparse one, or the sizes of fused updates."""
     if queue is None:
-        return grad._values() if grad is not None and grad.is_sparse else grad
+        return grad.coalesce().values() if grad is not None and grad.is_sparse else grad
     shares = [(f.weights * f.grad.norm(dim=-1, keepdim=True)).flatten() for f in queue.take()]
     return torch.cat(shares) if shares else None
 
@@ -89,7 +100,7 @@ def _entries(grad: Tensor | None, queue: Pending | None) -> Tensor | None:
 def nonzero_layers(after: RewrittenModel) -> Iterator[None]:
     """Zero-initialized matrices of new layers get small random values inside, and are zeroed on exit."""
     new = [p for module in after.new_modules() for p in module.parameters()]
-    zeros = [p for p in new if p.ndim >= 2 and not p.detach().any()]
+    zeros = [p for p in new if p.ndim >= 2 and not any(rows.any() for rows in torch.split(p.detach(), ROWS))]
     try:
         for p in zeros:
             nn.init.normal_(p, 0.0, 0.02, generator=torch.Generator(p.device).manual_seed(0))

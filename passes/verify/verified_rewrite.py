@@ -64,7 +64,7 @@ def rewrite_module(
     with evaluating(model):
         if not before.on_meta:
             warm_up(model, capture.inputs)
-        first, reached = before_editing(before, partial(_run_wrapped, before, probe), null_train)
+        first, reached = before_editing(before, partial(_run_wrapped, before, probe), null_train, step)
     if failed(first):
         return Rewrite(model, first)
     edit, scales = _substituted(before, probe.measured(), step)
@@ -78,10 +78,9 @@ def rewrite_module(
         locations=locations,
         fingerprints=prints,
     )
-    step("verifying")
     try:
         with evaluating(model):
-            checks = (*first, *verify(after))
+            checks = (*first, *verify(after, step))
     except BaseException:
         edit.revert()
         raise
@@ -119,7 +118,7 @@ def rewrite_graph(plan: Plan, capture: Capture, locations: LocatedSites, *, with
     checks: tuple[Check, ...] = ()
     if with_checks:
         step("verifying")
-        checks = verify_graph(result, layers, plan, capture, locations, start=start)
+        checks = verify_graph(result, layers, plan, capture, locations, start=start, step=step)
     else:
         start(measured_graph(plan, capture, locations) if plan.measured else {})
     return Rewrite(result, checks, tuple(scales))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -15,9 +15,10 @@ from memrewrite.passes.locate.located_sites import LocatedSites
 from memrewrite.passes.models.fingerprints import fingerprints
 from memrewrite.passes.models.forward import warm_up
 from memrewrite.passes.rewrite.edit_graph import copy_of, graph_module_of
+from memrewrite.passes.rewrite.look import Step, ignore
 from memrewrite.passes.rewrite.original_mlp import OriginalMLP
 from memrewrite.passes.verify.checks import CHECKS, untouched
-from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, checked, skipped
+from memrewrite.passes.verify.evidence import AfterEdit, BeforeEdit, RewrittenModel, checked, skipped
 from memrewrite.passes.verify.gradient_flow import reached
 from memrewrite.passes.verify.measured_mlps import run_originals
 from memrewrite.passes.verify.mlp_locality import locality
@@ -27,15 +28,31 @@ from memrewrite.report import Check
 
 log = logging.getLogger("memrewrite")
 
+Model = TypeVar("Model", bound=RewrittenModel)
 
-def verify(after: AfterEdit) -> tuple[Check, ...]:
+
+def verify(after: AfterEdit, step: Step = ignore) -> tuple[Check, ...]:
     """All checks after the edit, in order; only a failed *coverage* for a model that does not run any more.
 
-    The caller guards the model's state: as in `capture`, what the first forward changes stays for the checks.
+    `step` receives the name of each check as it begins. The caller guards the model's state: as in `capture`, what the first
+    forward changes stays for the checks.
     """
+    step(name_of(untouched))
     same = untouched(after)  # before the first forward, in which a model may change its own tensors
+    step("verifying")
     broken = _broken(after)
-    return (broken,) if broken else tuple(same if check is untouched else check(after) for check in CHECKS)
+    return (broken,) if broken else tuple(same if check is untouched else stepped(check, after, step) for check in CHECKS)
+
+
+def stepped(check: Callable[[Model], Check], after: Model, step: Step) -> Check:
+    """The outcome of a check; `step` receives its name before."""
+    step(name_of(check))
+    return check(after)
+
+
+def name_of(check: Callable[..., Check]) -> str:
+    """The name of the stage in which a check runs."""
+    return f"check {check.__name__}"
 
 
 def _broken(after: AfterEdit) -> Check | None:
@@ -57,6 +74,7 @@ def before_editing(
     before: BeforeEdit,
     run_wrapped: Callable[[bool], tuple[Any, dict[str, OriginalMLP]]],
     in_train_mode: Callable[[BeforeEdit], Check],
+    step: Step = ignore,
 ) -> tuple[tuple[Check, ...], frozenset[str]]:
     """The checks before the edit, in order, up to *null* if it fails; and the sites that the outputs depend on.
 
@@ -72,7 +90,10 @@ def before_editing(
         if check.outcome == "failed":
             return (check,), sites
         sites = reached(*run_wrapped(True))
-    return (check, in_train_mode(before), locality(before)), sites
+    step("check null_train")
+    trained = in_train_mode(before)
+    step(name_of(locality))
+    return (check, trained, locality(before)), sites
 
 
 def captured(capture: Capture) -> tuple[Check, ...]:
@@ -95,10 +116,12 @@ def verify_graph(
     after: Sequence[Callable[[AfterEdit], Check]] = CHECKS,
     *,
     start: Callable[[Mapping[str, Measured]], None] = lambda _: None,
+    step: Step = ignore,
 ) -> tuple[Check, ...]:
     """The checks of a graph that was rewritten to `result`, with `layers` by site path; `after` are those after the edit.
 
-    `start` receives what the MLPs do on the example inputs, by site path, before the checks after the edit.
+    `start` receives what the MLPs do on the example inputs, by site path, before the checks after the edit, and `step` the name
+    of each check as it begins.
     """
     segment = capture.segments[0]
     original = copy_of(graph_module_of(segment))
@@ -110,7 +133,7 @@ def verify_graph(
 
     one_mode = "a graph is checked as it was given: in one mode"
     before = BeforeEdit(original, plan, capture, locations)
-    first, sites = before_editing(before, run_wrapped, lambda _: skipped("null_train", one_mode))
+    first, sites = before_editing(before, run_wrapped, lambda _: skipped("null_train", one_mode), step)
     start(probe.measured())
     rewritten = AfterEdit(
         model=result,
@@ -122,4 +145,4 @@ def verify_graph(
         locations=locations,
         fingerprints=fingerprints(original),
     )
-    return (*captured(capture), *first, *(check(rewritten) for check in after))
+    return (*captured(capture), *first, *(stepped(check, rewritten, step) for check in after))

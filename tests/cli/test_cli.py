@@ -299,6 +299,20 @@ def test_apply_saves_what_inspect_reads(run: Callable[..., Any], tmp_path: Path)
     assert "damaged" in damaged.stderr
 
 
+def test_profile_prints_the_phases_of_the_whole_command(run: Callable[..., Any], tmp_path: Path) -> None:
+    done = run("apply", "model.py", "r.yaml", "-o", "out", "--profile")
+    assert done.exit_code == 0, done.output
+    rows = dict(re.findall(r"^(\S.*?)  +\d+\.\d\d s +(\d+\.\d\d) s$", done.stdout, re.MULTILINE))
+    assert {"loading the model", "capturing the model", "check frame", "writing the weights", "sum"} <= set(rows)
+    document = json.loads(run("apply", "model.py", "r.yaml", "--profile", "--json").stdout)
+    names = [phase["name"] for phase in document["phases"]]
+    assert names[:2] == ["reading the recipe", "loading the model"]
+    assert [phase["name"] for phase in document["report"]["phases"]] == names[2:]
+    document = json.loads(run("apply", "model.py", "r.yaml", "--json").stdout)
+    assert "phases" not in document
+    assert document["report"]["phases"]
+
+
 def test_apply_emits_a_graph(run: Callable[..., Any], tmp_path: Path) -> None:
     done = run("apply", "model.py", "r.yaml", "--emit", "graph", "-o", "out")
     assert done.exit_code == 0, done.stderr

