@@ -64,6 +64,20 @@ def _outcome(checks: dict[str, list[str]], name: str) -> str:
 HEAD = ("architecture", "captured", "found / truth", "substitutable by", "null, eval", "null, train", "inspect, s", "apply, s")
 
 
+RULES = """\
+What counts as an MLP: two matrices, or three with a gate, with a nonlinearity between them, that compute each token by itself
+and whose output is added to the residual stream that their input was taken from. Attention, heads, embeddings, routers,
+adapters (at most half as wide inside as outside) and projections between widths are none. Where a step of the stream first
+mixes tokens and has no residual sum before the matrices, these are an MLP only if they widen the stream inside:
+
+- after a convolution of each channel (depthwise), two pointwise convolutions that keep the width, or narrow it, belong to the
+  convolution: the local part of a vision block. Those that widen are the MLP of that block (ConvNeXt).
+- in a block of attention and MLP whose output one further linear projects into the stream, as hybrids share it among their
+  state-space layers, the matrices that widen are the MLP, and the projection stays. A chain of projections without
+  attention, or an attention's own nonlinear output projection, is none.
+"""
+
+
 def page(rows: list[Row], command: str) -> str:
     """The docs page."""
     total = totals(rows)
@@ -80,6 +94,8 @@ def page(rows: list[Row], command: str) -> str:
         "with zero output in parallel with every MLP: "
         + ", ".join(f"{n} {result}" for result, n in total["surgery"].items())
         + ".",
+        "",
+        *RULES.splitlines(),
         "",
         "| " + " | ".join(HEAD) + " |",
         "|" + "---|" * len(HEAD),

@@ -24,7 +24,7 @@ def example_size(node: fx.Node) -> int:
     return size_of(value, SAMPLE)
 
 
-def as_computed(_: fx.Node, value: Any) -> Any:
+def as_computed(_: fx.Node, value: Any, __: Mapping[fx.Node, Any]) -> Any:
     """The value itself."""
     return value
 
@@ -35,13 +35,14 @@ def evaluate(
     *,
     source: Callable[[fx.Node], Any] = example_size,
     read_only: Collection[fx.Node] = (),
-    result: Callable[[fx.Node, Any], Any] = as_computed,
+    result: Callable[[fx.Node, Any, Mapping[fx.Node, Any]], Any] = as_computed,
 ) -> dict[fx.Node, Any]:
     """All values known in the end: `known`, and those of `nodes` and of their inputs.
 
     `nodes` are `call_function` nodes in topological order; those in `known` are not computed. `source` returns the value of an
     input that is neither known nor computed. In-place ops write into copies of the values of `read_only` nodes. `result`
-    returns the value that later nodes read in place of the computed one. What an op raises is passed on.
+    returns the value that later nodes read in place of the computed one; it also gets the values known so far. What an op
+    raises is passed on.
     """
     values = dict(known)
     for node in nodes:
@@ -56,5 +57,5 @@ def evaluate(
         # A canonical graph has no `contiguous`: a view may have to copy.
         run = RESHAPE if target is VIEW else target
         args, kwargs = fx.map_arg(node.args, values.__getitem__), fx.map_arg(node.kwargs, values.__getitem__)
-        values[node] = result(node, run(*args, **kwargs))
+        values[node] = result(node, run(*args, **kwargs), values)
     return values

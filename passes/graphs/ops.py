@@ -71,7 +71,7 @@ class Op:
     affine: bool = False  # linear in each operand: two matrices with only such ops between them are no MLP
     picks: bool = False  # along an axis: gates, chooses or weighs, so that it may be an activation
     chooses: bool = False  # may choose experts
-    replayed: bool = False  # a choice that is kept fixed while one token is changed
+    replayed: bool = False  # a choice: its indices are kept fixed while one token is changed, and not the values at them
     looks_up: bool = False  # reads rows of a table
     weighs: bool = False  # computes the weights of experts
     elementwise: bool = False  # elementwise too, though of another kind
@@ -116,7 +116,7 @@ OPS: tuple[Op, ...] = (
     Op(Kind.ALONG, "max min median", axis=1, picks=True, replayed=True),  # a choice where the indices are read
     Op(Kind.ALONG, "glu", axis=1, default=-1, picks=True),
     Op(Kind.ALONG, "quantile", axis=2, picks=True),
-    Op(Kind.ALONG, "sort", axis=1, default=-1, picks=True, chooses=True),
+    Op(Kind.ALONG, "sort", axis=1, default=-1, picks=True, chooses=True, replayed=True),
     Op(Kind.ALONG, "topk kthvalue", axis=2, default=-1, picks=True, chooses=True, replayed=True),
     Op(Kind.ALONG, "argmax", axis=1, chooses=True, replayed=True),
     Op(Kind.CHANNEL_NORM, "batch_norm native_batch_norm group_norm native_group_norm instance_norm"),
@@ -127,8 +127,8 @@ OPS: tuple[Op, ...] = (
     Op(Kind.TRANSPOSED_CONVOLUTION, "conv_transpose1d conv_transpose2d conv_transpose3d"),
     # Blocks that update their stream by a recurrent cell instead of a sum (test row "recurrent cell").
     Op(Kind.GATED_SUM, "gru_cell", terms=SUM),
-    Op(Kind.CHOICE, "argsort one_hot nonzero", chooses=True),
-    Op(Kind.CHOICE, "multinomial", chooses=True, replayed=True),  # over the last axis
+    Op(Kind.CHOICE, "one_hot", chooses=True),
+    Op(Kind.CHOICE, "argsort nonzero nonzero_numpy multinomial", chooses=True, replayed=True),
     Op(Kind.LOOKUP, "embedding", looks_up=True),
     Op(Kind.FILL, "zeros_like ones_like full_like", elementwise=True, affine=True),
     Op(Kind.FILL, "new_zeros new_ones new_full"),

@@ -1,13 +1,13 @@
 """Whether a region works token by token, tried on values: one token of its input changes, no other token's output may move.
 
 For regions that reorder rows by their values, where `token_axes` cannot decide. Flow: the region's recorded nodes and their
-weights → the region runs on random tokens, or on the example's → `token_perturbation`, with the choice of experts kept fixed.
+weights → the region runs on random tokens, or on the example's → `token_perturbation`, with choices kept fixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -18,7 +18,7 @@ from memrewrite.passes.capture.operator_trace import captured_separately
 from memrewrite.passes.capture.segment import Segment
 from memrewrite.passes.graphs.evaluate import evaluate
 from memrewrite.passes.graphs.nodes import RecordedNode, inputs_of
-from memrewrite.passes.graphs.ops import op_name, op_of
+from memrewrite.passes.graphs.ops import Kind, axes_of, op_name, op_of
 from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.locate.recorded_graph import RecordedGraph, of_sizes_alone, origin_of
 from memrewrite.passes.locate.token_perturbation import Tokens, repeatable, run_repeatable, trial
@@ -61,7 +61,7 @@ def _mixes(recorded: RecordedGraph, region: Region) -> Rejection | None:
     if recorded.segment.own_segments is not None and (values := _example_values(recorded, outside)):
         x = values[origin]
         leaves |= {node: values[node] for node in outside if recorded.canonical_value(node) is not region.x}
-    chosen: dict[fx.Node, Any] = {}
+    chosen: dict[fx.Node, _Choice] = {}
 
     def call(given: Tensor) -> Tensor:
         try:
@@ -119,15 +119,37 @@ def _needed(recorded: RecordedGraph, region: Region) -> list[RecordedNode]:
     return sorted(needed, key=recorded.position.__getitem__)
 
 
-def _chooses_experts(node: fx.Node, tokens: int) -> bool:
-    """True if a node chooses along an axis that is not the `tokens` many tokens, and its indices are read."""
+def _is_choice(node: fx.Node) -> bool:
+    """True if a node returns indices, and they are read."""
     op = op_of(node)
     if op is None or not op.replayed:
-        return False
-    if not op.chooses and all(op_name(user) != "getitem" or user.args[1] != 1 for user in node.users):
-        return False  # a maximum whose place nobody reads, as in an activation
-    axis = node.args[op.axis] if op.axis is not None and len(node.args) > op.axis else -1
-    return isinstance(axis, int) and shape_of(node.all_input_nodes[0])[axis] != tokens
+        return False  # a maximum whose place nobody reads, as in an activation, is no choice
+    return op.chooses or any(op_name(user) == "getitem" and user.args[1] == 1 for user in node.users)
+
+
+class _Choice(NamedTuple):
+    """What a choice read and returned in the first run."""
+
+    read: Tensor
+    made: Any
+
+    def again(self, node: fx.Node, read: Tensor) -> Any:
+        """Its result in a later run, in which it reads `read`: always the same indices.
+
+        Where it chooses among tokens, with the values that are at these indices now: a kept value would hide that tokens mix.
+        Where each token chooses for itself, with the same values: they are weights, which a router may take from other tokens.
+        """
+        kept = tree_map(torch.clone, self.made)
+        op = op_of(node)
+        if isinstance(kept, Tensor) or op is None or op.kind is not Kind.ALONG:
+            return kept
+        (axis,) = axes_of(node, read.ndim)
+        moved = (read != self.read) & ~(read.isnan() & self.read.isnan())
+        if bool((moved.any(axis) == moved.all(axis)).all()):
+            return kept
+        indices = kept[1] if kept[1].ndim == read.ndim else kept[1].unsqueeze(axis)
+        values = read.take_along_dim(indices, axis)
+        return values.view_as(kept[1]), kept[1]
 
 
 def _output(
@@ -136,11 +158,12 @@ def _output(
     nodes: list[RecordedNode],
     leaves: dict[fx.Node, Tensor],
     x: Tensor,
-    chosen: dict[fx.Node, Any],
+    chosen: dict[fx.Node, _Choice],
 ) -> Tensor:
     """The region's output for `x`. The first call adds its choices to `chosen`; later calls use them again.
 
-    Routers may read several tokens, experts may not: only the experts are tried.
+    What is chosen may depend on several tokens: on how full an expert is, or on which tokens it prefers. What is computed of it
+    may not.
     """
 
     def source(node: fx.Node) -> Any:
@@ -151,12 +174,13 @@ def _output(
             return x.reshape([int(n) for n in node.meta["val"].shape])
         return torch.ones(shape_of(node), dtype=node.meta["val"].dtype, device=x.device)  # only helps to choose: any number
 
-    def result(node: fx.Node, value: Any) -> Any:
-        if not _chooses_experts(node, x.shape[:-1].numel()):
-            return value
+    def result(node: fx.Node, made: Any, values: Mapping[fx.Node, Any]) -> Any:
+        if not _is_choice(node):
+            return made
+        read = values[node.all_input_nodes[0]]
         if node not in chosen:
-            chosen[node] = tree_map(torch.clone, value)
-        return tree_map(torch.clone, chosen[node])
+            chosen[node] = _Choice(read.clone(), tree_map(torch.clone, made))
+        return chosen[node].again(node, read)
 
     known: dict[fx.Node, Any] = {**leaves}
     known |= {node: value for node in nodes if node not in leaves and (value := of_sizes_alone(node)) is not None}

@@ -24,6 +24,7 @@ from memrewrite.passes.graphs.ops import (
     is_pointwise,
     op_name,
 )
+from memrewrite.passes.graphs.shapes import shape_of
 from memrewrite.passes.regions.rejection import Rejection
 from memrewrite.passes.regions.residual_steps import spans_blocks
 from memrewrite.passes.regions.residual_stream import MAX_WALK, carries_features, returns_to_stream
@@ -178,10 +179,24 @@ def _checked(
     ordered = tuple(sorted(nodes, key=flow.order.__getitem__))
     region = Region(x, down, ordered, tuple(sorted(ups, key=flow.order.__getitem__)))
     rejection = _leak(region) or mixes_tokens(flow, ordered) or spans_blocks(flow, x, down, ordered, {*ups, down})
-    if rejection is None and not returns_to_stream(flow, x, down):
+    return rejection or _outside_the_stream(flow, region) or region
+
+
+def _outside_the_stream(flow: Dataflow, region: Region) -> Rejection | None:
+    """Reject a region that does not update its residual stream, or is a part of a step that mixes its tokens."""
+    width, *ends = (
+        shape_of(node)[-1] for node in (_node(region.down.args[0]), region.down, *(_node(up.args[1]) for up in region.ups))
+    )
+    if not returns_to_stream(flow, region.x, region.down):
         reason = "its output does not return to the residual stream that its input was taken from"
-        return Rejection("residual", reason, down)
-    return rejection or region
+        return Rejection("residual", reason, region.down)
+    if width <= min(ends) and not returns_to_stream(flow, region.x, region.down, tokenwise=True):
+        reason = (
+            f"tokens are mixed between the residual stream and its input, and its {width} inner features are no more than"
+            f" the {min(ends)} of the stream: these matrices are a part of what mixes the tokens"
+        )
+        return Rejection("residual", reason, region.down)
+    return None
 
 
 def _leak(region: Region) -> Rejection | None:

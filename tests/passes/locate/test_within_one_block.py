@@ -66,6 +66,21 @@ class DenseFirst(Dense):
         return each.sum(0).view(x.shape)
 
 
+class DenseAtOnce(Dense):
+    """The last einsum multiplies, weighs and sums."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bsef,efd,bse->bsd", self.hidden(x), self.down, self.router(x).softmax(-1))
+
+
+class DenseOfOne(Dense):
+    """Every expert computes every token; of the outputs one is kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = torch.einsum("bsef,efd->bsed", self.hidden(x), self.down)
+        return (each * F.one_hot(self.router(x).argmax(-1), each.shape[-2]).unsqueeze(-1)).sum(-2)
+
+
 class NoAttention(nn.Module):
     """A block of a norm and an MLP alone."""
 
@@ -84,7 +99,11 @@ def built(make: Callable[[], nn.Module], depth: int = 2) -> nn.Module:
 
 @pytest.mark.parametrize("block", [Block, NoAttention])
 @pytest.mark.parametrize(
-    ("mlp", "count"), [*((mlp, n) for mlp in (Dense, DenseGated) for n in (1, 2, 3, 4)), *((DenseFirst, n) for n in (2, 3, 4))]
+    ("mlp", "count"),
+    [
+        *((mlp, n) for mlp in (Dense, DenseGated) for n in (1, 2, 3, 4)),
+        *((mlp, n) for mlp in (DenseFirst, DenseAtOnce, DenseOfOne) for n in (2, 3, 4)),
+    ],
 )
 def test_a_dense_mixture_is_one_site_a_block(block: Any, count: int, mlp: Any) -> None:
     located = memrewrite.inspect(built(lambda: block(mlp(count)), 3), ids())
@@ -92,6 +111,14 @@ def test_a_dense_mixture_is_one_site_a_block(block: Any, count: int, mlp: Any) -
         (f"blocks.{i}.mlp", "moe", 24) for i in range(3)
     ]
     assert all(len(site.parameters) == 4 and site.bindings[0].kind == "module" for site in located.sites)
+
+
+@pytest.mark.parametrize("mlp", [Dense, DenseGated, DenseAtOnce])
+def test_one_dense_mixture_in_every_block_is_one_site(mlp: Any) -> None:
+    torch.manual_seed(0)
+    tied = mlp(2)
+    located = memrewrite.inspect(built(lambda: NoAttention(tied), 3), ids())
+    assert [(site.path, site.pattern, site.calls) for site in located.sites] == [("blocks.0.mlp", "moe", 3)]
 
 
 @pytest.mark.parametrize("block", [Block, NoAttention])

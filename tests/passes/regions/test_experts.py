@@ -102,18 +102,6 @@ def test_a_replaced_mixture_whose_router_is_outside() -> None:
     assert not any(".experts.up" in name for name in model.state_dict())
 
 
-class ExpertsChoose(Experts):
-    """Every expert chooses its tokens, among all: what a token gets depends on the others."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, D)
-        weights, token = self.router(flat).softmax(-1).topk(3, 0)  # [3, experts]: over the tokens
-        out = torch.zeros_like(flat)
-        for e in range(EXPERTS):
-            out = out.index_add(0, token[:, e], self.expert(e, flat[token[:, e]]) * weights[:, e, None])
-        return out.view(x.shape)
-
-
 class Swapped(AllExperts):
     """A mixture whose rows are put back in another order."""
 
@@ -121,9 +109,8 @@ class Swapped(AllExperts):
         return super().forward(x).flip(1)
 
 
-@pytest.mark.parametrize("mlp", [ExpertsChoose, Swapped])
-def test_what_mixes_tokens_is_no_mixture(mlp: Callable[[], nn.Module]) -> None:
-    sites = memrewrite.inspect(stack(lambda: Block(mlp())), ids()).sites
+def test_what_mixes_tokens_is_no_mixture() -> None:
+    sites = memrewrite.inspect(stack(lambda: Block(Swapped())), ids()).sites
     assert all(site.pattern != "moe" and site.calls == 1 for site in sites)  # an expert by itself may be an MLP of its tokens
 
 
