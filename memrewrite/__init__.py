@@ -42,11 +42,17 @@ def _register_operators() -> None:
 
 def _register_config() -> None:
     """Directories that transformers wrote of rewritten models name a `model_type` that it must know to load them."""
-    import_module("memrewrite.passes.storage.rewritten_model").register()
+    import_module("memrewrite.passes.storage.rewritten_model").register_config()
+
+
+def _register_change() -> None:
+    """These directories also name what places the layers."""
+    import_module("memrewrite.passes.storage.rewritten_model").register_change()
 
 
 when_imported("torch", _register_operators)
 when_imported("transformers.models.auto.configuration_auto", _register_config)
+when_imported("transformers.quantizers.auto", _register_change)
 
 _MODULES = {
     "LazyAdam": "memrewrite.lazy_adam",

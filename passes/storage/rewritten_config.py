@@ -1,8 +1,9 @@
 """A config of transformers that carries a rewrite, so that whatever transformers saves can be loaded as rewritten again.
 
-Flow of saving: `carry` gives a rewritten model such a config → `save_pretrained`, trainers and hubs write it: config.json with
-the `model_type` "memrewrite", the type of the base, the plan, and the graphs of modules that became graphs. transformers alone
-does not know that type, and refuses to load a model without its memory. Flow of loading: `rewritten_model`.
+Flow of saving: `carry` gives a rewritten model such a config → `save_pretrained`, trainers and hubs write it. config.json
+then has the `model_type` "memrewrite", which transformers alone does not know, so that it does not load the model without its
+memory. In it are the base's own fields, and with them the rewrite, in the field for changes that are made before weights are
+loaded: `quantization_config`. Flow of loading: `rewritten_model`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import nn
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
 
-TYPE = "memrewrite"  # `model_type` in config.json, and the field that has the rewrite
+TYPE = "memrewrite"  # `model_type` in config.json, the field that has the base's config, and the method of the change
+CHANGE = "quantization_config"
 AUTO_FILE, AUTO_CLASS = "memrewrite_auto", "MemrewriteConfig"
 _AUTO_SOURCE = f'''"""Makes transformers load the memory layers: with `trust_remote_code=True`, or after `import memrewrite`."""
 
@@ -40,7 +42,11 @@ def carry(model: nn.Module, record: RewriteRecord, done: Callable[[Callable[[], 
     if not is_transformers_model(model):
         return
     config: Any = model.config
-    carrying = with_rewrite(copy.copy(config), _data_of(record))
+    carrying = copy.copy(config)
+    if not isinstance(config, _Carrying):
+        base: Any = type(config)
+        carrying.__class__ = _carrying_class(base)
+    carrying.__dict__[_FIELD] = rewrite_data(record)
     for module in model.modules():
         if vars(module).get("config") is config:
             module.config = carrying
@@ -52,45 +58,28 @@ def is_transformers_model(model: nn.Module) -> bool:
     return type(model).__module__.startswith("transformers.") and hasattr(model, "config")
 
 
-def carried(config: Any) -> RewriteRecord | None:
-    """The record that a config carries; None for other configs."""
-    data = vars(config).get(_FIELD) if isinstance(config, _Carrying) else None
-    return None if data is None else record_from(data)
-
-
-def base_data(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A parsed config.json as transformers would write it for the base: without the rewrite."""
-    if not is_rewritten(data):
-        return dict(data)
-    others = {key: value for key, value in data.items() if key not in (TYPE, "auto_map")}
-    return others | {"model_type": data[TYPE].get("model_type")}
-
-
 def is_rewritten(data: Any) -> bool:
     """True for a parsed config.json that carries a rewrite."""
     return isinstance(data, Mapping) and data.get("model_type") == TYPE and isinstance(data.get(TYPE), Mapping)
 
 
-def with_rewrite(config: Any, data: Mapping[str, Any]) -> Any:
-    """`config`, of the base, as one that carries the rewrite in `data`, the field of a parsed config.json."""
-    if not isinstance(config, _Carrying):
-        base: Any = type(config)
-        config.__class__ = carrying_class(base)
-    config.__dict__[_FIELD] = {key: value for key, value in data.items() if key != "model_type"}
-    return config
+def base_data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A parsed config.json as transformers would write it for the base, without the rewrite."""
+    return {key: value for key, value in data[TYPE].items() if key != CHANGE} if is_rewritten(data) else dict(data)
+
+
+def rewrite_data(record: RewriteRecord) -> dict[str, Any]:
+    """What of a record is in a config: plain data."""
+    graphs = None if record.graphs is None else json.loads(record.graphs)
+    plan = Plan.model_validate_json(record.plan)  # complete: a plan of an earlier version lacks fields
+    return {"quant_method": TYPE, "plan": plan.model_dump(mode="json"), "recipe": record.recipe, "graphs": graphs}
 
 
 def record_from(data: Mapping[str, Any]) -> RewriteRecord:
-    """The record in the field of a config. It may come from a file: readers of its parts check them."""
+    """The record in a config. It may come from a file: readers of its parts check them."""
     graphs = data.get("graphs")
     text = None if graphs is None else json.dumps(graphs, indent=1)
     return RewriteRecord(plan=json.dumps(data.get("plan"), indent=1), recipe=data.get("recipe"), graphs=text)
-
-
-def _data_of(record: RewriteRecord) -> dict[str, Any]:
-    graphs = None if record.graphs is None else json.loads(record.graphs)
-    plan = Plan.model_validate_json(record.plan)  # complete: a plan of an earlier version lacks fields
-    return {"plan": plan.model_dump(mode="json"), "recipe": record.recipe, "graphs": graphs}
 
 
 class _Carrying:
@@ -107,8 +96,9 @@ class _Carrying:
         data = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
         rewrite = vars(self).get(_FIELD)
         if rewrite is not None:
-            data[TYPE] = {"model_type": data["model_type"], **rewrite}
-            data |= {"model_type": TYPE, "auto_map": {"AutoConfig": f"{AUTO_FILE}.{AUTO_CLASS}"}}
+            kept = {key: data[key] for key in ("architectures", "transformers_version") if key in data}
+            auto = {"AutoConfig": f"{AUTO_FILE}.{AUTO_CLASS}"}
+            data = {**kept, "model_type": TYPE, "auto_map": auto, TYPE: {**data, CHANGE: rewrite}}
             Path(json_file_path).with_name(f"{AUTO_FILE}.py").write_text(_AUTO_SOURCE, encoding="utf-8")
         Path(json_file_path).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -117,14 +107,16 @@ class _Carrying:
 
 
 def _restored(base: Any, fields: dict[str, Any]) -> Any:
-    config: Any = object.__new__(carrying_class(base))
+    config: Any = object.__new__(_carrying_class(base))
     config.__dict__.update(fields)
     return config
 
 
 @cache
-def carrying_class(base: Any) -> Any:
-    """The class of configs of the class `base` that carry a rewrite. It has the name of the base, by which transformers
-    finds tokenizers and processors."""
+def _carrying_class(base: Any) -> Any:
+    """The class of configs of the class `base` that carry a rewrite.
+
+    It has the name of the base, by which transformers finds models, tokenizers and processors.
+    """
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(base.__name__, (_Carrying, base), {**names, "base": base})

@@ -1,15 +1,13 @@
-"""Loads what transformers saved of a rewritten model, by transformers' own classes: `AutoModel...from_pretrained`, pipelines.
+"""Loads what transformers saved of a rewritten model, by transformers' own functions: `from_pretrained`, pipelines.
 
-Flow: config.json → `MemrewriteConfig`, registered for the type "memrewrite" → a config of the base that carries the rewrite →
-for its class, every auto class gets a subclass of the base's model class → its constructor builds the base, then places the
-layers of the plan, on meta or not, before transformers loads the weights.
+Flow: config.json → the config of the base, with the rewrite as its `quantization_config` → transformers builds the base on
+meta, and calls the "quantizer" of that method before it loads weights → the layers of the plan are placed → weights. Nothing
+of that field is left in the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +19,20 @@ from memrewrite.passes.sources.hugging_face import needed_architecture, quiet
 from memrewrite.passes.sources.json_text import parse_json
 from memrewrite.passes.storage.base_model import CONFIG
 from memrewrite.passes.storage.graph_json import hosts_from_json
-from memrewrite.passes.storage.rewritten_config import TYPE, base_data, carried, is_rewritten, with_rewrite
+from memrewrite.passes.storage.rewritten_config import CHANGE, TYPE, base_data, is_rewritten, record_from
 from memrewrite.passes.storage.saved_plan import plan_from
 from memrewrite.passes.storage.unwrapped import set_record
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
 from memrewrite.training import freeze
 
-_building = ContextVar("_building", default=False)  # in the constructor of a rewritten model
 
-
-@cache
-def auto_config() -> type:
-    """The class that transformers reads a config.json of the type "memrewrite" with. No object of it exists."""
+def register_config() -> None:
+    """Make transformers read the config.json of rewritten models."""
     import transformers
 
     class MemrewriteConfig(transformers.PreTrainedConfig):  # type: ignore[no-untyped-call]
-        """Its `from_dict` returns a config of the base, which carries the rewrite."""
+        """Reads config.json. No object of this class exists: `from_dict` returns a config of the base."""
 
         model_type = TYPE
 
@@ -46,74 +41,53 @@ def auto_config() -> type:
             """Raises `CheckpointError` for a rewrite of a model type that transformers does not have."""
             return _config_from(config_dict, kwargs)
 
-    return MemrewriteConfig
+    transformers.AutoConfig.register(TYPE, MemrewriteConfig)
 
 
-def register() -> None:
-    """Make transformers' auto classes load rewritten models."""
-    import transformers
+def register_change() -> None:
+    """Make transformers place the layers before it loads weights."""
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    transformers.AutoConfig.register(TYPE, auto_config(), exist_ok=True)
+    class Rewrite(QuantizationConfigMixin):
+        """The rewrite, as a change that is made to a model before its weights are loaded."""
+
+        def __init__(self, **data: Any) -> None:
+            self.quant_method, self.data = TYPE, data
+
+        def to_dict(self) -> dict[str, Any]:
+            return {**self.data, "quant_method": TYPE}
+
+    class Rewriter(HfQuantizer):  # type: ignore[misc, no-untyped-call]
+        """Makes that change."""
+
+        is_trainable = True
+
+        def is_serializable(self, **_: Any) -> bool:
+            return True
+
+        def preprocess_model(self, model: Any, **_: Any) -> None:
+            _rewrite(model, record_from(self.quantization_config.data))
+
+        def postprocess_model(self, model: Any, **_: Any) -> None:
+            del model.hf_quantizer
+
+    register_quantization_config(TYPE)(Rewrite)
+    register_quantizer(TYPE)(Rewriter)
 
 
 def _config_from(data: dict[str, Any], options: dict[str, Any]) -> Any:
     import transformers
 
     if not is_rewritten(data):
-        raise CheckpointError(f"config.json has no field {TYPE!r} with the plan", hint="save the model again")
-    fields = base_data(data)
-    name = str(fields["model_type"])
+        raise CheckpointError(f"config.json has no field {TYPE!r} with the config of the base", hint="save the model again")
+    fields = data[TYPE]
+    name = str(fields.get("model_type"))
     if name not in list(transformers.CONFIG_MAPPING):
         what = f"the model was rewritten from the type {name!r}, which transformers {transformers.__version__} does not have"
         raise CheckpointError(what, hint="upgrade transformers")
-    found = transformers.CONFIG_MAPPING[name].from_dict(fields, **options)
-    config, *unused = found if isinstance(found, tuple) else (found,)
-    config = with_rewrite(config, data[TYPE])
-    kind: Any = type(config)
-    _register_models(kind)
-    return (config, *unused) if unused else config
-
-
-@cache
-def _register_models(kind: Any) -> None:
-    """Register model classes for a class of configs that carry a rewrite, with every auto class that has one for its base."""
-    for mapping in _mappings():
-        if kind.base in mapping:
-            found = mapping[kind.base]
-            several = isinstance(found, (tuple, list))
-            mapping.register(kind, tuple(map(model_class, found)) if several else model_class(found), exist_ok=True)
-
-
-def _mappings() -> Iterator[Any]:
-    from transformers.models.auto import modeling_auto
-
-    for auto in vars(modeling_auto).values():
-        mapping = vars(auto).get("_model_mapping") if isinstance(auto, type) else None
-        if mapping is not None:
-            yield mapping
-
-
-@cache
-def model_class(base: Any) -> Any:
-    """A subclass of a model class whose constructor builds the rewritten model, as an object of `base` itself.
-
-    A model with a head may build the model without it by an auto class: the outermost places all layers.
-    """
-
-    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        outermost = not _building.get()
-        token = _building.set(True)
-        try:
-            base.__init__(self, config, *args, **kwargs)
-        finally:
-            _building.reset(token)
-        self.__class__ = base  # it can be pickled, and nothing sees another class
-        record = carried(config)
-        if outermost and record is not None:
-            _rewrite(self, record)
-
-    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(base.__name__, (base,), {**names, "__init__": init})
+    return transformers.CONFIG_MAPPING[name].from_dict(fields, **options)
 
 
 def _rewrite(model: Any, record: RewriteRecord) -> None:
@@ -124,8 +98,8 @@ def _rewrite(model: Any, record: RewriteRecord) -> None:
     if constants:
         what = f"{len(constants)} constants of graphs are not in files that transformers writes: {', '.join(constants[:3])}"
         raise CheckpointError(what, hint="save with memrewrite.save, and load with memrewrite.load")
-    on_meta = any(p.is_meta for p in model.parameters())
-    substitute(model, plan, hosts=hosts, initialise=not on_meta).commit()
+    substitute(model, plan, hosts=hosts, initialise=False).commit()
+    del model.config.quantization_config
     set_record(model, RewriteRecord(plan=plan.model_dump_json(indent=1), recipe=record.recipe, graphs=record.graphs))
     if plan.train == "memory_only":
         freeze(model)
@@ -181,12 +155,11 @@ def load_rewritten(directory: Path, data: Mapping[str, Any]) -> nn.Module:
     `ModelError` for a config of which no model can be built.
     """
     found = needed_architecture(base_data(data), directory / CONFIG)
+    found.config.quantization_config = {**(data[TYPE].get(CHANGE) or {}), "quant_method": TYPE}
     options = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    config = with_rewrite(found.config, data[TYPE])
-    kind: Any = model_class(found.kind)
     with quiet():
         try:
-            model, info = kind.from_pretrained(directory, config=config, **options)
+            model, info = found.kind.from_pretrained(directory, config=found.config, **options)
         except MemrewriteError:
             raise
         except Exception as error:  # transformers raises many classes, and passes on those of torch and safetensors

@@ -73,6 +73,12 @@ def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
         run_page(DOCS / "tutorial.md", commands)
 
 
+@pytest.mark.parametrize("page", named(sorted((DOCS / "working-with").glob("*.md"))))
+def test_the_code_with_another_library_runs_as_printed(page: Path, tmp_path: Path) -> None:
+    with Commands(tmp_path) as commands:
+        run_page(page, commands)
+
+
 @pytest.mark.parametrize("page", named(sorted((DOCS / "how-to").glob("*.md"))))
 def test_the_example_of_a_how_to_page_works(page: Path, tmp_path: Path) -> None:
     """Its changes are made in a copy of the package, and its commands run with that copy."""

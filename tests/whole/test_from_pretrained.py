@@ -258,13 +258,24 @@ def test_a_copy_is_saved_with_its_memory(copier: Any, tmp_path: Path) -> None:
     assert torch.equal(tiny.values_of(loaded, inputs), tiny.values_of(model, inputs))
 
 
-def test_a_model_from_the_config_alone_has_initialized_layers(tmp_path: Path) -> None:
-    model, inputs = rewritten("llama")
+def test_the_class_itself_loads_the_memory(tmp_path: Path) -> None:
+    for placement in PLACEMENTS:
+        model, inputs = rewritten("llama", placement)
+        model.save_pretrained(tmp_path / placement)
+        loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / placement)
+        assert torch.equal(tiny.values_of(loaded, inputs), tiny.values_of(model, inputs))
+
+
+def test_nothing_of_a_quantization_is_left(tmp_path: Path) -> None:
+    model, _ = rewritten("llama")
     model.save_pretrained(tmp_path)
-    built = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
-    assert set(built.state_dict()) == set(model.state_dict())
-    assert tiny.values_of(built, inputs).isfinite().all()
-    assert built.memory.shared.values.std() > 0
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert getattr(loaded, "hf_quantizer", None) is None
+    assert not getattr(loaded, "is_quantized", False)
+    assert not hasattr(loaded.config, "quantization_config")
+    assert "quantization_config" not in loaded.config.to_dict()
+    loaded.half()
+    loaded.to(torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
@@ -314,14 +325,14 @@ def _damage(folder: Path, change: Any) -> None:
 
 
 DAMAGES = {
-    "no plan": lambda d: d["memrewrite"].pop("plan"),
-    "a plan of another model": lambda d: d["memrewrite"]["plan"]["substitutions"][0]["site"]["bindings"][0].update(
-        exit="nothing"
-    ),
-    "a pool without limits": lambda d: d["memrewrite"]["plan"]["pools"]["shared"].update(keys=2**40),
+    "no plan": lambda d: d["memrewrite"]["quantization_config"].pop("plan"),
+    "a plan of another model": lambda d: d["memrewrite"]["quantization_config"]["plan"]["substitutions"][0]["site"]["bindings"][
+        0
+    ].update(exit="nothing"),
+    "a pool without limits": lambda d: d["memrewrite"]["quantization_config"]["plan"]["pools"]["shared"].update(keys=2**40),
     "an unknown base": lambda d: d["memrewrite"].update(model_type="nonsense"),
     "no base": lambda d: d["memrewrite"].pop("model_type"),
-    "text for a plan": lambda d: d["memrewrite"].update(plan="nothing"),
+    "text for a plan": lambda d: d["memrewrite"]["quantization_config"].update(plan="nothing"),
 }
 
 
