@@ -7,6 +7,7 @@ file → all in a temporary directory next to the target, which takes its place 
 from __future__ import annotations
 
 import io
+import logging
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,18 @@ from memrewrite.atomic_write import replacing
 from memrewrite.output_target import saved_directory
 from memrewrite.passes.capture.torch_export import BATCH_AND_SEQUENCE, export_program
 from memrewrite.passes.models.forward import Inputs
-from memrewrite.passes.storage.base_model import Base, base_of
+from memrewrite.passes.sources.hugging_face import Architecture
+from memrewrite.passes.storage.base_check import differences
+from memrewrite.passes.storage.base_model import CONFIG, Base, base_of
+from memrewrite.passes.storage.graph_json import hosts_from_json
 from memrewrite.passes.storage.load import GRAPH, RECORD
 from memrewrite.passes.storage.manifest import MANIFEST, write_manifest
 from memrewrite.passes.storage.tensor_files import named_once, save_tensors, save_transient
 from memrewrite.passes.storage.unwrapped import unwrapped
+from memrewrite.plans import Plan
+from memrewrite.record import RewriteRecord
+
+log = logging.getLogger("memrewrite")
 
 
 def save(
@@ -46,8 +54,8 @@ def save(
             own (torch.compile, DDP, a trainer's module) the model inside is saved.
         directory: a new or empty directory; missing parents are created. It appears when all files are complete; after an
             error everything is as before.
-        source: how `load` builds the base again. Without it, a Hugging Face model is built from its config, and any other
-            base must be passed to `load`. `memrewrite apply` passes it.
+        source: how `load` builds the base again. Without it, a Hugging Face model is built from its config, if that builds this
+            model; any other base must be passed to `load`, and a warning says what was changed. `memrewrite apply` passes it.
         overwrite: replace a directory that `save` wrote, with all files in it.
         overwrite_any: the same directory again: replace it with all files in it, whatever they are.
         step: receives a line before each step.
@@ -62,7 +70,7 @@ def save(
     """
     target, report_step = saved_directory(directory, overwrite=overwrite, overwrite_any=overwrite_any), step or (lambda _: None)
     model, record = unwrapped(model)
-    base = source or base_of(model)
+    base = source or _base(model, record)
     tied: dict[str, str] = {}
     with replacing(target) as folder:
         folder.mkdir()
@@ -83,6 +91,23 @@ def save(
         write_manifest(folder, base, tied)
         _set_default_permissions(folder)
     return target.path
+
+
+def _base(model: nn.Module, record: RewriteRecord) -> Base:
+    """The base of a live model: its config, if that builds this model again; else the user must pass it to `load`."""
+    base = base_of(model)
+    if base.kind == "huggingface":
+        found = Architecture(type(model), model.config, Path(CONFIG))
+        hosts = hosts_from_json(record.graphs, trust_code=True) if record.graphs else {}
+        changes = differences(model, found, Plan.model_validate_json(record.plan), hosts)
+        if changes:
+            log.warning(
+                "the model is not what its config builds: %s%s; to load it, pass the base: memrewrite.load(directory, model)",
+                "; ".join(changes[:3]),
+                f"; {len(changes) - 3} more" if len(changes) > 3 else "",
+            )
+            return Base("given")
+    return base
 
 
 def _set_default_permissions(folder: Path) -> None:

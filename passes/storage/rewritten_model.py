@@ -54,24 +54,26 @@ def register_change() -> None:
         """The rewrite, as a change that is made to a model before its weights are loaded."""
 
         def __init__(self, **data: Any) -> None:
-            self.quant_method, self.data = TYPE, data
+            self.data: dict[str, Any] = data
+            self.quant_method = TYPE  # type: ignore[assignment]
 
         def to_dict(self) -> dict[str, Any]:
             return {**self.data, "quant_method": TYPE}
 
-    class Rewriter(HfQuantizer):  # type: ignore[misc, no-untyped-call]
+    class Rewriter(HfQuantizer):
         """Makes that change."""
 
-        is_trainable = True
+        def preprocess_model(self, model: Any, dtype: Any = None, **_: Any) -> None:
+            change: Any = self.quantization_config
+            _rewrite(model, record_from(change.data))
+
+        def postprocess_model(self, model: Any, **_: Any) -> None:
+            del model.hf_quantizer
 
         def is_serializable(self, **_: Any) -> bool:
             return True
 
-        def preprocess_model(self, model: Any, **_: Any) -> None:
-            _rewrite(model, record_from(self.quantization_config.data))
-
-        def postprocess_model(self, model: Any, **_: Any) -> None:
-            del model.hf_quantizer
+        is_trainable = True
 
     register_quantization_config(TYPE)(Rewrite)
     register_quantizer(TYPE)(Rewriter)

@@ -369,3 +369,83 @@ def test_a_class_of_the_user_is_not_carried(tmp_path: Path) -> None:
     model: nn.Module = Subclass(tiny.named("llama")[0].config).eval()
     memrewrite.apply(model, tiny.recipe("parallel", verify="off"), tiny.named("llama")[1])
     assert type(model.config) is transformers.LlamaConfig
+
+
+# ----------------------------------------------------------------------------------------- models changed by hand
+
+
+def _another_activation(model: Any) -> None:
+    for layer in model.model.layers:
+        del layer.mlp.act_fn
+        layer.mlp.act_fn = torch.relu
+
+
+def _another_module(model: Any) -> None:
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+
+
+def _another_setting(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.LeakyReLU(0.3)
+
+
+def _new_head(model: Any) -> None:
+    model.lm_head = nn.Linear(tiny.WIDTH, 5)
+
+
+def _fewer_layers(model: Any) -> None:
+    del model.model.layers[0]
+
+
+def _weight_norm(model: Any) -> None:
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
+
+
+def _pruned(model: Any) -> None:
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(model.model.layers[0].self_attn.q_proj, "weight", amount=0.5)
+
+
+def _added(model: Any) -> None:
+    model.model.extra = nn.Linear(3, 3)
+
+
+def _lora(model: Any) -> None:
+    import peft
+
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+
+HAND = [_another_activation, _another_module, _another_setting, _new_head, _fewer_layers, _weight_norm, _pruned, _added, _lora]
+
+
+@pytest.mark.parametrize("change", HAND, ids=lambda change: change.__name__.strip("_"))
+def test_a_model_that_its_config_does_not_build(change: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Saving says that the base is needed to load it, and with the base it is the same model."""
+    model, inputs = CASES["llama"][0](), CASES["llama"][1]()
+    change(model)
+    memrewrite.apply(model, tiny.recipe("parallel", verify="off", where={"layers": [0, 1]}), inputs)
+    tiny.open_up(model)
+    with caplog.at_level("WARNING", "memrewrite"):
+        memrewrite.save(model, tmp_path / "saved")
+    assert "not what its config builds" in caplog.text
+    with pytest.raises(memrewrite.MemrewriteError, match="base model"):
+        memrewrite.load(tmp_path / "saved")
+    base = CASES["llama"][0]()
+    change(base)
+    assert torch.equal(tiny.values_of(memrewrite.load(tmp_path / "saved", base), inputs), tiny.values_of(model, inputs))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_config_builds_every_model_that_nothing_changed(
+    name: str, placement: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = rewritten(name, placement)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    memrewrite.save(model.half() if name == "llama" else model, tmp_path / "saved")
+    assert "not what its config builds" not in caplog.text
