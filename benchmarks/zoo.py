@@ -1,6 +1,7 @@
 """Every architecture of the zoo: which of its MLPs are found, how they can be substituted, and which checks pass.
 
     python benchmarks/zoo.py [NAMES] [--every N] [--keep JSON] [--zoo FOLDER] [--jobs 2] [--json OUT] [--table docs/zoo.md]
+        [--chain JSONL]
 
 The zoo (`zoo.py`, and `score.py`, which compares findings with the ground truth) is a folder next to the repository, or the
 folder in MEMREWRITE_ZOO. For each architecture, MLPs are located, and a memory layer with zero output is added in parallel with
@@ -211,6 +212,7 @@ def main() -> int:
         "--keep", type=Path, metavar="JSON", help="JSON of an earlier run: its rows are used for architectures not named now"
     )
     parser.add_argument("--table", type=Path, metavar="PAGE", help="write the docs page")
+    parser.add_argument("--chain", type=Path, metavar="JSONL", help="results of the zoo's chain.py, for the page")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     zoo, score = load(args.zoo)
@@ -236,7 +238,9 @@ def main() -> int:
     if args.table:
         subset = "" if len(names) == len(zoo.CASES) else f" --every {args.every}" if args.every > 1 else " " + " ".join(names)
         subset += " --keep JSON" if args.keep else ""  # some rows are of an earlier run
-        args.table.write_text(page(rows, f"python benchmarks/zoo.py{subset} --table docs/zoo.md"), encoding="utf-8")
+        subset += " --chain JSONL" if args.chain else ""
+        chain = [json.loads(line) for line in args.chain.read_text(encoding="utf-8").splitlines()] if args.chain else []
+        args.table.write_text(page(rows, f"python benchmarks/zoo.py{subset} --table docs/zoo.md", chain), encoding="utf-8")
     return 1 if totals(rows)["wrong"] else 0
 
 

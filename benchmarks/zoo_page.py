@@ -78,8 +78,57 @@ mixes tokens and has no residual sum before the matrices, these are an MLP only 
 """
 
 
-def page(rows: list[Row], command: str) -> str:
-    """The docs page."""
+STAGES = {
+    "locate": "every MLP of the ground truth is found",
+    "parallel": "layers in parallel with every MLP, with zero output: outputs are bit-equal",
+    "replace": "layers replace MLPs, with all checks",
+    "train": "five steps with dense gradients",
+    "fused": "five steps with fused updates",
+    "saveload": "`save`, and `load` in a process that has not seen the model: bit-equal",
+    "hf": "`save_pretrained` and `from_pretrained`",
+    "generate": "`generate`: the original's tokens in parallel; with and without cache",
+    "compile": "`torch.compile(fullgraph=True)`",
+    "export": "`torch.export`",
+    "deepcopy": "a copy is independent",
+    "onnx": "export, and ONNX Runtime's outputs",
+    "emit": '`emit="graph"`: the exported program rewritten, bit-equal to the original',
+}
+OUTCOMES = {
+    "ok": "ok",
+    "base": "the original cannot",
+    "na": "does not apply",
+    "skip": "needs a stage that failed",
+    "fail": "failed",
+    "timeout": "too slow",
+    "crash": "crashed",
+}
+
+
+def chain_section(results: list[Row]) -> list[str]:
+    """The lines of the page on the whole chain: how often each stage had each outcome; and what failed."""
+    counts = {stage: Counter(str(row["stages"].get(stage, {}).get("status", "crash")) for row in results) for stage in STAGES}
+    seen = [outcome for outcome in OUTCOMES if any(count[outcome] for count in counts.values())]
+    wrong = [
+        f"- `{row['case']}`, {stage}: {row['stages'][stage].get('reason', '')[:200]}"
+        for row in results
+        for stage in STAGES
+        if row["stages"].get(stage, {}).get("status", "crash") in ("fail", "timeout", "crash")
+    ]
+    return [
+        "",
+        "## The whole chain",
+        "",
+        f"The zoo's `chain.py` on {len(results)} architectures: how many models each stage works for.",
+        "",
+        "| stage | what | " + " | ".join(OUTCOMES[outcome] for outcome in seen) + " |",
+        "|" + "---|" * (len(seen) + 2),
+        *(f"| {s} | {what} | " + " | ".join(str(counts[s][o] or "") for o in seen) + " |" for s, what in STAGES.items()),
+        *(["", *wrong] if wrong else []),
+    ]
+
+
+def page(rows: list[Row], command: str, chain: list[Row]) -> str:
+    """The docs page; `chain`: the results of the zoo's `chain.py`, which may be empty."""
     total = totals(rows)
     versions = f"torch {version('torch')}, transformers {version('transformers')}, {date.today().isoformat()}"
     lines = [
@@ -102,7 +151,9 @@ def page(rows: list[Row], command: str) -> str:
         *("| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows),
     ]
     wrong = [f"- `{row['name']}`: {flaws(row)}" for row in rows if flaws(row)]
-    return "\n".join([*lines, *(["", "What is wrong:", "", *wrong] if wrong else [])]) + "\n"
+    if wrong:
+        lines += ["", "What is wrong:", "", *wrong]
+    return "\n".join([*lines, *(chain_section(chain) if chain else [])]) + "\n"
 
 
 def show(rows: list[Row]) -> None:
