@@ -125,7 +125,7 @@ def _from_safetensors(directory: Path, trust_code: bool) -> tuple[nn.Module, dic
         what = f"the model's class {named_class(data)!r} is Python code in the directory"
         require_trust(trust_code, what, where=directory, kind=ModelError)
     found = found or base_architecture(data, directory / CONFIG)
-    headers = _headers(directory, found)
+    headers = headers_in(directory, found)
     outline = found.outline(len(headers))
     refuse_too_large(bytes_of(outline), torch.device("cpu"), directory / CONFIG, kind=ModelError)
     # copies: values in the memory of a file would change with it
@@ -158,7 +158,7 @@ def _by_transformers(directory: Path, data: dict[str, Any]) -> tuple[nn.Module, 
     return loaded
 
 
-def _headers(directory: Path, found: Architecture) -> dict[str, Header]:
+def headers_in(directory: Path, found: Architecture) -> dict[str, Header]:
     """The tensors of model.safetensors, else of the shards that the index names, and of files that the config class names."""
     if (directory / WHOLE).is_file():
         files = [WHOLE]

@@ -11,16 +11,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from memrewrite.errors import CheckpointError, MemrewriteError, in_one_line
 from memrewrite.passes.rewrite.edit_module import substitute
-from memrewrite.passes.sources.hugging_face import needed_architecture, quiet
+from memrewrite.passes.rewrite.graph_host import GraphHost
+from memrewrite.passes.sources.hugging_face import Architecture, needed_architecture, quiet
 from memrewrite.passes.sources.json_text import parse_json
 from memrewrite.passes.storage.base_model import CONFIG
 from memrewrite.passes.storage.graph_json import hosts_from_json
+from memrewrite.passes.storage.pretrained import headers_in
 from memrewrite.passes.storage.rewritten_config import CHANGE, TYPE, base_data, is_rewritten, record_from
 from memrewrite.passes.storage.saved_plan import plan_from
+from memrewrite.passes.storage.saved_tensors import bytes_of, refuse_too_large, state_of
 from memrewrite.passes.storage.unwrapped import set_record
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
@@ -94,8 +98,7 @@ def _config_from(data: dict[str, Any], options: dict[str, Any]) -> Any:
 
 def _rewrite(model: Any, record: RewriteRecord) -> None:
     """Place the layers of a recorded plan in a model that was built a moment ago."""
-    plan = _as_built(_fitting(plan_from(record.plan, Path(CONFIG)), model), model)
-    hosts = {} if record.graphs is None else hosts_from_json(record.graphs)
+    plan, hosts = _as_built(_fitting(plan_from(record.plan, Path(CONFIG)), model), model), _hosts(record)
     constants = [f"{path}.{name}" for path, host in hosts.items() for name in host.constants]
     if constants:
         what = f"{len(constants)} constants of graphs are not in files that transformers writes: {', '.join(constants[:3])}"
@@ -105,6 +108,10 @@ def _rewrite(model: Any, record: RewriteRecord) -> None:
     set_record(model, RewriteRecord(plan=plan.model_dump_json(indent=1), recipe=record.recipe, graphs=record.graphs))
     if plan.train == "memory_only":
         freeze(model)
+
+
+def _hosts(record: RewriteRecord) -> dict[str, GraphHost]:
+    return {} if record.graphs is None else hosts_from_json(record.graphs)
 
 
 def _fitting(plan: Plan, model: Any) -> Plan:
@@ -157,7 +164,9 @@ def load_rewritten(directory: Path, data: Mapping[str, Any]) -> nn.Module:
     `ModelError` for a config of which no model can be built.
     """
     found = needed_architecture(base_data(data), directory / CONFIG)
-    found.config.quantization_config = {**(data[TYPE].get(CHANGE) or {}), "quant_method": TYPE}
+    change = {**(data[TYPE].get(CHANGE) or {}), "quant_method": TYPE}
+    _refuse_before_allocation(directory, found, record_from(change))
+    found.config.quantization_config = change
     options = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     with quiet():
         try:
@@ -173,3 +182,22 @@ def load_rewritten(directory: Path, data: Mapping[str, Any]) -> nn.Module:
             raise CheckpointError(what, where=str(directory), hint="copy the whole directory again")
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def _refuse_before_allocation(directory: Path, found: Architecture, record: RewriteRecord) -> None:
+    """Raise `CheckpointError` for tensors of the plan that the files do not have, and if the memory does not suffice.
+
+    The names of the base's tensors are not compared: transformers converts some when it saves.
+    """
+    headers = headers_in(directory, found)
+    outline = found.outline(len(headers))
+    before = set(state_of(outline))
+    plan = plan_from(record.plan, directory / CONFIG)
+    edit = substitute(outline, plan, hosts=_hosts(record), initialise=False, device=torch.device("meta"))
+    for name, tensor in state_of(outline).items():
+        if name not in before and (name not in headers or headers[name].shape != tuple(tensor.shape)):
+            what = f"{name!r} has the shape {tuple(tensor.shape)} by the plan, and "
+            what += f"{headers[name].shape} in the files" if name in headers else "is missing in the files"
+            raise CheckpointError(what, where=str(directory), hint="copy the whole directory again")
+    edit.commit()
+    refuse_too_large(bytes_of(outline), torch.device("cpu"), directory / CONFIG)
