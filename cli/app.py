@@ -42,6 +42,13 @@ class Emit(str, enum.Enum):
     graph = "graph"
 
 
+class Verify(str, enum.Enum):
+    """Whether the result is checked."""
+
+    full = "full"
+    off = "off"
+
+
 def _version(requested: bool) -> None:
     if requested:
         from memrewrite import __version__
@@ -78,6 +85,9 @@ def apply(
     ] = None,
     allow_large: Annotated[bool, typer.Option("--allow-large", help="Continue if a pool exceeds free memory.")] = False,
     allow_inexact: Inexact = False,
+    verify: Annotated[
+        Verify | None, typer.Option(help="full: check the result; off: no checks. Default: what the recipe says.")
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Also print how long each phase of the command takes.")] = False,
     as_json: Json = False,
     trust_code: Trust = False,
@@ -92,6 +102,8 @@ def apply(
             target = saved_directory(output, overwrite=overwrite, overwrite_any=overwrite_any)
             refuse(target, read=[model, recipe])
         loaded = read_recipe(current, recipe)
+        if verify is not None:
+            loaded = loaded.model_copy(update={"verify": verify.value})
         source = load_model(current, model, trust_code, with_tokenizer=output is not None and not dry_run)
         if dry_run:
             _show_plan(current, source, loaded)

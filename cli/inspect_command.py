@@ -54,6 +54,6 @@ def page(current: Session, source: ModelSource, html: Path, recipe: Recipe | Non
 
     inspection, root, plan = pipeline.survey(source.model, source.inputs, recipe, step=current.step)
     current.step("writing the page")
-    write_page(Target(html, overwrite=overwrite), html_of(source.name, root, inspection, plan))
+    write_page(Target(html, overwrite=overwrite), html_of(Path(source.name).name, root, inspection, plan))
     document = {**inspection.model_dump(mode="json"), "page": str(html)}
     current.show(document, lambda out: text_output.show_inspection(out, inspection, html))

@@ -6,6 +6,7 @@ inputs are never replaced.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from memrewrite.atomic_write import prepare, replacing
@@ -15,6 +16,7 @@ from memrewrite.output_target import Target
 
 def refuse(target: Target, *, read: list[str]) -> None:
     """Raise `CheckpointError` for an output that may not or cannot be written, or that would replace an input in `read`."""
+    target = replace(target, from_command_line=True)
     with target.errors():
         target.check_name()
         output = target.path.resolve()

@@ -67,6 +67,7 @@ class Target:
         ours: Whether a directory is an earlier output.
         overwrite_any: The directory that is replaced whatever it contains.
         error: The class of all errors.
+        from_command_line: Hints name options of the command line, not arguments of Python.
     """
 
     path: Path
@@ -75,14 +76,24 @@ class Target:
     ours: Callable[[Path], bool] = lambda _: False
     overwrite_any: Path | None = None
     error: type[UserError] = CheckpointError
+    from_command_line: bool = False
+
+    @property
+    def _overwrite(self) -> str:
+        return "--overwrite" if self.from_command_line else "overwrite=True"
+
+    @property
+    def _overwrite_any(self) -> str:
+        return f"--overwrite-any {self.path}" if self.from_command_line else f"overwrite_any={str(self.path)!r}"
 
     def check(self) -> None:
         """Raise `error` if the output may not or cannot be written, without writing anything."""
         with self.errors():
             self.check_name()
             if self.overwrite_any is not None and _real(self.overwrite_any) != _real(self.path):
-                what = f"--overwrite-any names {str(self.overwrite_any)!r}, and the output is {str(self.path)!r}"
-                raise self._error(what, "repeat the path of the output, or omit --overwrite-any")
+                name = "--overwrite-any" if self.from_command_line else "overwrite_any"
+                what = f"{name} names {str(self.overwrite_any)!r}, and the output is {str(self.path)!r}"
+                raise self._error(what, f"repeat the path of the output, or omit {name}")
             self.may_replace(self.path)
             self._check_parent()
 
@@ -99,7 +110,7 @@ class Target:
             raise self._error(f"the output {shown} is {kind}{link}", f"give a path that is not in use, or {wanted}")
         if not self.directory:
             if not self.overwrite:
-                raise self._error(f"the file {shown} exists", "use a new name, or --overwrite to replace it")
+                raise self._error(f"the file {shown} exists", f"use a new name, or {self._overwrite} to replace it")
             return
         working = _working_directory()
         if found == self.path and working and working.is_relative_to(found.resolve()):
@@ -109,11 +120,11 @@ class Target:
         if not any(found.iterdir()) or self.overwrite_any is not None:
             return
         if not self.overwrite:
-            hint = "use a new directory, or --overwrite to replace a saved result"
+            hint = f"use a new directory, or {self._overwrite} to replace a saved result"
             raise self._error(f"the output directory {shown} is in use: it is not empty", hint)
         if not self.ours(found):
             what = f"the output directory {shown} is not empty, and memrewrite did not save it: it has no valid memrewrite.json"
-            hint = f"use a new directory; to delete all that it contains: --overwrite-any {self.path}"
+            hint = f"use a new directory; to delete all that it contains: {self._overwrite_any}"
             raise self._error(what, hint)
 
     @contextmanager

@@ -520,3 +520,23 @@ def test_verbose_logs_every_replacement(run: Callable[..., Any]) -> None:
 
 def test_sizes_have_units() -> None:
     assert [size(n) for n in (0, 1023, 1536, 3 * 2**30, 2**50)] == ["0 B", "1023 B", "1.5 KiB", "3.0 GiB", "1,024.0 TiB"]
+
+
+def test_the_command_line_can_turn_the_checks_off(run: Callable[..., Any]) -> None:
+    done = run("apply", "model.py", "r.yaml", "-o", "out", "--verify", "off")
+    assert done.exit_code == 0, done.stderr
+    assert "no checks were run" in done.stdout
+    assert "verify: 'off'" in Path("out/recipe.yaml").read_text() or 'verify: "off"' in Path("out/recipe.yaml").read_text()
+    assert run("apply", "model.py", "r.yaml", "--verify", "some").exit_code == 2
+
+
+def test_hints_name_options_of_the_command_line_or_arguments_of_python(run: Callable[..., Any]) -> None:
+    assert run("apply", "model.py", "r.yaml", "-o", "out", "--verify", "off").exit_code == 0
+    refused = run("apply", "model.py", "r.yaml", "-o", "out")
+    assert "--overwrite to replace" in refused.stderr
+    assert "overwrite=True" not in refused.stderr
+
+
+def test_the_title_of_the_page_is_the_name_of_the_model(run: Callable[..., Any]) -> None:
+    assert run("inspect", str(Path("model.py").resolve()), "--html", "out.html").exit_code == 0
+    assert "<title>model.py · memrewrite</title>" in Path("out.html").read_text(encoding="utf-8")
