@@ -53,12 +53,17 @@ def _call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
 
 
 def _attending_tokens(graph: fx.Graph, mask: fx.Node) -> fx.Node:
-    """True for tokens that may attend to at least one token, [..., tokens, 1]."""
-    if mask.meta["val"].dtype == torch.bool:
-        return _call(graph, torch.ops.aten.any.dim, mask, -1, True)
-    visible = _call(graph, torch.ops.aten.gt.Scalar, mask, -math.inf)
+    """True for tokens that may attend to at least one token, [..., tokens, 1].
+
+    The tokens are counted: `any` becomes ReduceMax, which ONNX Runtime's symbolic shape inference does not support.
+    """
+    visible = mask
+    if mask.meta["val"].dtype != torch.bool:
+        visible = _call(graph, torch.ops.aten.gt.Scalar, mask, -math.inf)
     with graph.inserting_after(visible):
-        return _call(graph, torch.ops.aten.any.dim, visible, -1, True)
+        count = _call(graph, torch.ops.aten.sum.dim_IntList, visible, [-1], True, dtype=torch.int32)
+    with graph.inserting_after(count):
+        return _call(graph, torch.ops.aten.gt.Scalar, count, 0)
 
 
 def _decomposed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, p: float = 0.0, *rest: Any, **named: Any) -> Any:

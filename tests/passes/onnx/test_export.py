@@ -563,3 +563,14 @@ def test_the_function_of_the_lookup_refuses_an_index_outside_the_table(index: in
     session = onnxruntime.InferenceSession(alone("SparseLookup", feed, 1).SerializeToString())
     with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="out of"):
         session.run(None, feed)
+
+
+def test_tools_of_onnxruntime_infer_all_shapes(exported: MakeFile, tmp_path: Path) -> None:
+    """Of attention with a mask too. The results of memory operators have symbols of their own: `auto_merge`."""
+    from onnxruntime.quantization import quant_pre_process
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+    file = exported("llama").path
+    assert SymbolicShapeInference.infer_shapes(onnx.load(file), auto_merge=True) is not None
+    quant_pre_process(str(file), str(tmp_path / "prepared.onnx"), auto_merge=True)
+    assert onnx.load(tmp_path / "prepared.onnx").graph.node
