@@ -5,13 +5,17 @@ They depend on torch and the kernels only, so that they can be used and measured
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from memrewrite.kernels import ops, quantize, rounding
 from memrewrite.kernels.pending import Pending
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Table(nn.Module):
@@ -72,6 +76,16 @@ class Table(nn.Module):
                 return
             seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
             quantize.sample_(self.values, self.scale, spread, seed)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`to`, `half`, `bfloat16`, ...: they move an 8-bit table and its scales, and never cast them."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        result: Self = super()._apply(fn if self.scale is None else moved, recurse)  # type: ignore[no-untyped-call]
+        return result
 
     def seed_at(self, step: int) -> int:
         """The seed of the stochastic rounding at a step: different at every step, the same after a resume."""

@@ -409,3 +409,18 @@ def test_pools_by_name():
     assert pools["shared"] is pools.shared
     with pytest.raises(KeyError):
         pools["other"]
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+@pytest.mark.parametrize("input_dim", [None, 5])
+def test_casting_a_model_leaves_8_bit_tables(cast, input_dim):
+    pool = Pool(PoolSpec(keys=4, value_dim=6, dtype="float8_e4m3fn", gradient="fused", input_dim=input_dim))
+    pool.reset_parameters()
+    tables = [pool] if input_dim is None else [pool, pool.inputs]
+    before = [(t.values.detach().view(torch.uint8).clone(), t.scale.clone()) for t in tables]
+    getattr(nn.Sequential(pool), cast)()
+    for table, (values, scale) in zip(tables, before, strict=True):
+        assert table.values.dtype == torch.float8_e4m3fn
+        assert torch.equal(table.values.view(torch.uint8), values)
+        assert torch.equal(table.scale, scale)
+    assert {t.device.type for t in pool.to("meta", torch.float16).state_dict().values()} == {"meta"}

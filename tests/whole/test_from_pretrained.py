@@ -449,3 +449,16 @@ def test_the_config_builds_every_model_that_nothing_changed(
             module.p = 0.0
     memrewrite.save(model.half() if name == "llama" else model, tmp_path / "saved")
     assert "not what its config builds" not in caplog.text
+
+
+def test_an_8_bit_table_keeps_its_dtype(tmp_path: Path) -> None:
+    model, inputs = CASES["llama"][0](), CASES["llama"][1]()
+    recipe = tiny.recipe("parallel", verify="off", pools={"shared": {"keys": 8, "dtype": "float8_e4m3fn", "gradient": "fused"}})
+    memrewrite.apply(model, recipe, inputs)
+    tiny.open_up(model)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(tiny.values_of(loaded, inputs), tiny.values_of(model, inputs))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded.memory.shared.values.dtype == torch.float8_e4m3fn
+    assert torch.equal(loaded.memory.shared.values.view(torch.uint8), model.memory.shared.values.view(torch.uint8))
