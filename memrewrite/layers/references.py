@@ -48,13 +48,16 @@ class ModuleAt:
         model: The model, or the part of it at which the path begins. It is not kept alive.
         path: Names of attributes. The module at the first is kept alive, and used when the model does not exist any more: a
             part of a model can be used alone. Without names, the reference is to `model` itself, which is kept alive.
+        within: The whole model: where this is copied, the reference is to the copy; elsewhere to the same module. Default:
+            `model`. Where there are no names, always to the copy.
 
     Raises:
         AttributeError: There is no module at the path.
     """
 
-    def __init__(self, model: nn.Module, *path: str) -> None:
+    def __init__(self, model: nn.Module, *path: str, within: nn.Module | None = None) -> None:
         self._model, self._path = ModelReference(model), path
+        self._within = ModelReference(within or model)
         self._first: nn.Module = _child(model, path[0]) if path else model
         self()  # raises
 
@@ -67,10 +70,12 @@ class ModuleAt:
         return module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleAt:
-        if self._path and self._model() is not None and not self._model.copied_in(memo):
+        model = self._model()
+        if self._path and model is not None and not self._within.copied_in(memo):
             return self
         copied = memo[id(self)] = object.__new__(ModuleAt)
-        copied._model, copied._path = copy.deepcopy(self._model, memo), self._path
+        copied._path, copied._within = self._path, copy.deepcopy(self._within, memo)
+        copied._model = self._model if model is None else ModelReference(copy.deepcopy(model, memo))
         copied._first = copy.deepcopy(self._first, memo)
         return copied
 

@@ -94,8 +94,6 @@ def build_layer(substitution: Substitution, pools: Mapping[str, Pool] | Pools, d
         device=device,
         dtype=dtype_named(site.dtype),
     )
-    if substitution.pool and isinstance(pools, Pools):
-        layer.read_pool_at(pools, substitution.pool)
     if site.axis != -1:
         layer.register_forward_pre_hook(FeaturesLast(site.axis))
         layer.register_forward_hook(FeaturesBack(site.axis))

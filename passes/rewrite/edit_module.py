@@ -108,7 +108,7 @@ def place(model: nn.Module, site: Site, layer: nn.Module, placement: Placement, 
             swap(model, exit_, layer, edit)
         else:
             if number == 0:
-                child = _add_child(site, exit_, layer, edit)
+                child = _add_child(model, site, exit_, layer, edit)
             hooked(exit_.register_forward_hook(AddMemory(child, slot, binding.gives[0] if binding.gives else None)), edit)
     if placement == "replace":
         _adapt_calls(site.bindings[0], layer, slot, edit)
@@ -154,14 +154,14 @@ def _store_input(model: nn.Module, site: Site, binding: Binding, placement: Plac
         hooked(entry.register_forward_pre_hook(StoreInput(slot, binding.takes), with_kwargs=True), edit)
 
 
-def _add_child(site: Site, exit_: nn.Module, layer: nn.Module, edit: UndoLog) -> ModuleAt:
+def _add_child(model: nn.Module, site: Site, exit_: nn.Module, layer: nn.Module, edit: UndoLog) -> ModuleAt:
     """Register a parallel layer as a child of the module that returns the MLP's output."""
     parent = _parent_of_layer(exit_)
     if hasattr(parent, CHILD):
         raise ModelError(f"the module at {site.path!r} already has an attribute {CHILD!r}, the name of the layer")
     parent.add_module(CHILD, layer)
     edit.done(lambda: delattr(parent, CHILD))
-    return ModuleAt(parent, CHILD)
+    return ModuleAt(parent, CHILD, within=model)
 
 
 def _parent_of_layer(exit_: nn.Module) -> nn.Module:

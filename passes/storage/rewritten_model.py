@@ -7,7 +7,8 @@ of that field is left in the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import nn
 
 from memrewrite.errors import CheckpointError, MemrewriteError, in_one_line
+from memrewrite.layers.contract import MemoryLayer
+from memrewrite.layers.pool import Pools
 from memrewrite.passes.rewrite.edit_module import substitute
 from memrewrite.passes.rewrite.graph_host import GraphHost
 from memrewrite.passes.sources.hugging_face import Architecture, needed_architecture, quiet
@@ -71,6 +74,9 @@ def register_change() -> None:
             change: Any = self.quantization_config
             _rewrite(model, record_from(change.data))
 
+        def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+            return [*weight_conversions, *_kept_names(weight_conversions, model)]
+
         def postprocess_model(self, model: Any, **_: Any) -> None:
             del model.hf_quantizer
 
@@ -108,6 +114,23 @@ def _rewrite(model: Any, record: RewriteRecord) -> None:
     set_record(model, RewriteRecord(plan=plan.model_dump_json(indent=1), recipe=record.recipe, graphs=record.graphs))
     if plan.train == "memory_only":
         freeze(model)
+
+
+def _kept_names(conversions: list[Any], model: Any) -> Iterator[Any]:
+    """What undoes transformers' renamings of tensors where they hit those of layers: they are meant for tensors of the base.
+
+    Names are compared without the prefix of the model without its head, which loading adds or removes.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [copy.deepcopy(c) for c in conversions if isinstance(c, WeightRenaming)]  # they keep what they have seen
+    for path, module in model.named_modules(remove_duplicate=False):
+        for tensor in module.state_dict() if isinstance(module, (MemoryLayer, Pools)) else ():
+            name = renamed = f"{path}.{tensor}".removeprefix(f"{model.base_model_prefix}.")
+            for renaming in renamings:
+                renamed, _ = renaming.rename_source_key(renamed)
+            if renamed != name:
+                yield WeightRenaming(renamed, name)  # patterns; saving applies it backwards
 
 
 def _hosts(record: RewriteRecord) -> dict[str, GraphHost]:
@@ -187,17 +210,24 @@ def load_rewritten(directory: Path, data: Mapping[str, Any]) -> nn.Module:
 def _refuse_before_allocation(directory: Path, found: Architecture, record: RewriteRecord) -> None:
     """Raise `CheckpointError` for tensors of the plan that the files do not have, and if the memory does not suffice.
 
-    The names of the base's tensors are not compared: transformers converts some when it saves.
+    Only the ends of names are compared: transformers converts names and tensors of the base when it saves.
     """
     headers = headers_in(directory, found)
+    saved = {(_end(name), header.shape) for name, header in headers.items()}
     outline = found.outline(len(headers))
     before = set(state_of(outline))
     plan = plan_from(record.plan, directory / CONFIG)
     edit = substitute(outline, plan, hosts=_hosts(record), initialise=False, device=torch.device("meta"))
     for name, tensor in state_of(outline).items():
-        if name not in before and (name not in headers or headers[name].shape != tuple(tensor.shape)):
-            what = f"{name!r} has the shape {tuple(tensor.shape)} by the plan, and "
-            what += f"{headers[name].shape} in the files" if name in headers else "is missing in the files"
+        if name not in before and (_end(name), tuple(tensor.shape)) not in saved:
+            what = (
+                f"{name!r} has the shape {tuple(tensor.shape)} by the plan, and no tensor of the files has this name and shape"
+            )
             raise CheckpointError(what, where=str(directory), hint="copy the whole directory again")
     edit.commit()
     refuse_too_large(bytes_of(outline), torch.device("cpu"), directory / CONFIG)
+
+
+def _end(name: str) -> str:
+    """The last two parts of a tensor's name: its own, and that of its module."""
+    return ".".join(name.split(".")[-2:])

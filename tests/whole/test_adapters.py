@@ -218,7 +218,7 @@ def test_a_copy_reads_what_stands_at_its_own_name(copier: Any) -> None:
     assert not torch.equal(values(copied, inputs), expected)
 
 
-@pytest.mark.parametrize("name", ["modular", "loose"])
+@pytest.mark.parametrize("name", ["modular", "sequential", "loose"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_copy_of_one_layer_takes_its_place(name: str, placement: str) -> None:
     model, inputs = rewritten(name, placement)

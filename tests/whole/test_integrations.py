@@ -73,7 +73,7 @@ def test_save_pretrained_writes_one_table(placement: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ["modular", "loose", "shared", "bert"])
+@pytest.mark.parametrize("name", ["modular", "sequential", "loose", "shared", "bert"])
 def test_a_copy_is_independent_and_still_shares_its_table(name: str, placement: str, copier: Any) -> None:
     model, inputs = rewritten(name, placement)
     before, copied = tiny.values_of(model, inputs), copier(model)

@@ -55,7 +55,7 @@ def test_in_place_ops_do_not_change_read_only_values() -> None:
 
 def test_a_result_may_be_replaced() -> None:
     x, (first, second) = graph_of((aten.neg.default,), (aten.neg.default,))
-    values = evaluate([first, second], {x: torch.ones(())}, result=lambda node, v: v * 10 if node is first else v)
+    values = evaluate([first, second], {x: torch.ones(())}, result=lambda node, v, _: v * 10 if node is first else v)
     assert values[second] == 10
 
 

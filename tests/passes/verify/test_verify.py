@@ -140,23 +140,23 @@ def added_doubled(model: Any, edit: UndoLog) -> None:
     _hooked(_layer(edit).register_forward_hook(lambda m, args, out: 2 * out), edit)
     hooks = model.blocks[0].mlp._forward_hooks
     (key, add), *_ = hooks.items()
-    hooks[key] = lambda m, args, out: out + 2 * add.layer(args[0])
+    hooks[key] = lambda m, args, out: out + 2 * add.layer()(args[0])
 
 
 def computed_and_not_added(model: Any, edit: UndoLog) -> None:
     hooks = model.blocks[0].mlp._forward_hooks
     (key, add), *_ = hooks.items()
-    hooks[key] = lambda m, args, out: out if add.layer(args[0]) is not None else None
+    hooks[key] = lambda m, args, out: out if add.layer()(args[0]) is not None else None
 
 
 def mlp_dropped_next_to_the_layer(model: Any, edit: UndoLog) -> None:
     hooks = model.blocks[0].mlp._forward_hooks
     (key, add), *_ = hooks.items()
-    hooks[key] = lambda m, args, out: add.layer(args[0])
+    hooks[key] = lambda m, args, out: add.layer()(args[0])
 
 
 def a_table_of_its_own(model: Any, edit: UndoLog) -> None:
-    _layer(edit, 1)._pool = (copy.deepcopy(_layer(edit, 1).pool),)
+    _layer(edit, 1)._pool = ModuleAt(copy.deepcopy(_layer(edit, 1).pool))
 
 
 def a_table_with_two_names(model: Any, edit: UndoLog) -> None:
