@@ -458,9 +458,6 @@ def test_renamings_of_transformers_do_not_hit_layers(tmp_path: Path) -> None:
     renaming = {r"\.gate\.": ".mlp.gate."}
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first", key_mapping=renaming)
     assert torch.equal(tiny.values_of(loaded, inputs), tiny.values_of(model, inputs))
-    loaded.save_pretrained(tmp_path / "second")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "second", key_mapping=renaming)
-    assert torch.equal(tiny.values_of(again, inputs), tiny.values_of(model, inputs))
 
 
 def test_an_8_bit_table_keeps_its_dtype(tmp_path: Path) -> None:
