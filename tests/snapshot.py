@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from memrewrite.layers.replaced import ReplacedTensor
+
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -90,7 +92,7 @@ def _inside(value: Any) -> list[tuple[str, Any]]:
 
 
 def _tensor(value: Tensor) -> list[tuple[str, Any]]:
-    if torch.nn.parameter.is_lazy(value):
+    if torch.nn.parameter.is_lazy(value) or isinstance(value, ReplacedTensor):  # without values
         return []
     facts: list[tuple[str, Any]] = [("#type", f"{value.dtype}{value.shape}{value.layout}{value.device}{value.requires_grad}")]
     facts.append(("#hooks", repr({k: id(v) for k, v in (value._backward_hooks or {}).items()})))

@@ -23,7 +23,7 @@ from memrewrite.passes.rewrite.undo_log import UndoLog
 from memrewrite.passes.sources.exported_program import read_program
 from memrewrite.passes.storage.base_model import CONFIG, build_base, saved_architecture
 from memrewrite.passes.storage.graph_json import GRAPHS, hosts_from_json, refuse_unsaved_constants
-from memrewrite.passes.storage.manifest import SavedFiles, is_saved, read_manifest
+from memrewrite.passes.storage.manifest import SavedFiles, read_manifest
 from memrewrite.passes.storage.rewritten_model import load_rewritten, rewritten_data
 from memrewrite.passes.storage.saved_plan import PLAN, REPORT, read_plan, read_report
 from memrewrite.passes.storage.saved_tensors import (
@@ -69,7 +69,7 @@ def load(directory: str | Path, model: nn.Module | None = None, *, trust_code: b
             the weights do not fit `model`; memory does not suffice.
         ModelError: the saved config is no config of a model of transformers, or the saved Python file fails.
     """
-    if model is None and not is_saved(directory) and (data := rewritten_data(Path(directory))):
+    if model is None and (data := rewritten_data(Path(directory))):
         return load_rewritten(Path(directory), data)
     files = read_manifest(directory)
     if files.base.kind == "graph":

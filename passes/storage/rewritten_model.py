@@ -8,6 +8,7 @@ of that field is left in the model.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from memrewrite.passes.sources.hugging_face import Architecture, needed_architec
 from memrewrite.passes.sources.json_text import parse_json
 from memrewrite.passes.storage.base_model import CONFIG
 from memrewrite.passes.storage.graph_json import hosts_from_json
+from memrewrite.passes.storage.manifest import MANIFEST
 from memrewrite.passes.storage.pretrained import headers_in
 from memrewrite.passes.storage.rewritten_config import CHANGE, TYPE, base_data, is_rewritten, record_from
 from memrewrite.passes.storage.saved_plan import plan_from
@@ -172,7 +174,12 @@ def _as_built(plan: Plan, model: nn.Module) -> Plan:
 
 
 def rewritten_data(directory: Path) -> dict[str, Any] | None:
-    """The parsed config.json of a directory that transformers wrote of a rewritten model; None for any other directory."""
+    """The parsed config.json of a directory that transformers wrote of a rewritten model; None for any other directory.
+
+    A directory with a manifest, even a damaged one, is read through it only.
+    """
+    if os.path.lexists(directory / MANIFEST):
+        return None
     try:
         data = parse_json((directory / CONFIG).read_bytes())
     except (OSError, ValueError):  # no such file, or no JSON: what is wrong is found where it is needed
