@@ -65,7 +65,11 @@ def is_rewritten(data: Any) -> bool:
 
 def base_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """A parsed config.json as transformers would write it for the base, without the rewrite."""
-    return {key: value for key, value in data[TYPE].items() if key != CHANGE} if is_rewritten(data) else dict(data)
+    fields = dict(data[TYPE] if is_rewritten(data) else data)
+    change = fields.get(CHANGE)
+    if isinstance(change, Mapping) and change.get("quant_method") == TYPE:
+        del fields[CHANGE]
+    return fields
 
 
 def rewrite_data(record: RewriteRecord) -> dict[str, Any]:

@@ -308,7 +308,7 @@ STAGES = [
     "pipeline.rewrite_module",
     "pipeline.Report",
     "pipeline.refuse_failed",
-    "pipeline.pools_of",
+    "pipeline.set_record",
     "pipeline.RewriteRecord",
     "verify.verified_rewrite.fingerprints",
     "verify.verified_rewrite.before_editing",
