@@ -89,8 +89,11 @@ def _from_gguf(file: Path) -> tuple[nn.Module, dict[str, Any]]:
     loader: Any = AutoModelForCausalLM
     options = {"local_files_only": True, "trust_remote_code": False, "dtype": "auto", "output_loading_info": True}
     with _alone(file) as folder:
-        loaded: tuple[nn.Module, dict[str, Any]] = loader.from_pretrained(folder, gguf_file=file.name, **options)
-    return loaded
+        model, info = loader.from_pretrained(folder, gguf_file=file.name, **options)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:  # the weights are no longer quantized: the model can be saved
+        quantizer.remove_quantization_config(model)
+    return model, info
 
 
 @contextmanager
