@@ -2,7 +2,7 @@
 
 Flow of saving: `carry` gives a rewritten model such a config → `save_pretrained`, trainers and hubs write it. config.json
 then has the `model_type` "memrewrite", which transformers alone does not know, so that it does not load the model without its
-memory. In it are the base's own fields, and with them the rewrite, in the field for changes that are made before weights are
+memory. The other fields are the base's own, and the rewrite is in the field for changes that are made before weights are
 loaded: `quantization_config`. Flow of loading: `rewritten_model`.
 """
 
@@ -20,7 +20,8 @@ from torch import nn
 from memrewrite.plans import Plan
 from memrewrite.record import RewriteRecord
 
-TYPE = "memrewrite"  # `model_type` in config.json, the field that has the base's config, and the method of the change
+TYPE = "memrewrite"  # `model_type` in config.json, and the method of the change
+BASE_TYPE = "memrewrite_base_model_type"  # the field that has the base's `model_type`
 CHANGE = "quantization_config"
 AUTO_FILE, AUTO_CLASS = "memrewrite_auto", "MemrewriteConfig"
 _AUTO_SOURCE = f'''"""Makes transformers load the memory layers: with `trust_remote_code=True`, or after `import memrewrite`."""
@@ -60,16 +61,24 @@ def is_transformers_model(model: nn.Module) -> bool:
 
 def is_rewritten(data: Any) -> bool:
     """True for a parsed config.json that carries a rewrite."""
-    return isinstance(data, Mapping) and data.get("model_type") == TYPE and isinstance(data.get(TYPE), Mapping)
+    return isinstance(data, Mapping) and data.get("model_type") == TYPE and BASE_TYPE in data
 
 
 def base_data(data: Mapping[str, Any]) -> dict[str, Any]:
     """A parsed config.json as transformers would write it for the base, without the rewrite."""
-    fields = dict(data[TYPE] if is_rewritten(data) else data)
+    fields = with_base_type(data)
     change = fields.get(CHANGE)
     if isinstance(change, Mapping) and change.get("quant_method") == TYPE:
         del fields[CHANGE]
     return fields
+
+
+def with_base_type(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A parsed config.json with the type of the base, for the class of its config."""
+    if not is_rewritten(data):
+        return dict(data)
+    others = {key: value for key, value in data.items() if key not in (BASE_TYPE, "auto_map")}
+    return others | {"model_type": data[BASE_TYPE]}
 
 
 def rewrite_data(record: RewriteRecord) -> dict[str, Any]:
@@ -100,9 +109,8 @@ class _Carrying:
         data = json.loads(self.to_json_string(use_diff=use_diff))  # type: ignore[attr-defined]
         rewrite = vars(self).get(_FIELD)
         if rewrite is not None:
-            kept = {key: data[key] for key in ("architectures", "transformers_version") if key in data}
             auto = {"AutoConfig": f"{AUTO_FILE}.{AUTO_CLASS}"}
-            data = {**kept, "model_type": TYPE, "auto_map": auto, TYPE: {**data, CHANGE: rewrite}}
+            data |= {"model_type": TYPE, BASE_TYPE: data["model_type"], "auto_map": auto, CHANGE: rewrite}
             Path(json_file_path).with_name(f"{AUTO_FILE}.py").write_text(_AUTO_SOURCE, encoding="utf-8")
         Path(json_file_path).write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -27,8 +27,16 @@ from memrewrite.passes.storage.base_model import CONFIG
 from memrewrite.passes.storage.graph_json import hosts_from_json
 from memrewrite.passes.storage.manifest import MANIFEST
 from memrewrite.passes.storage.pretrained import headers_in
-from memrewrite.passes.storage.rewritten_config import CHANGE, TYPE, base_data, is_rewritten, record_from
-from memrewrite.passes.storage.saved_plan import plan_from
+from memrewrite.passes.storage.rewritten_config import (
+    BASE_TYPE,
+    CHANGE,
+    TYPE,
+    base_data,
+    is_rewritten,
+    record_from,
+    with_base_type,
+)
+from memrewrite.passes.storage.saved_plan import PLAN, plan_from
 from memrewrite.passes.storage.saved_tensors import bytes_of, refuse_too_large, state_of
 from memrewrite.passes.storage.unwrapped import set_record
 from memrewrite.plans import Plan
@@ -95,9 +103,9 @@ def _config_from(data: dict[str, Any], options: dict[str, Any]) -> Any:
     import transformers
 
     if not is_rewritten(data):
-        raise CheckpointError(f"config.json has no field {TYPE!r} with the config of the base", hint="save the model again")
-    fields = data[TYPE]
-    name = str(fields.get("model_type"))
+        raise CheckpointError(f"config.json has no field {BASE_TYPE!r}", hint="save the model again")
+    fields = with_base_type(data)
+    name = str(fields["model_type"])
     if name not in list(transformers.CONFIG_MAPPING):
         what = f"the model was rewritten from the type {name!r}, which transformers {transformers.__version__} does not have"
         raise CheckpointError(what, hint="upgrade transformers")
@@ -176,9 +184,9 @@ def _as_built(plan: Plan, model: nn.Module) -> Plan:
 def rewritten_data(directory: Path) -> dict[str, Any] | None:
     """The parsed config.json of a directory that transformers wrote of a rewritten model; None for any other directory.
 
-    A directory with a manifest, even a damaged one, is read through it only.
+    A directory that `save` wrote is read through its manifest only, also where that is damaged or missing.
     """
-    if os.path.lexists(directory / MANIFEST):
+    if any(os.path.lexists(directory / name) for name in (MANIFEST, PLAN)):
         return None
     try:
         data = parse_json((directory / CONFIG).read_bytes())
@@ -194,7 +202,7 @@ def load_rewritten(directory: Path, data: Mapping[str, Any]) -> nn.Module:
     `ModelError` for a config of which no model can be built.
     """
     found = needed_architecture(base_data(data), directory / CONFIG)
-    change = {**(data[TYPE].get(CHANGE) or {}), "quant_method": TYPE}
+    change = {**(data.get(CHANGE) or {}), "quant_method": TYPE}
     _refuse_before_allocation(directory, found, record_from(change))
     found.config.quantization_config = change
     options = {"dtype": "auto", "local_files_only": True, "use_safetensors": True, "output_loading_info": True}

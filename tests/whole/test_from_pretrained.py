@@ -325,14 +325,14 @@ def _damage(folder: Path, change: Any) -> None:
 
 
 DAMAGES = {
-    "no plan": lambda d: d["memrewrite"]["quantization_config"].pop("plan"),
-    "a plan of another model": lambda d: d["memrewrite"]["quantization_config"]["plan"]["substitutions"][0]["site"]["bindings"][
-        0
-    ].update(exit="nothing"),
-    "a pool without limits": lambda d: d["memrewrite"]["quantization_config"]["plan"]["pools"]["shared"].update(keys=2**40),
-    "an unknown base": lambda d: d["memrewrite"].update(model_type="nonsense"),
-    "no base": lambda d: d["memrewrite"].pop("model_type"),
-    "text for a plan": lambda d: d["memrewrite"]["quantization_config"].update(plan="nothing"),
+    "no plan": lambda d: d["quantization_config"].pop("plan"),
+    "a plan of another model": lambda d: d["quantization_config"]["plan"]["substitutions"][0]["site"]["bindings"][0].update(
+        exit="nothing"
+    ),
+    "a pool without limits": lambda d: d["quantization_config"]["plan"]["pools"]["shared"].update(keys=2**40),
+    "an unknown base": lambda d: d.update(memrewrite_base_model_type="nonsense"),
+    "no base": lambda d: d.pop("memrewrite_base_model_type"),
+    "text for a plan": lambda d: d["quantization_config"].update(plan="nothing"),
 }
 
 
@@ -470,3 +470,17 @@ def test_an_8_bit_table_keeps_its_dtype(tmp_path: Path) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.memory.shared.values.dtype == torch.float8_e4m3fn
     assert torch.equal(loaded.memory.shared.values.view(torch.uint8), model.memory.shared.values.view(torch.uint8))
+
+
+def test_a_class_that_other_types_use_too(tmp_path: Path) -> None:
+    """Several types have the model class of another; their configs are of another class than the model's."""
+    config = transformers.LlamaConfig(**{**tiny.named("llama")[0].config.to_diff_dict(), "model_type": "llama"})
+    model, inputs = transformers.MistralForCausalLM(transformers.MistralConfig(**config.to_dict())).eval(), CASES["llama"][1]()
+    memrewrite.apply(model, tiny.recipe("parallel", verify="off"), inputs)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)  # of a type that the config does not name
+    assert saved["memrewrite_base_model_type"] == "mistral"
+    assert {k: tuple(v.shape) for k, v in loaded.state_dict().items()} == {
+        k: tuple(v.shape) for k, v in model.state_dict().items()
+    }

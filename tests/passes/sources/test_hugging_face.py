@@ -44,7 +44,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def edit(folder: Path, **fields: Any) -> None:
-    saved_dirs.edit_json(folder / "config.json", lambda config: config.get("memrewrite", config).update(fields))
+    saved_dirs.edit_json(folder / "config.json", lambda config: config.update(fields))
     if (folder / saved_dirs.MANIFEST).exists():
         saved_dirs.correct_manifest(folder)
 

@@ -22,7 +22,8 @@ from memrewrite.errors import CheckpointError, ModelError
 from memrewrite.passes.capture import capture
 from memrewrite.passes.rewrite import look
 from memrewrite.passes.rewrite.build_layers import pools_of
-from memrewrite.passes.storage import base_model, checkpoint, manifest, python_file, saved_plan, tensor_files
+from memrewrite.passes.sources import python_file
+from memrewrite.passes.storage import base_model, checkpoint, manifest, saved_plan, tensor_files
 from memrewrite.passes.storage.base_model import Base
 
 HF = ["llama", "bert", "gpt2", "t5", "albert", "vit"]
