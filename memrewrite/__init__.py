@@ -6,6 +6,7 @@ transformers is imported, they learn of the operators and of the config of rewri
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -36,8 +37,12 @@ __version__ = version("memrewrite")
 
 
 def _register_operators() -> None:
-    """Files of torch.export, AOTInductor and TorchScript name the operators, and torch must know them to read the files."""
-    import_module("memrewrite.kernels.ops")
+    """Files of torch.export, AOTInductor and TorchScript name the operators, and torch must know them to read the files.
+
+    Not while a module of the kernels imports torch: it is not complete yet, and the operators need it.
+    """
+    if not any(name.startswith("memrewrite.kernels.") for name in sys.modules):
+        import_module("memrewrite.kernels.ops")
 
 
 def _register_config() -> None:
