@@ -108,7 +108,7 @@ class Plan(Frozen):
     @property
     def pools_path(self) -> str:
         """Path of the pools' container in the model."""
-        return f"{self.owner}.{self.root}" if self.owner else self.root
+        return joined(self.owner, self.root)
 
     @property
     def measured(self) -> bool:

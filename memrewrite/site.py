@@ -152,7 +152,7 @@ def relative(path: str, prefix: str) -> str:
 
 def joined(prefix: str, path: str) -> str:
     """The path of what is at `path` in the module at `prefix`."""
-    return f"{prefix}.{path}" if path else prefix
+    return ".".join(filter(None, (prefix, path)))
 
 
 def itemsize_of(dtype: str) -> int:

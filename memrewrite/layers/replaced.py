@@ -80,8 +80,8 @@ class Replacement(nn.Module):
 
     _outlines: tuple[nn.Module, ...] = ()  # in a tuple, so that they are not registered as children
 
-    def stand_for(self, module: nn.Module) -> None:
-        """Answer for the attributes of `module`, which it replaces."""
+    def expose(self, module: nn.Module) -> None:
+        """Make the outline of `module`, which it replaces, readable as attributes of this module."""
         self._outlines = (*self._outlines, _outline(module, type(module).__name__, {}))
         self._show(self._outlines[-1])
 
@@ -106,8 +106,8 @@ class Transparent(Replacement):
 
     replaced: tuple[nn.Module, ...] = ()  # in a tuple, so that they are not registered as children
 
-    def stand_for(self, module: nn.Module) -> None:
-        """Answer for the attributes of `module`, which it replaces."""
+    def expose(self, module: nn.Module) -> None:
+        """Make all attributes of `module`, which it replaces, readable as attributes of this module."""
         self.replaced = (*self.replaced, module)
 
     def __getattr__(self, name: str) -> Any:

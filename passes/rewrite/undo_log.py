@@ -56,7 +56,7 @@ def hooked(handle: Any, edit: UndoLog) -> None:
 def swap(model: nn.Module, old: nn.Module, new: nn.Module, edit: UndoLog) -> None:
     """Put `new` in the place of `old` under every name: one module may be registered several times."""
     if isinstance(new, Replacement):
-        new.stand_for(old)
+        new.expose(old)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child is old:

@@ -7,7 +7,6 @@ classes, settings, functions, shapes of tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ from memrewrite.plans import Plan
 def differences(model: nn.Module, found: Architecture, plan: Plan, hosts: Mapping[str, GraphHost]) -> list[str]:
     """What of a rewritten model differs from what its config builds, each in a few words. Values of tensors are not compared.
 
-    Raises `ModelError` for a config of which no model can be built, and `SelectError` for a plan that does not fit that model.
+    `hosts` have no layers yet, and get those of the plan. Raises `ModelError` for a config of which no model can be built, and
+    `SelectError` for a plan that does not fit that model.
     """
     live = _outline(model)
     built = found.outline(len(live))
-    unused = {path: replace(host, placed={}) for path, host in hosts.items()}  # a substitution changes its hosts
-    substitute(built, plan, hosts=unused, initialise=False, device=torch.device("meta")).commit()
+    substitute(built, plan, hosts=hosts, initialise=False, device=torch.device("meta")).commit()
     expected = _outline(built)
     missing = [f"{name!r} is missing" for name in expected if name not in live]
     added = [f"{name!r} was added" for name in live if name not in expected]

@@ -6,12 +6,13 @@ are made relative to the part of it that is left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import fx, nn
 
 from memrewrite.errors import ModelError
+from memrewrite.passes.models.tensors import tensors_of
 from memrewrite.passes.rewrite.build_layers import pools_of
 from memrewrite.passes.storage.graph_json import graphs_relative_to
 from memrewrite.passes.storage.rewritten_config import carry
@@ -59,16 +60,12 @@ def _without_suffix(path: str, suffix: str) -> str:
 
 
 def _refuse_other_tensors(model: nn.Module, inside: nn.Module, path: str) -> None:
-    kept = {id(tensor) for tensor in _tensors(inside)}
-    others = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if id(tensor) not in kept]
+    kept = {id(tensor) for _, tensor in tensors_of(inside)}
+    others = [name for name, tensor in tensors_of(model) if id(tensor) not in kept]
     if others:
         what = f"the rewritten model is {path!r}, and {len(others)} tensors are outside of it: {', '.join(others[:3])}"
         hint = f"merge them into the model, or save the model alone: memrewrite.save(model.{path}, ...)"
         raise ModelError(what, where=type(model).__name__, hint=hint)
-
-
-def _tensors(module: nn.Module) -> Iterable[object]:
-    return (*module.parameters(), *module.buffers())
 
 
 def _relative_to(prefix: str, plan: Plan, record: RewriteRecord) -> RewriteRecord:

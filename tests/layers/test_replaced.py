@@ -119,7 +119,7 @@ def test_a_model_that_reads_values_is_refused_with_advice_that_works(make: Calla
 
 def outlined(dtype: torch.dtype = torch.float32) -> Any:
     new: Any = Replacement()
-    new.stand_for(tiny.MLP(4, 8).to(dtype))
+    new.expose(tiny.MLP(4, 8).to(dtype))
     return new
 
 
@@ -146,7 +146,7 @@ def test_the_outline_follows_conversions_copies_and_files() -> None:
 
 def test_a_tensor_of_the_module_itself_follows_conversions() -> None:
     new: Any = Replacement()
-    new.stand_for(nn.Linear(4, 8))
+    new.expose(nn.Linear(4, 8))
     assert new.half().weight.dtype == torch.float16
 
 
@@ -157,7 +157,7 @@ def test_own_attributes_come_first() -> None:
             self.up = nn.Linear(1, 1)
 
     new: Any = Own()
-    new.stand_for(tiny.MLP(4, 8))
+    new.expose(tiny.MLP(4, 8))
     assert (new.up.in_features, new.down.in_features) == (1, 8)
 
 
