@@ -45,8 +45,13 @@ def _outline(model: nn.Module) -> dict[str, str]:
 
 
 def _has_settings(module: nn.Module) -> bool:
-    """True for a module of torch, whose text has its settings; those of dropout have no effect on a saved model's outputs."""
-    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.modules.dropout._DropoutNd)
+    """True for a module of torch or transformers, whose text has its settings.
+
+    Those of dropout have no effect on the outputs of a saved model.
+    """
+    return type(module).__module__.startswith(("torch.nn.", "transformers.")) and not isinstance(
+        module, nn.modules.dropout._DropoutNd
+    )
 
 
 def _functions(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -389,6 +389,20 @@ def _another_setting(model: Any) -> None:
         layer.mlp.act_fn = nn.LeakyReLU(0.3)
 
 
+def _patched_forward(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda x: mlp.down_proj(torch.relu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+def _setting_of_a_norm(model: Any) -> None:
+    model.model.norm.variance_epsilon = 0.5
+
+
+def _setting_of_an_activation(model: Any) -> None:
+    """Only for models whose config has the same class of activation: LeakyReLU(0.01)."""
+    model.model.layers[0].mlp.act_fn.negative_slope = 0.9
+
+
 def _new_head(model: Any) -> None:
     model.lm_head = nn.Linear(tiny.WIDTH, 5)
 
@@ -417,13 +431,27 @@ def _lora(model: Any) -> None:
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
 
 
-HAND = [_another_activation, _another_module, _another_setting, _new_head, _fewer_layers, _weight_norm, _pruned, _added, _lora]
+HAND = [
+    _another_activation,
+    _another_module,
+    _another_setting,
+    _patched_forward,
+    _setting_of_a_norm,
+    _setting_of_an_activation,
+    _new_head,
+    _fewer_layers,
+    _weight_norm,
+    _pruned,
+    _added,
+    _lora,
+]
 
 
 @pytest.mark.parametrize("change", HAND, ids=lambda change: change.__name__.strip("_"))
 def test_a_model_that_its_config_does_not_build(change: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Saving says that the base is needed to load it, and with the base it is the same model."""
-    model, inputs = CASES["llama"][0](), CASES["llama"][1]()
+    options = {"hidden_act": "leaky_relu"} if change is _setting_of_an_activation else {}
+    model, inputs = tiny.llama(**options), CASES["llama"][1]()
     change(model)
     memrewrite.apply(model, tiny.recipe("parallel", verify="off", where={"layers": [0, 1]}), inputs)
     tiny.open_up(model)
@@ -432,7 +460,7 @@ def test_a_model_that_its_config_does_not_build(change: Any, tmp_path: Path, cap
     assert "not what its config builds" in caplog.text
     with pytest.raises(memrewrite.MemrewriteError, match="base model"):
         memrewrite.load(tmp_path / "saved")
-    base = CASES["llama"][0]()
+    base = tiny.llama(**options)
     change(base)
     assert torch.equal(tiny.values_of(memrewrite.load(tmp_path / "saved", base), inputs), tiny.values_of(model, inputs))
 
@@ -452,10 +480,15 @@ def test_the_config_builds_every_model_that_nothing_changed(
 
 def test_renamings_of_transformers_do_not_hit_layers(tmp_path: Path) -> None:
     """Renamings of a base's tensors, such as a router's, have patterns that fit names of layers too."""
+    from safetensors.torch import load_file, save_file
+
     model, inputs = rewritten("llama")
-    model.save_pretrained(tmp_path / "first")
-    renaming = {r"\.gate\.": ".mlp.gate."}
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first", key_mapping=renaming)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    blocks = {name.replace("layers", "blocks"): tensor for name, tensor in load_file(file).items()}
+    save_file(blocks, file, metadata={"format": "pt"})  # so that every name of the blocks is renamed, and not only kept
+    renaming = {r"\.gate\.": ".mlp.gate.", "blocks": "layers"}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, key_mapping=renaming)
     assert torch.equal(tiny.values_of(loaded, inputs), tiny.values_of(model, inputs))
 
 
