@@ -38,20 +38,25 @@ def _outline(model: nn.Module) -> dict[str, str]:
     """What is compared, by name: classes of modules, functions and settings, shapes of tensors."""
     found: dict[str, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        found[path] = f"{type(module).__name__}({module.extra_repr()})" if _has_settings(module) else type(module).__name__
+        found[path] = f"{type(module).__name__}({_settings(module)})"
         found |= {f"{path}.{name}".lstrip("."): function for name, function in _functions(module)}
     found |= {name: str(tuple(tensor.shape)) for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
     return found
 
 
-def _has_settings(module: nn.Module) -> bool:
-    """True for a module of torch or transformers, whose text has its settings.
+def _settings(module: nn.Module) -> str:
+    """The settings of a module of torch or transformers, as its text has them; "" for others, and where there is no such text.
 
     Those of dropout have no effect on the outputs of a saved model.
     """
-    return type(module).__module__.startswith(("torch.nn.", "transformers.")) and not isinstance(
+    if not type(module).__module__.startswith(("torch.nn.", "transformers.")) or isinstance(
         module, nn.modules.dropout._DropoutNd
-    )
+    ):
+        return ""
+    try:
+        return module.extra_repr()
+    except AttributeError:  # its weights are gone: those of a replaced MLP in a module that became a graph
+        return ""
 
 
 def _functions(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -119,8 +119,13 @@ def _rewrite(model: Any, record: RewriteRecord) -> None:
     if constants:
         what = f"{len(constants)} constants of graphs are not in files that transformers writes: {', '.join(constants[:3])}"
         raise CheckpointError(what, hint="save with memrewrite.save, and load with memrewrite.load")
+    counts = {module: len(module._parameters) for module in model.modules()}
     substitute(model, plan, hosts=hosts, initialise=False).commit()
-    del model.config.quantization_config
+    for module, count in counts.items():
+        if len(module._parameters) < count:  # of a replaced MLP in a module that became a graph
+            module._is_hf_initialized = True  # else transformers sets weights that it no longer has
+    for name in (CHANGE, BASE_TYPE, "auto_map", "model_type"):  # a class that reads its own config.json has all its fields
+        vars(model.config).pop(name, None)  # `model_type` is that of the config's class
     set_record(model, RewriteRecord(plan=plan.model_dump_json(indent=1), recipe=record.recipe, graphs=record.graphs))
     if plan.train == "memory_only":
         freeze(model)

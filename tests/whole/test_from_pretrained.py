@@ -215,18 +215,21 @@ def test_a_checkpoint_of_the_trainer(tmp_path: Path) -> None:
     assert torch.equal(tiny.values_of(memrewrite.load(tmp_path / "checkpoint-2"), inputs), tiny.values_of(model, inputs))
 
 
-def test_a_module_that_became_a_graph(tmp_path: Path) -> None:
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_module_that_became_a_graph(placement: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.BloomConfig(
         vocab_size=tiny.VOCABULARY, hidden_size=D, n_layer=2, n_head=2, pretraining_tp=2, slow_but_exact=True
     )
     model, inputs = transformers.BloomForCausalLM(config).eval(), tiny.MODELS["llama"][1]()
-    report = memrewrite.apply(model, tiny.recipe("parallel"), inputs)
+    report = memrewrite.apply(model, tiny.recipe(placement), inputs)
     assert {b.kind for s in report.plan.substitutions for b in s.site.bindings} == {"graph"}
     tiny.open_up(model)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(tiny.values_of(loaded, inputs), tiny.values_of(model, inputs))
+    memrewrite.save(model, tmp_path / "ours")
+    assert torch.equal(tiny.values_of(memrewrite.load(tmp_path / "ours"), inputs), tiny.values_of(model, inputs))
 
 
 # ----------------------------------------------------------------------------------------------------- the live config
@@ -258,12 +261,16 @@ def test_a_copy_is_saved_with_its_memory(copier: Any, tmp_path: Path) -> None:
     assert torch.equal(tiny.values_of(loaded, inputs), tiny.values_of(model, inputs))
 
 
-def test_the_class_itself_loads_the_memory(tmp_path: Path) -> None:
-    for placement in PLACEMENTS:
-        model, inputs = rewritten("llama", placement)
-        model.save_pretrained(tmp_path / placement)
-        loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path / placement)
-        assert torch.equal(tiny.values_of(loaded, inputs), tiny.values_of(model, inputs))
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_class_itself_loads_the_memory(name: str, placement: str, tmp_path: Path) -> None:
+    """Its config class reads all fields of config.json; none of those that load the memory is left."""
+    model, inputs = rewritten(name, placement)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(tiny.values_of(loaded, inputs), tiny.values_of(model, inputs))
+    assert loaded.config.model_type == model.config.model_type
+    assert not {"auto_map", "memrewrite_base_model_type", "quantization_config"} & set(loaded.config.to_dict())
 
 
 def test_nothing_of_a_quantization_is_left(tmp_path: Path) -> None:
